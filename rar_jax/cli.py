@@ -1,0 +1,161 @@
+"""The command line: verbs and their flags, no logic. Each verb is a file in programs/."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+import sys
+from collections.abc import Sequence
+
+DESCRIPTION = """\
+Train and sample autoregressive image generators in JAX.
+
+  rar-jax run --config experiments/digits.py --workdir runs/digits     the whole job, pixels to distance
+  rar-jax sample --weights runs/digits --classes 3,7 --out pictures    images of the classes 3 and 7
+"""
+
+# Verbs of the design that are not built yet.
+LATER = ("convert", "plan", "bench", "inspect", "report", "doctor")
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="rar-jax", description=DESCRIPTION, formatter_class=formatter)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=short, description=f"{short}\n\n{text}", formatter_class=formatter)
+        sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        return sub
+
+    def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
+        sub = verb(name, short, text + _OVERRIDES)
+        sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
+        sub.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything is written and resumed")
+        return sub
+
+    experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
+    sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", _TRAIN)
+    sub.add_argument("--stage", default="generator", choices=("tokenizer", "classifier", "generator"))
+    experiment_verb("tokenize", "Turn the images of an experiment into token stores.", _TOKENIZE)
+    experiment_verb("evaluate", "Score the generator of a work directory.", _EVALUATE)
+    sub = verb("sample", "Sample images of given classes into PNG files.", _SAMPLE)
+    sub.add_argument("--weights", required=True, help="work directory of a run, or a released generator file")
+    sub.add_argument("--tokenizer", help="the tokenizer's file, with a released generator file")
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="folder for the images")
+    sub.add_argument("--classes", help="numbers, ranges or names: 3,7-9,sneaker (default: all)")
+    sub.add_argument("--per-class", type=int, default=4, help="images a class (default 4)")
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
+    sub.add_argument("--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's)")
+    for name in LATER:
+        verbs.add_parser(name, help="(not built yet)", add_help=False)
+    return parser
+
+
+_OVERRIDES = """
+Any number of the experiment can be changed:
+  --config.train.steps=10 --config.mesh.fsdp=4 --config.generator.dropout=0.0
+Durations are steps (1000), a share of the training ('50%') or epochs ('200ep').
+An experiment file is code: use only those that you trust.
+"""
+_RUN = """\
+Trains the tokenizer and the classifier, tokenizes, trains the generator, samples and scores it, and draws pictures. A
+stage whose output exists and verifies is skipped: the same command again resumes after a crash, or does nothing.
+"""
+_TRAIN = """\
+The stages lean on one another: tokenizer, then (tokenize), then generator; the generator's live distance also needs the
+classifier.
+"""
+_TOKENIZE = "Needs the tokenizer stage. Writes WORKDIR/tokens/train and WORKDIR/tokens/heldout.\n"
+_EVALUATE = """\
+Needs all stages. Prints the Frechet distance on classifier features (fd_classifier, not FID) of samples, held-out images
+and an untrained generator as JSON.
+"""
+_SAMPLE = """\
+  rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
+  rar-jax sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --classes 207 --out pictures
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `rar-jax`. Returns the exit code: 0 done, 1 failed, 2 wrong command or experiment."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.verb in LATER:
+        print(f"rar-jax {args.verb}: not built yet", file=sys.stderr)
+        return 2
+    overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
+    if wrong := [word for word in rest if not word.startswith("--config.")]:
+        parser.error(f"unknown argument {wrong[0]}; see rar-jax {args.verb} --help")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+    # Imported here so that --help is instant.
+    from rar_jax.config import ConfigError
+    from rar_jax.data.token_store import StoreError
+    from rar_jax.interop.torch_zip import WeightsError
+    from rar_jax.programs.train import TrainingError
+    from rar_jax.training.checkpoint import CheckpointError
+
+    try:
+        _dispatch(args, overrides)
+    except (ConfigError, StoreError, WeightsError, TrainingError, CheckpointError) as error:
+        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.verb == "sample":
+        from rar_jax.guidance import Guidance
+        from rar_jax.programs.sample import sample
+
+        guidance = Guidance(*(float(x) for x in args.guidance.split(","))) if args.guidance else None
+        sample(
+            args.weights,
+            args.out,
+            classes=args.classes,
+            per_class=args.per_class,
+            seed=args.seed,
+            guidance=guidance,
+            tokenizer=args.tokenizer,
+            quiet=args.quiet,
+        )
+        return
+
+    from rar_jax.config import load_experiment
+    from rar_jax.programs.experiment import resolve
+    from rar_jax.training.workdir import Workdir
+
+    experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+    workdir = Workdir(args.workdir)
+    if args.verb == "run":
+        from rar_jax.programs.run import run
+
+        run(experiment, workdir, quiet=args.quiet)
+        return
+
+    from rar_jax.parallel.mesh import make_mesh
+
+    mesh = make_mesh(experiment.mesh)
+    experiment.check_mesh(mesh)
+    workdir.claim(experiment.resolved())
+    if args.verb == "train":
+        from rar_jax.programs.train import train
+
+        train(experiment, args.stage, workdir, mesh, quiet=args.quiet)
+    elif args.verb == "tokenize":
+        from rar_jax.programs.tokenize import tokenize
+
+        for split in ("train", "heldout"):
+            tokenize(experiment, workdir, mesh, split, quiet=args.quiet)
+    else:
+        import json
+
+        from rar_jax.programs.evaluate import evaluate
+
+        print(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))

@@ -1,0 +1,253 @@
+"""Experiment files in, frozen dataclasses out.
+
+An experiment is a Python file with `get_config() -> ml_collections.ConfigDict`. Every section of it
+is the keyword arguments of one frozen dataclass, so this module knows how to check any section and
+imports no model. A wrong key or type is a `ConfigError` of one line that says where and what to do.
+
+An experiment file is code: running one runs what it says. Only use files that you trust.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import pathlib
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import ml_collections
+
+T = TypeVar("T")
+
+# A field of this type is written "50%", "200ep" or a number of steps, and holds steps.
+Steps = Annotated[int, "steps"]
+
+
+class ConfigError(ValueError):
+    """An experiment says something that cannot be: the message says what and how to mend it."""
+
+
+# ---------------------------------------------------------------- files
+
+
+def experiments_folders() -> list[pathlib.Path]:
+    """Where a bare experiment name is looked up: the wheel's copy, then the checkout's folder."""
+    package = pathlib.Path(__file__).parent
+    return [p for p in (package / "experiments", package.parent / "experiments") if p.is_dir()]
+
+
+def find_experiment(name: str) -> pathlib.Path:
+    """Path of an experiment file given its path or its bare name ("digits")."""
+    if (path := pathlib.Path(name)).is_file():
+        return path
+    for folder in experiments_folders():
+        if (path := folder / f"{pathlib.Path(name).stem}.py").is_file():
+            return path
+    known = sorted(p.stem for folder in experiments_folders() for p in folder.glob("[!_]*.py"))
+    raise ConfigError(f"no experiment '{name}': give a path or one of: {', '.join(known)}.{nearest(name, known)}")
+
+
+def load_experiment(name: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
+    """Runs `get_config()` of an experiment and applies overrides such as "train.steps=10".
+
+    Args:
+      name: path of the file, or its bare name.
+      overrides: "section.key=value" strings; values are Python literals, anything else is text.
+
+    Returns: the unlocked ConfigDict, not yet checked against the dataclasses.
+    Raises: ConfigError for a missing file, a missing get_config, or an override of an unknown key.
+    """
+    path = find_experiment(name)
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no get_config(): an experiment file must define it")
+    config = module.get_config()
+    for override in overrides:
+        _apply_override(config, override)
+    return config
+
+
+def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}' is not of the form section.key=value")
+    *sections, last = key.split(".")
+    node: Any = config
+    for depth, name in enumerate([*sections, last]):
+        where = ".".join(["config", *sections[:depth]])
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise ConfigError(f"{where} is a single value, so '{key}' cannot be set")
+        if name not in node and (depth < len(sections) or not _is_open(node)):
+            raise ConfigError(f"{where} has no key '{name}'.{nearest(name, list(node.keys()))}")
+        if depth < len(sections):
+            node = node[name]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    with config.unlocked(), config.ignore_type():
+        node[last] = value
+
+
+def _is_open(node: ml_collections.ConfigDict) -> bool:
+    """Sections may leave fields at their dataclass default; `build` checks the key's name later."""
+    return len(node) > 0 and not any(isinstance(v, ml_collections.ConfigDict) for v in node.values())
+
+
+# ---------------------------------------------------------------- sections
+
+
+def build(
+    cls: type[T],
+    section: Mapping[str, Any],
+    *,
+    where: str,
+    total_steps: int | None = None,
+    steps_per_epoch: float | None = None,
+    ignore: tuple[str, ...] = (),
+) -> T:
+    """Makes the frozen dataclass `cls` from a config section.
+
+    Args:
+      cls: a dataclass. Its annotations are the types that are accepted.
+      section: mapping of field names to values; missing ones take the dataclass default.
+      where: the section's name in messages.
+      total_steps, steps_per_epoch: what "50%" and "200ep" mean for fields of type `Steps`.
+      ignore: keys of the section that are not for this dataclass.
+
+    Raises: ConfigError for an unknown key (naming the nearest), a missing one, or a wrong type.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        if key in ignore:
+            continue
+        if key not in fields:
+            raise ConfigError(f"{where} has no key '{key}'.{nearest(key, list(fields))}")
+        if hints[key] == Steps:
+            value = resolve_steps(value, f"{where}.{key}", total_steps, steps_per_epoch)
+        values[key] = _check_type(value, hints[key], f"{where}.{key}")
+    required = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in values
+    ]
+    if required:
+        raise ConfigError(f"{where} lacks {', '.join(required)}: set {where}.{required[0]} in the experiment file")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def resolve_steps(value: Any, where: str, total_steps: int | None, steps_per_epoch: float | None) -> int:
+    """Turns a duration, "50%" (of the training), "200ep" (epochs) or a number of steps, into steps."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise ConfigError(f"{where} is {value}: a duration cannot be negative")
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|ep)\s*", value) if isinstance(value, str) else None
+    if match is None:
+        raise ConfigError(f"{where} is {value!r}: write steps (1000), a share of training ('50%') or epochs ('200ep')")
+    number, unit = float(match[1]), match[2]
+    base = total_steps if unit == "%" else steps_per_epoch
+    if base is None:
+        raise ConfigError(f"{where} is {value!r}: this duration needs {'steps' if unit == 'ep' else 'steps or epochs'}")
+    return round(number / 100 * base if unit == "%" else number * base)
+
+
+def _check_type(value: Any, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [a for a in args if a is not type(None)]
+        return _check_type(value, inner, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_check_type(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = origin or hint
+    if not isinstance(plain, type) or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
+        return value
+    name = f"a list of {args[0].__name__}" if origin is tuple else plain.__name__
+    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}): it must be {name}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless the condition holds; for checks in a Config's __post_init__."""
+    if not condition:
+        raise ConfigError(message)
+
+
+# ---------------------------------------------------------------- comparing and naming
+
+
+def to_dict(config: Any) -> Any:
+    """Plain nested dict of a ConfigDict, dataclass, or nest of them; tuples become lists (as JSON has them)."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if isinstance(config, (Mapping, ml_collections.ConfigDict)):
+        return {str(k): to_dict(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines "train.steps: 100 -> 200" for every leaf in which two nested dicts differ."""
+    a, b = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {a.get(key, '(absent)')} -> {b.get(key, '(absent)')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, "(absent)") != b.get(key, "(absent)")
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" Did you mean 'x'?" for the known name nearest to a misspelt one, or the list of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" It has: {', '.join(sorted(known))}." if known else ""
+
+
+def find_module(kind: str, name: str) -> types.ModuleType:
+    """The file rar_jax/<kind>/<name>.py: one file is one generator or one tokenizer.
+
+    Raises: ConfigError if there is no such file, naming the nearest.
+    """
+    known = module_names(kind)
+    if name not in known:
+        raise ConfigError(f"no {kind[:-1]} '{name}'.{nearest(name, known)}")
+    return importlib.import_module(f"rar_jax.{kind}.{name}")
+
+
+def module_names(kind: str) -> list[str]:
+    """Names of all files in rar_jax/<kind>/, which are its registry."""
+    folder = pathlib.Path(__file__).parent / kind
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))

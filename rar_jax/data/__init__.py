@@ -1,0 +1,1 @@
+"""Image sources, the token store and the loader. Knows arrays, not models."""

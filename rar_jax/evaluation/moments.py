@@ -1,0 +1,78 @@
+"""Streaming mean and covariance of features: float32 sums in graph, float64 totals on the host.
+
+All sums are of features minus a given shift, for example the reference mean. The covariance is then a
+difference of small numbers, not of large ones, so float32 loses nothing that matters (evaluation.md:
+1e-7 of a Frechet distance at n = 50,000). Shapes: b batch, d feature width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+Float64 = npt.NDArray[np.float64]
+
+
+class Moments(NamedTuple):
+    """Sums of (features - shift): jax float32 in graph, NumPy float64 after `merge`."""
+
+    count: Any  # (), how many samples, exact in float32 up to 2**24 a chunk
+    sum: Any  # (d,)
+    outer: Any  # (d, d), sum of outer products
+
+
+def zero(dim: int) -> Moments:
+    """Moments of no samples, float32, for features of width `dim`."""
+    return Moments(jnp.zeros(()), jnp.zeros((dim,)), jnp.zeros((dim, dim)))
+
+
+def update(moments: Moments, features_bd: jax.Array, weights_b: jax.Array, shift_d: jax.Array) -> Moments:
+    """Adds a batch; jittable, and right under a sharded batch axis.
+
+    Args:
+      moments: float32 sums so far, about the same shift.
+      features_bd: (b, d), any float dtype.
+      weights_b: (b,) 1 for a sample, 0 for the padding of the last batch, whose features may be anything.
+      shift_d: (d,) the point about which all sums of one evaluation are taken.
+
+    Returns: Moments in float32.
+    """
+    # `where`, not a product: a padded row may hold a NaN, and 0 * NaN is NaN.
+    is_sample_b1 = weights_b[:, None] > 0
+    centred_bd = jnp.where(is_sample_b1, features_bd.astype(jnp.float32) - shift_d.astype(jnp.float32)[None, :], 0.0)
+    # The default precision of a TPU (bfloat16) costs up to 1.5e-2 of distance here.
+    outer_dd = jnp.matmul(centred_bd.T, centred_bd, precision=jax.lax.Precision.HIGHEST)
+    count = jnp.sum(is_sample_b1, dtype=jnp.float32)
+    return Moments(moments.count + count, moments.sum + centred_bd.sum(axis=0), moments.outer + outer_dd)
+
+
+def merge(*parts: Moments) -> Moments:
+    """Adds the sums of chunks, all about one shift, on the host in float64.
+
+    Raises: ValueError if there is no part.
+    """
+    if not parts:
+        raise ValueError("merge got no moments: give at least one chunk")
+    return Moments(*(np.sum([np.asarray(x, np.float64) for x in field], axis=0) for field in zip(*parts, strict=True)))
+
+
+def finalize(moments: Moments, shift: npt.ArrayLike) -> tuple[Float64, Float64]:
+    """Mean (d,) and covariance (d, d; ddof 1) in float64 on the host.
+
+    Args:
+      moments: sums about `shift`, from `update` or `merge`.
+      shift: (d,) the shift that was given to `update`.
+
+    Raises: ValueError if fewer than 2 samples were counted, since a covariance needs 2.
+    """
+    count, total_d, outer_dd = (np.asarray(x, np.float64) for x in moments)
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, the moments count {count:g}")
+    mean_d = total_d / count
+    cov_dd = (outer_dd - count * np.outer(mean_d, mean_d)) / (count - 1)
+    # The shift as `update` saw it: a float64 reference mean was rounded to float32 there.
+    return np.asarray(shift, np.float32).astype(np.float64) + mean_d, (cov_dd + cov_dd.T) / 2

@@ -1,0 +1,333 @@
+"""RAR: Randomized Autoregressive Visual Generation (arXiv 2411.00776).
+
+A causal transformer predicts the tokens of an image one after the other. In training each sequence is put in a random
+factorization order with a probability that falls from 1 to 0, so that the model sees context from every direction and
+ends as a plain raster model. Since a permuted model must know which token comes next, the position embedding of the
+*target* is added to each input.
+
+Slots: 0 cls, 1 class, 2 first token, ... The last token is never an input: nothing is predicted from it.
+Shape suffixes: b batch, n tokens, s slots (n + 1), d width, v codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rar_jax.config import Steps, require
+from rar_jax.guidance import Guidance
+from rar_jax.networks.layers import INIT, dense, layer_norm, modulate
+from rar_jax.networks.transformer import Cache, Transformer
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and recipe of a RAR generator. The defaults are RAR-B on ImageNet-256.
+
+    num_classes: label `num_classes` is the null class. anneal_start, anneal_end: the steps between which the share of
+    randomly ordered sequences falls from 1 to 0. dtype: of matmuls and activations; parameters, LayerNorm statistics,
+    softmax, logits and loss are float32.
+    """
+
+    num_tokens: int = 256
+    codebook_size: int = 1024
+    num_classes: int = 1000
+    width: int = 768
+    depth: int = 24
+    num_heads: int = 16
+    mlp_width: int = 3072
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    label_dropout: float = 0.1
+    anneal_start: Steps = 125_000
+    anneal_end: Steps = 187_500
+    remat: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "codebook_size", "num_classes", "width", "depth", "num_heads", "mlp_width"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("dropout", "attention_dropout", "label_dropout"):
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        require(
+            self.width % self.num_heads == 0,
+            f"width {self.width} is not divisible by num_heads {self.num_heads}: change one of them",
+        )
+        require(
+            self.anneal_start <= self.anneal_end,
+            f"anneal_start {self.anneal_start} is after anneal_end {self.anneal_end}: exchange them",
+        )
+        require(self.dtype in ("float32", "bfloat16"), f"dtype is '{self.dtype}': it must be float32 or bfloat16")
+
+    @property
+    def last_scheduled_step(self) -> int:
+        """The step at which the annealing is over; training must be at least as long."""
+        return self.anneal_end
+
+
+TINY = Config(
+    num_tokens=16, codebook_size=32, num_classes=10, width=32, depth=2, num_heads=4, mlp_width=64,
+    anneal_start=2, anneal_end=4,
+)  # fmt: skip
+
+
+class RAR(nn.Module):
+    """The network. Its position tables have the n + 2 rows that are used."""
+
+    config: Config
+    deterministic: bool = True
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def setup(self) -> None:
+        c = self.config
+
+        def table(name: str, rows: int, init: Any = INIT) -> jax.Array:
+            return self.param(name, nn.with_logical_partitioning(init, (None, None)), (rows, c.width), jnp.float32)
+
+        self.cls_token = table("cls_token", 1, nn.initializers.zeros)
+        # Rows: 0..v-1 codes, v a mask row that is never used, v+1.. classes, the last one the null class.
+        self.embeddings = table("embeddings", c.codebook_size + 1 + c.num_classes + 1)
+        self.pos_embed = table("pos_embed", c.num_tokens + 2)
+        self.target_aware_pos_embed = table("target_aware_pos_embed", c.num_tokens + 2)
+        self.timesteps_embeddings = table("timesteps_embeddings", c.num_tokens + 2)
+        self.transformer = Transformer(
+            c.depth,
+            c.num_heads,
+            c.mlp_width,
+            c.dropout,
+            c.attention_dropout,
+            self.deterministic,
+            c.remat,
+            self.dtype,
+        )
+        self.final_adaln = dense(2 * c.width, ("width", "modulation"), self.dtype, "final_adaln", zero=True)
+        self.final_norm = layer_norm(self.dtype, "final_norm", affine=False)
+        self.lm_head = dense(c.codebook_size, ("width", "codes"), jnp.dtype("float32"), "lm_head")
+
+    def __call__(self, tokens_bn: jax.Array, labels_b: jax.Array, orders_bn: jax.Array) -> jax.Array:
+        """Teacher-forced logits (b, n, v) float32: row i predicts the token at raster place orders[:, i]."""
+        n = self.config.num_tokens
+        class_b1d = self.embed_labels(labels_b)[:, None]
+        ordered_bn = jnp.take_along_axis(tokens_bn, orders_bn, axis=1)
+        targets_bnd = self.target_aware_pos_embed[orders_bn + 2]
+        cls_b1d = jnp.broadcast_to((self.cls_token + self.pos_embed[:1])[None], class_b1d.shape)
+        first_b1d = class_b1d + self.pos_embed[1:2][None] + targets_bnd[:, :1]
+        later_bnd = self.embeddings[ordered_bn] + self.pos_embed[orders_bn + 2]
+        x_bsd = jnp.concatenate([cls_b1d, first_b1d, later_bnd[:, :-1] + targets_bnd[:, 1:]], axis=1)
+        x_bsd = nn.with_logical_constraint(x_bsd, ("batch", None, None))
+        logits_bsv, _ = self._run(x_bsd, class_b1d + self.timesteps_embeddings[: n + 1][None])
+        return logits_bsv[:, 1:]
+
+    def start(self, labels_b: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Fills the slots cls and class; returns the logits (b, v) of the first token."""
+        class_b1d = self.embed_labels(labels_b)[:, None]
+        cls_b1d = jnp.broadcast_to((self.cls_token + self.pos_embed[:1])[None], class_b1d.shape)
+        first_b1d = class_b1d + (self.pos_embed[1] + self.target_aware_pos_embed[2])[None, None]
+        x_b2d = jnp.concatenate([cls_b1d, first_b1d], axis=1)
+        logits_b2v, cache = self._run(x_b2d, class_b1d + self.timesteps_embeddings[:2][None], cache, 0)
+        return logits_b2v[:, 1], cache
+
+    def step(
+        self, tokens_b: jax.Array, labels_b: jax.Array, place: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Takes in the token at raster `place` (0-based); returns the logits (b, v) of the one after it."""
+        slot = place + 2
+        position_d = self.pos_embed[slot] + self.target_aware_pos_embed[slot + 1]
+        x_b1d = (self.embeddings[tokens_b] + position_d[None])[:, None]
+        c_b1d = (self.embed_labels(labels_b) + self.timesteps_embeddings[slot][None])[:, None]
+        logits_b1v, cache = self._run(x_b1d, c_b1d, cache, slot)
+        return logits_b1v[:, 0], cache
+
+    def embed_labels(self, labels_b: jax.Array) -> jax.Array:
+        """Rows of the token table that stand for classes, (b, d)."""
+        return self.embeddings[self.config.codebook_size + 1 + labels_b]
+
+    def _run(
+        self, x_bsd: jax.Array, c_bsd: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0
+    ) -> tuple[jax.Array, Any]:
+        c_bsd = nn.silu(c_bsd).astype(self.dtype)
+        x_bsd, cache = self.transformer(x_bsd.astype(self.dtype), c_bsd, cache, start)
+        # The final modulation gives (scale, shift), in the opposite order to the blocks.
+        scale_bsd, shift_bsd = jnp.split(self.final_adaln(c_bsd), 2, axis=-1)
+        x_bsd = modulate(self.final_norm(x_bsd), shift_bsd, scale_bsd)
+        return self.lm_head(x_bsd.astype(jnp.float32)), cache
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def token_spec(config: Config) -> jax.ShapeDtypeStruct:
+    """One sample's tokens: int32 (n,) in raster order."""
+    return jax.ShapeDtypeStruct((config.num_tokens,), jnp.int32)
+
+
+def _boxed_init(config: Config, key: jax.Array) -> Any:
+    tokens_bn = jnp.zeros((1, config.num_tokens), jnp.int32)
+    orders_bn = jnp.arange(config.num_tokens)[None]
+    return RAR(config).init(key, tokens_bn, jnp.zeros((1,), jnp.int32), orders_bn)["params"]
+
+
+def init(config: Config, key: jax.Array) -> Params:
+    """Fresh parameters, float32: normal(0, 0.02) weights and tables; biases, cls_token and adaLN zero."""
+    return nn.meta.unbox(_boxed_init(config, key))
+
+
+def axes(config: Config) -> Params:
+    """The tree of `init` with a tuple of logical axis names for each array."""
+    boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
+    return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def decay_mask(config: Config) -> Params:
+    """The tree of `init` with True where weight decay falls: the kernels of the blocks and of the head, and cls_token.
+
+    Not on biases, norms, tables, nor the final adaLN.
+    """
+
+    def decays(path: Any, _: Any) -> bool:
+        names = [p.key for p in path]
+        return names == ["cls_token"] or (names[-1] == "kernel" and names[0] != "final_adaln")
+
+    return jax.tree_util.tree_map_with_path(decays, axes(config), is_leaf=lambda x: isinstance(x, tuple))
+
+
+# ---------------------------------------------------------------- training
+
+
+def random_ratio(config: Config, step: jax.Array | int) -> jax.Array:
+    """Probability that a sequence is put in random order: 1, then linear to 0 (RAR, section 3.3). float32 scalar."""
+    span = max(config.anneal_end - config.anneal_start, 1)
+    return jnp.clip((config.anneal_end - jnp.asarray(step, jnp.float32)) / span, 0.0, 1.0)
+
+
+def random_orders(config: Config, key: jax.Array, ratio: jax.Array, batch: int) -> jax.Array:
+    """Factorization orders (b, n) int32: with probability `ratio` a uniform permutation, else raster."""
+    key_which, key_order = jax.random.split(key)
+    shuffled_bn = jnp.argsort(jax.random.bits(key_order, (batch, config.num_tokens)), axis=1)
+    raster_bn = jnp.broadcast_to(jnp.arange(config.num_tokens)[None], shuffled_bn.shape)
+    is_random_b = jax.random.uniform(key_which, (batch,)) < ratio
+    return jnp.where(is_random_b[:, None], shuffled_bn, raster_bn)
+
+
+def loss(
+    config: Config, params: Params, batch: dict[str, jax.Array], *, key: jax.Array | None, step: jax.Array | int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy over all targets, in nats a token (RAR, section 3).
+
+    Args:
+      batch: "tokens" int (b, n) in raster order, "labels" int (b,), and optionally "orders" (b, n), which are then used
+        as they are.
+      key: for orders, label dropout and dropout. None evaluates: no dropout of any kind, raster order.
+      step: training step, which sets the share of random orders.
+
+    Returns: the loss, float32, and metrics {"loss", "random_ratio"}.
+    """
+    tokens_bn, labels_b = batch["tokens"].astype(jnp.int32), batch["labels"].astype(jnp.int32)
+    ratio = random_ratio(config, step)
+    orders_bn, rngs = batch.get("orders"), None
+    if key is not None:
+        key_order, key_label, key_dropout = jax.random.split(key, 3)
+        if orders_bn is None:
+            orders_bn = random_orders(config, key_order, ratio, tokens_bn.shape[0])
+        dropped_b = jax.random.uniform(key_label, labels_b.shape) < config.label_dropout
+        labels_b = jnp.where(dropped_b, config.num_classes, labels_b)
+        rngs = {"dropout": key_dropout}
+    elif orders_bn is None:
+        orders_bn = jnp.broadcast_to(jnp.arange(config.num_tokens)[None], tokens_bn.shape)
+    model = RAR(config, deterministic=key is None, dtype=jnp.dtype(config.dtype))
+    logits_bnv: Any = model.apply({"params": params}, tokens_bn, labels_b, orders_bn, rngs=rngs)
+    targets_bn = jnp.take_along_axis(tokens_bn, orders_bn, axis=1)
+    log_probs_bnv = jax.nn.log_softmax(logits_bnv)
+    value = -jnp.mean(jnp.take_along_axis(log_probs_bnv, targets_bn[..., None], axis=-1))
+    return value, {"loss": value, "random_ratio": ratio}
+
+
+def logits(
+    config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array
+) -> jax.Array:
+    """Teacher-forced logits, float32 (b, n, v), without dropout.
+
+    Args:
+      tokens: int (b, n) in raster order. labels: int (b,); `num_classes` is the null class.
+      orders: int (b, n); orders[b, i] is the raster place generated at step i, and row i of the result predicts it.
+    """
+    model = RAR(config, dtype=_compute_dtype(config, params))
+    out: Any = model.apply({"params": params}, jnp.asarray(tokens), jnp.asarray(labels), jnp.asarray(orders))
+    return out
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def prepare(config: Config, params: Params, *, dtype: Any = None) -> Params:
+    """Parameters for decoding: cast to `dtype` if one is given (and then computed in it)."""
+    del config
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+
+def _compute_dtype(config: Config, params: Params) -> jnp.dtype:
+    stored = params["lm_head"]["kernel"].dtype
+    return jnp.dtype(config.dtype) if stored == jnp.float32 else stored
+
+
+def sample(
+    config: Config,
+    params: Params,
+    labels: jax.Array,
+    *,
+    keys: jax.Array,
+    guidance: Guidance,
+    greedy: bool = False,
+    prefix: jax.Array | None = None,
+) -> jax.Array:
+    """Draws images as tokens, in raster order, with a KV cache of fixed size (RAR, section 3; guidance: appendix).
+
+    Args:
+      params: of `init` or `prepare`. labels: int (b,).
+      keys: typed PRNG keys (b,), one a sample: a sample does not depend on the batch it is drawn in.
+      guidance: scale, power and temperature; without guidance only the class branch is computed.
+      greedy: take the most likely token instead of drawing.
+      prefix: int (b, k), tokens that are given; the rest is completed.
+
+    Returns: int32 (b, n).
+    """
+    n, dtype = config.num_tokens, _compute_dtype(config, params)
+    model, variables = RAR(config, dtype=dtype), {"params": prepare(config, params)}
+    labels_b = jnp.asarray(labels, jnp.int32)
+    batch, given = labels_b.shape[0], 0 if prefix is None else prefix.shape[1]
+    require(given <= n, f"the prefix has {given} tokens, an image has {n}")
+    given_bn = jnp.zeros((batch, n), jnp.int32)
+    if prefix is not None:
+        given_bn = given_bn.at[:, :given].set(jnp.asarray(prefix, jnp.int32))
+    # c rows: the class branch and, below it, the null-class branch.
+    labels_c = jnp.concatenate([labels_b, jnp.full_like(labels_b, config.num_classes)]) if guidance.enabled else labels_b
+
+    def draw(logits_cv: jax.Array, place: jax.Array | int) -> jax.Array:
+        logits_bv = logits_cv[:batch]
+        if guidance.enabled:
+            null_bv = logits_cv[batch:]
+            logits_bv = null_bv + guidance.weight(place, n) * (logits_bv - null_bv)
+        if greedy:
+            tokens_b = jnp.argmax(logits_bv, axis=-1)
+        else:
+            keys_b = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
+            tokens_b = jax.vmap(jax.random.categorical)(keys_b, logits_bv / guidance.temperature)
+        return jnp.where(place < given, given_bn[:, place], tokens_b.astype(jnp.int32))
+
+    def advance(carry: tuple[jax.Array, Cache], place: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+        logits_cv, cache = carry
+        tokens_b = draw(logits_cv, place)
+        tokens_c = jnp.concatenate([tokens_b, tokens_b]) if guidance.enabled else tokens_b
+        return model.apply(variables, tokens_c, labels_c, place, cache, method="step"), tokens_b  # pyright: ignore[reportReturnType]
+
+    shape = (config.depth, labels_c.shape[0], n + 1, config.num_heads, config.width // config.num_heads)
+    cache = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    carry: Any = model.apply(variables, labels_c, cache, method="start")
+    (logits_cv, _), tokens_nb = jax.lax.scan(advance, carry, jnp.arange(n - 1))
+    return jnp.concatenate([tokens_nb.T, draw(logits_cv, n - 1)[:, None]], axis=1)

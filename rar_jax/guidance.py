@@ -1,0 +1,66 @@
+"""Classifier-free guidance and its schedule over the generation steps (RAR, arXiv 2411.00776, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rar_jax.config import require
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How strongly sampling follows the class, and how sharp its draws are.
+
+    Attributes:
+      scale: guidance scale g. 0 or 1 is no guidance: only the class branch is computed.
+      power: 0 holds g from the first step on; p > 0 rises from 1 to g along a cosine of (step / N) ** p.
+      temperature: logits are divided by it before the softmax.
+
+    A Guidance may be passed to a jitted function: the numbers are traced, so that a sweep over them compiles
+    once, and only whether there is any guidance at all (whether the batch is doubled) is static.
+    """
+
+    scale: float
+    power: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.scale >= 0, f"scale is {self.scale}: it must be 0 (no guidance) or more")
+        require(self.power >= 0, f"power is {self.power}: it must be 0 (constant guidance) or more")
+        require(self.temperature > 0, f"temperature is {self.temperature}: it must be above 0; for argmax use greedy")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the null-class branch is needed; known while tracing."""
+        known: bool | None = self.__dict__.get("_enabled")
+        return self.scale not in (0, 1) if known is None else known
+
+    def weight(self, step: jax.Array | int, num_steps: int) -> jax.Array:
+        """w(s) = 1 + (g - 1) (1 - cos(pi (s / N)^p)) / 2, float32; 0^0 is 1, and w is 1 without guidance.
+
+        Args:
+          step: generation step s, 0-based, int32 of any shape.
+          num_steps: number of tokens N of one sample.
+        """
+        share = jnp.asarray(step, jnp.float32) / num_steps
+        # (1 - cos x) / 2 = sin^2 (x / 2), which does not cancel for small x.
+        rise = jnp.sin(jnp.pi / 2 * share ** jnp.asarray(self.power, jnp.float32)) ** 2
+        return 1.0 + (jnp.asarray(self.scale, jnp.float32) - 1.0) * rise if self.enabled else jnp.ones_like(share)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[bool]]:
+        """Pytree protocol: the numbers are leaves, `enabled` is static."""
+        return (self.scale, self.power, self.temperature), (self.enabled,)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[bool], leaves: tuple[Any, ...]) -> Guidance:
+        """Pytree protocol: leaves may be tracers, so nothing is checked here."""
+        guidance = object.__new__(cls)
+        for name, value in zip(("scale", "power", "temperature"), leaves, strict=True):
+            object.__setattr__(guidance, name, value)
+        object.__setattr__(guidance, "_enabled", aux[0])
+        return guidance

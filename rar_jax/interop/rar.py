@@ -1,0 +1,170 @@
+"""RAR's released weights (yucornetto/RAR: rar_b.bin ... rar_xxl.bin) to and from our parameters.
+
+The released position tables are oversized (n + 1024, n + 1024 and n + 100 rows); the first n + 2 rows are used and kept.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from rar_jax.config import nearest
+from rar_jax.generators.rar import Config
+from rar_jax.interop.torch_zip import WeightsError, read
+
+# Surplus rows of the released tables beyond n, of which n + 2 are used.
+TABLE_ROWS = {"pos_embed": 1024, "target_aware_pos_embed": 1024, "timesteps_embeddings": 100}
+
+
+def _linear(released: str, path: str) -> dict[str, tuple[str, str]]:
+    return {f"{released}.weight": (f"{path}/kernel", "transpose"), f"{released}.bias": (f"{path}/bias", "same")}
+
+
+def _norm(released: str, path: str) -> dict[str, tuple[str, str]]:
+    return {f"{released}.weight": (f"{path}/scale", "same"), f"{released}.bias": (f"{path}/bias", "same")}
+
+
+# released name -> (our path, what is done to the array)
+_OUTER = {
+    "cls_token": ("cls_token", "row"),
+    "embeddings.weight": ("embeddings", "same"),
+    **{name: (name, "row") for name in TABLE_ROWS},
+    **_linear("adaln_before_head.adaLN_modulation.1", "final_adaln"),
+    **_linear("lm_head", "lm_head"),
+}
+_BLOCK = {
+    **_norm("norm1", "norm1"),
+    **_linear("attn.qkv", "attn/qkv"),
+    **_norm("attn.q_norm", "attn/q_norm"),
+    **_norm("attn.k_norm", "attn/k_norm"),
+    **_linear("attn.proj", "attn/proj"),
+    **_norm("norm2", "norm2"),
+    **_linear("mlp.fc1", "mlp/fc1"),
+    **_linear("mlp.fc2", "mlp/fc2"),
+    **_linear("adaLN_modulation.1", "adaln"),
+}
+
+
+def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
+    """Reads a released RAR file, torch (.bin, .pth) or safetensors; torch is not needed and nothing is executed.
+
+    Returns: the Config read off the shapes (dropouts 0: the file does not hold the recipe) and float32 parameters.
+    Raises: WeightsError for a file that is not RAR's, missing or surplus keys, wrong shapes, or non-finite numbers.
+    """
+    state = read(path)
+    config = _read_config(state, path)
+    shapes = released_shapes(config)
+    if missing := sorted(shapes.keys() - state.keys()):
+        raise WeightsError(f"{path}: key '{missing[0]}' is missing ({len(missing)} in all).{nearest(missing[0], state)}")
+    if surplus := sorted(state.keys() - shapes.keys()):
+        raise WeightsError(f"{path}: surplus key '{surplus[0]}' ({len(surplus)} in all).{nearest(surplus[0], shapes)}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise WeightsError(f"{path}: '{name}' has shape {tuple(state[name].shape)}, expected {shape}")
+        if not np.isfinite(state[name]).all():
+            raise WeightsError(f"{path}: '{name}' holds numbers that are not finite")
+    params: dict[str, Any] = {}
+    for name, (ours, how) in _OUTER.items():
+        value = _to_ours(state[name], how)
+        _put(params, ours, value[: config.num_tokens + 2] if name in TABLE_ROWS else value)
+    for name, (ours, how) in _BLOCK.items():
+        layers = [_to_ours(state[f"blocks.{i}.{name}"], how) for i in range(config.depth)]
+        _put(params, f"transformer/blocks/{ours}", np.stack(layers))
+    return config, params
+
+
+def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> None:
+    """Writes safetensors with the released names and shapes, tables padded with zeros.
+
+    Raises: WeightsError for another suffix than .safetensors.
+    """
+    if pathlib.Path(path).suffix != ".safetensors":
+        raise WeightsError(f"{path}: weights are written as .safetensors; choose a path with that suffix")
+    state = to_released(config, params)
+    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, str(path))
+
+
+def to_released(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Any tree of the parameters' structure (parameters, gradients, masks) under the released names and shapes."""
+    state: dict[str, np.ndarray] = {}
+    shapes = released_shapes(config)
+    for name, (ours, how) in _OUTER.items():
+        value = _to_theirs(_get(params, ours), how)
+        if name in TABLE_ROWS:
+            value = np.pad(value, ((0, 0), (0, shapes[name][1] - value.shape[1]), (0, 0)))
+        state[name] = value
+    for name, (ours, how) in _BLOCK.items():
+        stacked = _get(params, f"transformer/blocks/{ours}")
+        for i in range(config.depth):
+            state[f"blocks.{i}.{name}"] = _to_theirs(stacked[i], how)
+    return state
+
+
+def released_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released file of this config."""
+    d, f, v, k = config.width, config.mlp_width, config.codebook_size, config.width // config.num_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, d),
+        "embeddings.weight": (v + 1 + config.num_classes + 1, d),
+        "adaln_before_head.adaLN_modulation.1.weight": (2 * d, d),
+        "adaln_before_head.adaLN_modulation.1.bias": (2 * d,),
+        "lm_head.weight": (v, d),
+        "lm_head.bias": (v,),
+        **{name: (1, config.num_tokens + extra, d) for name, extra in TABLE_ROWS.items()},
+    }
+    linears = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (f, d), "mlp.fc2": (d, f)}
+    linears["adaLN_modulation.1"] = (6 * d, d)
+    norms = {"norm1": d, "norm2": d, "attn.q_norm": k, "attn.k_norm": k}
+    for i in range(config.depth):
+        for name, shape in linears.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        for name, size in norms.items():
+            shapes |= {f"blocks.{i}.{name}.weight": (size,), f"blocks.{i}.{name}.bias": (size,)}
+    return shapes
+
+
+def _read_config(state: dict[str, np.ndarray], path: str | pathlib.Path) -> Config:
+    needed = ("pos_embed", "embeddings.weight", "lm_head.weight", "blocks.0.attn.q_norm.weight", "blocks.0.mlp.fc1.weight")
+    for name in needed:
+        if name not in state:
+            what = "a tokenizer" if "quantize.embedding.weight" in state else "not RAR's"
+            raise WeightsError(f"{path} is {what}: it has no '{name}'.{nearest(name, state)}")
+    codes, width = state["lm_head.weight"].shape
+    return Config(
+        num_tokens=state["pos_embed"].shape[1] - TABLE_ROWS["pos_embed"],
+        codebook_size=codes,
+        num_classes=state["embeddings.weight"].shape[0] - codes - 2,
+        width=width,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=width // state["blocks.0.attn.q_norm.weight"].shape[0],
+        mlp_width=state["blocks.0.mlp.fc1.weight"].shape[0],
+        dropout=0.0,
+        attention_dropout=0.0,
+        label_dropout=0.0,
+    )
+
+
+def _to_ours(value: np.ndarray, how: str) -> np.ndarray:
+    value = np.asarray(value, np.float32)
+    return {"same": lambda x: x, "transpose": np.transpose, "row": lambda x: x[0]}[how](value)
+
+
+def _to_theirs(value: Any, how: str) -> np.ndarray:
+    value = np.asarray(value)
+    return {"same": lambda x: x, "transpose": np.transpose, "row": lambda x: x[None]}[how](value)
+
+
+def _put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def _get(tree: dict[str, Any], path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree

@@ -1,0 +1,1 @@
+"""Flax Linen modules and nothing else: no training, no data, no files."""

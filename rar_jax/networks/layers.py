@@ -1,0 +1,113 @@
+"""Layers that the transformers share. Shape suffixes: b batch, n slots, d width, h heads, k head dim.
+
+Logical axis names used on parameters: width, qkv, heads, mlp, modulation, codes (see parallel/rules.py); None is
+replicated.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# torch's trunc_normal_(std=0.02) cuts at an absolute +-2, which is no cut; JAX's truncated_normal would cut at 2 sigma.
+INIT = nn.initializers.normal(0.02)
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """float32 means float32: accelerators would otherwise multiply in TF32 or bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def dense(
+    features: int, axes: tuple[str | None, str | None], dtype: jnp.dtype, name: str, zero: bool = False
+) -> nn.Dense:
+    """Linear layer with bias, kernel (in, out) on the logical `axes`; `zero` starts it at 0 (adaLN)."""
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        precision=matmul_precision(dtype),
+        kernel_init=nn.with_logical_partitioning(nn.initializers.zeros if zero else INIT, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+def layer_norm(dtype: jnp.dtype, name: str, affine: bool = True) -> nn.LayerNorm:
+    """LayerNorm, eps 1e-6, statistics in float32. Two-pass variance: E[x^2] - E[x]^2 cancels."""
+    return nn.LayerNorm(
+        epsilon=1e-6,
+        dtype=dtype,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+        name=name,
+    )
+
+
+def modulate(x_bnd: jax.Array, shift_bnd: jax.Array, scale_bnd: jax.Array) -> jax.Array:
+    """adaLN: x (1 + scale) + shift."""
+    return x_bnd * (1 + scale_bnd) + shift_bnd
+
+
+class Mlp(nn.Module):
+    """fc1, GELU by erf, dropout, fc2, dropout."""
+
+    hidden: int
+    dropout: float
+    deterministic: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_bnd: jax.Array) -> jax.Array:
+        width = x_bnd.shape[-1]
+        h_bnf = dense(self.hidden, ("width", "mlp"), self.dtype, "fc1")(x_bnd)
+        h_bnf = nn.gelu(h_bnf, approximate=False)
+        h_bnf = nn.Dropout(self.dropout, deterministic=self.deterministic)(h_bnf)
+        out_bnd = dense(width, ("mlp", "width"), self.dtype, "fc2")(h_bnf)
+        return nn.Dropout(self.dropout, deterministic=self.deterministic)(out_bnd)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with LayerNorm on q and k (over the head dim, shared by all heads).
+
+    Without a cache, slot i attends to slots 0..i. With one, the n new slots stand at `start`, `start`+1, ... and attend
+    to themselves and all before; the new keys and values are returned, and the caller writes them to the cache.
+    """
+
+    num_heads: int
+    attention_dropout: float
+    dropout: float
+    deterministic: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x_bnd: jax.Array, cache: tuple[jax.Array, jax.Array] | None, start: jax.Array | int
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        b, n, d = x_bnd.shape
+        qkv_bn3hk = dense(3 * d, ("width", "qkv"), self.dtype, "qkv")(x_bnd).reshape(b, n, 3, self.num_heads, -1)
+        q_bnhk = layer_norm(self.dtype, "q_norm")(qkv_bn3hk[:, :, 0])
+        k_bnhk = layer_norm(self.dtype, "k_norm")(qkv_bn3hk[:, :, 1])
+        v_bnhk = qkv_bn3hk[:, :, 2]
+        new = (k_bnhk, v_bnhk)
+        if cache is not None:
+            k_bnhk, v_bnhk = (
+                jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
+                for old, part in zip(cache, new, strict=True)
+            )
+        visible_nm = jnp.arange(k_bnhk.shape[1])[None, :] <= start + jnp.arange(n)[:, None]
+        out_bnhk = self._attend(q_bnhk, k_bnhk, v_bnhk, visible_nm)
+        out_bnd = dense(d, ("heads", "width"), self.dtype, "proj")(out_bnhk.reshape(b, n, d))
+        return nn.Dropout(self.dropout, deterministic=self.deterministic)(out_bnd), new
+
+    def _attend(self, q_bnhk: jax.Array, k_bmhk: jax.Array, v_bmhk: jax.Array, visible_nm: jax.Array) -> jax.Array:
+        precision = matmul_precision(self.dtype)
+        q_bnhk = q_bnhk * q_bnhk.shape[-1] ** -0.5
+        scores_bhnm = jnp.einsum("bnhk,bmhk->bhnm", q_bnhk, k_bmhk, precision=precision).astype(jnp.float32)
+        scores_bhnm = jnp.where(visible_nm[None, None], scores_bhnm, -jnp.inf)
+        weights_bhnm = jax.nn.softmax(scores_bhnm).astype(self.dtype)
+        weights_bhnm = nn.Dropout(self.attention_dropout, deterministic=self.deterministic)(weights_bhnm)
+        return jnp.einsum("bhnm,bmhk->bnhk", weights_bhnm, v_bmhk, precision=precision)

@@ -1,0 +1,161 @@
+"""The whole job: tokenizer, classifier, tokens, generator, evaluation, pictures. A stage whose verified output exists is
+skipped, so the same command again resumes or does nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rar_jax.data.sources import load_source
+from rar_jax.parallel.mesh import make_mesh
+from rar_jax.parallel.processes import is_main
+from rar_jax.pipeline import Pipeline, load
+from rar_jax.programs.evaluate import evaluate
+from rar_jax.programs.experiment import Experiment
+from rar_jax.programs.tokenize import tokenize, tokenized
+from rar_jax.programs.train import finished, train
+from rar_jax.training.checkpoint import write_json
+from rar_jax.training.pictures import curves, grid, pairs
+from rar_jax.training.report import read_metrics
+from rar_jax.training.workdir import Workdir
+
+PICTURES = ("samples.png", "reconstructions.png", "curves.png")
+
+
+def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> None:
+    """Does or resumes the whole job of an experiment in a work directory.
+
+    Raises: ConfigError if the directory belongs to another experiment, and whatever a stage raises.
+    """
+    mesh = make_mesh(experiment.mesh)
+    experiment.check_mesh(mesh)
+    workdir.claim(experiment.resolved())
+    say = _silent if quiet or not is_main() else print
+    say(_headline(experiment, workdir, mesh))
+    began = time.monotonic()
+
+    # ---- weights and tokens
+    for stage in ("tokenizer", "classifier"):
+        _stage(experiment, stage, workdir, mesh, say, quiet)
+    tokenizer_sha256 = finished(experiment, "tokenizer", workdir)
+    assert tokenizer_sha256 is not None
+    for split in ("train", "heldout"):
+        if tokenized(workdir, split, tokenizer_sha256):
+            say(f"tokens/{split}: done before")
+        else:
+            tokenize(experiment, workdir, mesh, split, quiet=quiet)
+    _stage(experiment, "generator", workdir, mesh, say, quiet)
+
+    # ---- what came of it
+    inputs = _inputs(experiment, workdir)
+    if _result_of(workdir, inputs) is None:
+        metrics = evaluate(experiment, workdir, mesh, quiet=quiet)
+        pipeline = load(workdir.path, mesh=mesh)
+        draw_pictures(experiment, workdir, pipeline)
+        last = {row["stage"]: row for row in read_metrics(workdir.path) if any(k.startswith("validation/") for k in row)}
+        trained = {
+            stage: {k: v for k, v in row.items() if k not in ("stage", "time")} for stage, row in last.items()
+        }
+        write_json(workdir.result, {**metrics, "last_validation": trained, "made_from": inputs, "made_on": _where(mesh)})
+    result = _result_of(workdir, inputs)
+    assert result is not None
+    say(_closing(experiment, workdir, result, time.monotonic() - began))
+
+
+def _stage(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, say: Any, quiet: bool) -> None:
+    if finished(experiment, stage, workdir):
+        say(f"{stage}: done before")
+        return
+    began = time.monotonic()
+    train(experiment, stage, workdir, mesh, quiet=quiet)
+    say(f"{stage}: trained in {time.monotonic() - began:.0f} s")
+
+
+def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) -> None:
+    """samples.png (a row a class), reconstructions.png (held-out images and what the tokenizer keeps), curves.png."""
+    data, columns = experiment.data, experiment.evaluate.grid_per_class
+    labels = np.repeat(np.arange(data.num_classes), columns)
+    images = pipeline.sample(labels, seed=experiment.seed)
+    grid(images, data.class_names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
+    heldout = load_source(data.source, "heldout", image_size=data.image_size)
+    originals = heldout.gather(np.arange(min(24, len(heldout))))["images"]
+    pairs(originals, pipeline.reconstruct(originals), workdir.path / "reconstructions.png")
+    curves(read_metrics(workdir.path), workdir.path / "curves.png")
+
+
+def _inputs(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:
+    """Everything that a result depends on, besides the machine."""
+    resolved = experiment.resolved()
+    return {
+        "experiment": experiment.name,
+        "weights": {stage: finished(experiment, stage, workdir) for stage in ("tokenizer", "classifier", "generator")},
+        "guidance": resolved["guidance"],
+        "evaluate": resolved["evaluate"],
+        "seed": experiment.seed,
+        "rounding": "truncate",
+    }
+
+
+def _result_of(workdir: Workdir, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """result.json if it was made from these inputs and the pictures are there."""
+    try:
+        result = json.loads(workdir.result.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = all((workdir.path / name).is_file() for name in PICTURES)
+    return result if whole and result.get("made_from") == inputs else None
+
+
+def _where(mesh: Mesh) -> dict[str, Any]:
+    packages = ("rar_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "mesh": dict(mesh.shape),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:
+    axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
+    steps = ", ".join(
+        f"{name} {recipe.steps} steps of {recipe.batch_size}"
+        for name, recipe in (
+            ("tokenizer", experiment.tokenizer_train),
+            ("classifier", experiment.classifier_train),
+            ("generator", experiment.train),
+        )
+    )
+    return f"{experiment.name} in {workdir.path} on {mesh.size} {jax.default_backend()} device(s) ({axes}): {steps}"
+
+
+def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], seconds: float) -> str:
+    distances = {k: v for k, v in result["fd_classifier"].items() if k != "reference"}
+    lines = ["", f"fd_classifier (Frechet distance on classifier features to {result['fd_classifier']['reference']}; not FID)"]
+    lines += [f"  {name:32} {value:9.3f}" for name, value in distances.items()]
+    for name, value in result.items():
+        if isinstance(value, float):
+            lines.append(f"{name:34} {value:9.3f}")
+    for name, value in result["nearest_training_image_rms"].items():
+        if isinstance(value, float):
+            lines.append(f"nearest training image, {name:10} {value:9.4f}")
+    path = workdir.path
+    lines += [
+        "",
+        f"Everything is in {path}, after {seconds:.0f} s:",
+        f"  {path / 'samples.png'}, reconstructions.png, curves.png, result.json, metrics.jsonl",
+        f"  tensorboard --logdir {path / 'tensorboard'}",
+        "Try next:",
+        f"  rar-jax sample --weights {path} --classes 0,1,2 --per-class 8 --seed 1 --out {path / 'more'}",
+        f"  python -c \"import rar_jax; print(rar_jax.load('{path}').sample([0, 1, 2], seed=0).shape)\"",
+    ]
+    return "\n".join(lines)
+
+
+def _silent(*_: Any) -> None:
+    pass

@@ -1,0 +1,190 @@
+"""Checkpoints: orbax writes them in the background; a manifest of checksums, written last, makes them good.
+
+    <folder>/<step>/state/...       the train state (orbax, OCDBT)
+    <folder>/<step>/meta/metadata   JSON: what was trained, for a person
+    <folder>/<step>/manifest.json   sha256 and size of every file above, and a hash of itself
+
+A step without a manifest that verifies does not count: it is what a crash or a bad disk left. Measured: orbax 0.12.8 alone
+restores a file with a flipped bit without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or damaged: the message names the file."""
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON so that the file is either whole or not there: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_manifest(folder: pathlib.Path) -> None:
+    """Writes manifest.json over all files below `folder`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+    write_json(folder / MANIFEST, {"files": entries, "sha256": _digest(entries)})
+
+
+def verify_manifest(folder: pathlib.Path) -> str:
+    """Checks every file below `folder` against its manifest.
+
+    Returns: the manifest's own hash, which names this content.
+    Raises: CheckpointError naming the file that is missing, surplus or changed.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the save was not finished")
+    try:
+        manifest = json.loads(path.read_bytes())
+        entries = manifest["files"]
+        intact = _digest(entries) == manifest["sha256"] and manifest.keys() == {"files", "sha256"}
+    except (ValueError, KeyError, TypeError):
+        intact, entries, manifest = False, {}, {}
+    if not intact:
+        raise CheckpointError(f"{path} is damaged")
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
+    for name in sorted(entries.keys() ^ found):
+        raise CheckpointError(f"{folder / name} is {'missing' if name in entries else 'not in the manifest'}")
+    for name, entry in entries.items():
+        if file_sha256(folder / name) != entry["sha256"]:
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the manifest's")
+    return manifest["sha256"]
+
+
+# ---------------------------------------------------------------- saving and restoring
+
+
+def good_step(folder: pathlib.Path) -> tuple[int, str] | None:
+    """The newest step of a checkpoint folder that verifies, and its manifest's hash; None if there is none.
+
+    Newer steps that do not verify are reported by log warnings that name the bad file.
+    """
+    steps = sorted((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), reverse=True)
+    for step in steps:
+        try:
+            return step, verify_manifest(folder / str(step))
+        except CheckpointError as error:
+            log.warning("checkpoint step %d is passed over: %s", step, error)
+    return None
+
+
+def load_params(folder: pathlib.Path, step: int) -> Any:
+    """The parameters to evaluate of one step, the EMA where there is one, as a nested dict of NumPy arrays."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        path = folder / str(step) / "state"
+        tree: Any = checkpointer.metadata(path).item_metadata.tree  # pyright: ignore
+        where = ("extra", "ema") if tree.get("extra") else ("params",)
+        wanted: Any = tree
+        for name in where:
+            wanted = wanted[name]
+        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        for name in reversed(where):
+            wanted, restore = {name: wanted}, {name: restore}
+        out: Any = checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore, partial_restore=True)
+        )
+    for name in where:
+        out = out[name]
+    return out
+
+
+class Checkpointer:
+    """Saves states of one training in the background and restores the newest good one."""
+
+    def __init__(self, folder: pathlib.Path, *, keep: int) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+        self._threads = ThreadPoolExecutor(1)
+        self._unfinished: int | None = None
+        self._manifest: Future[None] | None = None
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts a save; an error of the one before is raised here."""
+        self.wait()
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
+        )
+        self._unfinished = step
+
+    def poll(self) -> None:
+        """Starts the manifest as soon as the files are whole; costs nothing otherwise. Call it every step."""
+        if self._unfinished is not None and not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()  # raises what the background save raised
+            step, self._unfinished = self._unfinished, None
+            if jax.process_index() == 0:
+                self._manifest = self._threads.submit(write_manifest, self.folder / str(step))
+        if self._manifest is not None and self._manifest.done():
+            manifest, self._manifest = self._manifest, None
+            manifest.result()
+
+    def wait(self) -> None:
+        """Returns once the last save and its manifest are on disk."""
+        if self._unfinished is not None:
+            self._manager.wait_until_finished()
+            self.poll()
+        if self._manifest is not None:
+            manifest, self._manifest = self._manifest, None
+            manifest.result()
+
+    def restore(self, abstract_state: Any) -> Any | None:
+        """The newest good state, placed as `abstract_state`'s shardings say; None if there is none.
+
+        Steps that did not verify are deleted, so that they can be written again.
+        """
+        if (good := good_step(self.folder)) is None:
+            newer = list(self._manager.all_steps())
+        else:
+            newer = [s for s in self._manager.all_steps() if s > good[0]]
+        for step in newer:
+            self._manager.delete(step)
+        if good is None:
+            return None
+        restored = self._manager.restore(
+            good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        )
+        return restored["state"]
+
+    def close(self) -> None:
+        """Finishes what is under way and frees the threads."""
+        self.wait()
+        self._threads.shutdown()
+        self._manager.close()

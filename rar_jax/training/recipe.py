@@ -1,0 +1,77 @@
+"""How something is trained: the numbers, the optimizer and its schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import optax
+
+from rar_jax.config import Steps, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One training. The defaults are RAR's (arXiv 2411.00776, section 4.1) where it has one.
+
+    steps: updates, or epochs as "400ep". batch_size: global. accumulation: each batch is computed in so many parts.
+    ema_decay: of the parameters that are evaluated and sampled; 0 is none. eval_records: held-out records a validation.
+    """
+
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    learning_rate: float = 4e-4
+    end_learning_rate: float = 1e-5
+    warmup: Steps = 0
+    beta1: float = 0.9
+    beta2: float = 0.96
+    eps: float = 1e-8
+    weight_decay: float = 0.03
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    log_every: Steps = 10
+    eval_every: Steps = 1000
+    eval_records: int = 1024
+    checkpoint_every: Steps = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "checkpoint_every", "eval_records"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
+        )
+        require(self.warmup <= self.steps, f"warmup is {self.warmup} steps, longer than the training of {self.steps}")
+        require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}: it must be in [0, 1)")
+        require(
+            self.keep_checkpoints >= 2,
+            f"keep_checkpoints is {self.keep_checkpoints}: at least 2, so that one good step stays while another is written",
+        )
+
+
+def schedule(recipe: Recipe) -> optax.Schedule:
+    """Learning rate of update k (0-based): linear from 0 over the warm-up, then a cosine to the end value."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if recipe.warmup else recipe.learning_rate,
+        peak_value=recipe.learning_rate,
+        warmup_steps=recipe.warmup,
+        decay_steps=recipe.steps,
+        end_value=recipe.end_learning_rate,
+    )
+
+
+def optimizer(recipe: Recipe, decay_mask: Any) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with decoupled decay (lr * wd * p) where the mask is True."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.adamw(
+            schedule(recipe),
+            b1=recipe.beta1,
+            b2=recipe.beta2,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            mask=decay_mask,
+        ),
+    )

@@ -1,0 +1,218 @@
+"""What a run tells: metrics.jsonl and TensorBoard for later, one progress line for now.
+
+Only one process of a run makes a Reporter. Rows of metrics.jsonl are {"stage", "step", "time", ...}: time
+is seconds since 1970, every other value a finite number or null.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import rich.console
+import rich.progress
+import tensorboardX
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+PLAIN_SECONDS = 10.0  # between lines when the output is a file
+RATE_WINDOW = 30  # calls over which the rate is taken, so that it follows a change of speed
+
+
+class Reporter:
+    """Records one stage ("tokenizer", "classifier", "generator") of a run in `workdir`; a context manager.
+
+    Args:
+      workdir: folder of the run, made if absent.
+      stage: name in the rows and folder under tensorboard/.
+      total_steps: where the progress line ends.
+      quiet: print nothing; files are written all the same.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], stage: str, *, total_steps: int, quiet: bool = False) -> None:
+        self.stage = stage
+        self._workdir = pathlib.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._jsonl = self._workdir / "metrics.jsonl"
+        self._line = _Line(stage, total_steps, "steps", quiet)
+        self._writer: Any = None
+        self._purge_step: int | None = None
+        # A killed process may have left half a line, which the next row would be glued to.
+        self._rewrite(lambda row: True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._line.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def resume_from(self, step: int) -> None:
+        """Forgets rows of this stage after `step`: a crash leaves rows ahead of the last checkpoint.
+
+        Call it before the first row. metrics.jsonl is replaced in one move; TensorBoard hides its points.
+        """
+        self._rewrite(lambda row: row["stage"] != self.stage or row["step"] <= step)
+        self._purge_step = step + 1
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one row; values are numbers or 0-d arrays, and NaN or infinity becomes null."""
+        finite = {name: x if math.isfinite(x := float(value)) else None for name, value in values.items()}
+        row = {"stage": self.stage, "step": int(step), "time": round(time.time(), 3), **finite}
+        with open(self._jsonl, "a", encoding="utf-8") as file:  # closing flushes: a killed run keeps its rows
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        for name, value in finite.items():
+            if value is not None:
+                self._tensorboard().add_scalar(name, value, int(step))
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Shows a uint8 (height, width, 1 or 3) image in TensorBoard."""
+        self._tensorboard().add_image(name, image, int(step), dataformats="HWC")
+
+    def progress(self, step: int, **shown: float) -> None:
+        """Redraws the progress line: `step` of the total are done, and these numbers are the last known."""
+        self._line.update(step, **shown)
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None:  # made late, since only here is it known whether the stage resumed
+            folder = self._workdir / "tensorboard" / self.stage
+            self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=self._purge_step)
+        return self._writer
+
+    def _rewrite(self, keep: Callable[[Row], bool]) -> None:
+        """Keeps these rows and whole lines only; readers see the old file or the new one."""
+        if not self._jsonl.exists():
+            return
+        text = "".join(json.dumps(row) + "\n" for row in read_metrics(self._workdir) if keep(row))
+        if text.encode() == self._jsonl.read_bytes():
+            return
+        temporary = self._jsonl.with_suffix(".jsonl.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._jsonl)
+
+
+def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> list[Row]:
+    """Rows of workdir/metrics.jsonl in the order written, of one stage or of all; [] if there is no file.
+
+    A half-written last line is left out.
+    Raises: ValueError naming the line if any other line is not JSON.
+    """
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows: list[Row] = []
+    for number, line in enumerate([*lines, rest], start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number > len(lines):  # what follows the last newline: empty, or cut by a crash
+                break
+            raise ValueError(f"{path} line {number} is not JSON ({error}): delete that line") from None
+        rows.append(row)
+    return [row for row in rows if stage is None or row["stage"] == stage]
+
+
+def progress(
+    iterable: Iterable[T], total: int | None = None, description: str = "", unit: str = "items", quiet: bool = False
+) -> Iterator[T]:
+    """Yields from `iterable` and shows how far it is, the rate and the time left.
+
+    Args:
+      total: number of items; by default len(iterable), which it must then have.
+      description: what is being done.  unit: what an item is, in the plural.  quiet: print nothing.
+    """
+    line = _Line(description, len(iterable) if total is None else total, unit, quiet)  # pyright: ignore[reportArgumentType]
+    try:
+        line.update(0)
+        for done, item in enumerate(iterable, start=1):
+            yield item
+            line.update(done)
+    finally:
+        line.close()
+
+
+# ---------------------------------------------------------------- the line
+
+
+class _Line:
+    """One line that moves on a terminal; elsewhere a plain line at the start, every 10 s, and at the end."""
+
+    def __init__(self, description: str, total: int, unit: str, quiet: bool) -> None:
+        self._description, self._total, self._unit, self._quiet = description, total, unit, quiet
+        # (time, done) of the last calls. The first call is the zero point, so what comes before it (the
+        # compilation, where the loop reports after its first step) does not spoil the rate.
+        self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=RATE_WINDOW)
+        self._printed_at = -math.inf
+        self._unprinted = ""
+        self._bar: rich.progress.Progress | None = None
+        self._task = rich.progress.TaskID(0)
+
+    def update(self, done: int, **shown: float) -> None:
+        if self._quiet:
+            return
+        now = time.monotonic()
+        self._times.append((now, done))
+        text = self._text(done, shown)
+        if self._bar is None and (console := rich.console.Console()).is_terminal:
+            self._start_bar(console)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+            return
+        self._unprinted = f"{self._description}  {text}".lstrip()
+        if now - self._printed_at >= PLAIN_SECONDS or done >= self._total:
+            self._print(now)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._unprinted:
+            self._print(time.monotonic())
+
+    def _print(self, now: float) -> None:
+        print(self._unprinted, flush=True)
+        self._printed_at, self._unprinted = now, ""
+
+    def _start_bar(self, console: rich.console.Console) -> None:
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TextColumn("{task.fields[text]}"),
+        )
+        self._bar = rich.progress.Progress(*columns, console=console, refresh_per_second=4)
+        self._task = self._bar.add_task(self._description, total=self._total, text="")
+        self._bar.start()
+
+    def _text(self, done: int, shown: Mapping[str, float]) -> str:
+        parts = [f"{done}/{self._total} {self._unit}"]
+        (first_time, first_done), (last_time, last_done) = self._times[0], self._times[-1]
+        if last_done > first_done and last_time > first_time:
+            rate = (last_done - first_done) / (last_time - first_time)
+            parts.append(f"{rate:.3g} {self._unit}/s")
+            if done < self._total:
+                parts.append(f"{_duration((self._total - done) / rate)} left")
+        parts += [f"{name} {float(value):.4g}" for name, value in shown.items()]
+        return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

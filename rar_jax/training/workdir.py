@@ -1,0 +1,68 @@
+"""The layout of a work directory, and the check that it belongs to this run.
+
+    config.json           the resolved experiment that this directory belongs to
+    checkpoints/<stage>/  stages: tokenizer, classifier, generator
+    tokens/<split>/       token stores: train, heldout
+    metrics.jsonl, tensorboard/<stage>/, *.png, result.json
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from rar_jax.config import ConfigError, differences
+from rar_jax.training.checkpoint import write_json
+
+# What may differ between the starts of one run: where it runs, and what is done with the finished weights.
+FREE_SECTIONS = ("mesh", "guidance", "evaluate")
+
+
+class Workdir:
+    """Paths of one work directory."""
+
+    def __init__(self, path: str | pathlib.Path) -> None:
+        self.path = pathlib.Path(path)
+        self.config = self.path / "config.json"
+        self.result = self.path / "result.json"
+
+    def checkpoints(self, stage: str) -> pathlib.Path:
+        """Folder of a stage's checkpoints."""
+        return self.path / "checkpoints" / stage
+
+    def tokens(self, split: str) -> pathlib.Path:
+        """Folder of a split's token store."""
+        return self.path / "tokens" / split
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Makes the directory this experiment's, or checks that it is.
+
+        Raises: ConfigError with the differences if it belongs to another experiment.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = json.loads(json.dumps(config))
+        if self.config.exists():
+            if lines := differences(_bound(self.read_config()), _bound(config)):
+                raise ConfigError(
+                    f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: "
+                    + "; ".join(lines)
+                )
+        elif foreign := sorted(p.name for p in self.path.iterdir()):
+            raise ConfigError(
+                f"{self.path} has no config.json but is not empty (it holds {foreign[0]}): choose another --workdir"
+            )
+        write_json(self.config, config)
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved experiment. Raises ConfigError if this is not a work directory or config.json is damaged."""
+        try:
+            return json.loads(self.config.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{self.path} is not a work directory: it has no config.json") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.config} is damaged ({error}): restore it or choose another --workdir") from None
+
+
+def _bound(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: section for name, section in config.items() if name not in FREE_SECTIONS}

@@ -1,0 +1,144 @@
+"""The stream of batches is a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import grain
+import numpy as np
+import pytest
+
+from rar_jax.config import ConfigError
+from rar_jax.data import loader
+from rar_jax.data.loader import Batch, batch_digest, batches, sequential_batches, shuffled
+from rar_jax.data.sources import ImageSource, load_source
+
+BATCH = 48  # 360 held-out digits: 7.5 batches an epoch, so that epochs are straddled
+
+
+@pytest.fixture(scope="module")
+def source() -> ImageSource:
+    return load_source("digits", "heldout")
+
+
+def take(stream: grain.DatasetIterator[Batch], count: int) -> list[Batch]:
+    with contextlib.closing(stream):
+        return list(itertools.islice(stream, count))
+
+
+def stream(source: ImageSource, count: int, **changes: Any) -> list[Batch]:
+    return take(batches(source, **{"global_batch": BATCH, "seed": 3, "start_step": 0, **changes}), count)
+
+
+def ids(stream: list[Batch]) -> np.ndarray:
+    return np.concatenate([batch["ids"] for batch in stream])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_global_batch_is_the_same_for_any_number_of_processes(source: ImageSource, process_count: int) -> None:
+    parts = [stream(source, 10, process_index=p, process_count=process_count) for p in range(process_count)]
+    for k, whole in enumerate(stream(source, 10)):
+        assert all(len(part[k]["ids"]) == BATCH // process_count for part in parts)
+        joined = {key: np.concatenate([part[k][key] for part in parts]) for key in whole}
+        assert batch_digest(joined) == batch_digest(whole), f"global batch {k}"
+
+
+def test_global_batch_is_the_same_for_any_number_of_workers(source: ImageSource) -> None:
+    here, there = stream(source, 7, start_step=5), stream(source, 7, start_step=5, num_workers=2)
+    assert [batch_digest(b) for b in here] == [batch_digest(b) for b in there]
+
+
+@pytest.mark.parametrize("start_step", [1, 7, 8, 15])
+def test_resume_equals_a_straight_run(source: ImageSource, start_step: int) -> None:
+    straight = [batch_digest(b) for b in stream(source, 18)]
+    assert [batch_digest(b) for b in stream(source, 18 - start_step, start_step=start_step)] == straight[start_step:]
+
+
+def test_every_record_once_an_epoch_in_another_order(source: ImageSource) -> None:
+    epochs = ids(stream(source, 30)).reshape(4, 360)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.sort(epochs[0]))
+        assert len(np.unique(epoch)) == 360
+    for a, b in itertools.combinations(epochs, 2):
+        assert np.sum(a == b) < 10  # 1 is expected of two random orders
+
+
+def test_seeds_give_unrelated_streams(source: ImageSource) -> None:
+    """Also across epochs: a stream keyed by seed + epoch would repeat seed 4's first epoch as seed 3's second."""
+    three, four = (ids(stream(source, 30, seed=seed)).reshape(4, 360) for seed in (3, 4))
+    for a, b in itertools.product(three, four):
+        assert np.sum(a == b) < 10
+
+
+def test_unshuffled_epochs_follow_the_source(source: ImageSource) -> None:
+    expected = source.gather(np.arange(10 * BATCH) % 360)["ids"]
+    np.testing.assert_array_equal(ids(stream(source, 10, epochs_shuffled=False)), expected)
+
+
+def test_the_stream_is_frozen() -> None:
+    """A run resumed by a newer version must see the same data: never update these numbers."""
+    np.testing.assert_array_equal(shuffled(np.arange(98, 104), size=100, seed=7), [9, 53, 0, 89, 2, 41])
+    far = 10**15 + np.arange(4)
+    np.testing.assert_array_equal(shuffled(far, size=12_811_670, seed=7), [10826404, 6064605, 6233756, 850466])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1437])
+def test_shuffle_is_a_permutation(size: int) -> None:
+    for epoch in range(3):
+        order = shuffled(np.arange(size) + epoch * size, size=size, seed=0)
+        np.testing.assert_array_equal(np.sort(order), np.arange(size))
+
+
+def test_shuffle_is_uniform() -> None:
+    """Over many epochs: each record equally often at each place, and each pair equally often side by side."""
+    size, epochs = 23, 8000
+    orders = shuffled(np.arange(size * epochs), size=size, seed=1).reshape(epochs, size)
+    at_place = np.stack([np.bincount(orders[:, i], minlength=size) for i in range(size)])
+    pairs = np.bincount((orders[:, :-1] * size + orders[:, 1:]).ravel(), minlength=size**2).reshape(size, size)
+    off_diagonal = pairs[~np.eye(size, dtype=bool)]
+    for counts in (at_place.ravel(), off_diagonal):
+        freedom = counts.size - 1
+        chi2 = np.sum((counts - counts.mean()) ** 2) / counts.mean()
+        assert abs(chi2 - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+@pytest.mark.parametrize("global_batch", [48, 360, 720, 4])
+def test_sequential_gives_each_record_once_in_order(source: ImageSource, process_count: int, global_batch: int) -> None:
+    streams = [
+        list(sequential_batches(source, global_batch=global_batch, process_index=p, process_count=process_count))
+        for p in range(process_count)
+    ]
+    whole = [{key: np.concatenate([b[key] for b in parts]) for key in parts[0]} for parts in zip(*streams, strict=True)]
+    assert all(len(batch["ids"]) == global_batch for batch in whole)
+    weights = np.concatenate([batch["weights"] for batch in whole])
+    assert (weights.dtype, weights.sum()) == (np.float32, 360)
+    np.testing.assert_array_equal(ids(whole)[weights == 1], source.gather(np.arange(360))["ids"])
+    assert np.all(ids(whole)[weights == 0] == source[0]["ids"])
+
+
+def test_digest_sees_everything() -> None:
+    base = {"a": np.arange(6, dtype=np.int32), "b": np.zeros(2, np.float32)}
+    others = [
+        {**base, "a": base["a"][::-1]},
+        {**base, "a": base["a"].reshape(2, 3)},
+        {**base, "a": base["a"].view(np.uint32)},
+        {"c": base["a"], "b": base["b"]},
+    ]
+    assert batch_digest(dict(reversed(base.items()))) == batch_digest(base)
+    assert len({batch_digest(batch) for batch in [base, *others]}) == 5
+
+
+def test_wrong_sizes_are_refused(source: ImageSource) -> None:
+    with pytest.raises(ConfigError, match="48 cannot be shared evenly by 5"):
+        batches(source, global_batch=48, seed=0, start_step=0, process_count=5)
+    with pytest.raises(ConfigError, match="process 2 of 2"):
+        sequential_batches(source, global_batch=48, process_index=2, process_count=2)
+    with pytest.raises(ConfigError, match="negative"):
+        batches(source, global_batch=48, seed=0, start_step=-1)
+
+
+def test_steps_per_epoch() -> None:
+    assert loader.steps_per_epoch(360, 48) == 7.5

@@ -1,0 +1,98 @@
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from rar_jax.evaluation import frechet
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "metrics.npz")
+Gaussian = tuple[np.ndarray, np.ndarray]
+
+
+def _gaussian(x_nd: np.ndarray) -> Gaussian:
+    x_nd = x_nd.astype(np.float64)
+    return x_nd.mean(axis=0), np.cov(x_nd.T)
+
+
+def _random(seed: int, d: int = 12) -> Gaussian:
+    rng = np.random.default_rng(seed)
+    return _gaussian(rng.standard_normal((200, d)) @ rng.standard_normal((d, d)) / np.sqrt(d))
+
+
+def _golden_cases() -> dict[str, tuple[Gaussian, Gaussian]]:
+    reference, samples = GOLDEN["reference"], GOLDEN["samples"]
+    return {
+        "fid": (_gaussian(reference), _gaussian(samples)),
+        "fid_same": (_gaussian(reference), _gaussian(reference)),
+        "fid_rank_deficient": (_gaussian(reference[:10]), _gaussian(samples[:14])),
+    }
+
+
+@pytest.mark.parametrize("name", ["fid", "fid_same", "fid_rank_deficient"])
+def test_golden(name: str) -> None:
+    first, second = _golden_cases()[name]
+    # Roots of eigenvalues that are zero but for rounding (1e-16) are 1e-8.
+    assert frechet.distance(*first, *second) == pytest.approx(float(GOLDEN[name]), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fid", "fid_same", "fid_rank_deficient"])
+def test_golden_in_graph(name: str) -> None:
+    first, second = _golden_cases()[name]
+    in_graph = jax.jit(frechet.distance_in_graph)(*(jnp.asarray(x, jnp.float32) for x in (*first, *second)))
+    assert in_graph.shape == () and in_graph.dtype == jnp.float32
+    assert float(in_graph) == pytest.approx(float(GOLDEN[name]), abs=2e-4)
+
+
+def test_equals_scipy_sqrtm_on_full_rank() -> None:
+    (m1, s1), (m2, s2) = _random(1), _random(2)
+    root = np.real(np.asarray(scipy.linalg.sqrtm(s1 @ s2)))
+    expected = np.sum((m1 - m2) ** 2) + np.trace(s1 + s2 - 2 * root)
+    assert frechet.distance(m1, s1, m2, s2) == pytest.approx(expected, abs=1e-8)
+
+
+def test_commuting_covariances_have_a_closed_form() -> None:
+    rng = np.random.default_rng(3)
+    m1, m2, a, b = rng.standard_normal(8), rng.standard_normal(8), rng.uniform(0, 2, 8), rng.uniform(0, 2, 8)
+    a[0] = b[1] = 0.0  # singular
+    expected = np.sum((m1 - m2) ** 2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    assert frechet.distance(m1, np.diag(a), m2, np.diag(b)) == pytest.approx(expected, abs=1e-10)
+    args = (jnp.asarray(x, jnp.float32) for x in (m1, np.diag(a), m2, np.diag(b)))
+    assert float(frechet.distance_in_graph(*args)) == pytest.approx(expected, abs=5e-4)
+
+
+def test_steep_spectrum_in_float32() -> None:
+    # The case that goes wrong by whole units when the spectrum is squared.
+    q1, q2 = (np.linalg.qr(np.random.default_rng(s).standard_normal((64, 64)))[0] for s in (4, 5))
+    values = np.geomspace(1, 1e-7, 64)
+    s1, s2 = (q1 * values) @ q1.T, (q2 * values) @ q2.T
+    zero = np.zeros(64)
+    args = (jnp.asarray(x, jnp.float32) for x in (zero, s1, zero, s2))
+    assert float(frechet.distance_in_graph(*args)) == pytest.approx(frechet.distance(zero, s1, zero, s2), abs=5e-4)
+
+
+def test_symmetric_and_moved_by_the_means() -> None:
+    (m1, s1), (m2, s2) = _random(6), _random(7)
+    base = frechet.distance(m1, s1, m2, s2)
+    assert frechet.distance(m2, s2, m1, s1) == pytest.approx(base, abs=1e-9)
+    assert frechet.distance(m1, s1, m1 + 2.0, s1) == pytest.approx(4.0 * len(m1), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, s: (m, s[:3]), r"cov1 \(3, 12\) must have shapes"),
+        (lambda m, s: (m[None], s), r"mean1 \(1, 12\)"),
+        (lambda m, s: (m[:4], s[:4, :4]), "mean1 has 4 features and mean2 12"),
+        (lambda m, s: (m, np.where(s == s[0, 0], np.nan, s)), "cov1 holds 1 numbers that are not finite"),
+        (lambda m, s: (m * np.inf, s), "mean1 holds 12 numbers that are not finite"),
+        (lambda m, s: (m, np.triu(s)), "cov1 is not symmetric"),
+    ],
+)
+def test_bad_arguments_are_named(change: Callable[..., Gaussian], message: str) -> None:
+    (m1, s1), (m2, s2) = change(*_random(1)), _random(2)
+    with pytest.raises(ValueError, match=message):
+        frechet.distance(m1, s1, m2, s2)

@@ -1,0 +1,195 @@
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import rich.console
+from tensorboardX.event_file_writer import EventFileWriter
+
+from rar_jax.training import report
+from rar_jax.training.report import Reporter, read_metrics
+
+
+def _write(workdir: pathlib.Path, stage: str, steps: list[int]) -> None:
+    with Reporter(workdir, stage, total_steps=10, quiet=True) as reporter:
+        for step in steps:
+            reporter.metrics(step, {"loss": step / 10})
+
+
+def test_rows_are_read_back(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, "tokenizer", [1, 2])
+    _write(tmp_path, "generator", [1])
+    rows = read_metrics(tmp_path)
+    assert [(r["stage"], r["step"], r["loss"]) for r in rows] == [
+        ("tokenizer", 1, 0.1),
+        ("tokenizer", 2, 0.2),
+        ("generator", 1, 0.1),
+    ]
+    assert rows == sorted(rows, key=lambda r: r["time"])
+    assert [r["step"] for r in read_metrics(tmp_path, "tokenizer")] == [1, 2]
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_a_row_is_on_disk_before_the_reporter_closes(tmp_path: pathlib.Path) -> None:
+    with Reporter(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
+        reporter.metrics(1, {"loss": np.float32(0.5)})
+        assert read_metrics(tmp_path)[0]["loss"] == 0.5
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: pathlib.Path) -> None:
+    with Reporter(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
+        reporter.metrics(1, {"nan": math.nan, "inf": np.float32("inf"), "one": np.ones(())})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (row["nan"], row["inf"], row["one"]) == (None, None, 1.0)
+
+
+def test_resume_drops_only_rows_of_this_stage_after_the_step(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, "tokenizer", [10, 500])
+    _write(tmp_path, "generator", [10, 20, 30])
+    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
+        reporter.resume_from(20)
+        reporter.metrics(30, {"loss": -1.0})
+    assert [(r["stage"], r["step"]) for r in read_metrics(tmp_path)] == [
+        ("tokenizer", 10),
+        ("tokenizer", 500),
+        ("generator", 10),
+        ("generator", 20),
+        ("generator", 30),
+    ]
+    assert read_metrics(tmp_path)[-1]["loss"] == -1.0
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["metrics.jsonl"]
+
+
+def test_a_failed_rewrite_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path, "generator", [10, 20])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def crash(fd: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "fsync", crash)
+    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter, pytest.raises(OSError, match="full"):
+        reporter.resume_from(10)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("tail", ['{"stage": "gener', '{"stage": "generator", "step": 20, "loss": 1', "\0\0\0", "\n"])
+def test_a_half_written_last_line_is_forgotten(tmp_path: pathlib.Path, tail: str) -> None:
+    _write(tmp_path, "generator", [10])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(tail.rstrip("\n"))
+    assert [r["step"] for r in read_metrics(tmp_path)] == [10]
+    _write(tmp_path, "generator", [20])  # no resume_from: the new row must still start its own line
+    assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20]
+
+
+def test_a_last_row_that_lacks_only_its_newline_is_kept(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, "generator", [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    _write(tmp_path, "generator", [30])
+    assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30]
+
+
+def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path, "generator", [10])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_gets_scalars_and_images_and_a_purge_step(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    add = EventFileWriter.add_event
+    monkeypatch.setattr(EventFileWriter, "add_event", lambda self, e: (events.append(e), add(self, e))[1])
+    with Reporter(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
+        reporter.resume_from(6)
+        reporter.metrics(7, {"loss": 0.5, "bad": math.nan})
+        reporter.image("samples", np.zeros((8, 8, 1), np.uint8), 7)
+    assert list((tmp_path / "tensorboard" / "generator").glob("events*"))
+    tags = [(e.step, value.tag) for e in events for value in e.summary.value]
+    assert tags == [(7, "loss"), (7, "samples")]
+    assert [e.step for e in events if e.session_log.status == e.session_log.START] == [7]
+
+
+# ---------------------------------------------------------------- the line
+
+
+class _Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(report.time, "monotonic", lambda: self.now)
+
+
+def test_plain_lines_at_the_start_every_ten_seconds_and_at_the_end(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = _Clock(monkeypatch)
+    with Reporter(tmp_path, "generator", total_steps=100) as reporter:
+        for step in range(1, 101):
+            reporter.progress(step, loss=1.25)
+            clock.now += 0.5
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "generator  1/100 steps  loss 1.25"
+    assert lines[1] == "generator  21/100 steps  2 steps/s  0:40 left  loss 1.25"
+    assert lines[-1] == "generator  100/100 steps  2 steps/s  loss 1.25"
+    assert len(lines) == 6
+
+
+def test_an_interrupted_stage_still_prints_where_it_was(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = _Clock(monkeypatch)
+    with pytest.raises(KeyboardInterrupt), Reporter(tmp_path, "generator", total_steps=100) as reporter:
+        reporter.progress(1)
+        clock.now += 1
+        reporter.progress(2)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out.splitlines()[-1] == "generator  2/100 steps  1 steps/s  1:38 left"
+
+
+def test_quiet_prints_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(tmp_path, "generator", total_steps=1, quiet=True) as reporter:
+        reporter.progress(1, loss=1.0)
+    assert list(report.progress([1, 2], quiet=True)) == [1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_one_live_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = rich.console.Console
+    monkeypatch.setattr(
+        report.rich.console, "Console", lambda: make(file=sys.stdout, force_terminal=True, width=120, color_system=None)
+    )
+    with Reporter(tmp_path, "generator", total_steps=3) as reporter:
+        for step in (1, 2, 3):
+            reporter.progress(step, loss=0.5)
+    shown = capsys.readouterr().out
+    assert "3/3 steps" in shown and "loss 0.5" in shown
+    assert shown.count("\n") == 1
+
+
+def test_progress_over_an_iterable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = _Clock(monkeypatch)
+    seen = []
+    for item in report.progress(range(4), description="tokenize", unit="batches"):
+        seen.append(item)
+        clock.now += 6
+    assert seen == [0, 1, 2, 3]
+    assert capsys.readouterr().out.splitlines() == [
+        "tokenize  0/4 batches",
+        "tokenize  2/4 batches  0.167 batches/s  0:12 left",
+        "tokenize  4/4 batches  0.167 batches/s",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (61, "1:01"), (59.7, "1:00"), (3700, "1:01:40")])
+def test_durations(seconds: float, text: str) -> None:
+    assert report._duration(seconds) == text
