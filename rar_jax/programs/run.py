@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import rar_jax
 from rar_jax.data.sources import load_source
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
@@ -113,11 +114,11 @@ def _result_of(workdir: Workdir, inputs: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _where(mesh: Mesh) -> dict[str, Any]:
-    packages = ("rar_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "mesh": dict(mesh.shape),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"rar_jax": rar_jax.__version__} | {name: importlib.metadata.version(name) for name in packages},
     }
 
 
