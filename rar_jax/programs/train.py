@@ -10,10 +10,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -29,7 +28,7 @@ from rar_jax.programs.experiment import Experiment
 from rar_jax.training.checkpoint import Checkpointer, good_step
 from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
-from rar_jax.training.state import evaluated_params, make_init, make_train_step, state_shardings
+from rar_jax.training.state import State, evaluated_params, make_init, make_train_step, state_shardings
 from rar_jax.training.workdir import Workdir
 
 STAGES = ("tokenizer", "classifier", "generator")
@@ -119,6 +118,39 @@ def _local_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: np.array_split(value, processes)[index] for key, value in batch.items()}
 
 
+# ---------------------------------------------------------------- state and step
+
+
+class Setup(NamedTuple):
+    """A training, sharded over a mesh: `init` (key -> state) and `step` ((state, batch, root key) -> (state, metrics)),
+    both jitted, the step with the state donated; `abstract_state` has the shapes and shardings."""
+
+    abstract_state: State
+    init: Callable[[jax.Array], State]
+    step: Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
+def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh) -> Setup:
+    """Sets up the training of a contract module: parameters and optimizer lie as its axes and rules.py say.
+
+    Raises: ConfigError if a parameter does not divide over the mesh.
+    """
+    tx = optimizer(recipe, model.decay_mask(config))
+    init_state = make_init(functools.partial(model.init, config), tx, recipe)
+    shapes = jax.eval_shape(init_state, jax.random.key(0))
+    params_at = param_shardings(model.axes(config), shapes["params"], mesh)
+    at = state_shardings(shapes, params_at, replicated(mesh), tx)
+    after_step = getattr(model, "after_step", None)
+    step = make_train_step(
+        functools.partial(model.loss, config), tx, recipe, after_step and functools.partial(after_step, config)
+    )
+    return Setup(
+        jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, at),
+        jax.jit(init_state, out_shardings=at),
+        jax.jit(step, donate_argnums=0, out_shardings=(at, replicated(mesh))),
+    )
+
+
 # ---------------------------------------------------------------- the loop
 
 
@@ -130,30 +162,13 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
     objective = make_objective(experiment, stage, workdir)
     recipe, config, model = objective.recipe, objective.config, objective.model
 
-    # ---- the step
-    tx = optimizer(recipe, model.decay_mask(config))
-    after_step = getattr(model, "after_step", None)
-    step_fn = make_train_step(
-        functools.partial(model.loss, config),
-        tx,
-        recipe,
-        after_step and functools.partial(after_step, config),
-    )
-
-    # ---- the state, created where it shall live
-    init_state = make_init(functools.partial(model.init, config), tx, recipe)
+    # ---- the state, restored or created where it shall live
     root = jax.random.key(experiment.seed, impl="threefry2x32")
-    stage_key = jax.random.fold_in(root, STAGES.index(stage))
-    shapes = jax.eval_shape(init_state, stage_key)
-    params_at = param_shardings(model.axes(config), shapes["params"], mesh)
-    shardings = state_shardings(shapes, params_at, replicated(mesh), tx)
-    step_jit = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-
+    setup = compile_training(model, config, recipe, mesh)
     checkpointer = Checkpointer(workdir.checkpoints(stage), keep=recipe.keep_checkpoints)
-    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
-    state = checkpointer.restore(abstract)
+    state = checkpointer.restore(setup.abstract_state)
     if state is None:
-        state = jax.jit(init_state, out_shardings=shardings)(stage_key)
+        state = setup.init(jax.random.fold_in(root, STAGES.index(stage)))
     start = int(state["step"])
 
     # ---- the data: a function of (seed, step)
@@ -187,7 +202,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
 
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start + 1, recipe.steps + 1):
-            state, metrics = step_jit(state, global_batch(next(stream), mesh), root)
+            state, metrics = setup.step(state, global_batch(next(stream), mesh), root)
             # The metrics of the step before are fetched while this one runs: the device never waits for the host.
             if pending is not None:
                 record(*pending)

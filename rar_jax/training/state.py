@@ -92,7 +92,7 @@ def make_train_step(
         step, params = state["step"], state["params"]
         key_loss, key_after = jax.random.split(jax.random.fold_in(root, step))
         grads, metrics = accumulated(params, batch, key_loss, step)
-        metrics = metrics | {"grad_norm": optax.global_norm(grads), "learning_rate": jnp.asarray(learning_rate(step))}
+        metrics = metrics | {"grad_norm": optax.tree.norm(grads), "learning_rate": jnp.asarray(learning_rate(step))}
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         params = optax.apply_updates(params, updates)
         if after_step is not None:

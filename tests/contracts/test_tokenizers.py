@@ -1,0 +1,63 @@
+"""What every file in rar_jax/tokenizers/ must do. A new file is tested the moment it exists."""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rar_jax.config import find_module, module_names
+
+
+@pytest.fixture(scope="module", params=module_names("tokenizers"))
+def tokenizer(request: pytest.FixtureRequest) -> ModuleType:
+    return find_module("tokenizers", request.param)
+
+
+def images_of(tokenizer: ModuleType, size: int = 4) -> jax.Array:
+    return jax.random.uniform(jax.random.key(0), (size, *tokenizer.image_spec(tokenizer.TINY).shape))
+
+
+def test_trees_agree(tokenizer: ModuleType) -> None:
+    params = tokenizer.init(tokenizer.TINY, jax.random.key(0))
+    ranks = jax.tree.map(len, tokenizer.axes(tokenizer.TINY), is_leaf=lambda x: isinstance(x, tuple))
+    assert ranks == jax.tree.map(lambda x: x.ndim, params)
+    mask = tokenizer.decay_mask(tokenizer.TINY)
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    assert all(isinstance(x, bool) for x in jax.tree.leaves(mask))
+
+
+def test_encode_and_decode_keep_the_spec(tokenizer: ModuleType) -> None:
+    config, images = tokenizer.TINY, images_of(tokenizer)
+    params = tokenizer.init(config, jax.random.key(0))
+    tokens = tokenizer.encode(config, params, images)
+    spec = tokenizer.token_spec(config)
+    assert tokens.shape == (4, *spec.shape) and tokens.dtype == spec.dtype
+    if spec.dtype == jnp.int32:
+        assert int(tokens.min()) >= 0 and int(tokens.max()) < config.codebook_size
+    decoded = tokenizer.decode(config, params, tokens)
+    assert decoded.shape == images.shape and decoded.dtype == jnp.float32
+    assert float(decoded.min()) >= 0 and float(decoded.max()) <= 1
+    # The batch an image is encoded in does not matter.
+    np.testing.assert_array_equal(tokenizer.encode(config, params, images[1:2])[0], tokens[1])
+
+
+def test_loss_trains(tokenizer: ModuleType) -> None:
+    """Where there is a loss: finite, its gradient reaches every leaf, and following it lowers it."""
+    if not hasattr(tokenizer, "loss"):
+        return
+    config = tokenizer.TINY
+    batch = {"images": images_of(tokenizer), "labels": jnp.zeros((4,), jnp.int32)}
+    params = tokenizer.init(config, jax.random.key(0))
+    if hasattr(tokenizer, "after_step"):  # puts the codebook where the data is
+        params = tokenizer.after_step(config, params, batch, key=jax.random.key(1), step=jnp.int32(0))
+    grad = jax.jit(jax.value_and_grad(lambda p: tokenizer.loss(config, p, batch, key=jax.random.key(2), step=0)[0]))
+    before, grads = grad(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+    for _ in range(20):
+        _, grads = grad(params)
+        params = jax.tree.map(lambda p, g: p - 0.02 * g, params, grads)
+    assert float(grad(params)[0]) < float(before)

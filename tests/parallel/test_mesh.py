@@ -1,0 +1,55 @@
+"""Meshes over the four fake devices of conftest."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from rar_jax.config import ConfigError
+from rar_jax.parallel.mesh import AXES, MeshConfig, batch_divisor, make_mesh
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (4, 1, 1)),
+        (MeshConfig(-1, 2, 1), (2, 2, 1)),
+        (MeshConfig(1, -1, 1), (1, 4, 1)),
+        (MeshConfig(2, 1, -1), (2, 1, 2)),
+        (MeshConfig(-1, 4, 1), (1, 4, 1)),
+        (MeshConfig(2, 1, 2), (2, 1, 2)),
+    ],
+)
+def test_sizes_and_the_one_that_is_left(config: MeshConfig, shape: tuple[int, int, int]) -> None:
+    mesh = make_mesh(config)
+    assert mesh.axis_names == AXES == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == shape
+    assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()} and mesh.size == 4
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert batch_divisor(mesh) == shape[0] * shape[1]
+
+
+def test_given_devices() -> None:
+    chosen = jax.devices()[1:3]
+    mesh = make_mesh(MeshConfig(fsdp=2), chosen)
+    assert {d.id for d in np.ravel(mesh.devices)} == {1, 2} and dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize("config", [MeshConfig(3, 1, 1), MeshConfig(2, 1, 1), MeshConfig(-1, 3, 1), MeshConfig(-1, 8, 1)])
+def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(config)
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    assert str(caught.value) == (
+        f"mesh {sizes} does not fit 4 devices: the sizes must multiply to that number; "
+        "set one of them to -1 to let it be found"
+    )
+
+
+@pytest.mark.parametrize("config", [MeshConfig(-1, -1, 1), MeshConfig(0, 1, 1), MeshConfig(1, -2, 1), MeshConfig(-2, -2, 1)])
+def test_sizes_that_are_none(config: MeshConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(config)
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    assert str(caught.value) == f"mesh {sizes}: sizes are positive, and at most one is -1"
