@@ -1,6 +1,6 @@
 """RAR on scikit-learn's 1,797 digits of 8x8 pixels: the whole job in minutes on two CPU cores.
 
-    rar-jax run --config experiments/digits.py --workdir runs/digits
+rar-jax run --config experiments/digits.py --workdir runs/digits
 """
 
 from ml_collections import ConfigDict
@@ -11,9 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.precision = "float32"
-    config.data = ConfigDict(
-        dict(source="digits", image_size=8, channels=1, num_classes=10, train_records=1437)
-    )
+    config.data = ConfigDict(dict(source="digits", image_size=8, channels=1, num_classes=10, train_records=1437))
     config.tokenizer = ConfigDict(
         dict(
             name="maskgit_vq", image_size=8, channels=1, base_width=32, width_multipliers=(1, 2), blocks_per_level=1,

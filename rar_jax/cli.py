@@ -111,10 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "sample":
+        from rar_jax.config import ConfigError
         from rar_jax.guidance import Guidance
         from rar_jax.programs.sample import sample
 
-        guidance = Guidance(*(float(x) for x in args.guidance.split(","))) if args.guidance else None
+        if overrides:
+            raise ConfigError("sample takes no --config.* arguments: the experiment is the work directory's")
+        try:
+            guidance = Guidance(*(float(x) for x in args.guidance.split(","))) if args.guidance else None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--guidance {args.guidance}: give SCALE[,POWER[,TEMPERATURE]] ({error})") from None
         sample(
             args.weights,
             args.out,

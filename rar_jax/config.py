@@ -83,25 +83,23 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         raise ConfigError(f"override '{override}' is not of the form section.key=value")
     *sections, last = key.split(".")
     node: Any = config
-    for depth, name in enumerate([*sections, last]):
-        where = ".".join(["config", *sections[:depth]])
+    for depth, name in enumerate(sections):
+        if name not in node:
+            raise ConfigError(
+                f"{'.'.join(['config', *sections[:depth]])} has no key '{name}'.{nearest(name, node.keys())}"
+            )
+        node = node[name]
         if not isinstance(node, ml_collections.ConfigDict):
-            raise ConfigError(f"{where} is a single value, so '{key}' cannot be set")
-        if name not in node and (depth < len(sections) or not _is_open(node)):
-            raise ConfigError(f"{where} has no key '{name}'.{nearest(name, list(node.keys()))}")
-        if depth < len(sections):
-            node = node[name]
+            raise ConfigError(f"config.{'.'.join(sections[: depth + 1])} is a single value, so '{key}' cannot be set")
+    if not sections and last not in node:
+        raise ConfigError(f"config has no key '{last}'.{nearest(last, node.keys())}")
+    # Within a section a key may be missing, since fields have defaults; `build` checks its name.
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
     with config.unlocked(), config.ignore_type():
         node[last] = value
-
-
-def _is_open(node: ml_collections.ConfigDict) -> bool:
-    """Sections may leave fields at their dataclass default; `build` checks the key's name later."""
-    return len(node) > 0 and not any(isinstance(v, ml_collections.ConfigDict) for v in node.values())
 
 
 # ---------------------------------------------------------------- sections
@@ -149,6 +147,11 @@ def build(
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def steps_fields(cls: type) -> list[str]:
+    """Names of the fields of a Config that are durations."""
+    return [name for name, hint in typing.get_type_hints(cls, include_extras=True).items() if hint == Steps]
 
 
 def resolve_steps(value: Any, where: str, total_steps: int | None, steps_per_epoch: float | None) -> int:
@@ -228,7 +231,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the known name nearest to a misspelt one, or the list of them."""
+    """ " Did you mean 'x'?" for the known name nearest to a misspelt one, or the list of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:

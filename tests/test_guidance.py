@@ -12,7 +12,13 @@ import pytest
 from rar_jax.config import ConfigError
 from rar_jax.guidance import Guidance
 
-CURVES = [(4.0, 0.0, "4_0"), (16.0, 2.75, "16_2.75"), (6.9, 1.5, "6.9_1.5"), (8.0, 1.2, "8_1.2"), (15.5, 2.5, "15.5_2.5")]
+CURVES = [
+    (4.0, 0.0, "4_0"),
+    (16.0, 2.75, "16_2.75"),
+    (6.9, 1.5, "6.9_1.5"),
+    (8.0, 1.2, "8_1.2"),
+    (15.5, 2.5, "15.5_2.5"),
+]
 
 
 @pytest.mark.parametrize(("scale", "power", "name"), CURVES)

@@ -12,15 +12,18 @@ Shape suffixes: b batch, n tokens, s slots (n + 1), d width, v codes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.config import Steps, require
 from rar_jax.guidance import Guidance
-from rar_jax.networks.layers import INIT, dense, layer_norm, modulate
+from rar_jax.networks.layers import INIT, Dense, layer_norm, modulate
 from rar_jax.networks.transformer import Cache, Transformer
 
 Params = dict[str, Any]
@@ -65,11 +68,6 @@ class Config:
         )
         require(self.dtype in ("float32", "bfloat16"), f"dtype is '{self.dtype}': it must be float32 or bfloat16")
 
-    @property
-    def last_scheduled_step(self) -> int:
-        """The step at which the annealing is over; training must be at least as long."""
-        return self.anneal_end
-
 
 TINY = Config(
     num_tokens=16, codebook_size=32, num_classes=10, width=32, depth=2, num_heads=4, mlp_width=64,
@@ -87,7 +85,7 @@ class RAR(nn.Module):
     def setup(self) -> None:
         c = self.config
 
-        def table(name: str, rows: int, init: Any = INIT) -> jax.Array:
+        def table(name: str, rows: int, init: Any = INIT) -> Any:
             return self.param(name, nn.with_logical_partitioning(init, (None, None)), (rows, c.width), jnp.float32)
 
         self.cls_token = table("cls_token", 1, nn.initializers.zeros)
@@ -106,9 +104,9 @@ class RAR(nn.Module):
             c.remat,
             self.dtype,
         )
-        self.final_adaln = dense(2 * c.width, ("width", "modulation"), self.dtype, "final_adaln", zero=True)
+        self.final_adaln = Dense((2, c.width), ("width", None, "modulation"), self.dtype, zero=True)
         self.final_norm = layer_norm(self.dtype, "final_norm", affine=False)
-        self.lm_head = dense(c.codebook_size, ("width", "codes"), jnp.dtype("float32"), "lm_head")
+        self.lm_head = Dense((c.codebook_size,), ("width", "codes"), jnp.dtype("float32"))
 
     def __call__(self, tokens_bn: jax.Array, labels_b: jax.Array, orders_bn: jax.Array) -> jax.Array:
         """Teacher-forced logits (b, n, v) float32: row i predicts the token at raster place orders[:, i]."""
@@ -120,7 +118,7 @@ class RAR(nn.Module):
         first_b1d = class_b1d + self.pos_embed[1:2][None] + targets_bnd[:, :1]
         later_bnd = self.embeddings[ordered_bn] + self.pos_embed[orders_bn + 2]
         x_bsd = jnp.concatenate([cls_b1d, first_b1d, later_bnd[:, :-1] + targets_bnd[:, 1:]], axis=1)
-        x_bsd = nn.with_logical_constraint(x_bsd, ("batch", None, None))
+        x_bsd = with_logical_constraint(x_bsd, ("batch", None, None))
         logits_bsv, _ = self._run(x_bsd, class_b1d + self.timesteps_embeddings[: n + 1][None])
         return logits_bsv[:, 1:]
 
@@ -133,9 +131,7 @@ class RAR(nn.Module):
         logits_b2v, cache = self._run(x_b2d, class_b1d + self.timesteps_embeddings[:2][None], cache, 0)
         return logits_b2v[:, 1], cache
 
-    def step(
-        self, tokens_b: jax.Array, labels_b: jax.Array, place: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+    def step(self, tokens_b: jax.Array, labels_b: jax.Array, place: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Takes in the token at raster `place` (0-based); returns the logits (b, v) of the one after it."""
         slot = place + 2
         position_d = self.pos_embed[slot] + self.target_aware_pos_embed[slot + 1]
@@ -154,7 +150,7 @@ class RAR(nn.Module):
         c_bsd = nn.silu(c_bsd).astype(self.dtype)
         x_bsd, cache = self.transformer(x_bsd.astype(self.dtype), c_bsd, cache, start)
         # The final modulation gives (scale, shift), in the opposite order to the blocks.
-        scale_bsd, shift_bsd = jnp.split(self.final_adaln(c_bsd), 2, axis=-1)
+        scale_bsd, shift_bsd = jnp.unstack(self.final_adaln(c_bsd), axis=2)
         x_bsd = modulate(self.final_norm(x_bsd), shift_bsd, scale_bsd)
         return self.lm_head(x_bsd.astype(jnp.float32)), cache
 
@@ -181,7 +177,9 @@ def init(config: Config, key: jax.Array) -> Params:
 def axes(config: Config) -> Params:
     """The tree of `init` with a tuple of logical axis names for each array."""
     boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
-    return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    return jax.tree.map(
+        tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
+    )
 
 
 def decay_mask(config: Config) -> Params:
@@ -226,7 +224,7 @@ def loss(
       key: for orders, label dropout and dropout. None evaluates: no dropout of any kind, raster order.
       step: training step, which sets the share of random orders.
 
-    Returns: the loss, float32, and metrics {"loss", "random_ratio"}.
+    Returns: the loss, float32, and metrics {"loss", "bits" (a token), and with a key "random_ratio"}.
     """
     tokens_bn, labels_b = batch["tokens"].astype(jnp.int32), batch["labels"].astype(jnp.int32)
     ratio = random_ratio(config, step)
@@ -245,12 +243,17 @@ def loss(
     targets_bn = jnp.take_along_axis(tokens_bn, orders_bn, axis=1)
     log_probs_bnv = jax.nn.log_softmax(logits_bnv)
     value = -jnp.mean(jnp.take_along_axis(log_probs_bnv, targets_bn[..., None], axis=-1))
-    return value, {"loss": value, "random_ratio": ratio}
+    metrics = {"loss": value, "bits": value / math.log(2)}
+    return value, metrics if key is None else metrics | {"random_ratio": ratio}
 
 
-def logits(
-    config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array
-) -> jax.Array:
+def validation_variants(config: Config, size: int) -> dict[str, dict[str, np.ndarray]]:
+    """Held-out losses to watch, each a name and what it adds to a batch of `size`: raster, and fixed random orders."""
+    orders_bn = np.argsort(np.random.default_rng(0).random((size, config.num_tokens)), axis=1)
+    return {"raster": {}, "random": {"orders": orders_bn.astype(np.int32)}}
+
+
+def logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array) -> jax.Array:
     """Teacher-forced logits, float32 (b, n, v), without dropout.
 
     Args:
@@ -306,7 +309,9 @@ def sample(
     if prefix is not None:
         given_bn = given_bn.at[:, :given].set(jnp.asarray(prefix, jnp.int32))
     # c rows: the class branch and, below it, the null-class branch.
-    labels_c = jnp.concatenate([labels_b, jnp.full_like(labels_b, config.num_classes)]) if guidance.enabled else labels_b
+    labels_c = (
+        jnp.concatenate([labels_b, jnp.full_like(labels_b, config.num_classes)]) if guidance.enabled else labels_b
+    )
 
     def draw(logits_cv: jax.Array, place: jax.Array | int) -> jax.Array:
         logits_bv = logits_cv[:batch]

@@ -5,6 +5,7 @@ The released position tables are oversized (n + 1024, n + 1024 and n + 100 rows)
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
@@ -58,7 +59,9 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
     config = _read_config(state, path)
     shapes = released_shapes(config)
     if missing := sorted(shapes.keys() - state.keys()):
-        raise WeightsError(f"{path}: key '{missing[0]}' is missing ({len(missing)} in all).{nearest(missing[0], state)}")
+        raise WeightsError(
+            f"{path}: key '{missing[0]}' is missing ({len(missing)} in all).{nearest(missing[0], state)}"
+        )
     if surplus := sorted(state.keys() - shapes.keys()):
         raise WeightsError(f"{path}: surplus key '{surplus[0]}' ({len(surplus)} in all).{nearest(surplus[0], shapes)}")
     for name, shape in shapes.items():
@@ -69,9 +72,9 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
     params: dict[str, Any] = {}
     for name, (ours, how) in _OUTER.items():
         value = _to_ours(state[name], how)
-        _put(params, ours, value[: config.num_tokens + 2] if name in TABLE_ROWS else value)
+        _put(params, ours, _split(config, ours, value[: config.num_tokens + 2] if name in TABLE_ROWS else value))
     for name, (ours, how) in _BLOCK.items():
-        layers = [_to_ours(state[f"blocks.{i}.{name}"], how) for i in range(config.depth)]
+        layers = [_split(config, ours, _to_ours(state[f"blocks.{i}.{name}"], how)) for i in range(config.depth)]
         _put(params, f"transformer/blocks/{ours}", np.stack(layers))
     return config, params
 
@@ -92,14 +95,14 @@ def to_released(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]
     state: dict[str, np.ndarray] = {}
     shapes = released_shapes(config)
     for name, (ours, how) in _OUTER.items():
-        value = _to_theirs(_get(params, ours), how)
+        value = _to_theirs(_join(config, ours, _get(params, ours)), how)
         if name in TABLE_ROWS:
             value = np.pad(value, ((0, 0), (0, shapes[name][1] - value.shape[1]), (0, 0)))
         state[name] = value
     for name, (ours, how) in _BLOCK.items():
         stacked = _get(params, f"transformer/blocks/{ours}")
         for i in range(config.depth):
-            state[f"blocks.{i}.{name}"] = _to_theirs(stacked[i], how)
+            state[f"blocks.{i}.{name}"] = _to_theirs(_join(config, ours, stacked[i]), how)
     return state
 
 
@@ -127,7 +130,13 @@ def released_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _read_config(state: dict[str, np.ndarray], path: str | pathlib.Path) -> Config:
-    needed = ("pos_embed", "embeddings.weight", "lm_head.weight", "blocks.0.attn.q_norm.weight", "blocks.0.mlp.fc1.weight")
+    needed = (
+        "pos_embed",
+        "embeddings.weight",
+        "lm_head.weight",
+        "blocks.0.attn.q_norm.weight",
+        "blocks.0.mlp.fc1.weight",
+    )
     for name in needed:
         if name not in state:
             what = "a tokenizer" if "quantize.embedding.weight" in state else "not RAR's"
@@ -145,6 +154,31 @@ def _read_config(state: dict[str, np.ndarray], path: str | pathlib.Path) -> Conf
         attention_dropout=0.0,
         label_dropout=0.0,
     )
+
+
+def _parts(config: Config, ours: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Inputs and outputs, as we shape them, of the linear layers that are fused matrices in the released file."""
+    d, heads = config.width, (config.num_heads, config.width // config.num_heads)
+    shapes = {
+        "attn/qkv": ((d,), (3, *heads)),
+        "attn/proj": (heads, (d,)),
+        "adaln": ((d,), (6, d)),
+        "final_adaln": ((d,), (2, d)),
+    }
+    return shapes.get(ours.rpartition("/")[0])
+
+
+def _split(config: Config, ours: str, value: np.ndarray) -> np.ndarray:
+    if (parts := _parts(config, ours)) is None:
+        return value
+    return value.reshape((*parts[0], *parts[1]) if ours.endswith("kernel") else parts[1])
+
+
+def _join(config: Config, ours: str, value: Any) -> np.ndarray:
+    value = np.asarray(value)
+    if (parts := _parts(config, ours)) is None:
+        return value
+    return value.reshape((math.prod(parts[0]), math.prod(parts[1])) if ours.endswith("kernel") else -1)
 
 
 def _to_ours(value: np.ndarray, how: str) -> np.ndarray:

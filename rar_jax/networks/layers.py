@@ -1,10 +1,11 @@
 """Layers that the transformers share. Shape suffixes: b batch, n slots, d width, h heads, k head dim.
 
-Logical axis names used on parameters: width, qkv, heads, mlp, modulation, codes (see parallel/rules.py); None is
-replicated.
+Logical axis names used on parameters: width, heads, mlp, modulation, codes (see parallel/rules.py); None is replicated.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,18 +20,36 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def dense(
-    features: int, axes: tuple[str | None, str | None], dtype: jnp.dtype, name: str, zero: bool = False
-) -> nn.Dense:
-    """Linear layer with bias, kernel (in, out) on the logical `axes`; `zero` starts it at 0 (adaLN)."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        precision=matmul_precision(dtype),
-        kernel_init=nn.with_logical_partitioning(nn.initializers.zeros if zero else INIT, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        name=name,
-    )
+class Dense(nn.Module):
+    """Linear layer with bias: kernel (*in, *out) on the logical `axes`, the last `len(out)` of which are outputs.
+
+    Fused projections keep their parts as dimensions, (in, 3, h, k) and not (in, 3hk), so that a mesh can cut them along
+    heads. (Flax's DenseGeneral makes its kernels flat first, which fails where the axes are constrained to a mesh.)
+    """
+
+    out: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    dtype: jnp.dtype
+    zero: bool = False  # start at 0 (adaLN)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ins = len(self.axes) - len(self.out)
+        init = nn.initializers.zeros if self.zero else INIT
+        kernel: Any = self.param(
+            "kernel", nn.with_logical_partitioning(init, self.axes), (*x.shape[-ins:], *self.out), jnp.float32
+        )
+        bias: Any = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[ins:]), self.out, jnp.float32
+        )
+        contracted = tuple(range(x.ndim - ins, x.ndim)), tuple(range(ins))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (contracted, ((), ())),
+            precision=matmul_precision(self.dtype),
+        )
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 def layer_norm(dtype: jnp.dtype, name: str, affine: bool = True) -> nn.LayerNorm:
@@ -97,10 +116,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_bnd: jax.Array) -> jax.Array:
         width = x_bnd.shape[-1]
-        h_bnf = dense(self.hidden, ("width", "mlp"), self.dtype, "fc1")(x_bnd)
+        h_bnf = Dense((self.hidden,), ("width", "mlp"), self.dtype, name="fc1")(x_bnd)
         h_bnf = nn.gelu(h_bnf, approximate=False)
         h_bnf = Dropout(self.dropout, self.deterministic)(h_bnf)
-        out_bnd = dense(width, ("mlp", "width"), self.dtype, "fc2")(h_bnf)
+        out_bnd = Dense((width,), ("mlp", "width"), self.dtype, name="fc2")(h_bnf)
         return Dropout(self.dropout, self.deterministic)(out_bnd)
 
 
@@ -121,8 +140,9 @@ class Attention(nn.Module):
     def __call__(
         self, x_bnd: jax.Array, cache: tuple[jax.Array, jax.Array] | None, start: jax.Array | int
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        b, n, d = x_bnd.shape
-        qkv_bn3hk = dense(3 * d, ("width", "qkv"), self.dtype, "qkv")(x_bnd).reshape(b, n, 3, self.num_heads, -1)
+        n, d = x_bnd.shape[1:]
+        shape = (3, self.num_heads, d // self.num_heads)
+        qkv_bn3hk = Dense(shape, ("width", None, "heads", None), self.dtype, name="qkv")(x_bnd)
         q_bnhk = layer_norm(self.dtype, "q_norm")(qkv_bn3hk[:, :, 0])
         k_bnhk = layer_norm(self.dtype, "k_norm")(qkv_bn3hk[:, :, 1])
         v_bnhk = qkv_bn3hk[:, :, 2]
@@ -134,7 +154,7 @@ class Attention(nn.Module):
             )
         visible_nm = jnp.arange(k_bnhk.shape[1])[None, :] <= start + jnp.arange(n)[:, None]
         out_bnhk = self._attend(q_bnhk, k_bnhk, v_bnhk, visible_nm)
-        out_bnd = dense(d, ("heads", "width"), self.dtype, "proj")(out_bnhk.reshape(b, n, d))
+        out_bnd = Dense((d,), ("heads", None, "width"), self.dtype, name="proj")(out_bnhk)
         return Dropout(self.dropout, self.deterministic)(out_bnd), new
 
     def _attend(self, q_bnhk: jax.Array, k_bmhk: jax.Array, v_bmhk: jax.Array, visible_nm: jax.Array) -> jax.Array:

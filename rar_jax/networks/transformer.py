@@ -9,8 +9,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
-from rar_jax.networks.layers import Attention, Mlp, dense, layer_norm, modulate
+from rar_jax.networks.layers import Attention, Dense, Mlp, layer_norm, modulate
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, each (l, b, m, h, k)
 
@@ -30,8 +31,8 @@ class Block(nn.Module):
         self, x_bnd: jax.Array, c_bnd: jax.Array, cache: Cache | None, start: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
         width, dtype = x_bnd.shape[-1], self.dtype
-        modulation = dense(6 * width, ("width", "modulation"), dtype, "adaln", zero=True)(c_bnd)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        modulation_bn6d = Dense((6, width), ("width", None, "modulation"), dtype, zero=True, name="adaln")(c_bnd)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.unstack(modulation_bn6d, axis=2)
         attention = Attention(
             self.num_heads, self.attention_dropout, self.dropout, self.deterministic, dtype, name="attn"
         )
@@ -40,7 +41,7 @@ class Block(nn.Module):
         mlp = Mlp(self.mlp_width, self.dropout, self.deterministic, dtype, name="mlp")
         h_bnd = mlp(modulate(layer_norm(dtype, "norm2")(x_bnd), shift_m, scale_m))
         x_bnd = x_bnd + gate_m * h_bnd
-        return nn.with_logical_constraint(x_bnd, ("batch", None, None)), new
+        return with_logical_constraint(x_bnd, ("batch", None, None)), new
 
 
 class Transformer(nn.Module):
@@ -74,7 +75,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast if cache is None else 0, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast if cache is None else 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: None},
         )

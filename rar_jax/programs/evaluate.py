@@ -7,6 +7,7 @@ the distance is called fd_classifier; it is not a FID.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.data.sources import ImageSource, load_source
+from rar_jax.data.sources import ImageSource
 from rar_jax.evaluation import classifier, frechet, moments
 from rar_jax.evaluation.moments import Moments
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.programs.experiment import Experiment
+from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
+from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.stages import trained_params
 from rar_jax.sampling.sampler import sample_images, sample_keys
-from rar_jax.training.checkpoint import CheckpointError, good_step, load_params
 from rar_jax.training.report import progress
 from rar_jax.training.workdir import Workdir
 
@@ -47,12 +48,9 @@ class Scorer:
     def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
         self.experiment, self.mesh = experiment, mesh
         self.tokenizer_params, self.classifier_params = (
-            jax.device_put(_final_params(workdir, stage), replicated(mesh)) for stage in ("tokenizer", "classifier")
+            trained_params(experiment, stage, workdir, mesh)[0] for stage in ("tokenizer", "classifier")
         )
-        self.train, self.heldout = (
-            load_source(experiment.data.source, split, image_size=experiment.data.image_size)
-            for split in ("train", "heldout")
-        )
+        self.train, self.heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
         self._train_images = jax.device_put(_all_images(self.train), replicated(mesh))
         features = jax.jit(lambda p, x: classifier.features(experiment.classifier, p, x)["features"])
         train_nf = np.concatenate(
@@ -90,7 +88,9 @@ class Scorer:
         nearest_b = jnp.sqrt(jnp.maximum(squared_bt.min(axis=1), 0) / flat_bp.shape[1]) * weights_b
         return Score(sums, asked_b.sum(), nearest_b.sum())
 
-    def _scan_samples(self, params: Any, labels_sb: Any, ids_sb: Any, weights_sb: Any, seed: Any, guidance: Guidance) -> Score:
+    def _scan_samples(
+        self, params: Any, labels_sb: Any, ids_sb: Any, weights_sb: Any, seed: Any, guidance: Guidance
+    ) -> Score:
         def one(total: Score, batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Score, None]:
             labels_b, ids_b, weights_b = batch
             experiment = self.experiment
@@ -124,7 +124,7 @@ class Scorer:
     ) -> Score:
         """Sums over the samples with these ids; sample i has class i modulo the classes, so classes are interleaved."""
         experiment, classes = self.experiment, self.experiment.data.num_classes
-        size = self._batch_size(len(ids))
+        size = self.batch_size(len(ids))
         guidance = guidance or experiment.guidance
         params = {"generator": generator_params, **self._params()}
         total: Score | None = None
@@ -138,14 +138,14 @@ class Scorer:
         assert total is not None
         return total
 
-    def images(self, source: ImageSource) -> Score:
-        """Sums over real images, each against its own label."""
-        size = self._batch_size(len(source))
+    def images(self, source: ImageSource, n: int) -> Score:
+        """Sums over the first n real images, each against its own label."""
+        size = self.batch_size(n)
         total: Score | None = None
-        for start in range(0, len(source), size):
+        for start in range(0, n, size):
             places = np.arange(start, start + size)
-            rows = source.gather(np.minimum(places, len(source) - 1))
-            weights = (places < len(source)).astype(np.float32)
+            rows = source.gather(np.minimum(places, n - 1))
+            weights = (places < n).astype(np.float32)
             with sharded(self.mesh):
                 batch = self._place((rows["images"][None], rows["labels"][None], weights[None]))
                 score = self._score_images(self._params(), *batch)
@@ -167,19 +167,14 @@ class Scorer:
         """As `distance`, by the float32 program that live curves use."""
         return float(self._root(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), score.moments)))
 
-    def _batch_size(self, wanted: int) -> int:
+    def batch_size(self, wanted: int) -> int:
+        """Images at a time when `wanted` are to be scored: the config's, rounded up to divide over the mesh."""
         parts = batch_divisor(self.mesh)
         return -(-min(self.experiment.evaluate.batch_size, wanted) // parts) * parts
 
     def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         at = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(None, *batch_sharding(self.mesh).spec))
         return tuple(jax.device_put(array, at) for array in arrays)
-
-
-def _final_params(workdir: Workdir, stage: str) -> Any:
-    if (good := good_step(workdir.checkpoints(stage))) is None:
-        raise CheckpointError(f"{workdir.path} has no good {stage} checkpoint: run `rar-jax train --stage {stage}`")
-    return load_params(workdir.checkpoints(stage), good[0])
 
 
 def _all_images(source: ImageSource) -> np.ndarray:
@@ -194,27 +189,30 @@ def evaluate(experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: boo
 
     Returns: the metrics of result.json.
     """
-    scorer = Scorer(experiment, workdir, mesh)
-    generator, n_heldout = experiment.generator, len(scorer.heldout)
-    n = max(experiment.evaluate.samples, n_heldout)
-    trained = jax.device_put(_final_params(workdir, "generator"), replicated(mesh))
-    untrained = generator.module.init(generator.config, jax.random.key(experiment.seed + 1))
+    scorer, n = Scorer(experiment, workdir, mesh), experiment.evaluate.samples
+    n_few = min(n, len(scorer.heldout))
+    trained, _ = trained_params(experiment, "generator", workdir, mesh)
+    module, config = experiment.generator.module, experiment.generator.config
+    at = param_shardings(module.axes(config), trained, mesh)
+    untrained = jax.jit(functools.partial(module.init, config), out_shardings=at)(jax.random.key(experiment.seed))
 
     def score(params: Any, name: str) -> tuple[Score, Score]:
-        """Sums of the first n_heldout samples, and of all n."""
-        size = 5 * scorer._batch_size(n)
-        starts = [0, *range(n_heldout, n, size)]
-        stops = [*starts[1:], n]
-        first: Score | None = None
+        """Sums of the first n_few samples, and of all n."""
+        size = 5 * scorer.batch_size(n)
+        edges = [*range(0, n_few, size), *range(n_few, n, size), n]
+        few: Score | None = None
         total: Score | None = None
-        spans = [(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+        spans = list(itertools.pairwise(edges))
         for start, stop in progress(spans, description=f"evaluate {name}", unit="chunks", quiet=quiet):
             part = scorer.samples(params, range(start, stop), seed=experiment.seed)
-            first, total = first or part, part if total is None else total.add(part)
-        assert first is not None and total is not None
-        return first, total
+            total = part if total is None else total.add(part)
+            if stop == n_few:
+                few = total
+        assert few is not None and total is not None
+        return few, total
 
-    heldout = scorer.images(scorer.heldout)
+    heldout = scorer.images(scorer.heldout, n_few)
+    everything_heldout = scorer.images(scorer.heldout, len(scorer.heldout))
     few, many = score(trained, "samples")
     few_untrained, many_untrained = score(untrained, "untrained")
     reference = f"the {len(scorer.train)} training images"
@@ -223,16 +221,17 @@ def evaluate(experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: boo
             "reference": reference,
             f"samples_n{n}": scorer.distance(many),
             f"samples_n{n}_in_graph_float32": scorer.distance_in_graph(many),
-            f"samples_n{n_heldout}": scorer.distance(few),
-            f"heldout_n{n_heldout}": scorer.distance(heldout),
             f"untrained_n{n}": scorer.distance(many_untrained),
-            f"untrained_n{n_heldout}": scorer.distance(few_untrained),
+            f"samples_n{n_few}": scorer.distance(few),
+            f"heldout_n{n_few}": scorer.distance(heldout),
+            f"untrained_n{n_few}": scorer.distance(few_untrained),
         },
         f"asked_class_share_n{n}": float(many.asked) / n,
-        f"classifier_accuracy_heldout_n{n_heldout}": float(heldout.asked) / n_heldout,
+        f"classifier_accuracy_heldout_n{len(scorer.heldout)}": float(everything_heldout.asked) / len(scorer.heldout),
         "nearest_training_image_rms": {
-            "note": f"mean over images of the pixel RMS distance to the nearest of {reference}; far below held-out's would be memorisation",
+            "note": "mean over images of the pixel RMS distance (0..1) to the nearest training image; "
+            "samples far below held-out images would be memorisation",
             f"samples_n{n}": float(many.nearest) / n,
-            f"heldout_n{n_heldout}": float(heldout.nearest) / n_heldout,
+            f"heldout_n{len(scorer.heldout)}": float(everything_heldout.nearest) / len(scorer.heldout),
         },
     }

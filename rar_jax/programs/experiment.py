@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from types import ModuleType
 from typing import Any
 
 import ml_collections
 from jax.sharding import Mesh
 
-from rar_jax.config import ConfigError, Steps, build, find_module, nearest, require, resolve_steps, to_dict
+from rar_jax.config import ConfigError, build, find_module, nearest, require, resolve_steps, steps_fields, to_dict
 from rar_jax.data.loader import steps_per_epoch
+from rar_jax.data.sources import ImageSource, Split, load_source
 from rar_jax.evaluation import classifier
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
@@ -38,6 +38,8 @@ class Data:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "num_classes", "train_records"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.num_classes)))
         require(
@@ -56,10 +58,30 @@ class Evaluate:
     batch_size: int = 200
     grid_per_class: int = 10
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grid_per_class"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(self.samples >= 2, f"samples is {self.samples}: a distance needs at least 2")
+        require(
+            self.live_samples == 0 or self.live_samples >= 2, f"live_samples is {self.live_samples}: 0, or at least 2"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Globals:
+    """What stands beside the sections."""
+
+    seed: int = 0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
+        require(self.precision in ("float32", "bfloat16"), f"precision is '{self.precision}': float32 or bfloat16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """All of an experiment, checked. `classifier` is None where the experiment has none."""
+    """All of an experiment, checked."""
 
     name: str
     data: Data
@@ -82,6 +104,15 @@ class Experiment:
             out[kind] = {"name": _short_name(model.module), **to_dict(model.config)}
         return out
 
+    def recipe(self, stage: str) -> Recipe:
+        """The recipe of a stage: "tokenizer", "classifier" or "generator"."""
+        return {"tokenizer": self.tokenizer_train, "classifier": self.classifier_train, "generator": self.train}[stage]
+
+    def model(self, stage: str) -> Model:
+        """The module and Config that a stage trains."""
+        models = {"tokenizer": self.tokenizer, "generator": self.generator}
+        return models.get(stage) or Model(classifier, self.classifier)
+
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ConfigError unless every batch divides over the mesh."""
         parts = batch_divisor(mesh)
@@ -96,7 +127,7 @@ class Experiment:
             )
 
 
-def resolve(config: ml_collections.ConfigDict, name: str) -> Experiment:
+def resolve(config: Any, name: str) -> Experiment:
     """Checks an experiment's ConfigDict and fills in its defaults.
 
     Raises: ConfigError, one line, for a wrong key, type or combination.
@@ -106,19 +137,29 @@ def resolve(config: ml_collections.ConfigDict, name: str) -> Experiment:
         require(key in known, f"config has no section '{key}'.{nearest(key, known)}")
     for key in ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier"):
         require(key in config, f"config lacks the section '{key}'")
+    for key in SECTIONS:
+        require(
+            isinstance(config.get(key, config), ml_collections.ConfigDict),
+            f"config.{key} is a value: it must be a section",
+        )
+    everywhere = build(_Globals, {k: config[k] for k in ("seed", "precision") if k in config}, where="config")
     data = build(Data, config.data, where="config.data")
-    precision = config.get("precision", "float32")
     recipes = {
         "tokenizer_train": _recipe(config.tokenizer_train, "config.tokenizer_train", data),
         "train": _recipe(config.train, "config.train", data),
-        "classifier_train": _recipe(config.classifier.train, "config.classifier.train", data),
+        "classifier_train": _recipe(config.classifier.get("train"), "config.classifier.train", data),
     }
-    tokenizer = _model(config.tokenizer, "tokenizers", precision, recipes["tokenizer_train"], data)
-    generator = _model(config.generator, "generators", precision, recipes["train"], data)
+    tokenizer = _model(config.tokenizer, "tokenizers", everywhere.precision, recipes["tokenizer_train"], data)
+    generator = _model(config.generator, "generators", everywhere.precision, recipes["train"], data)
     check_pair(generator, tokenizer)
     classifier_config = build(
         classifier.Config,
-        {"image_size": data.image_size, "channels": data.channels, "num_classes": data.num_classes, **config.classifier},
+        {
+            "image_size": data.image_size,
+            "channels": data.channels,
+            "num_classes": data.num_classes,
+            **config.classifier,
+        },
         where="config.classifier",
         ignore=("train",),
     )
@@ -132,21 +173,25 @@ def resolve(config: ml_collections.ConfigDict, name: str) -> Experiment:
         guidance=build(Guidance, config.get("guidance", {"scale": 0.0}), where="config.guidance"),
         evaluate=build(Evaluate, config.get("evaluate", {}), where="config.evaluate"),
         mesh=build(MeshConfig, config.get("mesh", {}), where="config.mesh"),
-        seed=config.get("seed", 0),
+        seed=everywhere.seed,
         **recipes,
     )
 
 
-def _recipe(section: ml_collections.ConfigDict, where: str, data: Data) -> Recipe:
-    epoch = steps_per_epoch(data.train_records, section.batch_size) if "batch_size" in section else None
-    require("steps" in section, f"{where} lacks steps: set {where}.steps in the experiment file")
-    steps = resolve_steps(section.steps, f"{where}.steps", None, epoch)
-    return build(
-        Recipe, {**section, "steps": steps}, where=where, total_steps=steps, steps_per_epoch=epoch
+def _recipe(section: Any, where: str, data: Data) -> Recipe:
+    require(isinstance(section, ml_collections.ConfigDict), f"{where} is missing or a value: it must be a section")
+    for key in ("steps", "batch_size"):
+        require(key in section, f"{where} lacks {key}: set {where}.{key} in the experiment file")
+    batch_size = section.batch_size
+    require(
+        isinstance(batch_size, int) and batch_size >= 1, f"{where}.batch_size is {batch_size!r}: it must be at least 1"
     )
+    epoch = steps_per_epoch(data.train_records, batch_size)
+    steps = resolve_steps(section.steps, f"{where}.steps", None, epoch)
+    return build(Recipe, {**section, "steps": steps}, where=where, total_steps=steps, steps_per_epoch=epoch)
 
 
-def _model(section: ml_collections.ConfigDict, kind: str, precision: str, recipe: Recipe, data: Data) -> Model:
+def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) -> Model:
     where = f"config.{kind[:-1]}"
     require("name" in section, f"{where} lacks name: it is the file in rar_jax/{kind}/ to use")
     module = find_module(kind, section.name)
@@ -158,8 +203,8 @@ def _model(section: ml_collections.ConfigDict, kind: str, precision: str, recipe
         steps_per_epoch=steps_per_epoch(data.train_records, recipe.batch_size),
         ignore=("name",),
     )
-    for field, hint in typing.get_type_hints(module.Config, include_extras=True).items():
-        if hint == Steps and getattr(config, field) > recipe.steps:
+    for field in steps_fields(module.Config):
+        if getattr(config, field) > recipe.steps:
             raise ConfigError(
                 f"{where}.{field} is step {getattr(config, field)}, after the training's end at {recipe.steps}: "
                 "shorten it, or give it as a share ('75%')"
@@ -176,6 +221,30 @@ def _check_shapes(data: Data, tokenizer: Model, generator: Model) -> None:
         classes == data.num_classes,
         f"generator.num_classes is {classes}, data.num_classes is {data.num_classes}: make them equal",
     )
+
+
+def open_source(experiment: Experiment, split: Split) -> ImageSource:
+    """The images of a split, checked against config.data.
+
+    Raises: ConfigError where the source is not what config.data says.
+    """
+    data = experiment.data
+    source = load_source(data.source, split, image_size=data.image_size)
+    shape = (data.image_size, data.image_size, data.channels)
+    require(
+        source.image_shape == shape,
+        f"{data.source} has images {list(source.image_shape)}, config.data says {list(shape)}: make them equal",
+    )
+    require(
+        source.num_classes == data.num_classes,
+        f"{data.source} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
+    )
+    require(
+        split != "train" or len(source) == data.train_records,
+        f"{data.source} has {len(source)} training images, config.data.train_records is {data.train_records}: "
+        "set it to that number, epochs are counted by it",
+    )
+    return source
 
 
 def _short_name(module: ModuleType) -> str:

@@ -11,19 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 import rar_jax
-from rar_jax.data.sources import load_source
+from rar_jax.config import steps_fields
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.evaluate import evaluate
-from rar_jax.programs.experiment import Experiment
-from rar_jax.programs.tokenize import tokenize, tokenized
-from rar_jax.programs.train import finished, train
+from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.stages import STAGES, finished
+from rar_jax.programs.tokenize import tokenize
+from rar_jax.programs.train import train
 from rar_jax.training.checkpoint import write_json
 from rar_jax.training.pictures import curves, grid, pairs
-from rar_jax.training.report import read_metrics
+from rar_jax.training.report import Reporter, read_metrics
 from rar_jax.training.workdir import Workdir
 
 PICTURES = ("samples.png", "reconstructions.png", "curves.png")
@@ -44,13 +46,8 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     # ---- weights and tokens
     for stage in ("tokenizer", "classifier"):
         _stage(experiment, stage, workdir, mesh, say, quiet)
-    tokenizer_sha256 = finished(experiment, "tokenizer", workdir)
-    assert tokenizer_sha256 is not None
     for split in ("train", "heldout"):
-        if tokenized(workdir, split, tokenizer_sha256):
-            say(f"tokens/{split}: done before")
-        else:
-            tokenize(experiment, workdir, mesh, split, quiet=quiet)
+        tokenize(experiment, workdir, mesh, split, quiet=quiet)
     _stage(experiment, "generator", workdir, mesh, say, quiet)
 
     # ---- what came of it
@@ -59,11 +56,13 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
         metrics = evaluate(experiment, workdir, mesh, quiet=quiet)
         pipeline = load(workdir.path, mesh=mesh)
         draw_pictures(experiment, workdir, pipeline)
-        last = {row["stage"]: row for row in read_metrics(workdir.path) if any(k.startswith("validation/") for k in row)}
-        trained = {
-            stage: {k: v for k, v in row.items() if k not in ("stage", "time")} for stage, row in last.items()
+        last = {
+            row["stage"]: row for row in read_metrics(workdir.path) if any(k.startswith("validation/") for k in row)
         }
-        write_json(workdir.result, {**metrics, "last_validation": trained, "made_from": inputs, "made_on": _where(mesh)})
+        trained = {stage: {k: v for k, v in row.items() if k not in ("stage", "time")} for stage, row in last.items()}
+        write_json(
+            workdir.result, {**metrics, "last_validation": trained, "made_from": inputs, "made_on": _where(mesh)}
+        )
     result = _result_of(workdir, inputs)
     assert result is not None
     say(_closing(experiment, workdir, result, time.monotonic() - began))
@@ -84,10 +83,13 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     labels = np.repeat(np.arange(data.num_classes), columns)
     images = pipeline.sample(labels, seed=experiment.seed)
     grid(images, data.class_names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
-    heldout = load_source(data.source, "heldout", image_size=data.image_size)
+    heldout = open_source(experiment, "heldout")
     originals = heldout.gather(np.arange(min(24, len(heldout))))["images"]
     pairs(originals, pipeline.reconstruct(originals), workdir.path / "reconstructions.png")
     curves(read_metrics(workdir.path), workdir.path / "curves.png")
+    with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True) as reporter:
+        for name in PICTURES:
+            reporter.image(name.removesuffix(".png"), np.asarray(Image.open(workdir.path / name).convert("RGB")), 0)
 
 
 def _inputs(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def _inputs(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:
     resolved = experiment.resolved()
     return {
         "experiment": experiment.name,
-        "weights": {stage: finished(experiment, stage, workdir) for stage in ("tokenizer", "classifier", "generator")},
+        "weights": {stage: finished(experiment, stage, workdir) for stage in STAGES},
         "guidance": resolved["guidance"],
         "evaluate": resolved["evaluate"],
         "seed": experiment.seed,
@@ -123,21 +125,24 @@ def _where(mesh: Mesh) -> dict[str, Any]:
 
 
 def _headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:
+    """What will be done, with every duration resolved to steps."""
     axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
-    steps = ", ".join(
-        f"{name} {recipe.steps} steps of {recipe.batch_size}"
-        for name, recipe in (
-            ("tokenizer", experiment.tokenizer_train),
-            ("classifier", experiment.classifier_train),
-            ("generator", experiment.train),
-        )
-    )
-    return f"{experiment.name} in {workdir.path} on {mesh.size} {jax.default_backend()} device(s) ({axes}): {steps}"
+    lines = [f"{experiment.name} in {workdir.path} on {mesh.size} {jax.default_backend()} device(s): {axes}"]
+    for stage in STAGES:
+        recipe, model = experiment.recipe(stage), experiment.model(stage)
+        durations = [(f, getattr(recipe, f)) for f in ("warmup", "eval_every", "checkpoint_every")]
+        durations += [(f, getattr(model.config, f)) for f in steps_fields(type(model.config))]
+        shown = ", ".join(f"{name} {value}" for name, value in durations)
+        lines.append(f"  {stage:10} {recipe.steps} steps of {recipe.batch_size}; in steps: {shown}")
+    return "\n".join(lines)
 
 
 def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], seconds: float) -> str:
     distances = {k: v for k, v in result["fd_classifier"].items() if k != "reference"}
-    lines = ["", f"fd_classifier (Frechet distance on classifier features to {result['fd_classifier']['reference']}; not FID)"]
+    lines = [
+        "",
+        f"fd_classifier (Frechet distance on classifier features to {result['fd_classifier']['reference']}; not FID)",
+    ]
     lines += [f"  {name:32} {value:9.3f}" for name, value in distances.items()]
     for name, value in result.items():
         if isinstance(value, float):

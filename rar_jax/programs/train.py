@@ -6,9 +6,11 @@ randomness of a step comes from (seed, step), so a run that was killed and start
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,21 +19,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
-from rar_jax.data.sources import load_source
 from rar_jax.data.token_store import TokenStore
-from rar_jax.evaluation import classifier
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import global_batch, is_main
+from rar_jax.parallel.processes import global_batch
 from rar_jax.parallel.rules import param_shardings, replicated, sharded
 from rar_jax.programs.evaluate import Scorer
-from rar_jax.programs.experiment import Experiment
-from rar_jax.training.checkpoint import Checkpointer, good_step
+from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.stages import STAGES, finished
+from rar_jax.programs.tokenize import tokenized
+from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
 from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
 from rar_jax.training.state import State, evaluated_params, make_init, make_train_step, state_shardings
 from rar_jax.training.workdir import Workdir
-
-STAGES = ("tokenizer", "classifier", "generator")
 
 
 class TrainingError(RuntimeError):
@@ -45,54 +45,50 @@ class TrainingError(RuntimeError):
 class Objective:
     """What the loop needs to know of a stage. `model` is a module with the contract functions init, axes, loss, ...
 
-    variants: held-out losses to watch, each a name and what it adds to the batch.
+    variants: held-out losses to watch, each a name and what it adds to a batch. meta: what each checkpoint says of itself.
     """
 
-    stage: str
     model: Any
     config: Any
-    recipe: Recipe
     train: Source
     heldout: Source
-    variants: dict[str, Callable[[Any], dict[str, np.ndarray]]] = dataclasses.field(
-        default_factory=lambda: {"": lambda batch: {}}
-    )
+    variants: Callable[[int], dict[str, dict[str, np.ndarray]]]
+    meta: dict[str, Any]
 
 
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
-    """The stage's model, recipe and data. Raises ConfigError or StoreError where the data does not fit."""
+    """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
+    module, config = experiment.model(stage).module, experiment.model(stage).config
+    meta = {"experiment": experiment.name, "stage": stage}
     if stage == "generator":
+        tokenizer = finished(experiment, "tokenizer", workdir)
+        for split in ("train", "heldout"):
+            if tokenizer is None or not tokenized(workdir, split, tokenizer):
+                raise CheckpointError(
+                    f"{workdir.tokens(split)} holds no good tokens of this tokenizer: run `rar-jax tokenize`"
+                )
+        meta["tokenizer_sha256"] = tokenizer
         train, heldout = TokenStore(workdir.tokens("train")), TokenStore(workdir.tokens("heldout"))
-        places = experiment.generator.module.token_spec(experiment.generator.config).shape[0]
-
-        def random_orders(batch: Any) -> dict[str, np.ndarray]:
-            rng = np.random.default_rng(0)  # the same orders at every validation, so that the curve has no noise of theirs
-            return {"orders": np.argsort(rng.random((len(batch["labels"]), places)), axis=1).astype(np.int32)}
-
-        model, variants = experiment.generator, {"raster": lambda batch: {}, "random": random_orders}
-        return Objective(stage, model.module, model.config, experiment.train, train, heldout, variants)
-    data = experiment.data
-    train, heldout = (load_source(data.source, split, image_size=data.image_size) for split in ("train", "heldout"))
-    if stage == "classifier":
-        return Objective(stage, classifier, experiment.classifier, experiment.classifier_train, train, heldout)
-    model = experiment.tokenizer
-    return Objective(stage, model.module, model.config, experiment.tokenizer_train, train, heldout)
+    else:
+        train, heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
+    plain: Callable[[int], dict[str, dict[str, np.ndarray]]] = lambda size: {"": {}}  # noqa: E731
+    offered = getattr(module, "validation_variants", None)
+    return Objective(module, config, train, heldout, functools.partial(offered, config) if offered else plain, meta)
 
 
 # ---------------------------------------------------------------- validation
 
 
-def make_validation(objective: Objective, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
-    """Function params -> mean metrics over fixed held-out batches, without any dropout."""
-    parts = batch_divisor(mesh)
-    wanted = min(objective.recipe.eval_records, len(objective.heldout))
-    count = math.ceil(wanted / 512)
-    size = max(wanted // count // parts, 1) * parts
-    batch_list = []
+def make_validation(objective: Objective, records: int, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    """Function params -> mean metrics over the first held-out `records` (rounded down to divide over the mesh)."""
+    parts, records = batch_divisor(mesh), min(records, len(objective.heldout))
+    count = math.ceil(records / 512)
+    size = max(records // count // parts, 1) * parts
+    batches_by_variant: list[tuple[str, dict[str, jax.Array]]] = []
     for i in range(count):
-        rows = objective.heldout.gather((np.arange(i * size, (i + 1) * size) % len(objective.heldout)).astype(np.int64))
-        batch = {name: {**rows, **extra(rows)} for name, extra in objective.variants.items()}
-        batch_list.append({name: global_batch(_local_rows(b), mesh) for name, b in batch.items()})
+        rows = objective.heldout.gather(np.arange(i * size, (i + 1) * size, dtype=np.int64) % len(objective.heldout))
+        for name, extra in objective.variants(size).items():
+            batches_by_variant.append((name and f"{name}_", global_batch(_local_rows(rows | extra), mesh)))
     loss = jax.jit(
         lambda params, batch: objective.model.loss(objective.config, params, batch, key=None, step=0)[1],
         out_shardings=replicated(mesh),
@@ -100,14 +96,10 @@ def make_validation(objective: Objective, mesh: Mesh) -> Callable[[Any], dict[st
 
     def validate(params: Any) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for batch in batch_list:
-            for variant, rows in batch.items():
-                metrics = {k: float(v) for k, v in loss(params, rows).items()}
-                if variant:  # a generator's loss is in nats a token; people compare bits
-                    metrics = {"bits": metrics["loss"] / math.log(2)}
-                for name, value in metrics.items():
-                    key = f"validation/{variant}_{name}" if variant else f"validation/{name}"
-                    totals[key] = totals.get(key, 0.0) + value / count
+        for prefix, batch in batches_by_variant:
+            for name, value in loss(params, batch).items():
+                key = f"validation/{prefix}{name}"
+                totals[key] = totals.get(key, 0.0) + float(value) / count
         return totals
 
     return validate
@@ -115,7 +107,7 @@ def make_validation(objective: Objective, mesh: Mesh) -> Callable[[Any], dict[st
 
 def _local_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     index, processes = jax.process_index(), jax.process_count()
-    return {key: np.array_split(value, processes)[index] for key, value in batch.items()}
+    return {key: np.array_split(value, processes)[index] for key, value in batch.items() if key != "ids"}
 
 
 # ---------------------------------------------------------------- state and step
@@ -157,34 +149,43 @@ def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh) -> Set
 def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, quiet: bool = False) -> None:
     """Trains a stage to its recipe's last step, from the newest good checkpoint if there is one.
 
-    Raises: TrainingError if the loss stops being a number.
+    Raises: TrainingError if the loss stops being a number; CheckpointError if a stage before is missing.
     """
-    objective = make_objective(experiment, stage, workdir)
-    recipe, config, model = objective.recipe, objective.config, objective.model
+    objective, recipe = make_objective(experiment, stage, workdir), experiment.recipe(stage)
+    folder = workdir.checkpoints(stage)
+    _refuse_other_tokens(folder, objective)
 
-    # ---- the state, restored or created where it shall live
-    root = jax.random.key(experiment.seed, impl="threefry2x32")
-    setup = compile_training(model, config, recipe, mesh)
-    checkpointer = Checkpointer(workdir.checkpoints(stage), keep=recipe.keep_checkpoints)
-    state = checkpointer.restore(setup.abstract_state)
-    if state is None:
-        state = setup.init(jax.random.fold_in(root, STAGES.index(stage)))
-    start = int(state["step"])
+    # ---- keys: one for the parameters, one that every step folds its number into
+    root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
+    init_key, step_key = jax.random.split(root)
 
-    # ---- the data: a function of (seed, step)
-    stream = batches(
-        objective.train,
-        global_batch=recipe.batch_size,
-        seed=experiment.seed,
-        start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_workers=experiment.data.workers,
-    )
-    validate = make_validation(objective, mesh)
-    scorer = Scorer(experiment, workdir, mesh) if stage == "generator" and experiment.evaluate.live_samples else None
+    with contextlib.ExitStack() as stack:
+        # ---- the state, restored or created where it shall live
+        setup = compile_training(objective.model, objective.config, recipe, mesh)
+        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(folder, keep=recipe.keep_checkpoints)))
+        state = checkpointer.restore(setup.abstract_state)
+        if state is None:
+            state = setup.init(init_key)
+        start = int(state["step"])
 
-    with sharded(mesh), Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet or not is_main()) as reporter:
+        # ---- the data: a function of (seed, step)
+        stream = batches(
+            objective.train,
+            global_batch=recipe.batch_size,
+            seed=experiment.seed,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_workers=experiment.data.workers,
+        )
+        stack.callback(getattr(stream, "close", lambda: None))
+        validate = make_validation(objective, recipe.eval_records, mesh)
+        scorer = (
+            Scorer(experiment, workdir, mesh) if stage == "generator" and experiment.evaluate.live_samples else None
+        )
+
+        # ---- what is told
+        reporter = stack.enter_context(Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet))
         reporter.resume_from(start)
         shown: dict[str, float] = {}
 
@@ -193,16 +194,19 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
             values = {name: float(value) for name, value in metrics.items()}
             if not math.isfinite(values["loss"]):
                 raise TrainingError(
-                    f"the loss of {stage} step {step} is {values['loss']}: lower {stage} learning_rate; "
-                    "the last good checkpoint is kept and is where the same command resumes"
+                    f"the loss of {stage} step {step} is {values['loss']}. Train in a new --workdir with a lower "
+                    "learning_rate or a longer warmup; this one keeps its last good checkpoint"
                 )
             shown["loss"] = values["loss"]
             if step % recipe.log_every == 0 or step == recipe.steps:
                 reporter.metrics(step, values)
 
+        # ---- the loop
+        stack.enter_context(sharded(mesh))
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start + 1, recipe.steps + 1):
-            state, metrics = setup.step(state, global_batch(next(stream), mesh), root)
+            rows = {name: array for name, array in next(stream).items() if name != "ids"}
+            state, metrics = setup.step(state, global_batch(rows, mesh), step_key)
             # The metrics of the step before are fetched while this one runs: the device never waits for the host.
             if pending is not None:
                 record(*pending)
@@ -210,20 +214,21 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
             reporter.progress(step, **shown)
             checkpointer.poll()
             last = step == recipe.steps
-            if last or step % recipe.eval_every == 0:
+            evaluate_now, save_now = (last or step % n == 0 for n in (recipe.eval_every, recipe.checkpoint_every))
+            if evaluate_now or save_now:
+                record(*pending)  # first, so that a state whose loss is no number is never saved
+                pending = None
+            if evaluate_now:
                 params = evaluated_params(state)
                 reporter.metrics(step, validate(params) | (scorer.live(params) if scorer else {}))
-            if last or step % recipe.checkpoint_every == 0:
-                record(*pending)
-                pending = None
-                checkpointer.save(step, state, {"experiment": experiment.name, "stage": stage, "step": step})
-        checkpointer.close()
+            if save_now:  # last, so that a resumed run has the rows of this step
+                checkpointer.save(step, state, objective.meta | {"step": step})
 
 
-def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None:
-    """The hash of the stage's last checkpoint if it is trained to the end and verifies, else None."""
-    recipe = {"tokenizer": experiment.tokenizer_train, "classifier": experiment.classifier_train}.get(
-        stage, experiment.train
-    )
-    good = good_step(workdir.checkpoints(stage))
-    return good[1] if good is not None and good[0] == recipe.steps else None
+def _refuse_other_tokens(folder: pathlib.Path, objective: Objective) -> None:
+    good = good_step(folder)
+    known = objective.meta.get("tokenizer_sha256")
+    if good is not None and known is not None and read_meta(folder, good[0])["tokenizer_sha256"] != known:
+        raise CheckpointError(
+            f"{folder} was trained on the tokens of another tokenizer than the one in this work directory: move it away"
+        )

@@ -32,7 +32,8 @@ def check_pair(generator: Model, tokenizer: Model) -> None:
     )
     codes = [getattr(model.config, "codebook_size", None) for model in (generator, tokenizer)]
     require(
-        codes[0] == codes[1], f"codebook_size is {codes[0]} in the generator and {codes[1]} in the tokenizer: make them equal"
+        codes[0] == codes[1],
+        f"codebook_size is {codes[0]} in the generator and {codes[1]} in the tokenizer: make them equal",
     )
 
 
@@ -61,7 +62,5 @@ def sample_images(
       params: {"generator": of init or prepare, "tokenizer"}.
       labels: int (b,). keys: typed keys (b,), see `sample_keys`.
     """
-    tokens_bn = generator.module.sample(
-        generator.config, params["generator"], labels, keys=keys, guidance=guidance
-    )
+    tokens_bn = generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
     return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn))

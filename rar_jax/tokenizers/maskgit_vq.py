@@ -43,7 +43,7 @@ class Config:
     l2_weight: float = 1.0
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
-    restart_every: int = 0
+    restart_every: Steps = 0
     restart_until: Steps = 0
     dtype: str = "float32"
 

@@ -10,11 +10,13 @@ restores a file with a flipped bit without a word.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +36,13 @@ class CheckpointError(RuntimeError):
 
 
 def file_sha256(path: pathlib.Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Hex sha256 of a file's bytes; computed again only if the file has changed, since a run asks several times."""
+    stat = path.stat()
+    return _file_sha256(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_sha256(path: pathlib.Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -63,8 +71,10 @@ def write_manifest(folder: pathlib.Path) -> None:
 def verify_manifest(folder: pathlib.Path) -> str:
     """Checks every file below `folder` against its manifest.
 
+    Files that the manifest does not name (a desktop's or a file server's) do no harm and are passed over.
+
     Returns: the manifest's own hash, which names this content.
-    Raises: CheckpointError naming the file that is missing, surplus or changed.
+    Raises: CheckpointError naming the file that is missing or changed.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -77,10 +87,9 @@ def verify_manifest(folder: pathlib.Path) -> str:
         intact, entries, manifest = False, {}, {}
     if not intact:
         raise CheckpointError(f"{path} is damaged")
-    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST}
-    for name in sorted(entries.keys() ^ found):
-        raise CheckpointError(f"{folder / name} is {'missing' if name in entries else 'not in the manifest'}")
     for name, entry in entries.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing")
         if file_sha256(folder / name) != entry["sha256"]:
             raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the manifest's")
     return manifest["sha256"]
@@ -101,6 +110,11 @@ def good_step(folder: pathlib.Path) -> tuple[int, str] | None:
         except CheckpointError as error:
             log.warning("checkpoint step %d is passed over: %s", step, error)
     return None
+
+
+def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
+    """What `Checkpointer.save` was told about a step."""
+    return json.loads((folder / str(step) / "meta" / "metadata").read_bytes())
 
 
 def load_params(folder: pathlib.Path, step: int) -> Any:
@@ -166,16 +180,26 @@ class Checkpointer:
             manifest.result()
 
     def restore(self, abstract_state: Any) -> Any | None:
-        """The newest good state, placed as `abstract_state`'s shardings say; None if there is none.
+        """The newest good state, placed as `abstract_state`'s shardings say; None if nothing was saved yet.
 
-        Steps that did not verify are deleted, so that they can be written again.
+        Newer steps are set aside as <step>.unfinished (a save that was cut off) or <step>.damaged, so that they can be
+        written again; nothing is deleted.
+        Raises: CheckpointError if there are damaged steps and no good one.
         """
-        if (good := good_step(self.folder)) is None:
-            newer = list(self._manager.all_steps())
-        else:
-            newer = [s for s in self._manager.all_steps() if s > good[0]]
-        for step in newer:
-            self._manager.delete(step)
+        good = good_step(self.folder)
+        newer = sorted(step for step in self._manager.all_steps() if good is None or step > good[0])
+        damaged = [step for step in newer if (self.folder / str(step) / MANIFEST).exists()]
+        if good is None and damaged:
+            raise CheckpointError(
+                f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
+                "copy, or move the folder away to start this stage again"
+            )
+        for step in newer if jax.process_index() == 0 else []:
+            aside = self.folder / f"{step}.{'damaged' if step in damaged else 'unfinished'}"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            (self.folder / str(step)).rename(aside)
+        if newer:
+            self._manager.reload()
         if good is None:
             return None
         restored = self._manager.restore(
@@ -185,6 +209,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Finishes what is under way and frees the threads."""
-        self.wait()
-        self._threads.shutdown()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._threads.shutdown()
+            self._manager.close()

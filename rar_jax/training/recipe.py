@@ -37,13 +37,25 @@ class Recipe:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "checkpoint_every", "eval_records"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "eval_records",
+        ):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         require(
             self.batch_size % self.accumulation == 0,
             f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
         )
-        require(self.warmup <= self.steps, f"warmup is {self.warmup} steps, longer than the training of {self.steps}")
+        require(
+            self.warmup < self.steps, f"warmup is {self.warmup} steps, not shorter than the training of {self.steps}"
+        )
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be above 0")
+        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}: it must be above 0")
         require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}: it must be in [0, 1)")
         require(
             self.keep_checkpoints >= 2,

@@ -1,9 +1,9 @@
 """The layout of a work directory, and the check that it belongs to this run.
 
-    config.json           the resolved experiment that this directory belongs to
-    checkpoints/<stage>/  stages: tokenizer, classifier, generator
-    tokens/<split>/       token stores: train, heldout
-    metrics.jsonl, tensorboard/<stage>/, *.png, result.json
+config.json           the resolved experiment that this directory belongs to
+checkpoints/<stage>/  stages: tokenizer, classifier, generator
+tokens/<split>/       token stores: train, heldout
+metrics.jsonl, tensorboard/<stage>/, *.png, result.json
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ class Workdir:
         return self.path / "tokens" / split
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Makes the directory this experiment's, or checks that it is.
+        """Makes the directory this experiment's, or checks that it is. Until something was made, it can change hands.
 
         Raises: ConfigError with the differences if it belongs to another experiment.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(config))
-        if self.config.exists():
+        made = any((self.path / name).exists() for name in ("checkpoints", "tokens"))
+        if self.config.exists() and made:
             if lines := differences(_bound(self.read_config()), _bound(config)):
                 raise ConfigError(
                     f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: "
                     + "; ".join(lines)
                 )
-        elif foreign := sorted(p.name for p in self.path.iterdir()):
+        elif foreign := sorted(p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json"))):
             raise ConfigError(
                 f"{self.path} has no config.json but is not empty (it holds {foreign[0]}): choose another --workdir"
             )

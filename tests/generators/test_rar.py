@@ -54,7 +54,9 @@ def test_teacher_loss(tiny: Any) -> None:
     assert abs(float(value) - float(g["teacher_loss"])) < 1e-5
     assert float(metrics["loss"]) == float(value)
     # With a key but no dropouts, the loss is the same.
-    assert float(rar.loss(config, params, batch, key=jax.random.key(0), step=0)[0]) == pytest.approx(float(value), abs=1e-6)
+    assert float(rar.loss(config, params, batch, key=jax.random.key(0), step=0)[0]) == pytest.approx(
+        float(value), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -152,7 +154,9 @@ def test_label_dropout_puts_the_null_class() -> None:
 
 @pytest.mark.parametrize("which", ["dropout", "attention_dropout"])
 def test_dropout_changes_the_loss_only_with_a_key(which: str) -> None:
-    config = dataclasses.replace(rar.TINY, **{"dropout": 0.0, "attention_dropout": 0.0, "label_dropout": 0.0, which: 0.5})
+    config = dataclasses.replace(
+        rar.TINY, **{"dropout": 0.0, "attention_dropout": 0.0, "label_dropout": 0.0, which: 0.5}
+    )
     params = random_params(config)
     batch = {"tokens": jnp.ones((4, 16), jnp.int32), "labels": jnp.arange(4), "orders": raster(4, config)}
     loss = jax.jit(lambda key: rar.loss(config, params, batch, key=key, step=0)[0])
@@ -171,7 +175,9 @@ def test_remat_and_bfloat16() -> None:
         return grad(params)
 
     plain = grads(config)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(grads(dataclasses.replace(config, remat=True))), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(plain), jax.tree.leaves(grads(dataclasses.replace(config, remat=True))), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-6)
     low = grads(dataclasses.replace(config, dtype="bfloat16"))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low))

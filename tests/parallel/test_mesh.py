@@ -36,7 +36,9 @@ def test_given_devices() -> None:
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
 
-@pytest.mark.parametrize("config", [MeshConfig(3, 1, 1), MeshConfig(2, 1, 1), MeshConfig(-1, 3, 1), MeshConfig(-1, 8, 1)])
+@pytest.mark.parametrize(
+    "config", [MeshConfig(3, 1, 1), MeshConfig(2, 1, 1), MeshConfig(-1, 3, 1), MeshConfig(-1, 8, 1)]
+)
 def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
     with pytest.raises(ConfigError) as caught:
         make_mesh(config)
@@ -47,7 +49,9 @@ def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
     )
 
 
-@pytest.mark.parametrize("config", [MeshConfig(-1, -1, 1), MeshConfig(0, 1, 1), MeshConfig(1, -2, 1), MeshConfig(-2, -2, 1)])
+@pytest.mark.parametrize(
+    "config", [MeshConfig(-1, -1, 1), MeshConfig(0, 1, 1), MeshConfig(1, -2, 1), MeshConfig(-2, -2, 1)]
+)
 def test_sizes_that_are_none(config: MeshConfig) -> None:
     with pytest.raises(ConfigError) as caught:
         make_mesh(config)

@@ -105,7 +105,9 @@ def test_a_dimension_that_does_not_divide_names_parameter_and_axis() -> None:
     )
     axes = {"block": {"fc1": {"kernel": (None, "mlp")}}}
     shapes["block"]["fc1"]["kernel"] = jax.ShapeDtypeStruct((6, 10), jnp.float32)
-    with pytest.raises(ConfigError, match=r"block\.fc1\.kernel has a dimension of 10, .* 4 devices of mesh axis 'tensor'"):
+    with pytest.raises(
+        ConfigError, match=r"block\.fc1\.kernel has a dimension of 10, .* 4 devices of mesh axis 'tensor'"
+    ):
         param_shardings(axes, shapes, make_mesh(MeshConfig(1, 1, 4)))
 
 

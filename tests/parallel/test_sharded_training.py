@@ -69,7 +69,7 @@ def bytes_on_device(state: Any) -> int:
 def promised_bytes(module: ModuleType, state: Any, sizes: tuple[int, int, int]) -> int:
     """From first principles: parameters, two moments and the EMA, each cut along the axes that are named for it."""
     _, fsdp, tensor = sizes
-    cut = {"width": fsdp, "conv_out": fsdp, "qkv": tensor, "heads": tensor, "mlp": tensor, "modulation": tensor, "codes": tensor}
+    cut = {"width": fsdp, "conv_out": fsdp, "heads": tensor, "mlp": tensor, "codes": tensor}
     names = jax.tree.leaves(module.axes(module.TINY), is_leaf=lambda x: isinstance(x, tuple))
     leaves = jax.tree.leaves(state["params"])
     one_copy = sum(

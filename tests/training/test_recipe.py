@@ -66,9 +66,13 @@ def test_the_whole_schedule_by_its_formula() -> None:
 
 def test_schedules_at_their_limits() -> None:
     no_warmup = schedule(Recipe(steps=10, batch_size=1))
-    assert float(no_warmup(0)) == pytest.approx(4e-4, rel=1e-6) and float(no_warmup(10)) == pytest.approx(1e-5, rel=1e-5)
+    assert float(no_warmup(0)) == pytest.approx(4e-4, rel=1e-6) and float(no_warmup(10)) == pytest.approx(
+        1e-5, rel=1e-5
+    )
     long_warmup = schedule(Recipe(steps=10, batch_size=1, warmup=9))
-    np.testing.assert_allclose([float(long_warmup(s)) for s in (0, 3, 9, 10)], [0, 4e-4 / 3, 4e-4, 1e-5], rtol=1e-5, atol=1e-10)
+    np.testing.assert_allclose(
+        [float(long_warmup(s)) for s in (0, 3, 9, 10)], [0, 4e-4 / 3, 4e-4, 1e-5], rtol=1e-5, atol=1e-10
+    )
 
 
 def test_the_released_random_ratio(golden: pathlib.Path) -> None:
@@ -171,7 +175,10 @@ def test_four_training_steps(tiny: Any, four: FourSteps, golden: pathlib.Path) -
         ({"warmup": 11}, "warmup is 11 steps: it must be shorter than the training of 10"),
         ({"warmup": 10}, "warmup is 10 steps: it must be shorter than the training of 10"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0: it must be in [0, 1)"),
-        ({"keep_checkpoints": 1}, "keep_checkpoints is 1: at least 2, so that one good step stays while another is written"),
+        (
+            {"keep_checkpoints": 1},
+            "keep_checkpoints is 1: at least 2, so that one good step stays while another is written",
+        ),
     ],
 )
 def test_impossible_recipes(changes: dict[str, Any], problem: str) -> None:

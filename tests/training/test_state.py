@@ -115,7 +115,9 @@ def test_parts_of_a_batch_draw_different_numbers() -> None:
 
 def test_the_step_reports_the_norm_of_the_gradient_before_clipping(plain: Run) -> None:
     """Which recipe.clip_norm 1 would have cut."""
-    grads = jax.grad(lambda p: loss(p, batch_of(0), key=jax.random.key(0), step=jnp.int32(0))[0])(init(jax.random.key(0)))
+    grads = jax.grad(lambda p: loss(p, batch_of(0), key=jax.random.key(0), step=jnp.int32(0))[0])(
+        init(jax.random.key(0))
+    )
     norm = np.sqrt(sum(float(np.square(np.asarray(g, np.float64)).sum()) for g in jax.tree.leaves(grads)))
     assert plain.metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-5) and norm > 1.5
 
