@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.tokenizer_train = ConfigDict(
         dict(
-            steps=600, batch_size=128, learning_rate=2e-3, warmup="5%", beta2=0.99, weight_decay=1e-4,
-            eval_every=200, eval_records=360, checkpoint_every=300,
+            steps=900, batch_size=64, learning_rate=2e-3, warmup="5%", beta2=0.99, weight_decay=1e-4,
+            eval_every=300, eval_records=360, checkpoint_every=300,
         )
     )  # fmt: skip
     config.classifier = ConfigDict(
@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
             widths=(32, 64), features=64,
             train=ConfigDict(
                 dict(
-                    steps=400, batch_size=128, learning_rate=3e-3, warmup="5%", beta2=0.99, weight_decay=0.05,
-                    eval_every=200, eval_records=360, checkpoint_every=400,
+                    steps=300, batch_size=128, learning_rate=3e-3, warmup="10%", beta2=0.99, weight_decay=0.05,
+                    eval_every=100, eval_records=360, checkpoint_every=300,
                 )
             ),
         )
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.train = ConfigDict(
         dict(
-            steps=800, batch_size=128, learning_rate=2e-3, warmup="10%", eval_every=100, eval_records=360,
+            steps=800, batch_size=64, learning_rate=2e-3, warmup="10%", eval_every=200, eval_records=360,
             checkpoint_every=200,
         )
     )  # fmt: skip

@@ -133,10 +133,6 @@ def test_wrong_types_say_where_and_what(section: dict[str, Any], problem: str) -
     assert message_of(made, **section) == f"config.train.{problem}"
 
 
-def test_a_section_that_is_a_value() -> None:
-    assert "config.train is 5" in message_of(build, Section, 5, where="config.train")
-
-
 def test_missing_keys() -> None:
     text = message_of(build, Section, {"rate": 1.0}, where="config.train")
     assert text == "config.train lacks steps: set config.train.steps in the experiment file"
@@ -249,7 +245,6 @@ def test_the_last_override_wins_and_the_rest_stays(experiment: str) -> None:
         ("train.inner.depth=1", "config.train has no key 'inner'. It has: name, ratio, sizes, steps, warmup."),
         ("train.steps.x=1", "config.train.steps is a single value, so 'train.steps.x' cannot be set"),
         ("seed.x=1", "config.seed is a single value, so 'seed.x' cannot be set"),
-        ("train=1", "config.train is a section: set its keys, as config.train.KEY=VALUE"),
         ("train.steps", "override 'train.steps' is not of the form section.key=value"),
         ("=1", "override '=1' is not of the form section.key=value"),
     ],

@@ -7,14 +7,15 @@ had; it is never called FID. Shapes: b batch, y x height width, f features, c ch
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from rar_jax.config import require
+from rar_jax.networks.boxes import logical_axes, unbox
 from rar_jax.networks.classifier import NORM_GROUPS, Classifier
 
 Params = dict[str, Any]
@@ -64,13 +65,12 @@ TINY = Config(image_size=8, channels=1, num_classes=10, widths=(8, 8), features=
 
 def init(config: Config, key: jax.Array) -> Params:
     """Float32 parameters as a nested dict of plain arrays."""
-    return nn.unbox(_boxed(config, key))
+    return unbox(_boxed(config, key))
 
 
 def axes(config: Config) -> Params:
     """The tree of `init` with a tuple of logical axis names for each array (named in networks/classifier.py)."""
-    specs = nn.get_partition_spec(jax.eval_shape(lambda key: _boxed(config, key), jax.random.key(0)))
-    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    return logical_axes(functools.partial(_boxed, config))
 
 
 def decay_mask(config: Config) -> Params:

@@ -12,6 +12,7 @@ Shape suffixes: b batch, n tokens, s slots (n + 1), d width, v codes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -23,6 +24,7 @@ from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.config import Steps, require
 from rar_jax.guidance import Guidance
+from rar_jax.networks.boxes import logical_axes, unbox
 from rar_jax.networks.layers import INIT, Dense, layer_norm, modulate
 from rar_jax.networks.transformer import Cache, Transformer
 
@@ -171,15 +173,12 @@ def _boxed_init(config: Config, key: jax.Array) -> Any:
 
 def init(config: Config, key: jax.Array) -> Params:
     """Fresh parameters, float32: normal(0, 0.02) weights and tables; biases, cls_token and adaLN zero."""
-    return nn.meta.unbox(_boxed_init(config, key))
+    return unbox(_boxed_init(config, key))
 
 
 def axes(config: Config) -> Params:
     """The tree of `init` with a tuple of logical axis names for each array."""
-    boxed = jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
-    return jax.tree.map(
-        tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
-    )
+    return logical_axes(functools.partial(_boxed_init, config))
 
 
 def decay_mask(config: Config) -> Params:

@@ -10,16 +10,17 @@ Shape suffixes: b batch, n tokens, m all latents of a batch, v codes, z latent w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from rar_jax.config import Steps, require
 from rar_jax.networks import vqgan
+from rar_jax.networks.boxes import logical_axes, unbox
 
 Params = dict[str, Any]
 
@@ -108,17 +109,12 @@ def image_spec(config: Config) -> jax.ShapeDtypeStruct:
 
 def init(config: Config, key: jax.Array) -> Params:
     """Fresh float32 parameters {"encoder", "decoder", "codebook" (V, Z)}: a nested dict of plain arrays."""
-    return meta.unbox(_init_boxed(config, key))
+    return unbox(_init_boxed(config, key))
 
 
 def axes(config: Config) -> Params:
     """The tree of `init` with a tuple of logical axis names (None: not sharded) for each array."""
-
-    def names(leaf: Any) -> tuple[str | None, ...]:
-        return tuple(leaf.names) if isinstance(leaf, meta.Partitioned) else (None,) * leaf.ndim
-
-    boxed = jax.eval_shape(lambda key: _init_boxed(config, key), jax.random.key(0))
-    return jax.tree.map(names, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.Partitioned))
+    return logical_axes(functools.partial(_init_boxed, config))
 
 
 def decay_mask(config: Config) -> Params:

@@ -68,23 +68,22 @@ def make_train_step(
     """
     learning_rate = schedule(recipe)
 
-    def gradients(params: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Any, Metrics]:
-        grads, metrics = jax.grad(loss, has_aux=True)(params, batch, key=key, step=step)
-        return grads, metrics
+    gradients = jax.grad(loss, has_aux=True)
 
     def accumulated(params: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Any, Metrics]:
         parts = recipe.accumulation
         if parts == 1:
-            return gradients(params, batch, key, step)
+            return gradients(params, batch, key=key, step=step)
         # Every part takes rows from each device's share of the batch, so that no row changes its device.
         split = {k: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0) for k, x in batch.items()}
 
         def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part[0], part[1], step)), None
+            return jax.tree.map(jnp.add, total, gradients(params, part[0], key=part[1], step=step)), None
 
         keys = jax.random.split(key, parts)
-        first = jax.eval_shape(gradients, params, {k: x[0] for k, x in split.items()}, keys[0], step)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+        first = {k: x[0] for k, x in split.items()}
+        shapes = jax.eval_shape(lambda: gradients(params, first, key=keys[0], step=step))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zero, (split, keys))
         return jax.tree.map(lambda x: x / parts, total)
 

@@ -1,8 +1,10 @@
 """Checkpoints come back to the bit on any mesh; a damaged one is named and passed over; nothing fails in silence."""
 
 import hashlib
+import itertools
 import json
 import logging
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.training import checkpoint
-from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, load_params, verify_manifest
+from rar_jax.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    good_step,
+    load_params,
+    read_meta,
+    verify_manifest,
+)
 
 SPECS = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("fsdp"), "step": PartitionSpec()}
 
@@ -149,6 +158,7 @@ def test_poll_writes_the_manifest_and_is_free_otherwise(tmp_path: pathlib.Path) 
 
 def test_the_manifest_holds_the_sums_of_all_files(saved: pathlib.Path) -> None:
     step = saved / "2"
+    assert read_meta(saved, 2) == {"stage": "test", "step": 2}
     manifest = json.loads((step / "manifest.json").read_text())
     files = {
         str(p.relative_to(step)): p.read_bytes() for p in step.rglob("*") if p.is_file() and p.name != "manifest.json"
@@ -158,6 +168,12 @@ def test_the_manifest_holds_the_sums_of_all_files(saved: pathlib.Path) -> None:
     assert manifest["files"] == sums
     assert good_step(saved) == (2, manifest["sha256"]) == (2, verify_manifest(step))
     assert verify_manifest(saved / "1") != verify_manifest(step)
+
+
+def overwrite(path: pathlib.Path, content: bytes, ticks: Iterator[int] = itertools.count(1)) -> None:
+    """Writes, with a time of its own: sums are computed again for a file that has changed, and disk clocks are coarse."""
+    path.write_bytes(content)
+    os.utime(path, ns=(next(ticks), next(ticks)))
 
 
 def files_of(step: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -183,9 +199,9 @@ def test_a_flipped_bit_in_any_file(folder: pathlib.Path, caplog: pytest.LogCaptu
         for place in rng.integers(0, 8 * len(whole), 12 if path.name == "manifest.json" else 3) if whole else []:
             damaged = bytearray(whole)
             damaged[place // 8] ^= 1 << int(place % 8)
-            path.write_bytes(damaged)
+            overwrite(path, damaged)
             assert_passed_over(folder, path, caplog)
-        path.write_bytes(whole)
+        overwrite(path, whole)
     good = good_step(folder)
     assert good is not None and good[0] == 2
 
@@ -196,24 +212,26 @@ def test_any_file_deleted_or_cut(folder: pathlib.Path, caplog: pytest.LogCapture
         path.unlink()
         assert_passed_over(folder, path, caplog)
         for kept in {0, len(whole) // 2, len(whole) - 1} if whole else ():
-            path.write_bytes(whole[:kept])
+            overwrite(path, whole[:kept])
             assert_passed_over(folder, path, caplog)
-        path.write_bytes(whole)
+        overwrite(path, whole)
 
 
-@pytest.mark.parametrize("name", ["surplus", "state/surplus", "state/new/surplus", "manifest.json.tmp"])
-def test_a_file_added(folder: pathlib.Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", [".DS_Store", "state/surplus", "state/new/surplus", "manifest.json.tmp"])
+def test_a_file_added_does_no_harm(folder: pathlib.Path, name: str) -> None:
     path = folder / "2" / name
     path.parent.mkdir(exist_ok=True)
-    path.touch()
-    assert_passed_over(folder, path, caplog)
+    path.write_text("x")
+    good = good_step(folder)
+    assert good is not None and good[0] == 2
+    assert bits(restore(folder, one())) == bits(numbers(2))
 
 
 def test_two_files_exchanged(folder: pathlib.Path) -> None:
     a, b = (folder / "2" / "meta" / "metadata", folder / "2" / "_CHECKPOINT_METADATA")
     contents = a.read_bytes(), b.read_bytes()
-    b.write_bytes(contents[0])
-    a.write_bytes(contents[1])
+    overwrite(b, contents[0])
+    overwrite(a, contents[1])
     good = good_step(folder)
     assert good is not None and good[0] == 1
 
@@ -246,6 +264,7 @@ def test_no_good_step_at_all(folder: pathlib.Path, caplog: pytest.LogCaptureFixt
     assert restore(folder, one()) is None
     save(folder, range(1, 3))
     assert bits(restore(folder, one())) == bits(numbers(2))
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "1.unfinished", "2", "2.unfinished"]
 
 
 # ---------------------------------------------------------------- restoring after damage
@@ -255,26 +274,32 @@ def damage_ocdbt(step: pathlib.Path) -> None:
     largest = max(files_of(step / "state"), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    overwrite(largest, content)
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "aside"),
     [
-        damage_ocdbt,
-        lambda step: (step / "manifest.json").unlink(),
-        lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
-        lambda step: shutil.rmtree(step / "state"),
-        lambda step: [p.unlink() for p in list(files_of(step))],
+        (damage_ocdbt, "2.damaged"),
+        (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "2.damaged"),
+        (lambda step: shutil.rmtree(step / "state"), "2.damaged"),
+        (lambda step: (step / "manifest.json").write_text("{"), "2.damaged"),
+        (lambda step: (step / "manifest.json").unlink(), "2.unfinished"),
+        (lambda step: [p.unlink() for p in list(files_of(step))], "2.unfinished"),
     ],
-    ids=["bit", "manifest", "metadata", "state", "everything"],
+    ids=["bit", "metadata", "state", "manifest", "no_manifest", "nothing"],
 )
-def test_the_step_before_is_restored_and_the_damaged_one_can_be_written_again(
-    folder: pathlib.Path, damage: Callable[[pathlib.Path], Any]
+def test_the_step_before_is_restored_and_the_bad_one_set_aside_and_written_again(
+    folder: pathlib.Path, damage: Callable[[pathlib.Path], Any], aside: str
 ) -> None:
     damage(folder / "2")
+    left = {str(p.relative_to(folder / "2")): p.read_bytes() for p in files_of(folder / "2")}
+    (folder / aside).mkdir()  # of an earlier time
+    (folder / aside / "old").touch()
     checkpointer = Checkpointer(folder, keep=2)
     assert bits(checkpointer.restore(abstract(numbers(0), one()))) == bits(numbers(1))
+    assert {str(p.relative_to(folder / aside)): p.read_bytes() for p in files_of(folder / aside)} == left
+    assert not (folder / "2").exists()
     checkpointer.save(2, put(numbers(2), one()), {})
     checkpointer.close()
     good = good_step(folder)
@@ -282,12 +307,33 @@ def test_the_step_before_is_restored_and_the_damaged_one_can_be_written_again(
     assert bits(restore(folder, one())) == bits(numbers(2))
 
 
-def test_what_a_killed_save_leaves_is_ignored_and_cleared(folder: pathlib.Path) -> None:
-    left = shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+def test_damaged_steps_and_no_good_one_stop_everything(folder: pathlib.Path) -> None:
+    """Hours of work must not be started again in silence; nothing is moved."""
+    for step in (1, 2):
+        damage_ocdbt(folder / str(step))
+    before = sorted(str(p) for p in folder.rglob("*"))
+    checkpointer = Checkpointer(folder, keep=2)
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer.restore(abstract(numbers(0), one()))
+    checkpointer.close()
+    assert str(caught.value).startswith(f"no step in {folder} is good; 2 is damaged") and "\n" not in str(caught.value)
+    assert sorted(str(p) for p in folder.rglob("*")) == before
+
+
+def test_what_is_set_aside_does_not_count(folder: pathlib.Path) -> None:
+    shutil.copytree(folder / "2", folder / "7.damaged")
+    shutil.copytree(folder / "2", folder / "8.unfinished")
+    save(folder, range(3, 5), keep=2)
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "4", "7.damaged", "8.unfinished"]
+    good = good_step(folder)
+    assert good is not None and good[0] == 4
+
+
+def test_what_a_killed_save_leaves_is_ignored(folder: pathlib.Path) -> None:
+    shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
     good = good_step(folder)
     assert good is not None and good[0] == 2
     assert bits(restore(folder, one())) == bits(numbers(2))
-    assert not left.exists()
 
 
 def test_retention(tmp_path: pathlib.Path) -> None:

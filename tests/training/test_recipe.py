@@ -172,8 +172,10 @@ def test_four_training_steps(tiny: Any, four: FourSteps, golden: pathlib.Path) -
         ({"eval_every": 0}, "eval_every is 0: it must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0: it must be at least 1"),
         ({"accumulation": 3}, "batch_size 8 is not divisible by accumulation 3"),
-        ({"warmup": 11}, "warmup is 11 steps: it must be shorter than the training of 10"),
-        ({"warmup": 10}, "warmup is 10 steps: it must be shorter than the training of 10"),
+        ({"warmup": 11}, "warmup is 11 steps, not shorter than the training of 10"),
+        ({"warmup": 10}, "warmup is 10 steps, not shorter than the training of 10"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0: it must be above 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0: it must be in [0, 1)"),
         (
             {"keep_checkpoints": 1},

@@ -1,0 +1,89 @@
+"""Promise 1: a run that was killed and started again is, to the bit, the run that was not. With the real command,
+dropout on, across an epoch boundary (step 22.5) and both annealing boundaries (steps 12 and 18)."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from rar_jax.training.report import read_metrics
+
+TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rar_jax", "run", "--config", str(TINY), "--workdir", str(workdir)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out
+    return out
+
+
+def kill_after(workdir: pathlib.Path, step: int) -> None:
+    """Starts the command and kills it, -9, once the generator has told of a step."""
+    process = start(workdir)
+    deadline = time.monotonic() + 300
+    while not any(row["step"] >= step for row in read_metrics(workdir, "generator")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (workdir / "result.json").exists()
+
+
+def final_state(workdir: pathlib.Path) -> Any:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        path = workdir / "checkpoints" / "generator" / "24" / "state"
+        tree: Any = checkpointer.metadata(path).item_metadata.tree  # pyright: ignore
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, restore_args=args)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    finish(start(workdir))
+    return workdir
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(straight: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    killed = tmp_path / "run"
+    shutil.copytree(straight, killed)  # the stages before the generator are done
+    for name in ("checkpoints/generator", "tensorboard/generator"):
+        shutil.rmtree(killed / name)
+    (killed / "result.json").unlink()
+    rows = [row for row in read_metrics(killed) if row["stage"] != "generator"]
+    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    kill_after(killed, 10)  # past the first save, before the annealing
+    kill_after(killed, 17)  # between the annealing's boundaries; resumes at 8 or 16
+    out = finish(start(killed))
+    assert "tokenizer: done before" in out and "generator: trained" in out
+
+    ours, theirs = final_state(killed), final_state(straight)
+    assert int(ours["step"]) == 24
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.array_equal(a, b), jax.tree_util.keystr(path)
+
+    def told(workdir: pathlib.Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir, "generator")]
+
+    assert told(killed) == told(straight)  # every loss, gradient norm, validation and distance, none twice
+    results = [json.loads((w / "result.json").read_text())["fd_classifier"] for w in (killed, straight)]
+    assert results[0] == results[1]

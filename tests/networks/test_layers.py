@@ -1,0 +1,74 @@
+"""Dropout's own random bits, attention and LayerNorm against NumPy in float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rar_jax.networks.layers import Attention, Dropout, dropout_bits, layer_norm
+
+
+def test_dropout_bits_look_random() -> None:
+    bits = np.asarray(dropout_bits(jax.random.key(0), (64, 100, 128)))
+    n = bits.size
+    for bit in range(32):  # each bit is fair, within 5 sigma
+        assert abs(((bits >> bit) & 1).mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
+    uniform = bits / 2.0**32
+    for axis in range(3):  # neighbours do not know each other
+        a, b = (np.delete(uniform, i, axis).ravel() - 0.5 for i in (-1, 0))
+        assert abs((a * b).mean() * 12) < 5 / np.sqrt(a.size)
+    counts = np.histogram(uniform, 256, (0, 1))[0]
+    chi2 = ((counts - n / 256) ** 2 / (n / 256)).sum()
+    assert abs(chi2 - 255) < 5 * np.sqrt(2 * 255)
+
+
+def test_dropout_bits_of_other_keys_are_others() -> None:
+    root = jax.random.key(0)
+    draws = [np.asarray(dropout_bits(jax.random.fold_in(root, i), (4096,))) / 2.0**32 - 0.5 for i in range(30)]
+    correlation = np.corrcoef(draws)
+    assert np.abs(correlation - np.eye(30)).max() < 5 / np.sqrt(4096)
+
+
+def test_dropout_keeps_the_mean_and_the_share() -> None:
+    layer = Dropout(0.3, deterministic=False)
+    out: Any = layer.apply({}, jnp.ones((200, 500)), rngs={"dropout": jax.random.key(1)})
+    assert abs(float((out == 0).mean()) - 0.3) < 5 * np.sqrt(0.21 / 1e5)
+    assert set(np.unique(np.asarray(out)).tolist()) == {0.0, float(np.float32(1) / np.float32(0.7))}
+
+
+def numpy_attention(x_nd: np.ndarray, p: Any) -> np.ndarray:
+    def norm(v: np.ndarray, name: str) -> np.ndarray:
+        v = (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-6)
+        return v * p[name]["scale"] + p[name]["bias"]
+
+    q, k, v = np.einsum("nd,dchk->cnhk", x_nd, p["qkv"]["kernel"]) + p["qkv"]["bias"][:, None]
+    scores = np.einsum("nhk,mhk->hnm", norm(q, "q_norm"), norm(k, "k_norm")) / np.sqrt(q.shape[-1])
+    scores[:, ~np.tri(len(x_nd), dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hnm,mhk,hkd->nd", weights, v, p["proj"]["kernel"]) + p["proj"]["bias"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_attention_against_numpy(scale: float) -> None:
+    layer = Attention(num_heads=3, attention_dropout=0.0, dropout=0.0, deterministic=True, dtype=jnp.dtype("float32"))
+    x = jax.random.normal(jax.random.key(0), (2, 7, 12)) * scale
+    import flax.linen as nn
+
+    params: Any = nn.meta.unbox(layer.init(jax.random.key(1), x, None, 0))["params"]
+    params = jax.tree.map(lambda v: v + 0.3 * jax.random.normal(jax.random.key(v.size), v.shape), params)
+    ours, _ = layer.apply({"params": params}, x, None, 0)
+    wide = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
+    for i in range(2):
+        np.testing.assert_allclose(ours[i], numpy_attention(np.asarray(x[i], np.float64), wide), atol=1e-4 * scale)
+
+
+def test_layer_norm_does_not_cancel() -> None:
+    """E[x^2] - E[x]^2 in float32 would be wrong in the first digit here."""
+    x = 1000.0 + np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32) * 0.1
+    layer = layer_norm(jnp.dtype("float32"), "norm", affine=False)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(layer.apply({}, jnp.asarray(x)), expected, atol=2e-2)

@@ -1,0 +1,257 @@
+"""Every experiment resolves to what its golden file says, and traces; every impossible one is refused in one clear line.
+
+After an intended change: UPDATE_GOLDEN=1 pytest tests/programs/test_experiment.py, and read the difference.
+"""
+
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rar_jax.config import ConfigError, load_experiment
+from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs.experiment import Experiment, resolve
+from rar_jax.sampling.sampler import sample_images, sample_keys
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[!_]*.py"))
+
+
+@functools.cache
+def experiment_of(name: str) -> Experiment:
+    return resolve(load_experiment(str(ROOT / "experiments" / f"{name}.py")), name)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        experiment = resolve(load_experiment("digits", overrides), "digits")
+        experiment.check_mesh(make_mesh(experiment.mesh))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- golden
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resolved_config(name: str, golden: pathlib.Path) -> None:
+    path = golden / "experiments" / f"{name}.json"
+    resolved = json.loads(json.dumps(experiment_of(name).resolved()))
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(resolved, indent=1, sort_keys=True) + "\n")
+    assert path.is_file(), "no golden file yet: run with UPDATE_GOLDEN=1"
+    assert resolved == json.loads(path.read_text()), "if it was meant, run with UPDATE_GOLDEN=1"
+
+
+def test_no_golden_file_is_left_over(golden: pathlib.Path) -> None:
+    assert {p.stem for p in (golden / "experiments").glob("*.json")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resolved_config_resolves_to_itself(name: str) -> None:
+    """Every default and duration is filled in, so nothing is left to be resolved."""
+    first = experiment_of(name).resolved()
+    text = json.dumps(first)
+    assert "%" not in text.replace("%%", "") and "ep\"" not in text
+    assert first["train"]["steps"] >= first["generator"]["anneal_end"] >= first["generator"]["anneal_start"] > 0
+
+
+# ---------------------------------------------------------------- tracing
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generator_and_sampler_trace(name: str) -> None:
+    experiment, b = experiment_of(name), 4
+    module, config = experiment.generator.module, experiment.generator.config
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(functools.partial(module.init, config), key)
+    batch = {"tokens": jax.ShapeDtypeStruct((b, *module.token_spec(config).shape), jnp.uint16), "labels": jnp.zeros((b,), int)}
+
+    def loss(params: Any, batch: Any, key: Any, step: Any) -> Any:
+        return jax.value_and_grad(lambda p: module.loss(config, p, batch, key=key, step=step), has_aux=True)(params)
+
+    (value, _), grads = jax.eval_shape(loss, params, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
+    assert (value.shape, value.dtype) == ((), jnp.float32) and shapes_of(grads) == shapes_of(params)
+
+    tokenizer = experiment.tokenizer
+    both = {"generator": params, "tokenizer": jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0)))}
+
+    def sample(params: Any, labels: Any, ids: Any, guidance: Any) -> Any:
+        return sample_images(experiment.generator, tokenizer, params, labels, sample_keys(0, ids), guidance)
+
+    ints = jax.ShapeDtypeStruct((b,), jnp.int32)
+    images = jax.eval_shape(sample, both, ints, ints, experiment.guidance)
+    data = experiment.data
+    assert (images.shape, images.dtype) == ((b, data.image_size, data.image_size, data.channels), jnp.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokenizer_traces(name: str) -> None:
+    experiment, b = experiment_of(name), 4
+    module, config, data = experiment.tokenizer.module, experiment.tokenizer.config, experiment.data
+    params = jax.eval_shape(lambda: module.init(config, jax.random.key(0)))
+    shape = (b, data.image_size, data.image_size, data.channels)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    tokens = jax.eval_shape(functools.partial(module.encode, config), params, images)
+    made = experiment.generator.module.token_spec(experiment.generator.config)
+    assert (tokens.shape, tokens.dtype) == ((b, *made.shape), made.dtype)
+    decoded = jax.eval_shape(functools.partial(module.decode, config), params, tokens)
+    assert (decoded.shape, decoded.dtype) == (shape, jnp.float32)
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return jax.grad(lambda p: module.loss(config, p, batch, key=key, step=0)[0])(params)
+
+    batch = {"images": images, "labels": jax.ShapeDtypeStruct((b,), jnp.int32)}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    assert shapes_of(jax.eval_shape(loss, params, batch, key)) == shapes_of(params)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_divide_over_four_devices(name: str) -> None:
+    experiment_of(name).check_mesh(make_mesh(experiment_of(name).mesh))
+
+
+# ---------------------------------------------------------------- impossible experiments
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["generator.num_heads=5"], "config.generator: width 96 is not divisible by num_heads 5: change one of them"),
+        (
+            ["train.steps=500", "generator.anneal_end=600", "generator.anneal_start=100"],
+            "config.generator.anneal_end is step 600, after the training's end at 500: "
+            "shorten it, or give it as a share ('75%')",
+        ),
+        (
+            ["tokenizer_train.steps=100", "tokenizer.restart_until=101"],
+            "config.tokenizer.restart_until is step 101, after the training's end at 100: "
+            "shorten it, or give it as a share ('75%')",
+        ),
+        (
+            ["train.batch_size=30"],
+            "train.batch_size 30 is not divisible by the 4 devices of mesh axes data x fsdp: change one of them",
+        ),
+        (
+            ["train.batch_size=32", "train.accumulation=16"],
+            "train.batch_size 32 in 16 parts is not divisible by the 4 devices of mesh axes data x fsdp: change one of them",
+        ),
+        (
+            ["classifier.train.batch_size=30"],
+            "classifier_train.batch_size 30 is not divisible by the 4 devices of mesh axes data x fsdp: change one of them",
+        ),
+        (
+            ["generator.num_tokens=25"],
+            "the generator makes int32[25] an image, the tokenizer takes int32[16]: "
+            "set generator.num_tokens to the tokenizer's grid",
+        ),
+        (
+            ["tokenizer.codebook_size=128"],
+            "codebook_size is 64 in the generator and 128 in the tokenizer: make them equal",
+        ),
+        (["generator.num_classes=11"], "generator.num_classes is 11, data.num_classes is 10: make them equal"),
+        (["classifier.num_classes=11"], "classifier.num_classes is 11, data.num_classes is 10: make them equal"),
+        (
+            ["tokenizer.image_size=16", "generator.num_tokens=64"],
+            "data gives images [8, 8, 1], the tokenizer takes [16, 16, 1]: make them equal",
+        ),
+        (["classifier.image_size=16"], "data gives images [8, 8, 1], the classifier takes [16, 16, 1]: make them equal"),
+        (["data.num_classes=0"], "config.data: num_classes is 0: it must be at least 1"),
+        (["data.class_names=('a',)"], "config.data: class_names has 1 names for 10 classes"),
+        (["mesh.data=3"], "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not fit 4 devices: "
+            "the sizes must multiply to that number; set one of them to -1 to let it be found"),
+        (["guidance.scale=-1"], "config.guidance: scale is -1.0: it must be 0 (no guidance) or more"),
+        (["generator.name=raar"], "no generator 'raar'. Did you mean 'rar'?"),
+        (["train.warmup=100%"], "config.train: warmup is 800 steps, not shorter than the training of 800"),
+        (["train.steps=50%"], "config.train.steps is '50%': this duration needs steps or epochs"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)  # fmt: skip
+def test_impossible_combinations(overrides: list[str], problem: str) -> None:
+    assert refusal(*overrides) == problem
+
+
+@pytest.mark.parametrize(
+    ("section", "misspelt", "meant"),
+    [
+        ("data", "image_sise", "image_size"),
+        ("tokenizer", "codebok_size", "codebook_size"),
+        ("tokenizer_train", "warmpu", "warmup"),
+        ("generator", "num_token", "num_tokens"),
+        ("train", "bach_size", "batch_size"),
+        ("classifier", "featurs", "features"),
+        ("classifier.train", "stesp", "steps"),
+        ("guidance", "skale", "scale"),
+        ("evaluate", "sampels", "samples"),
+        ("mesh", "fdsp", "fsdp"),
+    ],
+)
+def test_a_misspelt_key_in_each_section(section: str, misspelt: str, meant: str) -> None:
+    assert refusal(f"{section}.{misspelt}=1") == f"config.{section} has no key '{misspelt}'. Did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize("section", ["data", "tokenizer", "tokenizer_train", "generator", "train", "classifier"])
+def test_a_missing_section(section: str) -> None:
+    config = load_experiment("digits")
+    del config[section]
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, "digits")
+    assert str(caught.value) == f"config lacks the section '{section}'"
+
+
+@pytest.mark.parametrize("section", ["guidance", "evaluate", "mesh", "seed", "precision"])
+def test_a_section_that_may_be_missing(section: str) -> None:
+    config = load_experiment("digits")
+    del config[section]
+    defaults = {"guidance": ("scale", 0.0), "evaluate": ("samples", 1000), "mesh": ("data", -1)}
+    resolved = resolve(config, "digits").resolved()
+    if section in defaults:
+        key, value = defaults[section]
+        assert resolved[section][key] == value
+    assert resolved["seed"] == 0 and resolved["generator"]["dtype"] == "float32"
+
+
+def test_a_misspelt_section() -> None:
+    config = load_experiment("digits")
+    config["generater"] = config.generator
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, "digits")
+    assert str(caught.value) == "config has no section 'generater'. Did you mean 'generator'?"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train=5", "mesh=3", "data=x", "generator=None", "classifier.train=3", "seed=abc", "seed=1.5", "seed=-1", "precision=5",
+        "precision=float16", "train.batch_size=abc", "train.batch_size=0", "train.batch_size=True", "train.steps=abc",
+        "train.steps=0", "train.steps=1e9", "generator.name=5", "tokenizer.name=None", "data.train_records=0",
+        "evaluate.batch_size=0", "evaluate.samples=0", "train.learning_rate=-1", "generator.dropout=1.0",
+        "generator.dropout=None", "tokenizer.width_multipliers=3", "tokenizer.width_multipliers=()", "data.channels=2",
+    ],
+)  # fmt: skip
+def test_other_nonsense_is_one_line_that_names_the_place(override: str) -> None:
+    key = override.partition("=")[0].split(".")[-1]
+    assert key in refusal(override) or override == "generator.name=5"
+
+
+def test_durations_are_resolved_by_their_own_recipe() -> None:
+    overrides = ["train.batch_size=100", "train.steps=40ep", "train.warmup=2ep", "generator.anneal_end=50%", "generator.anneal_start=10ep"]
+    resolved = resolve(load_experiment("digits", overrides), "digits").resolved()
+    epoch = 1437 / 100
+    assert resolved["train"]["steps"] == round(40 * epoch) == 575 and resolved["train"]["warmup"] == round(2 * epoch)
+    assert resolved["generator"]["anneal_end"] == round(575 / 2) and resolved["generator"]["anneal_start"] == round(10 * epoch)
+
+
+def test_precision_reaches_both_networks_and_a_section_may_differ() -> None:
+    resolved = resolve(load_experiment("digits", ["precision=bfloat16", "tokenizer.dtype=float32"]), "digits").resolved()
+    assert (resolved["generator"]["dtype"], resolved["tokenizer"]["dtype"]) == ("bfloat16", "float32")

@@ -1,0 +1,164 @@
+"""The command line: help worth reading, one line for every mistake, no traceback, no import before it is needed."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rar_jax import cli
+
+FLAGS = {
+    "run": ("--config", "--workdir", "--quiet"),
+    "train": ("--config", "--workdir", "--quiet", "--stage", "tokenizer", "classifier", "generator"),
+    "tokenize": ("--config", "--workdir", "--quiet"),
+    "evaluate": ("--config", "--workdir", "--quiet"),
+    "sample": ("--weights", "--tokenizer", "--out", "--classes", "--per-class", "--seed", "--guidance", "--quiet"),
+}
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def exit_code(*argv: str) -> int:
+    """Of the program, also where argparse ends it."""
+    try:
+        return cli.main(argv)
+    except SystemExit as error:
+        assert isinstance(error.code, int)
+        return error.code
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that exits 2."""
+    assert exit_code(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "Traceback" not in err, err
+    return err.strip()
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for verb in (*FLAGS, *cli.LATER):
+        assert f"  {verb}" in out
+    assert out.count("(not built yet)") == len(cli.LATER)
+    assert "rar-jax run --config experiments/digits.py --workdir runs/digits" in out
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(verb, "--help") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for flag in FLAGS[verb]:
+        assert flag in out, flag
+    assert ("--config.train.steps=10" in out) == (verb != "sample")
+
+
+def test_every_verb_is_listed_here() -> None:
+    design = {"run", "tokenize", "train", "sample", "evaluate", "convert", "plan", "bench", "inspect", "report", "doctor"}
+    assert set(FLAGS) | set(cli.LATER) == design
+
+
+@pytest.mark.parametrize("verb", cli.LATER)
+@pytest.mark.parametrize("rest", [(), ("--help",), ("--weights", "x")])
+def test_verbs_that_are_not_built(verb: str, rest: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert failure(capsys, verb, *rest) == f"rar-jax {verb}: not built yet"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ((), "the following arguments are required: VERB"),
+        (("fly",), "invalid choice: 'fly'"),
+        (("run",), "the following arguments are required: --config, --workdir"),
+        (("run", "--config", "digits", "--workdir", "x", "--sted", "1"), "unknown argument --sted; see rar-jax run --help"),
+        (("run", "--config", "digits", "--workdir", "x", "y"), "unknown argument y; see rar-jax run --help"),
+        (("train", "--config", "digits", "--workdir", "x", "--config.train.steps", "5"), "unknown argument 5"),
+        (("train", "--config", "digits", "--workdir", "x", "--stage", "all"), "argument --stage: invalid choice: 'all'"),
+        (("sample", "--weights", "x", "--out", "y", "--seed", "z"), "argument --seed: invalid int value: 'z'"),
+    ],
+)
+def test_wrong_arguments(argv: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and problem in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["--config.train.stesp=5"], "config.train has no key 'stesp'. Did you mean 'steps'?"),
+        (["--config.trian.steps=5"], "config has no key 'trian'. Did you mean 'train'?"),
+        (["--config.train.steps"], "override 'train.steps' is not of the form section.key=value"),
+        (["--config.train.steps=soon"], "config.train.steps is 'soon': write steps (1000), a share of training"),
+        (["--config.generator.num_heads=7"], "config.generator: width 96 is not divisible by num_heads 7"),
+        (["--config.mesh.data=3"], "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not fit 4 devices"),
+        (["--config.train.batch_size=126"], "train.batch_size 126 is not divisible by the 4 devices"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["run", "train", "tokenize", "evaluate"])
+def test_wrong_experiments(
+    verb: str, overrides: list[str], problem: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failure(capsys, verb, "--config", "digits", "--workdir", str(tmp_path / "w"), *overrides)
+    assert line.startswith(f"rar-jax {verb}: {problem}")
+    assert not (tmp_path / "w").exists(), "nothing is written before the experiment is known to be sound"
+
+
+def test_no_such_experiment(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(capsys, "run", "--config", "digist", "--workdir", str(tmp_path / "w"))
+    assert line.startswith("rar-jax run: no experiment 'digist'") and line.endswith("Did you mean 'digits'?")
+
+
+def test_a_folder_of_someone_else(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").touch()
+    line = failure(capsys, "run", "--config", "digits", "--workdir", str(tmp_path), "--quiet")
+    assert line == f"rar-jax run: {tmp_path} has no config.json but is not empty (it holds thesis.tex): choose another --workdir"
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--weights", "/nowhere"], "/nowhere: no such work directory or weights file"),
+        (["--guidance", "strong"], "--guidance strong: give SCALE[,POWER[,TEMPERATURE]]"),
+        (["--guidance", "1,2,3,4"], "--guidance 1,2,3,4: give SCALE[,POWER[,TEMPERATURE]]"),
+        (["--guidance", ""], "--guidance : give SCALE[,POWER[,TEMPERATURE]]"),
+        (["--guidance", "-1"], "--guidance -1: give SCALE[,POWER[,TEMPERATURE]] (scale is -1.0: "),
+        (["--config.guidance.scale=3"], "sample takes no --config.* arguments: the experiment is the work directory's"),
+    ],
+)
+def test_wrong_sampling(
+    flags: list[str], problem: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = [] if "--weights" in flags else ["--weights", str(tmp_path)]
+    out = tmp_path / "out"
+    flags = [f"--guidance={flags[1]}"] if flags[0] == "--guidance" else flags
+    line = failure(capsys, "sample", "--out", str(out), *weights, *flags)
+    assert line.startswith(f"rar-jax sample: {problem}") and not out.exists()
+
+
+# ---------------------------------------------------------------- processes
+
+
+def python(*argv: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-W", "error", *argv], env=env, text=True, capture_output=True, timeout=120)
+
+
+def test_the_command_line_does_not_import_jax() -> None:
+    code = "import sys, rar_jax.cli; print(sorted({'jax', 'flax', 'numpy', 'orbax'} & set(sys.modules)))"
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_the_module_is_the_program() -> None:
+    done = python("-m", "rar_jax", "plan")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "rar-jax plan: not built yet\n")

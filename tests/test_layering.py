@@ -1,0 +1,127 @@
+"""What no file of rar_jax may do, read off its syntax tree, and what importing all of it must not bring in.
+
+Which package may import which is import-linter's to say (pyproject.toml).
+"""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "rar_jax").rglob("*.py")) + sorted((ROOT / "experiments").glob("*.py"))
+THE_READER = "rar_jax/interop/torch_zip.py"
+EXECUTING = {"pickle.load", "pickle.loads", "torch.load", "joblib.load", "dill.load", "dill.loads", "marshal.loads"}
+
+
+def offences(source: str, *, may_subclass_unpickler: bool = False) -> list[str]:
+    """"line: what", for every use of what the house rules forbid, under whatever name it was imported."""
+    tree = ast.parse(source)
+    names: dict[str, str] = {}  # local name -> what it stands for
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                found += [f"{node.lineno}: {alias.name}"] if alias.name.startswith("jax._src") else []
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                wrong = full.startswith("jax._src") or alias.name == "pmap" or full in EXECUTING
+                found += [f"{node.lineno}: {full}"] if wrong else []
+
+    def full_name(node: ast.AST) -> str:
+        if isinstance(node, ast.Attribute):
+            return f"{full_name(node.value)}.{node.attr}"
+        return names.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+    for node in ast.walk(tree):
+        name = full_name(node)
+        if name.endswith(".pmap") or name == "pmap" or name in EXECUTING or name.endswith("jax._src"):
+            found.append(f"{node.lineno}: {name}")  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                safe = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg == "allow_pickle" and not safe:
+                    found.append(f"{node.lineno}: allow_pickle")
+            if full_name(node.func) in ("pickle.Unpickler", "numpy.random.seed"):
+                found.append(f"{node.lineno}: {full_name(node.func)}")
+        if isinstance(node, ast.ClassDef) and not may_subclass_unpickler:
+            found += [f"{node.lineno}: Unpickler" for base in node.bases if full_name(base).endswith("Unpickler")]
+    return sorted(set(found), key=lambda x: int(x.split(":")[0]))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import jax\njax._src.core", ["2: jax._src"]),
+        ("from jax._src import core", ["1: jax._src.core"]),
+        ("import jax._src.core as c", ["1: jax._src.core"]),
+        ("import jax\nf = jax.pmap(g)", ["2: jax.pmap"]),
+        ("from jax import pmap as p\np(f)", ["1: jax.pmap", "2: jax.pmap"]),
+        ("import torch\ntorch.load(p)", ["2: torch.load"]),
+        ("import pickle as q\nq.loads(b)", ["2: pickle.loads"]),
+        ("from pickle import load\nload(f)", ["1: pickle.load", "2: pickle.load"]),
+        ("import pickle\npickle.Unpickler(f).load()", ["2: pickle.Unpickler"]),
+        ("import pickle\nclass U(pickle.Unpickler): pass", ["2: Unpickler"]),
+        ("from pickle import Unpickler as V\nclass U(V): pass", ["2: Unpickler"]),
+        ("import numpy as np\nnp.load(p, allow_pickle=True)", ["2: allow_pickle"]),
+        ("import numpy as np\nnp.load(p, allow_pickle=x)", ["2: allow_pickle"]),
+        ("import numpy as np\nnp.random.seed(0)", ["2: numpy.random.seed"]),
+        ("import numpy as np\nnp.load(p, allow_pickle=False); np.load(p)\nimport json; json.load(f)", []),
+        ("import pickletools, pickle\npickle.dumps(3)", []),
+    ],
+)
+def test_the_test_sees_what_it_looks_for(source: str, expected: list[str]) -> None:
+    assert offences(source) == expected
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_private_or_dangerous_calls(path: pathlib.Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    assert offences(path.read_text(), may_subclass_unpickler=name == THE_READER) == []
+
+
+def test_the_reader_is_there() -> None:
+    assert len(FILES) > 30 and any("Unpickler" in x for x in offences((ROOT / THE_READER).read_text()))
+
+
+@pytest.mark.parametrize("folder", ["rar_jax", "experiments", "launch", "tests"])
+def test_no_file_is_over_400_lines(folder: str) -> None:
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in (ROOT / folder).rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+def test_experiments_import_ml_collections_only(path: pathlib.Path) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported <= {"ml_collections"}
+
+
+def test_the_core_imports_neither_tensorflow_nor_torch() -> None:
+    """Even an attempt that is caught counts: a finder before all others notes it."""
+    modules = [p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in (ROOT / "rar_jax").rglob("*.py")]
+    modules = sorted(m.removesuffix(".__init__") for m in modules if not m.endswith("__main__"))
+    code = f"""
+import importlib, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "torch") and "rar_jax" in sys._getframe(2).f_globals.get("__name__", ""):
+            print("asked for", name)
+sys.meta_path.insert(0, Watch())
+for name in {modules!r}:
+    importlib.import_module(name)
+print(sorted(m for m in sys.modules if m in ("tensorflow", "torch")), len({modules!r}))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"[] {len(modules)}\n" and len(modules) > 30
