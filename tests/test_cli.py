@@ -130,7 +130,6 @@ def test_a_folder_of_someone_else(tmp_path: pathlib.Path, capsys: pytest.Capture
         (["--weights", "/nowhere"], "/nowhere: no such work directory or weights file"),
         (["--guidance", "strong"], "--guidance strong: give SCALE[,POWER[,TEMPERATURE]]"),
         (["--guidance", "1,2,3,4"], "--guidance 1,2,3,4: give SCALE[,POWER[,TEMPERATURE]]"),
-        (["--guidance", ""], "--guidance : give SCALE[,POWER[,TEMPERATURE]]"),
         (["--guidance", "-1"], "--guidance -1: give SCALE[,POWER[,TEMPERATURE]] (scale is -1.0: "),
         (["--config.guidance.scale=3"], "sample takes no --config.* arguments: the experiment is the work directory's"),
     ],

@@ -3,6 +3,7 @@ skipped, so the same command again resumes or does nothing."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -133,7 +135,9 @@ def _headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:
         durations = [(f, getattr(recipe, f)) for f in ("warmup", "eval_every", "checkpoint_every")]
         durations += [(f, getattr(model.config, f)) for f in steps_fields(type(model.config))]
         shown = ", ".join(f"{name} {value}" for name, value in durations)
-        lines.append(f"  {stage:10} {recipe.steps} steps of {recipe.batch_size}; in steps: {shown}")
+        shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
+        millions = parameter_overview.count_parameters(shapes) / 1e6
+        lines.append(f"  {stage:10} {millions:.2f} M parameters, {recipe.steps} steps of {recipe.batch_size}; {shown}")
     return "\n".join(lines)
 
 

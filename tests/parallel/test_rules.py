@@ -22,8 +22,8 @@ MODELS = {
     **{name: find_module("tokenizers", name) for name in module_names("tokenizers")},
     "classifier": classifier,
 }
-# What split each mesh axis makes, written down a second time.
-SPLIT = {"width": "fsdp", "conv_out": "fsdp"} | dict.fromkeys(("qkv", "heads", "mlp", "modulation", "codes"), "tensor")
+# Which logical axes are cut, and over what; written down a second time, so that a replicated model must be meant.
+SPLIT = {"width": "fsdp", "conv_out": "fsdp", "heads": "tensor", "mlp": "tensor", "codes": "tensor"}
 MESHES = [MeshConfig(4, 1, 1), MeshConfig(1, 4, 1), MeshConfig(2, 1, 2), MeshConfig(1, 2, 2)]
 
 

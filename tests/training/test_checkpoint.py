@@ -170,10 +170,13 @@ def test_the_manifest_holds_the_sums_of_all_files(saved: pathlib.Path) -> None:
     assert verify_manifest(saved / "1") != verify_manifest(step)
 
 
-def overwrite(path: pathlib.Path, content: bytes, ticks: Iterator[int] = itertools.count(1)) -> None:
+TICKS = itertools.count(1)
+
+
+def overwrite(path: pathlib.Path, content: bytes) -> None:
     """Writes, with a time of its own: sums are computed again for a file that has changed, and disk clocks are coarse."""
     path.write_bytes(content)
-    os.utime(path, ns=(next(ticks), next(ticks)))
+    os.utime(path, ns=(next(TICKS), next(TICKS)))
 
 
 def files_of(step: pathlib.Path) -> Iterator[pathlib.Path]:
