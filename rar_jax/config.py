@@ -47,7 +47,9 @@ def find_experiment(name: str) -> pathlib.Path:
     """Path of an experiment file given its path or its bare name ("digits")."""
     if (path := pathlib.Path(name)).is_file():
         return path
-    for folder in experiments_folders():
+    # "digits", "digits.py" and "experiments/digits.py" are found anywhere; another path must be there.
+    bare = pathlib.Path(name).parent.name in ("", "experiments") and len(pathlib.Path(name).parts) <= 2
+    for folder in experiments_folders() if bare else []:
         if (path := folder / f"{pathlib.Path(name).stem}.py").is_file():
             return path
     known = sorted(p.stem for folder in experiments_folders() for p in folder.glob("[!_]*.py"))
@@ -96,7 +98,7 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     # Within a section a key may be missing, since fields have defaults; `build` checks its name.
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     with config.unlocked(), config.ignore_type():
         node[last] = value
@@ -233,7 +235,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for the known name nearest to a misspelt one, or the list of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" It has: {', '.join(sorted(known))}." if known else ""

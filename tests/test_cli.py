@@ -60,7 +60,19 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_every_verb_is_listed_here() -> None:
-    design = {"run", "tokenize", "train", "sample", "evaluate", "convert", "plan", "bench", "inspect", "report", "doctor"}
+    design = {
+        "run",
+        "tokenize",
+        "train",
+        "sample",
+        "evaluate",
+        "convert",
+        "plan",
+        "bench",
+        "inspect",
+        "report",
+        "doctor",
+    }
     assert set(FLAGS) | set(cli.LATER) == design
 
 
@@ -79,10 +91,16 @@ def test_verbs_that_are_not_built(verb: str, rest: tuple[str, ...], capsys: pyte
         ((), "the following arguments are required: VERB"),
         (("fly",), "invalid choice: 'fly'"),
         (("run",), "the following arguments are required: --config, --workdir"),
-        (("run", "--config", "digits", "--workdir", "x", "--sted", "1"), "unknown argument --sted; see rar-jax run --help"),
+        (
+            ("run", "--config", "digits", "--workdir", "x", "--sted", "1"),
+            "unknown argument --sted; see rar-jax run --help",
+        ),
         (("run", "--config", "digits", "--workdir", "x", "y"), "unknown argument y; see rar-jax run --help"),
         (("train", "--config", "digits", "--workdir", "x", "--config.train.steps", "5"), "unknown argument 5"),
-        (("train", "--config", "digits", "--workdir", "x", "--stage", "all"), "argument --stage: invalid choice: 'all'"),
+        (
+            ("train", "--config", "digits", "--workdir", "x", "--stage", "all"),
+            "argument --stage: invalid choice: 'all'",
+        ),
         (("sample", "--weights", "x", "--out", "y", "--seed", "z"), "argument --seed: invalid int value: 'z'"),
     ],
 )
@@ -121,7 +139,10 @@ def test_no_such_experiment(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
 def test_a_folder_of_someone_else(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").touch()
     line = failure(capsys, "run", "--config", "digits", "--workdir", str(tmp_path), "--quiet")
-    assert line == f"rar-jax run: {tmp_path} has no config.json but is not empty (it holds thesis.tex): choose another --workdir"
+    assert (
+        line
+        == f"rar-jax run: {tmp_path} has no config.json but is not empty (it holds thesis.tex): choose another --workdir"
+    )
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def resolve(config: Any, name: str) -> Experiment:
         where="config.classifier",
         ignore=("train",),
     )
-    _check_shapes(data, tokenizer, generator)
+    _check_shapes(data, tokenizer, generator, classifier_config)
     return Experiment(
         name=name,
         data=data,
@@ -212,15 +212,18 @@ def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) 
     return Model(module, config)
 
 
-def _check_shapes(data: Data, tokenizer: Model, generator: Model) -> None:
+def _check_shapes(data: Data, tokenizer: Model, generator: Model, judge: classifier.Config) -> None:
     image = (data.image_size, data.image_size, data.channels)
-    takes = tokenizer.module.image_spec(tokenizer.config).shape
-    require(takes == image, f"data gives images {list(image)}, the tokenizer takes {list(takes)}: make them equal")
-    classes = generator.config.num_classes
-    require(
-        classes == data.num_classes,
-        f"generator.num_classes is {classes}, data.num_classes is {data.num_classes}: make them equal",
-    )
+    for name, takes in (
+        ("tokenizer", tokenizer.module.image_spec(tokenizer.config).shape),
+        ("classifier", (judge.image_size, judge.image_size, judge.channels)),
+    ):
+        require(takes == image, f"data gives images {list(image)}, the {name} takes {list(takes)}: make them equal")
+    for name, classes in (("generator", generator.config.num_classes), ("classifier", judge.num_classes)):
+        require(
+            classes == data.num_classes,
+            f"{name}.num_classes is {classes}, data.num_classes is {data.num_classes}: make them equal",
+        )
 
 
 def open_source(experiment: Experiment, split: Split) -> ImageSource:

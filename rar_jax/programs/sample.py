@@ -19,16 +19,17 @@ def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
     Raises: ConfigError naming the nearest class for a name that is none.
     """
     labels: list[int] = []
+    names = [name.lower() for name in class_names]
     for part in (p.strip() for p in text.split(",")):
         first, dash, last = part.partition("-")
-        if part.isdigit():
+        if part.isdecimal():
             labels.append(int(part))
-        elif dash and first.isdigit() and last.isdigit():
+        elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
             labels.extend(range(int(first), int(last) + 1))
-        elif part.lower() in (names := [n.lower() for n in class_names]):
+        elif part.lower() in names:
             labels.append(names.index(part.lower()))
         else:
-            raise ConfigError(f"no class '{part}'.{nearest(part, class_names)}")
+            raise ConfigError(f"no class '{part}'.{nearest(part.lower(), names)}")
     return labels
 
 

@@ -10,7 +10,6 @@ restores a file with a flipped bit without a word.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -36,15 +35,15 @@ class CheckpointError(RuntimeError):
 
 
 def file_sha256(path: pathlib.Path) -> str:
-    """Hex sha256 of a file's bytes; computed again only if the file has changed, since a run asks several times."""
-    stat = path.stat()
-    return _file_sha256(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    """Hex sha256 of a file's bytes. Never remembered: a disk that rots does not change a file's time.
 
-
-@functools.lru_cache(maxsize=4096)
-def _file_sha256(path: pathlib.Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Raises: CheckpointError if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _digest(entries: dict[str, Any]) -> str:

@@ -40,25 +40,29 @@ class Workdir:
 
         Raises: ConfigError with the differences if it belongs to another experiment.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is not a folder: choose another --workdir")
         self.path.mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(config))
-        made = any((self.path / name).exists() for name in ("checkpoints", "tokens"))
-        if self.config.exists() and made:
-            if lines := differences(_bound(self.read_config()), _bound(config)):
-                raise ConfigError(
-                    f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: "
-                    + "; ".join(lines)
-                )
-        elif foreign := sorted(p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json"))):
+        made = sorted(p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json")))
+        if made and not self.config.exists():
             raise ConfigError(
-                f"{self.path} has no config.json but is not empty (it holds {foreign[0]}): choose another --workdir"
+                f"{self.path} has no config.json but is not empty (it holds {made[0]}): choose another --workdir"
+            )
+        if made and (lines := differences(_bound(self.read_config()), _bound(config))):
+            raise ConfigError(
+                f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: "
+                + "; ".join(lines)
             )
         write_json(self.config, config)
 
     def read_config(self) -> dict[str, Any]:
         """The resolved experiment. Raises ConfigError if this is not a work directory or config.json is damaged."""
         try:
-            return json.loads(self.config.read_text())
+            config = json.loads(self.config.read_text())
+            if not isinstance(config, dict):
+                raise ValueError("it holds no mapping")
+            return config
         except FileNotFoundError:
             raise ConfigError(f"{self.path} is not a work directory: it has no config.json") from None
         except ValueError as error:

@@ -14,7 +14,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.mark.slow
 def test_digits_reaches_its_figures(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a user has
-    command = [sys.executable, "-m", "rar_jax", "run", "--config", "experiments/digits.py", "--workdir", str(tmp_path / "digits")]
+    command = [
+        sys.executable,
+        "-m",
+        "rar_jax",
+        "run",
+        "--config",
+        "experiments/digits.py",
+        "--workdir",
+        str(tmp_path / "digits"),
+    ]
     start = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, timeout=1200)
     seconds = time.monotonic() - start

@@ -63,7 +63,9 @@ def test_a_resolved_config_has_nothing_left_to_resolve(name: str) -> None:
     assert load_model(resolved, "generators") == experiment.generator
     assert load_model(resolved, "tokenizers") == experiment.tokenizer
     assert build(Recipe, resolved["train"], where="train") == experiment.train
-    assert resolved["train"]["steps"] >= resolved["generator"]["anneal_end"] >= resolved["generator"]["anneal_start"] > 0
+    assert (
+        resolved["train"]["steps"] >= resolved["generator"]["anneal_end"] >= resolved["generator"]["anneal_start"] > 0
+    )
 
 
 # ---------------------------------------------------------------- tracing
@@ -79,7 +81,10 @@ def test_generator_and_sampler_trace(name: str) -> None:
     module, config = experiment.generator.module, experiment.generator.config
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(functools.partial(module.init, config), key)
-    batch = {"tokens": jax.ShapeDtypeStruct((b, *module.token_spec(config).shape), jnp.uint16), "labels": jnp.zeros((b,), int)}
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((b, *module.token_spec(config).shape), jnp.uint16),
+        "labels": jnp.zeros((b,), int),
+    }
 
     def loss(params: Any, batch: Any, key: Any, step: Any) -> Any:
         return jax.value_and_grad(lambda p: module.loss(config, p, batch, key=key, step=step), has_aux=True)(params)
@@ -88,7 +93,10 @@ def test_generator_and_sampler_trace(name: str) -> None:
     assert (value.shape, value.dtype) == ((), jnp.float32) and shapes_of(grads) == shapes_of(params)
 
     tokenizer = experiment.tokenizer
-    both = {"generator": params, "tokenizer": jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0)))}
+    both = {
+        "generator": params,
+        "tokenizer": jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0))),
+    }
 
     def sample(params: Any, labels: Any, ids: Any, guidance: Any) -> Any:
         return sample_images(experiment.generator, tokenizer, params, labels, sample_keys(0, ids), guidance)
@@ -249,13 +257,23 @@ def test_other_nonsense_is_one_line_that_names_the_place(override: str) -> None:
 
 
 def test_durations_are_resolved_by_their_own_recipe() -> None:
-    overrides = ["train.batch_size=100", "train.steps=40ep", "train.warmup=2ep", "generator.anneal_end=50%", "generator.anneal_start=10ep"]
+    overrides = [
+        "train.batch_size=100",
+        "train.steps=40ep",
+        "train.warmup=2ep",
+        "generator.anneal_end=50%",
+        "generator.anneal_start=10ep",
+    ]
     resolved = resolve(load_experiment("digits", overrides), "digits").resolved()
     epoch = 1437 / 100
     assert resolved["train"]["steps"] == round(40 * epoch) == 575 and resolved["train"]["warmup"] == round(2 * epoch)
-    assert resolved["generator"]["anneal_end"] == round(575 / 2) and resolved["generator"]["anneal_start"] == round(10 * epoch)
+    assert resolved["generator"]["anneal_end"] == round(575 / 2) and resolved["generator"]["anneal_start"] == round(
+        10 * epoch
+    )
 
 
 def test_precision_reaches_both_networks_and_a_section_may_differ() -> None:
-    resolved = resolve(load_experiment("digits", ["precision=bfloat16", "tokenizer.dtype=float32"]), "digits").resolved()
+    resolved = resolve(
+        load_experiment("digits", ["precision=bfloat16", "tokenizer.dtype=float32"]), "digits"
+    ).resolved()
     assert (resolved["generator"]["dtype"], resolved["tokenizer"]["dtype"]) == ("bfloat16", "float32")

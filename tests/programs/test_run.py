@@ -109,7 +109,9 @@ def test_the_same_command_does_nothing(workdir: pathlib.Path, capsys: pytest.Cap
 
 def test_new_guidance_scores_again_without_training(workdir: pathlib.Path) -> None:
     before = json.loads((workdir / "result.json").read_text())
-    assert main(["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.guidance.temperature=0.5"]) == 0
+    assert (
+        main(["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.guidance.temperature=0.5"]) == 0
+    )
     after = json.loads((workdir / "result.json").read_text())
     assert after["made_from"]["weights"] == before["made_from"]["weights"]
     assert after["made_from"]["guidance"]["temperature"] == 0.5
