@@ -119,7 +119,7 @@ def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
 def load_params(folder: pathlib.Path, step: int) -> Any:
     """The parameters to evaluate of one step, the EMA where there is one, as a nested dict of NumPy arrays."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        path = folder / str(step) / "state"
+        path = folder.absolute() / str(step) / "state"  # orbax finds no metadata by a relative path
         tree: Any = checkpointer.metadata(path).item_metadata.tree  # pyright: ignore
         where = ("extra", "ema") if tree.get("extra") else ("params",)
         wanted: Any = tree

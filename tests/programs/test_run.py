@@ -24,9 +24,11 @@ TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["run", "--config", TINY, "--workdir", str(path), "--quiet"]) == 0
-    return path
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # a relative work directory, as the README has
+        assert main(["run", "--config", TINY, "--workdir", "tiny", "--quiet"]) == 0
+    return folder / "tiny"
 
 
 def test_everything_is_left_behind(workdir: pathlib.Path) -> None:
