@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
@@ -118,20 +119,21 @@ def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
 
 def load_params(folder: pathlib.Path, step: int) -> Any:
     """The parameters to evaluate of one step, the EMA where there is one, as a nested dict of NumPy arrays."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        path = folder.absolute() / str(step) / "state"  # orbax finds no metadata by a relative path
-        tree: Any = checkpointer.metadata(path).item_metadata.tree  # pyright: ignore
-        where = ("extra", "ema") if tree.get("extra") else ("params",)
-        wanted: Any = tree
-        for name in where:
-            wanted = wanted[name]
-        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        for name in reversed(where):
-            wanted, restore = {name: wanted}, {name: restore}
-        out: Any = checkpointer.restore(
-            path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore, partial_restore=True)
-        )
-    for name in where:
+    path = epath.Path(folder.absolute()) / str(step) / "state"  # orbax finds no metadata by a relative path
+    # The handler and not a checkpointer, which would warn that a single item has no metadata of a whole checkpoint.
+    handler = ocp.PyTreeCheckpointHandler()
+    tree: Any = handler.metadata(path).tree
+    names = ("extra", "ema") if tree.get("extra") else ("params",)
+    for name in names:
+        tree = tree[name]
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    for name in reversed(names):
+        tree, restore_args = {name: tree}, {name: restore_args}
+    out: Any = handler.restore(
+        path, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+    )
+    handler.close()
+    for name in names:
         out = out[name]
     return out
 
