@@ -11,6 +11,9 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The tests compile thousands of tiny programs and run each a few times: without LLVM's optimizations they take half the
+# time. What the numbers mean does not change; tests/faults runs the real command, optimized.
+jax.config.update("jax_disable_most_optimizations", True)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

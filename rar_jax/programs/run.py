@@ -147,13 +147,22 @@ def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], s
         "",
         f"fd_classifier (Frechet distance on classifier features to {result['fd_classifier']['reference']}; not FID)",
     ]
-    lines += [f"  {name:32} {value:9.3f}" for name, value in distances.items()]
+    lines += [f"  {name:36} {value:9.3f}" for name, value in distances.items()]
     for name, value in result.items():
         if isinstance(value, float):
-            lines.append(f"{name:34} {value:9.3f}")
+            lines.append(f"{name:38} {value:9.3f}")
     for name, value in result["nearest_training_image_rms"].items():
         if isinstance(value, float):
-            lines.append(f"nearest training image, {name:10} {value:9.4f}")
+            lines.append(f"{f'nearest training image, {name}':38} {value:9.4f}")
+    for stage, name, text in (
+        ("tokenizer", "psnr", "tokenizer, held-out PSNR in dB"),
+        ("tokenizer", "codebook_usage", "tokenizer, share of codes in use"),
+        ("tokenizer", "perplexity", "tokenizer, perplexity of the codes"),
+        ("generator", "raster_bits", "generator, held-out bits, raster order"),
+        ("generator", "random_bits", "generator, held-out bits, random order"),
+    ):
+        if (value := result["last_validation"].get(stage, {}).get(f"validation/{name}")) is not None:
+            lines.append(f"{text:38} {value:9.3f}")
     path = workdir.path
     lines += [
         "",
