@@ -6,17 +6,16 @@ A name of ours becomes the released one by three facts: "_" around a number is "
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from rar_jax.config import ConfigError, nearest
 from rar_jax.interop.torch_zip import WeightsError, read
+from rar_jax.interop.weights_file import write
 from rar_jax.tokenizers import maskgit_vq
 
 _CODEBOOK = "quantize.embedding.weight"
@@ -46,11 +45,8 @@ def load(path: str | pathlib.Path, *, image_size: int | None = None) -> tuple[ma
 def save(path: str | pathlib.Path, config: maskgit_vq.Config, params: dict[str, Any]) -> None:
     """Writes parameters under the released names and layout, float32; the image size is not part of it.
 
-    Raises: WeightsError for a suffix other than .safetensors, or parameters that are not those of `config`.
+    Raises: WeightsError for a suffix other than .safetensors, .bin and .pth, or parameters that are not those of `config`.
     """
-    path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"cannot write '{path.name}': give a name that ends in .safetensors")
     expected, state = _shapes(config), {}
     for key_path, value in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(value, np.float32)
@@ -61,9 +57,7 @@ def save(path: str | pathlib.Path, config: maskgit_vq.Config, params: dict[str, 
     for key, shape in expected.items():
         if state[key].shape != shape:
             raise WeightsError(f"'{key}' has shape {state[key].shape}, and the configuration says {shape}")
-    partial = path.with_name(f"{path.name}.partial")
-    safetensors.numpy.save_file(state, partial)
-    os.replace(partial, path)  # a crash leaves no plausible broken file
+    write(path, state)
 
 
 def _config(state: dict[str, np.ndarray], image_size: int | None) -> maskgit_vq.Config:

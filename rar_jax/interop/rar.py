@@ -10,11 +10,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from rar_jax.config import nearest
 from rar_jax.generators.rar import Config
 from rar_jax.interop.torch_zip import WeightsError, read
+from rar_jax.interop.weights_file import write
 
 # Surplus rows of the released tables beyond n, of which n + 2 are used.
 TABLE_ROWS = {"pos_embed": 1024, "target_aware_pos_embed": 1024, "timesteps_embeddings": 100}
@@ -80,14 +80,11 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
 
 
 def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> None:
-    """Writes safetensors with the released names and shapes, tables padded with zeros.
+    """Writes .safetensors, or a torch file (.bin, .pth), with the released names and shapes; tables are padded with zeros.
 
-    Raises: WeightsError for another suffix than .safetensors.
+    Raises: WeightsError for another suffix.
     """
-    if pathlib.Path(path).suffix != ".safetensors":
-        raise WeightsError(f"{path}: weights are written as .safetensors; choose a path with that suffix")
-    state = to_released(config, params)
-    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, str(path))
+    write(path, to_released(config, params))
 
 
 def to_released(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -85,7 +85,7 @@ def test_save_and_load_of_other_architectures(tmp_path):
 def test_save_refuses_other_suffixes_and_other_parameters(tmp_path):
     config, params = interop.load(TINY_FILE)
     with pytest.raises(WeightsError, match=r"\.safetensors"):
-        interop.save(tmp_path / "w.bin", config, params)
+        interop.save(tmp_path / "w.txt", config, params)
     with pytest.raises(WeightsError, match=r"quantize\.embedding\.weight"):
         interop.save(tmp_path / "w.safetensors", config, {**params, "codebook": params["codebook"][:5]})
     params.pop("codebook")

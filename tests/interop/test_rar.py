@@ -1,0 +1,110 @@
+"""Released RAR files in and out: to the bit, in both formats, and clear errors for files that are not right."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rar_jax.generators.rar import TINY, init
+from rar_jax.interop import rar
+from rar_jax.interop.torch_zip import WeightsError, read
+from rar_jax.interop.weights_file import write
+
+
+@pytest.fixture(scope="module")
+def released(golden: pathlib.Path) -> dict[str, np.ndarray]:
+    return read(golden / "rar_tiny.bin")
+
+
+def test_everything_is_read_off_the_shapes(golden: pathlib.Path) -> None:
+    config, params = rar.load(golden / "rar_tiny.bin")
+    assert (config.width, config.depth, config.num_heads, config.mlp_width) == (64, 3, 4, 160)
+    assert (config.num_tokens, config.codebook_size, config.num_classes) == (16, 32, 10)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(
+        lambda x: x.shape, jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth"])
+def test_released_to_ours_to_released_is_the_same_to_the_bit(
+    golden: pathlib.Path, released: dict[str, np.ndarray], tmp_path: pathlib.Path, suffix: str
+) -> None:
+    config, params = rar.load(golden / "rar_tiny.bin")
+    path = tmp_path / f"again{suffix}"
+    rar.save(path, config, params)
+    again = read(path)
+    assert list(sorted(again)) == list(sorted(released)) and [p.name for p in tmp_path.iterdir()] == [path.name]
+    for name, value in released.items():
+        assert again[name].dtype == value.dtype and again[name].shape == value.shape, name
+        if name in rar.TABLE_ROWS:  # the rows that are used; the others are zeros
+            used = config.num_tokens + 2
+            assert (again[name][:, :used] == value[:, :used]).all() and not again[name][:, used:].any()
+        else:
+            assert (again[name] == value).all(), name
+    config_again, params_again = rar.load(path)
+    assert config_again == config
+    assert jax.tree.all(jax.tree.map(np.array_equal, params_again, params))
+
+
+def test_ours_to_released_and_back(tmp_path: pathlib.Path) -> None:
+    params = init(TINY, jax.random.key(0))
+    rar.save(tmp_path / "ours.bin", TINY, params)
+    config, again = rar.load(tmp_path / "ours.bin")
+    assert (config.num_heads, config.num_tokens) == (TINY.num_heads, TINY.num_tokens)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+
+
+def test_torch_reads_our_file(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    torch: Any = pytest.importorskip(
+        "torch", reason="torch is not one of our packages; with it, its own reader is asked"
+    )
+    rar.save(tmp_path / "ours.bin", *rar.load(golden / "rar_tiny.bin"))
+    state = torch.load(tmp_path / "ours.bin", weights_only=True)
+    ours = read(tmp_path / "ours.bin")
+    assert list(state) == list(ours)
+    assert all(np.array_equal(state[name].numpy(), ours[name]) for name in ours)
+
+
+def drop(state: dict[str, Any]) -> None:
+    del state["blocks.1.attn.qkv.weight"]
+
+
+def surplus(state: dict[str, Any]) -> None:
+    state["blocks.1.attn.qvk.weight"] = state["lm_head.bias"]
+
+
+def reshape(state: dict[str, Any]) -> None:
+    state["blocks.2.mlp.fc1.bias"] = state["blocks.2.mlp.fc1.bias"][:-1]
+
+
+def nan(state: dict[str, Any]) -> None:
+    state["lm_head.weight"] = state["lm_head.weight"] * np.float32("nan")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (drop, r"'blocks.1.attn.qkv.weight' is missing \(1 in all\)"),
+        (surplus, r"surplus key 'blocks.1.attn.qvk.weight' .* Did you mean 'blocks.\d.attn.qkv.weight'"),
+        (reshape, r"'blocks.2.mlp.fc1.bias' has shape \(159,\), expected \(160,\)"),
+        (nan, "'lm_head.weight' holds numbers that are not finite"),
+    ],
+)
+def test_wrong_files(
+    released: dict[str, np.ndarray], tmp_path: pathlib.Path, harm: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    state: dict[str, Any] = dict(released)
+    harm(state)
+    write(tmp_path / "wrong.bin", state)
+    with pytest.raises(WeightsError, match=says):
+        rar.load(tmp_path / "wrong.bin")
+
+
+def test_a_tokenizer_is_no_generator(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(WeightsError, match="is a tokenizer"):
+        rar.load(golden / "maskgit_vq_tiny.bin")
+    with pytest.raises(WeightsError, match=r"\.safetensors, \.bin or \.pth"):
+        rar.save(tmp_path / "x.txt", TINY, init(TINY, jax.random.key(0)))
