@@ -53,7 +53,7 @@ def _write_torch(path: pathlib.Path, state: dict[str, np.ndarray], name: str) ->
         for number, value in enumerate(state.values()):
             little = value.astype(value.dtype.newbyteorder("<"), copy=False)
             with archive.open(f"{name}/data/{number}", "w", force_zip64=True) as member:
-                member.write(memoryview(little.reshape(-1)).cast("B") if little.size else b"")
+                member.write(little.reshape(-1).view(np.uint8).data)
         archive.writestr(f"{name}/version", "3\n")
 
 
