@@ -3,7 +3,8 @@
     apt-get install dataset-fashion-mnist          # puts the IDX files where data.source looks for them
     rar-jax run --config experiments/fashion_mnist.py --workdir runs/fashion_mnist
 
-Through TFDS instead: --config.data.source=tfds:fashion_mnist (prepare it once, as the error message says).
+Through TFDS instead: --config.data.source=tfds:fashion_mnist (prepare it once, as the error message says; that, and only
+that, needs TensorFlow).
 """
 
 from ml_collections import ConfigDict

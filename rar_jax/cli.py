@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=short, description=f"{short}\n\n{text}", formatter_class=formatter)
-        sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+        sub.add_argument("--quiet", action="store_true", help="no progress and no summary, only results and errors")
         return sub
 
     def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command resumes from the last checkpoint, if there is one yet", file=sys.stderr)
         return 130
     return 0
 
@@ -149,10 +149,15 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
 
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
+    if args.verb != "train":
+        workdir.read_config()  # tokenize and evaluate need what another verb has made; they start nothing
     workdir.claim(experiment.resolved())
     if args.verb == "train":
+        from rar_jax.programs.run import headline
         from rar_jax.programs.train import train
 
+        if not args.quiet:
+            print(headline(experiment, workdir, mesh))
         train(experiment, args.stage, workdir, mesh, quiet=args.quiet)
     elif args.verb == "tokenize":
         from rar_jax.programs.tokenize import tokenize

@@ -30,6 +30,10 @@ T = TypeVar("T")
 Steps = Annotated[int, "steps"]
 
 
+# Sections whose every field has a default.
+OPTIONAL_SECTIONS = ("guidance", "evaluate", "mesh")
+
+
 class ConfigError(ValueError):
     """An experiment says something that cannot be: the message says what and how to mend it."""
 
@@ -68,12 +72,21 @@ def load_experiment(name: str, overrides: Iterable[str] = ()) -> ml_collections.
     """
     path = find_experiment(name)
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(
+            f"{path} is not a Python file: --config takes an experiment file such as experiments/digits.py"
+        )
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{path} line {error.lineno} is not Python: {error.msg}") from None
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no get_config(): an experiment file must define it")
     config = module.get_config()
+    for name in OPTIONAL_SECTIONS:  # so that they can be overridden where the file leaves them out
+        if name not in config:
+            config[name] = ml_collections.ConfigDict()
     for override in overrides:
         _apply_override(config, override)
     return config

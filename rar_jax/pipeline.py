@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.config import ConfigError, build, find_module
+from rar_jax.config import ConfigError, build, find_module, require
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings
@@ -92,7 +92,16 @@ class Pipeline:
         Returns: uint8 (b, y, x, c).
         Raises: ConfigError for a label that is no class.
         """
-        labels_b = np.asarray(labels, np.int64).reshape(-1)
+        labels_b = np.asarray(labels).reshape(-1)
+        require(
+            labels_b.dtype.kind in "iu" or not labels_b.size, f"labels are {labels_b.dtype}: give class numbers (ints)"
+        )
+        require(0 <= seed < 2**32, f"seed is {seed}: it must be in 0..4294967295 (uint32)")
+        require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
+        require(
+            guidance is None or isinstance(guidance, Guidance),
+            f"guidance is {guidance!r}: give rar_jax.Guidance(scale, power, temperature)",
+        )
         classes = self.generator.config.num_classes
         if bad := [int(label) for label in labels_b if not 0 <= label < classes]:
             raise ConfigError(f"label {bad[0]} is outside the classes 0..{classes - 1}")
@@ -138,7 +147,14 @@ def load(
     Raises: ConfigError or WeightsError that say what is missing.
     """
     path = pathlib.Path(path_or_name)
+    if dtype is not None:
+        try:
+            known = jnp.dtype(dtype).name in ("float32", "bfloat16")
+        except TypeError:
+            known = False
+        require(known, f"dtype is {dtype!r}: it must be 'float32' or 'bfloat16'")
     if path.is_dir():
+        require(tokenizer is None, f"{path} is a work directory, which has its own tokenizer: leave tokenizer out")
         return _load_workdir(Workdir(path), mesh, dtype)
     if not path.is_file():
         raise ConfigError(f"{path}: no such work directory or weights file")

@@ -107,7 +107,8 @@ class TfdsSource(ImageSource):
             command = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
             raise ConfigError(
                 f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}): prepare it once, in Python: "
-                f"import tensorflow_datasets as tfds; {command}"
+                f"import tensorflow_datasets as tfds; {command} "
+                "(preparing most datasets needs TensorFlow, in any environment; reading does not; idx:FOLDER needs neither)"
             ) from None
         if features is None or not {"image", "label"} <= set(features):
             raise ConfigError(f"tfds:{name} has no 'image' and 'label': only labelled image datasets can be used")

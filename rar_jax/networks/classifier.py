@@ -3,7 +3,7 @@
 Its pooled features carry a Frechet distance where no Inception weights can be had, so every part of it
 is smooth: gelu, mean pools, and normalisation per image (no batch statistics).
 
-Logical axis names, all unsharded since the network is tiny:
+Logical axis names (of these, parallel/rules.py cuts conv_out over fsdp and no other):
   kernel_y, kernel_x, conv_in, conv_out   the four axes of a convolution kernel
   classifier_in                           features entering the linear layer to the classes (its other axis has no name)
 Biases and normalisation scales have the one axis None.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import ModuleType
 from typing import Any
 
+import jax
 import ml_collections
 from jax.sharding import Mesh
 
@@ -15,6 +17,7 @@ from rar_jax.data.sources import ImageSource, Split, load_source
 from rar_jax.evaluation import classifier
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
+from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, check_pair
 from rar_jax.training.recipe import Recipe
 
@@ -40,6 +43,7 @@ class Data:
     def __post_init__(self) -> None:
         for name in ("image_size", "num_classes", "train_records"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(self.workers >= 0, f"workers is {self.workers}: it must be 0 (a thread) or more (processes)")
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.num_classes)))
         require(
@@ -75,7 +79,7 @@ class _Globals:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed is {self.seed}: it must not be negative")
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
         require(self.precision in ("float32", "bfloat16"), f"precision is '{self.precision}': float32 or bfloat16")
 
 
@@ -114,8 +118,15 @@ class Experiment:
         return models.get(stage) or Model(classifier, self.classifier)
 
     def check_mesh(self, mesh: Mesh) -> None:
-        """Raises ConfigError unless every batch divides over the mesh."""
+        """Raises ConfigError unless every batch and every parameter of every stage divides over the mesh."""
         parts = batch_divisor(mesh)
+        for stage in ("tokenizer", "classifier", "generator"):
+            module, config = self.model(stage).module, self.model(stage).config
+            shapes = jax.eval_shape(functools.partial(module.init, config), jax.random.key(0))
+            try:
+                param_shardings(module.axes(config), shapes, mesh)
+            except ConfigError as error:
+                raise ConfigError(f"{stage}: {error}") from None
         for name in ("tokenizer_train", "train", "classifier_train"):
             recipe: Recipe = getattr(self, name)
             rows = recipe.batch_size // recipe.accumulation
@@ -170,7 +181,7 @@ def resolve(config: Any, name: str) -> Experiment:
         tokenizer=tokenizer,
         generator=generator,
         classifier=classifier_config,
-        guidance=build(Guidance, config.get("guidance", {"scale": 0.0}), where="config.guidance"),
+        guidance=build(Guidance, {"scale": 0.0, **config.get("guidance", {})}, where="config.guidance"),
         evaluate=build(Evaluate, config.get("evaluate", {}), where="config.evaluate"),
         mesh=build(MeshConfig, config.get("mesh", {}), where="config.mesh"),
         seed=everywhere.seed,
@@ -204,7 +215,8 @@ def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) 
         ignore=("name",),
     )
     for field in steps_fields(module.Config):
-        if getattr(config, field) > recipe.steps:
+        # A period may be longer than the training; a moment may not lie after it.
+        if not field.endswith("_every") and getattr(config, field) > recipe.steps:
             raise ConfigError(
                 f"{where}.{field} is step {getattr(config, field)}, after the training's end at {recipe.steps}: "
                 "shorten it, or give it as a share ('75%')"

@@ -42,7 +42,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     experiment.check_mesh(mesh)
     workdir.claim(experiment.resolved())
     say = _silent if quiet or not is_main() else print
-    say(_headline(experiment, workdir, mesh))
+    say(headline(experiment, workdir, mesh))
     began = time.monotonic()
 
     # ---- weights and tokens
@@ -126,7 +126,7 @@ def _where(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:
+def headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:
     """What will be done, with every duration resolved to steps."""
     axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
     lines = [f"{experiment.name} in {workdir.path} on {mesh.size} {jax.default_backend()} device(s): {axes}"]
@@ -168,7 +168,8 @@ def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], s
         "",
         f"Everything is in {path}, after {seconds:.0f} s:",
         f"  {path / 'samples.png'}, reconstructions.png, curves.png, result.json, metrics.jsonl",
-        f"  tensorboard --logdir {path / 'tensorboard'}",
+        f"  {path / 'checkpoints'}, {path / 'tokens'}",
+        f"  tensorboard --logdir {path / 'tensorboard'}    (after pip install tensorboard)",
         "Try next:",
         f"  rar-jax sample --weights {path} --classes 0,1,2 --per-class 8 --seed 1 --out {path / 'more'}",
         f"  python -c \"import rar_jax; print(rar_jax.load('{path}').sample([0, 1, 2], seed=0).shape)\"",

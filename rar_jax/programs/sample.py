@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from rar_jax.config import ConfigError, nearest
+from rar_jax.config import ConfigError, nearest, require
 from rar_jax.guidance import Guidance
 from rar_jax.pipeline import load
 from rar_jax.training.pictures import grid
@@ -48,6 +48,9 @@ def sample(
     pipeline = load(weights, tokenizer=tokenizer)
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)
+    labels = list(dict.fromkeys(labels))  # "3,2-4" names 3 twice; its files would overwrite each other
+    require(per_class >= 1, f"--per-class is {per_class}: it must be at least 1")
+    require(not out.exists() or out.is_dir(), f"--out {out} is not a folder: choose another")
     images = pipeline.sample(np.repeat(labels, per_class), seed=seed, guidance=guidance)
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):

@@ -167,6 +167,8 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         if state is None:
             state = setup.init(init_key)
         start = int(state["step"])
+        if start and not quiet:
+            print(f"{stage}: goes on from step {start} of {recipe.steps}")
 
         # ---- the data: a function of (seed, step)
         stream = batches(
@@ -220,7 +222,12 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
                 pending = None
             if evaluate_now:
                 params = evaluated_params(state)
-                reporter.metrics(step, validate(params) | (scorer.live(params) if scorer else {}))
+                told = validate(params) | (scorer.live(params) if scorer else {})
+                reporter.metrics(step, told)
+                watched = {name.removeprefix("validation/"): value for name, value in told.items()}
+                shown.update(
+                    {k: v for k, v in watched.items() if k.endswith(("bits", "psnr")) or k.startswith(("fd_", "acc"))}
+                )
             if save_now:  # last, so that a resumed run has the rows of this step
                 checkpointer.save(step, state, objective.meta | {"step": step})
 

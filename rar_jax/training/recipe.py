@@ -15,7 +15,8 @@ class Recipe:
     """One training. The defaults are RAR's (arXiv 2411.00776, section 4.1) where it has one.
 
     steps: updates, or epochs as "400ep". batch_size: global. accumulation: each batch is computed in so many parts.
-    ema_decay: of the parameters that are evaluated and sampled; 0 is none. eval_records: held-out records a validation.
+    ema_decay: of the parameters that are evaluated and sampled; 0 is none. After k updates at most (1 + k) / (10 + k), so that a
+    short training does not average over its random start. eval_records: held-out records a validation.
     """
 
     steps: int
@@ -54,6 +55,11 @@ class Recipe:
         require(
             self.warmup < self.steps, f"warmup is {self.warmup} steps, not shorter than the training of {self.steps}"
         )
+        for name in ("end_learning_rate", "weight_decay"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it cannot be negative")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        require(self.eps > 0, f"eps is {self.eps}: it must be above 0")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be above 0")
         require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}: it must be above 0")
         require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}: it must be in [0, 1)")

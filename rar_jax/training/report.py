@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -170,7 +171,7 @@ class _Line:
         now = time.monotonic()
         self._times.append((now, done))
         text = self._text(done, shown)
-        if self._bar is None and (console := rich.console.Console()).is_terminal:
+        if self._bar is None and (console := rich.console.Console(stderr=True)).is_terminal:
             self._start_bar(console)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
@@ -187,7 +188,7 @@ class _Line:
             self._print(time.monotonic())
 
     def _print(self, now: float) -> None:
-        print(self._unprinted, flush=True)
+        print(self._unprinted, file=sys.stderr, flush=True)
         self._printed_at, self._unprinted = now, ""
 
     def _start_bar(self, console: rich.console.Console) -> None:

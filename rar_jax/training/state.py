@@ -98,7 +98,7 @@ def make_train_step(
             params = after_step(params, batch, key=key_after, step=step)
         extra = state["extra"]
         if "ema" in extra:
-            decay = recipe.ema_decay
+            decay = jnp.minimum(recipe.ema_decay, (1 + step) / (10 + step))
             extra = {"ema": jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, extra["ema"], params)}
         return {"step": step + 1, "params": params, "opt_state": opt_state, "extra": extra}, metrics
 

@@ -42,7 +42,10 @@ class Workdir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is not a folder: choose another --workdir")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be made ({error.strerror}): choose another --workdir") from None
         config = json.loads(json.dumps(config))
         made = sorted(p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json")))
         if made and not self.config.exists():

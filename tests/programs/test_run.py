@@ -147,6 +147,13 @@ def test_pipeline(workdir: pathlib.Path) -> None:
     np.testing.assert_array_equal(ours, images)
     with pytest.raises(ConfigError, match=r"label 10 is outside the classes 0\.\.9"):
         pipeline.sample([10])
+    for misuse in ({"labels": [3.9]}, {"labels": [3], "guidance": 2.0}, {"labels": [3], "batch_size": 0}):
+        with pytest.raises(ConfigError):
+            pipeline.sample(**misuse)  # pyright: ignore
+    with pytest.raises(ConfigError, match="seed is 1099511627776"):
+        pipeline.sample([3], seed=2**40)
+    with pytest.raises(ConfigError, match="dtype is 'bf16'"):
+        rar_jax.load(workdir, dtype="bf16")
     low = rar_jax.load(workdir, dtype="bfloat16")
     assert low.generator_params["lm_head"]["kernel"].dtype == "bfloat16"
     assert low.sample([1]).shape == (1, 8, 8, 1)
@@ -155,6 +162,7 @@ def test_pipeline(workdir: pathlib.Path) -> None:
 def test_sample_verb(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "pictures"
     args = ["sample", "--weights", str(workdir), "--classes", "3,7-8", "--per-class", "2", "--out", str(out)]
+    args[4] = "3,7-8,3"  # a class named twice is drawn once
     assert main([*args, "--guidance", "2,1", "--quiet"]) == 0
     assert len(list(out.glob("0*.png"))) == 6 and (out / "grid.png").is_file()
     expected = rar_jax.load(workdir).sample([3, 3, 7, 7, 8, 8], guidance=rar_jax.Guidance(2.0, 1.0))
@@ -163,10 +171,13 @@ def test_sample_verb(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 def test_stages_alone(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--config", TINY, "--workdir", str(tmp_path / "w"), "--quiet"]
-    assert main(["tokenize", *where]) == 1
-    assert "no finished tokenizer" in capsys.readouterr().err
+    assert main(["tokenize", *where]) == 2
+    assert "is not a work directory" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
     assert main(["train", *where]) == 1
     assert "rar-jax tokenize" in capsys.readouterr().err
+    assert main(["tokenize", *where]) == 1
+    assert "no finished tokenizer" in capsys.readouterr().err
     assert main(["evaluate", *where]) == 1
     assert main(["train", "--stage", "tokenizer", *where]) == 0
     assert main(["tokenize", *where]) == 0

@@ -135,7 +135,7 @@ def test_plain_lines_at_the_start_every_ten_seconds_and_at_the_end(
         for step in range(1, 101):
             reporter.progress(step, loss=1.25)
             clock.now += 0.5
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "generator  1/100 steps  loss 1.25"
     assert lines[1] == "generator  21/100 steps  2 steps/s  0:40 left  loss 1.25"
     assert lines[-1] == "generator  100/100 steps  2 steps/s  loss 1.25"
@@ -151,7 +151,7 @@ def test_an_interrupted_stage_still_prints_where_it_was(
         clock.now += 1
         reporter.progress(2)
         raise KeyboardInterrupt
-    assert capsys.readouterr().out.splitlines()[-1] == "generator  2/100 steps  1 steps/s  1:38 left"
+    assert capsys.readouterr().err.splitlines()[-1] == "generator  2/100 steps  1 steps/s  1:38 left"
 
 
 def test_quiet_prints_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +171,7 @@ def test_a_terminal_gets_one_live_line(
     with Reporter(tmp_path, "generator", total_steps=3) as reporter:
         for step in (1, 2, 3):
             reporter.progress(step, loss=0.5)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "3/3 steps" in shown and "loss 0.5" in shown
     assert shown.count("\n") == 1
 
@@ -183,7 +183,7 @@ def test_progress_over_an_iterable(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         seen.append(item)
         clock.now += 6
     assert seen == [0, 1, 2, 3]
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "tokenize  0/4 batches",
         "tokenize  2/4 batches  0.167 batches/s  0:12 left",
         "tokenize  4/4 batches  0.167 batches/s",
