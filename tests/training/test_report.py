@@ -166,7 +166,9 @@ def test_a_terminal_gets_one_live_line(
 ) -> None:
     make = rich.console.Console
     monkeypatch.setattr(
-        report.rich.console, "Console", lambda: make(file=sys.stdout, force_terminal=True, width=120, color_system=None)
+        report.rich.console,
+        "Console",
+        lambda **_: make(file=sys.stderr, force_terminal=True, width=120, color_system=None),
     )
     with Reporter(tmp_path, "generator", total_steps=3) as reporter:
         for step in (1, 2, 3):
