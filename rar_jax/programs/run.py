@@ -158,8 +158,8 @@ def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], s
         ("tokenizer", "psnr", "tokenizer, held-out PSNR in dB"),
         ("tokenizer", "codebook_usage", "tokenizer, share of codes in use"),
         ("tokenizer", "perplexity", "tokenizer, perplexity of the codes"),
-        ("generator", "raster_bits", "generator, held-out bits, raster order"),
-        ("generator", "random_bits", "generator, held-out bits, random order"),
+        ("generator", "raster_bits", "generator, bits a token, raster order"),
+        ("generator", "random_bits", "generator, bits a token, random order"),
     ):
         if (value := result["last_validation"].get(stage, {}).get(f"validation/{name}")) is not None:
             lines.append(f"{text:38} {value:9.3f}")
