@@ -74,8 +74,9 @@ def modulate(x_bnd: jax.Array, shift_bnd: jax.Array, scale_bnd: jax.Array) -> ja
 def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """uint32 random bits for dropout: a hash of (key, place), the same under any sharding.
 
-    On a CPU threefry takes 25 times as long and XLA's own generator 17 times (docs/measurements/dropout.md). It is two rounds of the MurmurHash3 finaliser, good enough to drop by and for nothing
-    else. Orders, labels and samples are drawn by threefry.
+    On a CPU threefry takes 25 times as long and XLA's own generator 17 times (docs/measurements/dropout.md). It is two
+    rounds of the MurmurHash3 finaliser, good enough to drop by and for nothing else. Orders, labels and samples are drawn
+    by threefry.
     """
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
     place, stride = jnp.zeros(shape, jnp.uint32), 1

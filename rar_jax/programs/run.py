@@ -41,7 +41,11 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     workdir.claim(experiment.resolved())
-    say = _silent if quiet or not is_main() else print
+
+    def say(text: str) -> None:
+        if not quiet and is_main():
+            print(text)
+
     say(headline(experiment, workdir, mesh))
     began = time.monotonic()
 
@@ -175,7 +179,3 @@ def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], s
         f"  python -c \"import rar_jax; print(rar_jax.load('{path}').sample([0, 1, 2], seed=0).shape)\"",
     ]
     return "\n".join(lines)
-
-
-def _silent(*_: Any) -> None:
-    pass

@@ -63,8 +63,10 @@ def test_claim_makes_the_folder_and_writes_the_config(tmp_path: pathlib.Path) ->
 
 def test_the_same_config_again(begun: Workdir) -> None:
     """Tuples and lists are the same in JSON."""
+    before = begun.read_config()
     begun.claim(CONFIG)
     begun.claim(changed(tokenizer={"width_multipliers": [1, 2]}))
+    assert begun.read_config() == before
 
 
 def test_another_config_is_refused_with_the_differences(begun: Workdir) -> None:
