@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from rar_jax.config import ConfigError, nearest
-from rar_jax.interop.torch_zip import WeightsError, read
+from rar_jax.interop.lazy import LazyArray, finite, materialize
+from rar_jax.interop.torch_zip import StoredTensor, WeightsError, open_weights
 from rar_jax.interop.weights_file import write
 from rar_jax.tokenizers import maskgit_vq
 
@@ -32,12 +33,18 @@ def load(path: str | pathlib.Path, *, image_size: int | None = None) -> tuple[ma
     Returns: Config, and float32 NumPy arrays in the tree of `maskgit_vq.init`.
     Raises: WeightsError for a damaged file, missing or surplus keys, wrong shapes, or values that are not finite.
     """
-    state = read(path)
+    config, lazy = open_params(path, image_size=image_size)
+    return config, materialize(lazy)
+
+
+def open_params(path: str | pathlib.Path, *, image_size: int | None = None) -> tuple[maskgit_vq.Config, dict[str, Any]]:
+    """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`."""
+    state = open_weights(path)
     if any(key in state for key in _OF_RAR):
         raise WeightsError(f"{path} holds a RAR generator, not a tokenizer: give the MaskGIT-VQGAN file here")
     try:
         config = _config(state, image_size)
-        return config, _params(config, state)
+        return config, _params(config, state, path)
     except (ConfigError, WeightsError) as error:
         raise WeightsError(f"{path}: {error}") from error
 
@@ -60,7 +67,7 @@ def save(path: str | pathlib.Path, config: maskgit_vq.Config, params: dict[str, 
     write(path, state)
 
 
-def _config(state: dict[str, np.ndarray], image_size: int | None) -> maskgit_vq.Config:
+def _config(state: dict[str, StoredTensor], image_size: int | None) -> maskgit_vq.Config:
     """Reads the architecture off names and shapes. Raises: WeightsError, ConfigError."""
     conv_in = _fetch(state, "encoder.conv_in.weight", ndim=4)
     levels = blocks = 0
@@ -85,26 +92,28 @@ def _config(state: dict[str, np.ndarray], image_size: int | None) -> maskgit_vq.
     )
 
 
-def _params(config: maskgit_vq.Config, state: dict[str, np.ndarray]) -> dict[str, Any]:
+def _params(config: maskgit_vq.Config, state: dict[str, StoredTensor], path: str | pathlib.Path) -> dict[str, Any]:
     """The tree of `maskgit_vq.init` from a state dict of exactly its names. Raises: WeightsError."""
     known = _shapes(config)
     if surplus := sorted(state.keys() - known.keys()):
         raise WeightsError(f"'{surplus[0]}' is not a name of this tokenizer.{nearest(surplus[0], known)}")
 
-    def leaf(key_path: Any, _: jax.ShapeDtypeStruct) -> np.ndarray:
+    def leaf(key_path: Any, spec: jax.ShapeDtypeStruct) -> LazyArray:
         key = _released_name(key_path)
-        value = _fetch(state, key)
-        if value.shape != known[key]:
-            raise WeightsError(f"'{key}' has shape {value.shape}; the other tensors need {known[key]}")
-        value = np.ascontiguousarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value, np.float32)
-        if not np.isfinite(value).all():
-            raise WeightsError(f"'{key}' holds values that are not finite: download it again")
-        return value
+        stored = _fetch(state, key)
+        if stored.shape != known[key]:
+            raise WeightsError(f"'{key}' has shape {stored.shape}; the other tensors need {known[key]}")
+
+        def read() -> np.ndarray:
+            value = finite(path, key, stored.read())
+            return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+
+        return LazyArray(spec.shape, [read], stacked=False)
 
     return jax.tree_util.tree_map_with_path(leaf, _tree(config))
 
 
-def _fetch(state: dict[str, np.ndarray], key: str, ndim: int | None = None) -> np.ndarray:
+def _fetch(state: dict[str, StoredTensor], key: str, ndim: int | None = None) -> StoredTensor:
     if key not in state:
         raise WeightsError(f"'{key}' is missing.{nearest(key, list(state)[:1000])}")
     if ndim is not None and state[key].ndim != ndim:

@@ -5,19 +5,25 @@ The released position tables are oversized (n + 1024, n + 1024 and n + 100 rows)
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
-from rar_jax.config import nearest
-from rar_jax.generators.rar import Config
-from rar_jax.interop.torch_zip import WeightsError, read
+from rar_jax.config import ConfigError, nearest
+from rar_jax.generators.rar import Config, init
+from rar_jax.interop.lazy import LazyArray, finite, materialize
+from rar_jax.interop.torch_zip import StoredTensor, WeightsError, open_weights
 from rar_jax.interop.weights_file import write
 
 # Surplus rows of the released tables beyond n, of which n + 2 are used.
 TABLE_ROWS = {"pos_embed": 1024, "target_aware_pos_embed": 1024, "timesteps_embeddings": 100}
+
+_Q_NORM, _FC1 = "blocks.{}.attn.q_norm.weight", "blocks.0.mlp.fc1.weight"
 
 
 def _linear(released: str, path: str) -> dict[str, tuple[str, str]]:
@@ -55,7 +61,13 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
     Returns: the Config read off the shapes (dropouts 0: the file does not hold the recipe) and float32 parameters.
     Raises: WeightsError for a file that is not RAR's, missing or surplus keys, wrong shapes, or non-finite numbers.
     """
-    state = read(path)
+    config, lazy = open_params(path)
+    return config, materialize(lazy)
+
+
+def open_params(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
+    """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`."""
+    state = open_weights(path)
     config = _read_config(state, path)
     shapes = released_shapes(config)
     if missing := sorted(shapes.keys() - state.keys()):
@@ -65,17 +77,24 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
     if surplus := sorted(state.keys() - shapes.keys()):
         raise WeightsError(f"{path}: surplus key '{surplus[0]}' ({len(surplus)} in all).{nearest(surplus[0], shapes)}")
     for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise WeightsError(f"{path}: '{name}' has shape {tuple(state[name].shape)}, expected {shape}")
-        if not np.isfinite(state[name]).all():
-            raise WeightsError(f"{path}: '{name}' holds numbers that are not finite")
+        if state[name].shape != shape:
+            raise WeightsError(f"{path}: '{name}' has shape {state[name].shape}, expected {shape}")
+
+    def part(name: str, ours: str, how: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            value = _to_ours(finite(path, name, state[name].read()), how)
+            return _split(config, ours, value[: config.num_tokens + 2] if name in TABLE_ROWS else value)
+
+        return read
+
+    shape_of = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     params: dict[str, Any] = {}
     for name, (ours, how) in _OUTER.items():
-        value = _to_ours(state[name], how)
-        _put(params, ours, _split(config, ours, value[: config.num_tokens + 2] if name in TABLE_ROWS else value))
+        _put(params, ours, LazyArray(_get(shape_of, ours).shape, [part(name, ours, how)], stacked=False))
     for name, (ours, how) in _BLOCK.items():
-        layers = [_split(config, ours, _to_ours(state[f"blocks.{i}.{name}"], how)) for i in range(config.depth)]
-        _put(params, f"transformer/blocks/{ours}", np.stack(layers))
+        ours = f"transformer/blocks/{ours}"
+        layers = [part(f"blocks.{i}.{name}", ours, how) for i in range(config.depth)]
+        _put(params, ours, LazyArray(_get(shape_of, ours).shape, layers, stacked=True))
     return config, params
 
 
@@ -97,7 +116,7 @@ def to_released(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]
             value = np.pad(value, ((0, 0), (0, shapes[name][1] - value.shape[1]), (0, 0)))
         state[name] = value
     for name, (ours, how) in _BLOCK.items():
-        stacked = _get(params, f"transformer/blocks/{ours}")
+        stacked = np.asarray(_get(params, f"transformer/blocks/{ours}"))
         for i in range(config.depth):
             state[f"blocks.{i}.{name}"] = _to_theirs(_join(config, ours, stacked[i]), how)
     return state
@@ -126,31 +145,33 @@ def released_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_config(state: dict[str, np.ndarray], path: str | pathlib.Path) -> Config:
-    needed = (
-        "pos_embed",
-        "embeddings.weight",
-        "lm_head.weight",
-        "blocks.0.attn.q_norm.weight",
-        "blocks.0.mlp.fc1.weight",
-    )
-    for name in needed:
+def _read_config(state: dict[str, StoredTensor], path: str | pathlib.Path) -> Config:
+    dimensions = {"pos_embed": 3, "embeddings.weight": 2, "lm_head.weight": 2, _Q_NORM.format(0): 1, _FC1: 2}
+    for name, ndim in dimensions.items():
         if name not in state:
             what = "a tokenizer" if "quantize.embedding.weight" in state else "not RAR's"
             raise WeightsError(f"{path} is {what}: it has no '{name}'.{nearest(name, state)}")
+        if state[name].ndim != ndim or 0 in state[name].shape:
+            raise WeightsError(f"{path}: '{name}' has shape {state[name].shape}, not {ndim} dimensions")
     codes, width = state["lm_head.weight"].shape
-    return Config(
-        num_tokens=state["pos_embed"].shape[1] - TABLE_ROWS["pos_embed"],
-        codebook_size=codes,
-        num_classes=state["embeddings.weight"].shape[0] - codes - 2,
-        width=width,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        num_heads=width // state["blocks.0.attn.q_norm.weight"].shape[0],
-        mlp_width=state["blocks.0.mlp.fc1.weight"].shape[0],
-        dropout=0.0,
-        attention_dropout=0.0,
-        label_dropout=0.0,
-    )
+    depth = 1
+    while _Q_NORM.format(depth) in state:
+        depth += 1
+    try:
+        return Config(
+            num_tokens=state["pos_embed"].shape[1] - TABLE_ROWS["pos_embed"],
+            codebook_size=codes,
+            num_classes=state["embeddings.weight"].shape[0] - codes - 2,
+            width=width,
+            depth=depth,
+            num_heads=width // state[_Q_NORM.format(0)].shape[0],
+            mlp_width=state[_FC1].shape[0],
+            dropout=0.0,
+            attention_dropout=0.0,
+            label_dropout=0.0,
+        )
+    except ConfigError as error:
+        raise WeightsError(f"{path}: its shapes are not those of a RAR model: {error}") from None
 
 
 def _parts(config: Config, ours: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -162,7 +183,7 @@ def _parts(config: Config, ours: str) -> tuple[tuple[int, ...], tuple[int, ...]]
         "adaln": ((d,), (6, d)),
         "final_adaln": ((d,), (2, d)),
     }
-    return shapes.get(ours.rpartition("/")[0])
+    return shapes.get(ours.rpartition("/")[0].removeprefix("transformer/blocks/"))
 
 
 def _split(config: Config, ours: str, value: np.ndarray) -> np.ndarray:
@@ -179,7 +200,6 @@ def _join(config: Config, ours: str, value: Any) -> np.ndarray:
 
 
 def _to_ours(value: np.ndarray, how: str) -> np.ndarray:
-    value = np.asarray(value, np.float32)
     return {"same": lambda x: x, "transpose": np.transpose, "row": lambda x: x[0]}[how](value)
 
 
@@ -188,7 +208,7 @@ def _to_theirs(value: Any, how: str) -> np.ndarray:
     return {"same": lambda x: x, "transpose": np.transpose, "row": lambda x: x[None]}[how](value)
 
 
-def _put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split("/")
     for name in parents:
         tree = tree.setdefault(name, {})

@@ -5,12 +5,15 @@ Two formats of `torch.save`, told apart by their first bytes:
   stream (before)        pickles one after another (magic, version, machine, dict, list of keys), then each storage's
                          number of elements (int64) and bytes, in the order of the list
 The pickle is read by an Unpickler that knows a few names and refuses all others. It makes records of where each
-tensor lies; the arrays are then views of the memory-mapped file, read when they are used.
+tensor lies. Tensors are read when they are asked for, each through a mapping of its own part of the file, which leaves
+the memory together with the array: a model of 6 GB is never in memory twice.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import io
 import math
 import mmap
@@ -20,11 +23,11 @@ import pickletools
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 _DTYPES: dict[str, np.dtype] = {
     "torch.DoubleStorage": np.dtype(np.float64),
@@ -39,53 +42,88 @@ _DTYPES: dict[str, np.dtype] = {
     "torch.BoolStorage": np.dtype(np.bool_),
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
 }
+_SAFETENSORS_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 _STREAM_MAGIC, _STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 # The largest RAR has a pickle of 0.1 MB with 3000 tuples.
 _PICKLE_LIMIT, _TUPLE_LIMIT = 1 << 28, 20_000  # bytes; tuples
 
-Reader = Callable[[str], np.ndarray]  # key of a storage -> its bytes, uint8
+# Key of a storage -> how many bytes it has, and how to read them (uint8).
+Locate = Callable[[str], tuple[int, Callable[[], np.ndarray]]]
 
 
 class WeightsError(ValueError):
     """A weight file is damaged, dangerous or not what it should be: the message says which and where."""
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a weights file. `read()` gives its values, a read-only array where the file is mapped; what it was
+    read from leaves the memory with the array. Raises: WeightsError if the bytes are damaged."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors by name, read; see `open_weights`. Raises: WeightsError, for anything wrong with the file."""
+    return {name: tensor.read() for name, tensor in open_weights(path).items()}
+
+
+def open_weights(path: str | pathlib.Path) -> dict[str, StoredTensor]:
     """Tensors by name of a .safetensors, torch zip or torch stream file; the content decides, then the suffix.
 
-    Raises: WeightsError, for anything wrong with the file.
-    """
-    head = _head(path)
-    if head[8:9] == b"{" or (pathlib.Path(path).suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
-        return load_safetensors(path)
-    return load_state_dict(path)
+    A torch file's dict inside one of the keys "state_dict", "model", "model_state_dict", "module", or alone under any
+    key, is unwrapped.
 
-
-def load_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors by name of a safetensors file. Raises: WeightsError, for anything wrong with the file."""
-    _head(path)
-    try:
-        return safetensors.numpy.load_file(path)
-    except Exception as error:
-        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def load_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Tensors by name of a file written by `torch.save`, zip or stream format.
-
-    A dict inside one of the keys "state_dict", "model", "model_state_dict", "module", or alone under any key, is
-    unwrapped.
-
-    Returns: read-only arrays of the stored dtypes (bfloat16 by ml_dtypes), views of the mapped file where they can be.
+    Returns: tensors of the stored shapes and dtypes (bfloat16 by ml_dtypes); their values are not read yet.
     Raises: WeightsError, for anything wrong with the file; nothing in the file is executed.
     """
-    head = _head(path)
-    load = _load_zip if head[:2] == b"PK" else _load_stream if head[:2] == b"\x80\x02" else None
-    if load is None:
-        raise WeightsError(f"{path} is not a torch file (neither a zip nor a pickle): it begins with {head[:8]!r}")
+    path, head = pathlib.Path(path), _head(path)
+    if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
+        open_file = _open_safetensors
+    elif head[:2] == b"PK":
+        open_file = _open_zip
+    elif head[:2] == b"\x80\x02":
+        open_file = _open_stream
+    else:
+        what = (
+            "a git-lfs pointer: run `git lfs pull`" if head.startswith(b"version https:") else "it is no weights file"
+        )
+        raise WeightsError(
+            f"{path}: {what} (neither safetensors nor torch's zip or pickle; it begins with {head[:8]!r})"
+        )
+    tensors = _named(path, lambda: open_file(path))
+    return {
+        name: dataclasses.replace(tensor, read=functools.partial(_named, path, tensor.read))
+        for name, tensor in tensors.items()
+    }
+
+
+T = TypeVar("T")
+
+
+def _named(path: pathlib.Path, action: Callable[[], T]) -> T:
+    """What the action returns; whatever goes wrong in it is a WeightsError that names the file."""
     try:
-        return load(pathlib.Path(path))
+        return action()
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     # A hostile file can raise nearly anything in pickle, zipfile and zlib; all of it means the same.
@@ -105,11 +143,31 @@ def _head(path: str | pathlib.Path) -> bytes:
     return head
 
 
-# ---------------------------------------------------------------- the two containers
+# ---------------------------------------------------------------- the containers
 
 
-def _load_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
-    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
+def _open_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
+    def read(name: str) -> np.ndarray:
+        # Opened anew for each tensor: the library's mapping, kept open, would keep all that was read in memory.
+        with safetensors.safe_open(path, "np") as file:
+            return file.get_tensor(name)
+
+    tensors = {}
+    with safetensors.safe_open(path, "np") as file:
+        for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            part = file.get_slice(name)
+            if part.get_dtype() not in _SAFETENSORS_DTYPES:
+                raise WeightsError(f"'{name}' is of type {part.get_dtype()}, which no released weights have")
+            dtype = _SAFETENSORS_DTYPES[part.get_dtype()]
+            tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, functools.partial(read, name))
+    return tensors
+
+
+def _map(path: pathlib.Path, start: int, size: int) -> np.ndarray:
+    return np.asarray(np.memmap(path, np.uint8, mode="r", offset=start, shape=(size,)))
+
+
+def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -120,46 +178,53 @@ def _load_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
             raise WeightsError("written on a big-endian machine, which is not supported")
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
             raise WeightsError("its data.pkl is too large for a state dict")
-
-        def storage(key: str) -> np.ndarray:
-            info = members.get(f"{root}data/{key}")
-            if info is None:
-                raise WeightsError(f"storage {key} is missing: download it again")
-            if info.compress_type != zipfile.ZIP_STORED:
-                return np.frombuffer(archive.read(info), np.uint8)
-            # The local header repeats the name, and its extra field (torch pads there) has its own length.
-            header = mapped[info.header_offset : info.header_offset + 30].tobytes()
-            start = info.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-            data = mapped[start : start + info.file_size]
-            if header[:4] != b"PK\x03\x04" or data.size != info.file_size or zlib.crc32(data.data) != info.CRC:
-                raise WeightsError(f"storage {key} is damaged: download it again")
-            return data
-
         content = _next_pickle(io.BytesIO(archive.read(pickles[0])), {})
-        return _arrays(_tensors(content), storage)
+    unpacked: dict[str, np.ndarray] = {}  # compressed members, which torch.save does not make
+    checked: set[str] = set()  # one storage may hold many tensors
+
+    def read(key: str, info: zipfile.ZipInfo) -> np.ndarray:
+        if info.compress_type != zipfile.ZIP_STORED:
+            if key not in unpacked:
+                with zipfile.ZipFile(path) as archive:
+                    unpacked[key] = np.frombuffer(archive.read(info), np.uint8)
+            return unpacked[key]
+        # The local header repeats the name, and its extra field (torch pads there) has its own length.
+        header = _map(path, info.header_offset, 30).tobytes()
+        start = info.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        data = _map(path, start, info.file_size)
+        if header[:4] != b"PK\x03\x04" or (key not in checked and zlib.crc32(data.data) != info.CRC):
+            raise WeightsError(f"storage {key} is damaged: download it again")
+        checked.add(key)
+        return data
+
+    def locate(key: str) -> tuple[int, Callable[[], np.ndarray]]:
+        info = members.get(f"{root}data/{key}")
+        if info is None:
+            raise WeightsError(f"storage {key} is missing: download it again")
+        return info.file_size, functools.partial(read, key, info)
+
+    return _stored(_tensors(content), locate)
 
 
-def _load_stream(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         dtypes: dict[str, np.dtype] = {}
         magic, version, machine, content, keys = (_next_pickle(stream, dtypes) for _ in range(5))
-        position = stream.tell()
-    if magic != _STREAM_MAGIC or version != _STREAM_VERSION or not isinstance(keys, list):
-        raise WeightsError("a pickle, but not a torch file")
-    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise WeightsError("written on a big-endian machine, which is not supported")
-    tensors = _tensors(content)
-    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    storages: dict[str, np.ndarray] = {}
-    for key in keys:
-        if key not in dtypes:
-            raise WeightsError(f"storage {key} belongs to no tensor, so that its size is unknown")
-        end = position + 8 + int.from_bytes(mapped[position : position + 8].tobytes(), "little") * dtypes[key].itemsize
-        if end > mapped.size:
-            raise WeightsError(f"truncated within storage {key}: download it again")
-        storages[key] = mapped[position + 8 : end]
-        position = end
-    return _arrays(tensors, storages.__getitem__)
+        if magic != _STREAM_MAGIC or version != _STREAM_VERSION or not isinstance(keys, list):
+            raise WeightsError("a pickle, but not a torch file")
+        if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise WeightsError("written on a big-endian machine, which is not supported")
+        tensors, position = _tensors(content), stream.tell()
+        storages: dict[str, tuple[int, Callable[[], np.ndarray]]] = {}
+        for key in keys:
+            if key not in dtypes:
+                raise WeightsError(f"storage {key} belongs to no tensor, so that its size is unknown")
+            size = int.from_bytes(stream[position : position + 8], "little") * dtypes[key].itemsize
+            if position + 8 + size > len(stream):
+                raise WeightsError(f"truncated within storage {key}: download it again")
+            storages[key] = size, functools.partial(_map, path, position + 8, size)
+            position += 8 + size
+    return _stored(tensors, storages.__getitem__)
 
 
 # ---------------------------------------------------------------- the pickle
@@ -267,25 +332,27 @@ def _tensors(content: Any) -> dict[str, _Tensor]:
     return dict(content)
 
 
-def _arrays(tensors: dict[str, _Tensor], reader: Reader) -> dict[str, np.ndarray]:
-    storages: dict[str, np.ndarray] = {}
-    arrays: dict[str, np.ndarray] = {}
+def _stored(tensors: dict[str, _Tensor], locate: Locate) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         key, dtype, start, count = tensor.storage
-        if key not in storages:
-            storages[key] = reader(key)
-        if (start + count) * dtype.itemsize > storages[key].size:
+        size, storage = locate(key)
+        if (start + count) * dtype.itemsize > size:
             raise WeightsError(f"'{name}': storage {key} is shorter than it should be: download it again")
         elements = math.prod(tensor.shape)
         steps = zip(tensor.shape, tensor.strides, strict=True)
-        last = tensor.offset + sum((size - 1) * stride for size, stride in steps)
+        last = tensor.offset + sum((extent - 1) * stride for extent, stride in steps)
         # More elements than the storage has is a file that unpacks to any size.
         if elements > 0 and (last >= count or elements > count):
             raise WeightsError(f"'{name}' of shape {tensor.shape} lies outside of its storage of {count} elements")
-        if elements == 0:
-            arrays[name] = np.zeros(tensor.shape, dtype)
-            continue
-        flat = storages[key][start * dtype.itemsize : (start + count) * dtype.itemsize].view(dtype)[tensor.offset :]
-        strides = [stride * dtype.itemsize for stride in tensor.strides]
-        arrays[name] = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
-    return arrays
+        stored[name] = StoredTensor(tensor.shape, dtype, functools.partial(_view, tensor, storage))
+    return stored
+
+
+def _view(tensor: _Tensor, storage: Callable[[], np.ndarray]) -> np.ndarray:
+    dtype, start, count = tensor.storage.dtype, tensor.storage.start, tensor.storage.size
+    if math.prod(tensor.shape) == 0:
+        return np.zeros(tensor.shape, dtype)
+    flat = storage()[start * dtype.itemsize : (start + count) * dtype.itemsize].view(dtype)[tensor.offset :]
+    strides = [stride * dtype.itemsize for stride in tensor.strides]
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)

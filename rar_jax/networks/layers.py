@@ -25,6 +25,8 @@ class Dense(nn.Module):
 
     Fused projections keep their parts as dimensions, (in, 3, h, k) and not (in, 3hk), so that a mesh can cut them along
     heads. (Flax's DenseGeneral makes its kernels flat first, which fails where the axes are constrained to a mesh.)
+
+    A kernel that is stored in bfloat16 is multiplied in bfloat16 and summed in float32, whatever `dtype` is.
     """
 
     out: tuple[int, ...]
@@ -43,11 +45,13 @@ class Dense(nn.Module):
             "bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[ins:]), self.out, jnp.float32
         )
         contracted = tuple(range(x.ndim - ins, x.ndim)), tuple(range(ins))
+        factors = kernel.dtype if kernel.dtype == jnp.bfloat16 else self.dtype
         y = jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            x.astype(factors),
+            kernel.astype(factors),
             (contracted, ((), ())),
-            precision=matmul_precision(self.dtype),
+            precision=matmul_precision(factors),
+            preferred_element_type=self.dtype,
         )
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
@@ -148,6 +152,7 @@ class Attention(nn.Module):
         v_bnhk = qkv_bn3hk[:, :, 2]
         new = (k_bnhk, v_bnhk)
         if cache is not None:
+            new = (k_bnhk.astype(cache[0].dtype), v_bnhk.astype(cache[1].dtype))
             k_bnhk, v_bnhk = (
                 jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
                 for old, part in zip(cache, new, strict=True)
@@ -158,10 +163,15 @@ class Attention(nn.Module):
         return Dropout(self.dropout, self.deterministic)(out_bnd), new
 
     def _attend(self, q_bnhk: jax.Array, k_bmhk: jax.Array, v_bmhk: jax.Array, visible_nm: jax.Array) -> jax.Array:
-        precision = matmul_precision(self.dtype)
-        q_bnhk = q_bnhk * q_bnhk.shape[-1] ** -0.5
-        scores_bhnm = jnp.einsum("bnhk,bmhk->bhnm", q_bnhk, k_bmhk, precision=precision).astype(jnp.float32)
+        factors = k_bmhk.dtype  # a cache in bfloat16 is not widened, only the sums are
+        precision = matmul_precision(factors)
+        q_bnhk = (q_bnhk * q_bnhk.shape[-1] ** -0.5).astype(factors)
+        scores_bhnm = jnp.einsum(
+            "bnhk,bmhk->bhnm", q_bnhk, k_bmhk, precision=precision, preferred_element_type=jnp.float32
+        )
         scores_bhnm = jnp.where(visible_nm[None, None], scores_bhnm, -jnp.inf)
-        weights_bhnm = jax.nn.softmax(scores_bhnm).astype(self.dtype)
+        weights_bhnm = jax.nn.softmax(scores_bhnm).astype(factors)
         weights_bhnm = Dropout(self.attention_dropout, self.deterministic)(weights_bhnm)
-        return jnp.einsum("bhnm,bmhk->bnhk", weights_bhnm, v_bmhk, precision=precision)
+        return jnp.einsum(
+            "bhnm,bmhk->bnhk", weights_bhnm, v_bmhk, precision=precision, preferred_element_type=self.dtype
+        )

@@ -133,7 +133,7 @@ def _no_levels(state):
         (_lost, r"'decoder\.up\.1\.upsample_conv\.bias' is missing"),
         (_surplus, r"'decoder\.up\.0\.upsample_conv\.bias' is not a name"),
         (_misshapen, r"'decoder\.conv_in\.weight' has shape \(64, 3, 3, 3\)"),
-        (_not_finite, r"'encoder\.norm_out\.bias' holds values that are not finite"),
+        (_not_finite, r"'encoder\.norm_out\.bias' holds numbers that are not finite"),
         (_odd_width, "multiple of 32"),
         (_flat, "not 4 dimensions"),
         (_no_levels, r"'encoder\.down\.0\.block\.0\.conv1\.weight' is missing"),

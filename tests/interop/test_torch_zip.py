@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rar_jax.interop.torch_zip import WeightsError, load_safetensors, load_state_dict, read
+from rar_jax.interop.torch_zip import WeightsError, read
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq_tiny.bin"
 
@@ -112,7 +112,7 @@ def check_example(state):
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_zip_respects_strides_offsets_and_dtypes(tmp_path, compression):
     path = write_zip(tmp_path / "w.bin", example(), {"0": WEIGHT, "1": COUNTS}, compression)
-    check_example(load_state_dict(path))
+    check_example(read(path))
 
 
 def test_stream_format(tmp_path):
@@ -121,7 +121,7 @@ def test_stream_format(tmp_path):
 
 def test_stream_format_with_a_view_of_a_storage(tmp_path):
     view = Storage("FloatStorage", "0", 12, ("v", 4, 6))
-    state = load_state_dict(write_stream(tmp_path / "w", {"a": tensor(view, (2, 2), (2, 1), 1)}, {"0": WEIGHT}))
+    state = read(write_stream(tmp_path / "w", {"a": tensor(view, (2, 2), (2, 1), 1)}, {"0": WEIGHT}))
     np.testing.assert_array_equal(state["a"], WEIGHT[5:9].reshape(2, 2))
 
 
@@ -129,11 +129,9 @@ def test_stream_format_with_a_view_of_a_storage(tmp_path):
 def test_unwraps_a_nested_state_dict(tmp_path, write):
     storages = {"0": WEIGHT, "1": COUNTS, "2": COUNTS}
     other = {"m": tensor(Storage("LongStorage", "2", 5), (5,), (1,))}
-    check_example(
-        load_state_dict(write(tmp_path / "a", {"model": example(), "epoch": 3, "optimizer": other}, storages))
-    )
+    check_example(read(write(tmp_path / "a", {"model": example(), "epoch": 3, "optimizer": other}, storages)))
     storages.pop("2")
-    check_example(load_state_dict(write(tmp_path / "b", {"anything": {"state_dict": example()}}, storages)))
+    check_example(read(write(tmp_path / "b", {"anything": {"state_dict": example()}}, storages)))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +142,7 @@ def test_every_storage(tmp_path, kind):
     dtype |= {"Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
     values = np.array([0, 1, 1, 0]).astype(dtype[kind])
     path = write_zip(tmp_path / "w", {"a": tensor(Storage(f"{kind}Storage", "0", 4), (4,), (1,))}, {"0": values})
-    state = load_state_dict(path)
+    state = read(path)
     assert state["a"].dtype == values.dtype
     np.testing.assert_array_equal(state["a"], values)
 
@@ -152,12 +150,12 @@ def test_every_storage(tmp_path, kind):
 def test_untyped_storage_and_empty_tensor(tmp_path):
     untyped = Storage("UntypedStorage", "0", 3, module="torch.storage")
     content = {"a": tensor(untyped, (3,), (1,)), "b": tensor(untyped, (0, 7), (7, 1))}
-    state = load_state_dict(write_zip(tmp_path / "w", content, {"0": np.array([1, 2, 255], np.uint8)}))
+    state = read(write_zip(tmp_path / "w", content, {"0": np.array([1, 2, 255], np.uint8)}))
     assert state["a"].tolist() == [1, 2, 255] and state["b"].shape == (0, 7)
 
 
 def test_stored_members_are_mapped_and_read_only(tmp_path):
-    state = load_state_dict(write_zip(tmp_path / "w", example(), {"0": WEIGHT, "1": COUNTS}))
+    state = read(write_zip(tmp_path / "w", example(), {"0": WEIGHT, "1": COUNTS}))
     owner = state["a"]
     while (base := getattr(owner, "base", None)) is not None:
         owner = base
@@ -169,10 +167,9 @@ def test_safetensors(tmp_path):
     tensors = {"a": WEIGHT.reshape(3, 4), "h": WEIGHT.astype(np.float16), "b": WEIGHT.astype(ml_dtypes.bfloat16)}
     path = tmp_path / "w.safetensors"
     safetensors.numpy.save_file(tensors, path)
-    for load in (load_safetensors, read):
-        for name, value in load(path).items():
-            assert value.dtype == tensors[name].dtype
-            np.testing.assert_array_equal(value, tensors[name])
+    for name, value in read(path).items():
+        assert value.dtype == tensors[name].dtype
+        np.testing.assert_array_equal(value, tensors[name])
     path.rename(tmp_path / "renamed.bin")
     np.testing.assert_array_equal(read(tmp_path / "renamed.bin")["a"], tensors["a"])
     for cut in (4, 40, 250):
@@ -220,15 +217,15 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, write, protocol):
 def test_every_other_name_is_refused_by_name(tmp_path, module, name):
     path = write_zip(tmp_path / "w", {"a": Call(module, name, "1")}, {})
     with pytest.raises(WeightsError, match=f"{module}.{name}"):
-        load_state_dict(path)
+        read(path)
 
 
 def test_a_pickle_cannot_change_the_reader(tmp_path):
     function = b"ctorch._utils\n_rebuild_tensor_v2\n"
     body = b"\x80\x02" + function + b"N" + dumps({"__call__": 1, "__class__": 2})[2:-1] + b"\x86b."
     with pytest.raises(WeightsError):
-        load_state_dict(write_zip(tmp_path / "w", body, {}))
-    check_example(load_state_dict(write_zip(tmp_path / "good", example(), {"0": WEIGHT, "1": COUNTS})))
+        read(write_zip(tmp_path / "w", body, {}))
+    check_example(read(write_zip(tmp_path / "good", example(), {"0": WEIGHT, "1": COUNTS})))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +243,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
 )
 def test_hostile_pickles_end_in_a_weights_error(tmp_path, body):
     with pytest.raises(WeightsError):
-        load_state_dict(write_zip(tmp_path / "w", body, {}))
+        read(write_zip(tmp_path / "w", body, {}))
 
 
 # ---------------------------------------------------------------- wrong files
@@ -272,19 +269,19 @@ def test_hostile_pickles_end_in_a_weights_error(tmp_path, body):
 def test_tensors_outside_their_storage_are_refused(tmp_path, write, shape, strides, offset, count):
     content = {"a": tensor(Storage("FloatStorage", "0", count), shape, strides, offset)}
     with pytest.raises(WeightsError):
-        load_state_dict(write(tmp_path / "w", content, {"0": WEIGHT}))
+        read(write(tmp_path / "w", content, {"0": WEIGHT}))
 
 
 @pytest.mark.parametrize("content", [{}, [], 3, {"a": 1}, {"a": WEIGHT.tolist()}, {3: tensor(None, (), ())}])
 @pytest.mark.parametrize("write", [write_zip, write_stream])
 def test_content_that_is_no_state_dict_is_refused(tmp_path, write, content):
     with pytest.raises(WeightsError):
-        load_state_dict(write(tmp_path / "w", content, {}))
+        read(write(tmp_path / "w", content, {}))
 
 
 def test_a_mixed_state_dict_names_what_is_no_tensor(tmp_path):
     with pytest.raises(WeightsError, match="'steps' is no tensor but int"):
-        load_state_dict(write_zip(tmp_path / "w", {**example(), "steps": 3}, {"0": WEIGHT, "1": COUNTS}))
+        read(write_zip(tmp_path / "w", {**example(), "steps": 3}, {"0": WEIGHT, "1": COUNTS}))
 
 
 def test_files_that_are_something_else(tmp_path):
@@ -295,8 +292,8 @@ def test_files_that_are_something_else(tmp_path):
         read(tmp_path)
     for data, message in [
         (b"", "empty"),
-        (b"<!DOCTYPE html>", "not a torch file"),
-        (b"version https://git-lfs", "not a"),
+        (b"<!DOCTYPE html>", "no weights file"),
+        (b"version https://git-lfs", "git lfs pull"),
     ]:
         path.write_bytes(data)
         with pytest.raises(WeightsError, match=message):
@@ -312,7 +309,7 @@ def test_a_truncated_zip_is_refused(tmp_path, share):
     data = GOLDEN.read_bytes()
     (tmp_path / "w.bin").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(WeightsError, match="download it again"):
-        load_state_dict(tmp_path / "w.bin")
+        read(tmp_path / "w.bin")
 
 
 def test_a_truncated_stream_is_refused_at_every_byte(tmp_path):
@@ -321,7 +318,7 @@ def test_a_truncated_stream_is_refused_at_every_byte(tmp_path):
         (tmp_path / "w").write_bytes(data[:cut])
         in_last_storage = cut >= len(data) - COUNTS.nbytes
         with pytest.raises(WeightsError, match="truncated within storage 1" if in_last_storage else None):
-            load_state_dict(tmp_path / "w")
+            read(tmp_path / "w")
 
 
 def test_a_flipped_bit_in_a_storage_is_seen(tmp_path):
@@ -330,7 +327,7 @@ def test_a_flipped_bit_in_a_storage_is_seen(tmp_path):
     place = data.index(WEIGHT.tobytes()) + 5
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with pytest.raises(WeightsError, match="storage 0 is damaged"):
-        load_state_dict(path)
+        read(path)
 
 
 @pytest.mark.parametrize("write", [write_zip, write_stream])
@@ -343,7 +340,7 @@ def test_random_damage_gives_weights_or_a_weights_error(tmp_path, write):
             damaged[generator.randrange(2, len(data))] = generator.randrange(256)
         (tmp_path / "w").write_bytes(damaged)
         try:
-            state = load_state_dict(tmp_path / "w")
+            state = read(tmp_path / "w")
         except WeightsError:
             continue
         assert all(isinstance(value, np.ndarray) for value in state.values())
