@@ -13,10 +13,11 @@ Train and sample autoregressive image generators in JAX.
 
   rar-jax run --config experiments/digits.py --workdir runs/digits     the whole job, pixels to distance
   rar-jax sample --weights runs/digits --classes 3,7 --out pictures    images of the classes 3 and 7
+  rar-jax sample --weights rar_b --download --classes "golden retriever" --out pictures    from the released weights
 """
 
 # Verbs of the design that are not built yet.
-LATER = ("convert", "plan", "bench", "inspect", "report", "doctor")
+LATER = ("plan", "bench", "inspect", "report", "doctor")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,19 +36,37 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything is written and resumed")
         return sub
 
+    def weights_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--weights",
+            required=True,
+            help="directory of a run or of convert, generator file, or a released name (rar_b)",
+        )
+        sub.add_argument("--tokenizer", help="the tokenizer's file, with a generator file")
+        sub.add_argument(
+            "--download", action="store_true", help="fetch released files that are not here, and check them"
+        )
+
     experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
     sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", _TRAIN)
     sub.add_argument("--stage", default="generator", choices=("tokenizer", "classifier", "generator"))
     experiment_verb("tokenize", "Turn the images of an experiment into token stores.", _TOKENIZE)
     experiment_verb("evaluate", "Score the generator of a work directory.", _EVALUATE)
     sub = verb("sample", "Sample images of given classes into PNG files.", _SAMPLE)
-    sub.add_argument("--weights", required=True, help="work directory of a run, or a released generator file")
-    sub.add_argument("--tokenizer", help="the tokenizer's file, with a released generator file")
+    weights_flags(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="folder for the images")
     sub.add_argument("--classes", help="numbers, ranges or names: 3,7-9,sneaker (default: all)")
     sub.add_argument("--per-class", type=int, default=4, help="images a class (default 4)")
     sub.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
-    sub.add_argument("--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's)")
+    sub.add_argument(
+        "--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's, or the released model's)"
+    )
+    sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
+    sub.add_argument("--batch-size", type=int, help="images at a time (default: all, at most 64)")
+    sub = verb("convert", "Convert weights: released files to a directory of ours, and back.", _CONVERT)
+    weights_flags(sub)
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors, .bin, .pth")
+    sub.add_argument("--part", choices=("generator", "tokenizer"), help="what to take out of a directory (generator)")
     for name in LATER:
         verbs.add_parser(name, help="(not built yet)", add_help=False)
     return parser
@@ -75,6 +94,13 @@ and an untrained generator as JSON.
 _SAMPLE = """\
   rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
   rar-jax sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --classes 207 --out pictures
+  rar-jax sample --weights rar_b --download --classes "golden retriever,tench" --out pictures
+"""
+_CONVERT = """\
+  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b
+  rar-jax convert --weights rar_b.bin --out rar_b.safetensors
+  rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
+Records the sha256 of what was read and written.
 """
 
 
@@ -110,13 +136,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
+    from rar_jax.config import ConfigError, load_experiment
+
+    if args.verb in ("sample", "convert") and overrides:
+        raise ConfigError(f"{args.verb} takes no --config.* arguments: the experiment is the work directory's")
+    if args.verb == "convert":
+        from rar_jax.programs.convert import convert
+
+        keywords = {name: getattr(args, name) for name in ("tokenizer", "part", "download", "quiet")}
+        convert(args.weights, args.out, **keywords)
+        return
     if args.verb == "sample":
-        from rar_jax.config import ConfigError
         from rar_jax.guidance import Guidance
         from rar_jax.programs.sample import sample
 
-        if overrides:
-            raise ConfigError("sample takes no --config.* arguments: the experiment is the work directory's")
         try:
             guidance = Guidance(*(float(x) for x in args.guidance.split(","))) if args.guidance else None
         except (TypeError, ValueError) as error:
@@ -129,11 +162,13 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
             seed=args.seed,
             guidance=guidance,
             tokenizer=args.tokenizer,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            download=args.download,
             quiet=args.quiet,
         )
         return
 
-    from rar_jax.config import load_experiment
     from rar_jax.programs.experiment import resolve
     from rar_jax.training.workdir import Workdir
 

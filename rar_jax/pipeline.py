@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.config import ConfigError, build, find_module, require
+from rar_jax.config import ConfigError, build, require
+from rar_jax.data import imagenet
 from rar_jax.guidance import Guidance
+from rar_jax.interop import released
+from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.rules import batch_sharding, param_shardings
+from rar_jax.parallel.rules import batch_sharding
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
-from rar_jax.training.checkpoint import CheckpointError, good_step, load_params
 from rar_jax.training.workdir import Workdir
 
 
@@ -26,7 +28,7 @@ class Pipeline:
     Attributes:
       params: {"generator": decoding parameters, "tokenizer": parameters}, an argument of `sample_fn`.
       guidance: what `sample` uses unless told otherwise.
-      class_names: one a class, or numbers where there are no names.
+      class_names: one a class with its synonyms, "tench, Tinca tinca", or numbers where there are no names.
     """
 
     def __init__(
@@ -41,16 +43,13 @@ class Pipeline:
         mesh: Mesh | None = None,
         dtype: Any = None,
     ) -> None:
+        """The parameters are jax.Arrays that lie where they shall (on the mesh); see `load`."""
         check_pair(generator, tokenizer)
         self.generator, self.tokenizer, self.mesh = generator, tokenizer, mesh
         self.guidance = guidance or Guidance(0.0)
         self.class_names = tuple(class_names) or tuple(str(i) for i in range(generator.config.num_classes))
-        params = {"generator": generator_params, "tokenizer": tokenizer_params}
-        if mesh is not None:
-            axes = {name: m.module.axes(m.config) for name, m in (("generator", generator), ("tokenizer", tokenizer))}
-            params = jax.device_put(params, param_shardings(axes, params, mesh))
-        prepared = generator.module.prepare(generator.config, params["generator"], dtype=dtype)
-        self.params = {"generator": prepared, "tokenizer": jax.tree.map(jnp.asarray, params["tokenizer"])}
+        prepared = generator.module.prepare(generator.config, generator_params, dtype=dtype)
+        self.params = {"generator": prepared, "tokenizer": tokenizer_params}
         self._jitted = jax.jit(self.sample_fn)
 
     @property
@@ -92,7 +91,38 @@ class Pipeline:
         Returns: uint8 (b, y, x, c).
         Raises: ConfigError for a label that is no class.
         """
+        return np.concatenate(list(self.sample_batches(labels, seed=seed, guidance=guidance, batch_size=batch_size)))
+
+    def sample_batches(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        *,
+        seed: int = 0,
+        guidance: Guidance | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """As `sample`, one batch after the other as soon as it is drawn. Its length is known: `batch_count`."""
         labels_b = np.asarray(labels).reshape(-1)
+        self._check(labels_b, seed, guidance, batch_size)
+        return self._batches(labels_b, seed, guidance or self.guidance, self._batch(len(labels_b), batch_size))
+
+    def _batches(self, labels_b: np.ndarray, seed: int, guidance: Guidance, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(labels_b), size):
+            ids_b = np.arange(start, start + size) % len(labels_b)  # the last batch is filled up, and cut again
+            batch = labels_b[ids_b].astype(np.int32), sample_keys(seed, jnp.asarray(ids_b))
+            if self.mesh is not None:
+                batch = jax.device_put(batch, batch_sharding(self.mesh))
+            yield np.asarray(self._jitted(self.params, *batch, guidance))[: len(labels_b) - start]
+
+    def batch_count(self, images: int, batch_size: int | None = None) -> int:
+        """How many batches `sample_batches` takes for so many images."""
+        return -(-images // self._batch(images, batch_size))
+
+    def _batch(self, images: int, batch_size: int | None) -> int:
+        divisor = 1 if self.mesh is None else batch_divisor(self.mesh)
+        return -(-(batch_size or min(images, 64)) // divisor) * divisor
+
+    def _check(self, labels_b: np.ndarray, seed: int, guidance: Guidance | None, batch_size: int | None) -> None:
         require(
             labels_b.dtype.kind in "iu" or not labels_b.size, f"labels are {labels_b.dtype}: give class numbers (ints)"
         )
@@ -105,20 +135,7 @@ class Pipeline:
         classes = self.generator.config.num_classes
         if bad := [int(label) for label in labels_b if not 0 <= label < classes]:
             raise ConfigError(f"label {bad[0]} is outside the classes 0..{classes - 1}")
-        if not labels_b.size:
-            raise ConfigError("no labels: give at least one class to sample")
-        size = batch_size or min(len(labels_b), 64)
-        divisor = 1 if self.mesh is None else batch_divisor(self.mesh)
-        size = -(-size // divisor) * divisor
-        images = []
-        for start in range(0, len(labels_b), size):
-            ids_b = np.arange(start, start + size) % len(labels_b)  # the last batch is filled up, and cut again
-            batch = labels_b[ids_b].astype(np.int32), sample_keys(seed, jnp.asarray(ids_b))
-            if self.mesh is not None:
-                batch = jax.device_put(batch, batch_sharding(self.mesh))
-            out = self._jitted(self.params, *batch, guidance or self.guidance)
-            images.append(np.asarray(out)[: len(labels_b) - start])
-        return np.concatenate(images)
+        require(labels_b.size > 0, "no labels: give at least one class to sample")
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """uint8 images (b, y, x, c) as the tokenizer keeps them: encoded, decoded, rounded."""
@@ -136,68 +153,57 @@ def load(
     tokenizer: str | pathlib.Path | None = None,
     mesh: Mesh | None = None,
     dtype: Any = None,
+    download: bool = False,
 ) -> Pipeline:
-    """Loads a work directory, or a released generator file with its tokenizer's.
+    """Loads a work directory, a converted directory, or a released generator file with its tokenizer's.
+
+    A released file of RAR-B, L, XL or XXL brings the guidance that the authors sample it with, and ImageNet's class names.
 
     Args:
-      path_or_name: a work directory of `rar-jax run`, or a RAR file (.bin, .pth, .safetensors).
-      tokenizer: MaskGIT-VQ file; needed with a generator file.
-      mesh: devices to spread over (default: one). dtype: what the generator's weights are cast to, e.g. "bfloat16".
+      path_or_name: directory of `rar-jax run` or `rar-jax convert`; a RAR file (.bin, .pth, .safetensors); or the name of
+        a released one ("rar_b"), which is looked up in the Hugging Face cache.
+      tokenizer: MaskGIT-VQ file; needed with a generator file, and the released one with a released name.
+      mesh: devices to spread over (default: one).
+      dtype: what the generator multiplies in: "float32", or "bfloat16", which is faster on accelerators and changes about
+        one greedy choice in a hundred (docs/measurements/bfloat16.md).
+      download: fetch released files that are not there, and check their sha256.
 
-    Raises: ConfigError or WeightsError that say what is missing.
+    Raises: ConfigError, WeightsError or CheckpointError that say what is missing or wrong.
     """
-    path = pathlib.Path(path_or_name)
     if dtype is not None:
         try:
             known = jnp.dtype(dtype).name in ("float32", "bfloat16")
         except TypeError:
             known = False
         require(known, f"dtype is {dtype!r}: it must be 'float32' or 'bfloat16'")
+    path = released.locate(path_or_name, download=download)
     if path.is_dir():
-        require(tokenizer is None, f"{path} is a work directory, which has its own tokenizer: leave tokenizer out")
-        return _load_workdir(Workdir(path), mesh, dtype)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such work directory or weights file")
-    if tokenizer is None:
-        raise ConfigError(f"{path} is a generator's file: give its tokenizer's too, load(..., tokenizer=...)")
-    from rar_jax.interop import maskgit_vq, rar
-
-    generator_config, generator_params = rar.load(path)
-    tokenizer_config, tokenizer_params = maskgit_vq.load(tokenizer)
-    return Pipeline(
-        Model(find_module("generators", "rar"), generator_config),
-        Model(find_module("tokenizers", "maskgit_vq"), tokenizer_config),
-        generator_params,
-        tokenizer_params,
-        mesh=mesh,
-        dtype=dtype,
-    )
-
-
-def load_model(config: dict[str, Any], kind: str) -> Model:
-    """The generator or tokenizer ("generators", "tokenizers") of a resolved experiment."""
-    section = config[kind[:-1]]
-    module = find_module(kind, section["name"])
-    return Model(module, build(module.Config, section, where=f"config.{kind[:-1]}", ignore=("name",)))
-
-
-def _load_workdir(workdir: Workdir, mesh: Mesh | None, dtype: Any) -> Pipeline:
-    config = workdir.read_config()
-    params = {}
-    for stage in ("generator", "tokenizer"):
-        if (good := good_step(workdir.checkpoints(stage))) is None:
-            raise CheckpointError(
-                f"{workdir.path} has no good {stage} checkpoint yet: finish it with "
-                f"`rar-jax run --config {config['name']} --workdir {workdir.path}`"
+        require(tokenizer is None, f"{path} is a directory, which has its own tokenizer: leave tokenizer out")
+        config = Workdir(path).read_config()
+        guidance = build(Guidance, config["guidance"], where="config.guidance")
+        class_names = config["data"]["class_names"]
+        tokenizer = path
+    else:
+        by_name = path != pathlib.Path(path_or_name)
+        if tokenizer is None and by_name:
+            tokenizer = released.TOKENIZER
+        if tokenizer is None:
+            raise ConfigError(
+                f"{path} is a generator's file: give its tokenizer's too (--tokenizer, load(..., tokenizer=...))"
             )
-        params[stage] = load_params(workdir.checkpoints(stage), good[0])
+        tokenizer = released.locate(tokenizer, download=download)
+        guidance, class_names = None, ()
+    generator, of_images = open_weights(path, "generators"), open_weights(tokenizer, "tokenizers")
+    check_pair(generator.model, of_images.model)
+    if path.is_file() and (known := released.preset(generator.model.config)):
+        guidance, class_names = known.guidance, imagenet.class_names()
     return Pipeline(
-        load_model(config, "generators"),
-        load_model(config, "tokenizers"),
-        params["generator"],
-        params["tokenizer"],
-        guidance=build(Guidance, config["guidance"], where="config.guidance"),
-        class_names=config["data"]["class_names"],
+        generator.model,
+        of_images.model,
+        generator.place(mesh),
+        of_images.place(mesh),
+        guidance=guidance,
+        class_names=class_names,
         mesh=mesh,
         dtype=dtype,
     )

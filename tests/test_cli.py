@@ -14,7 +14,20 @@ FLAGS = {
     "train": ("--config", "--workdir", "--quiet", "--stage", "tokenizer", "classifier", "generator"),
     "tokenize": ("--config", "--workdir", "--quiet"),
     "evaluate": ("--config", "--workdir", "--quiet"),
-    "sample": ("--weights", "--tokenizer", "--out", "--classes", "--per-class", "--seed", "--guidance", "--quiet"),
+    "sample": (
+        "--weights",
+        "--tokenizer",
+        "--download",
+        "--out",
+        "--classes",
+        "--per-class",
+        "--seed",
+        "--guidance",
+        "--dtype",
+        "--batch-size",
+        "--quiet",
+    ),
+    "convert": ("--weights", "--tokenizer", "--download", "--out", "--part", "--quiet"),
 }
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -56,7 +69,7 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert err == ""
     for flag in FLAGS[verb]:
         assert flag in out, flag
-    assert ("--config.train.steps=10" in out) == (verb != "sample")
+    assert ("--config.train.steps=10" in out) == (verb not in ("sample", "convert"))
 
 
 def test_every_verb_is_listed_here() -> None:
@@ -148,7 +161,10 @@ def test_a_folder_of_someone_else(tmp_path: pathlib.Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--weights", "/nowhere"], "/nowhere: no such work directory or weights file"),
+        (
+            ["--weights", "/nowhere"],
+            "/nowhere: no such directory or weights file, and no released one: those are rar_b,",
+        ),
         (["--guidance", "strong"], "--guidance strong: give SCALE[,POWER[,TEMPERATURE]]"),
         (["--guidance", "1,2,3,4"], "--guidance 1,2,3,4: give SCALE[,POWER[,TEMPERATURE]]"),
         (["--guidance", "-1"], "--guidance -1: give SCALE[,POWER[,TEMPERATURE]] (scale is -1.0: "),

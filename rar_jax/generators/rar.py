@@ -194,6 +194,34 @@ def decay_mask(config: Config) -> Params:
     return jax.tree_util.tree_map_with_path(decays, axes(config), is_leaf=lambda x: isinstance(x, tuple))
 
 
+def adapt(config: Config, params: Params, *, other_config: Config, other_params: Params) -> Params:
+    """Parameters of another RAR made to fit this one, to start a fine-tuning from.
+
+    With another number of classes the rows of the classes are those of `params` (fresh); the null class is taken over.
+    With another grid the position tables are interpolated over it in two dimensions, bicubically; so is the table of
+    steps, since in raster order, in which training ends, step i generates place i.
+    Raises: ConfigError naming what cannot be made to fit.
+    """
+    for name in ("width", "depth", "num_heads", "mlp_width", "codebook_size"):
+        ours, theirs = getattr(config, name), getattr(other_config, name)
+        require(ours == theirs, f"init_from has {name} {theirs}, config.generator.{name} is {ours}: make them equal")
+    out = dict(other_params)
+    if config.num_classes != other_config.num_classes:
+        codes, rows_of = config.codebook_size + 1, other_params["embeddings"]
+        out["embeddings"] = jnp.concatenate([rows_of[:codes], params["embeddings"][codes:-1], rows_of[-1:]])
+    if config.num_tokens != other_config.num_tokens:
+        old, new = math.isqrt(other_config.num_tokens), math.isqrt(config.num_tokens)
+        square = (old**2, new**2) == (other_config.num_tokens, config.num_tokens)
+        require(
+            square, f"init_from has {other_config.num_tokens} tokens, not {config.num_tokens}: both must be squares"
+        )
+        for name in ("pos_embed", "target_aware_pos_embed", "timesteps_embeddings"):
+            grid_yxd = other_params[name][2:].reshape(old, old, config.width)  # rows 0 and 1 belong to cls and class
+            grid_yxd = jax.image.resize(grid_yxd, (new, new, config.width), "cubic")
+            out[name] = jnp.concatenate([other_params[name][:2], grid_yxd.reshape(new * new, config.width)])
+    return out
+
+
 # ---------------------------------------------------------------- training
 
 

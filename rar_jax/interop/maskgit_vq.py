@@ -15,7 +15,7 @@ import numpy as np
 
 from rar_jax.config import ConfigError, nearest
 from rar_jax.interop.lazy import LazyArray, finite, materialize
-from rar_jax.interop.torch_zip import StoredTensor, WeightsError, open_weights
+from rar_jax.interop.torch_zip import StoredTensor, WeightsError, open_tensors
 from rar_jax.interop.weights_file import write
 from rar_jax.tokenizers import maskgit_vq
 
@@ -39,7 +39,7 @@ def load(path: str | pathlib.Path, *, image_size: int | None = None) -> tuple[ma
 
 def open_params(path: str | pathlib.Path, *, image_size: int | None = None) -> tuple[maskgit_vq.Config, dict[str, Any]]:
     """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`."""
-    state = open_weights(path)
+    state = open_tensors(path)
     if any(key in state for key in _OF_RAR):
         raise WeightsError(f"{path} holds a RAR generator, not a tokenizer: give the MaskGIT-VQGAN file here")
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from rar_jax.config import ConfigError, nearest
 from rar_jax.generators.rar import Config, init
 from rar_jax.interop.lazy import LazyArray, finite, materialize
-from rar_jax.interop.torch_zip import StoredTensor, WeightsError, open_weights
+from rar_jax.interop.torch_zip import StoredTensor, WeightsError, open_tensors
 from rar_jax.interop.weights_file import write
 
 # Surplus rows of the released tables beyond n, of which n + 2 are used.
@@ -67,7 +67,7 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
 
 def open_params(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
     """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`."""
-    state = open_weights(path)
+    state = open_tensors(path)
     config = _read_config(state, path)
     shapes = released_shapes(config)
     if missing := sorted(shapes.keys() - state.keys()):

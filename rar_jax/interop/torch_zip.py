@@ -83,11 +83,11 @@ class StoredTensor:
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors by name, read; see `open_weights`. Raises: WeightsError, for anything wrong with the file."""
-    return {name: tensor.read() for name, tensor in open_weights(path).items()}
+    """All tensors by name, read; see `open_tensors`. Raises: WeightsError, for anything wrong with the file."""
+    return {name: tensor.read() for name, tensor in open_tensors(path).items()}
 
 
-def open_weights(path: str | pathlib.Path) -> dict[str, StoredTensor]:
+def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
     """Tensors by name of a .safetensors, torch zip or torch stream file; the content decides, then the suffix.
 
     A torch file's dict inside one of the keys "state_dict", "model", "model_state_dict", "module", or alone under any

@@ -47,12 +47,13 @@ class Scorer:
 
     def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
         self.experiment, self.mesh = experiment, mesh
+        self.judge: classifier.Config = experiment.model("classifier").config
         self.tokenizer_params, self.classifier_params = (
             trained_params(experiment, stage, workdir, mesh)[0] for stage in ("tokenizer", "classifier")
         )
         self.train, self.heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
         self._train_images = jax.device_put(_all_images(self.train), replicated(mesh))
-        features = jax.jit(lambda p, x: classifier.features(experiment.classifier, p, x)["features"])
+        features = jax.jit(lambda p, x: classifier.features(self.judge, p, x)["features"])
         train_nf = np.concatenate(
             [
                 np.asarray(features(self.classifier_params, self._train_images[i : i + 1000]))
@@ -75,7 +76,7 @@ class Scorer:
         )
 
     def _score_batch(self, params: Any, images: jax.Array, labels_b: jax.Array, weights_b: jax.Array) -> Score:
-        out = classifier.features(self.experiment.classifier, params["classifier"], images)
+        out = classifier.features(self.judge, params["classifier"], images)
         sums = moments.update(moments.zero(len(self.mean)), out["features"], weights_b, params["shift"])
         asked_b = (out["logits"].argmax(axis=-1) == labels_b) * weights_b
         flat_bp = images.reshape(images.shape[0], -1).astype(jnp.float32) / 255

@@ -12,6 +12,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from rar_jax.config import ConfigError, build, find_module, nearest, require, resolve_steps, steps_fields, to_dict
+from rar_jax.data import imagenet
 from rar_jax.data.loader import steps_per_epoch
 from rar_jax.data.sources import ImageSource, Split, load_source
 from rar_jax.evaluation import classifier
@@ -29,7 +30,8 @@ class Data:
     """Where images come from and what they are.
 
     source: "digits", "idx:FOLDER" or "tfds:NAME". image_size: images are padded with zeros to it.
-    class_names: default, the numbers. train_records: what an epoch is; checked against the source.
+    class_names: default, the numbers; "imagenet" stands for its 1000 names. train_records: what an epoch is; checked
+    against the source.
     """
 
     source: str
@@ -55,15 +57,16 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """samples: images of the final report. live_samples: of the distance while training; 0 is none.
-    batch_size: images at a time. grid_per_class: pictures a class in samples.png."""
+    batch_size: images at a time. grid_per_class: pictures a class in samples.png, of grid_classes classes."""
 
     samples: int = 1000
     live_samples: int = 200
     batch_size: int = 200
     grid_per_class: int = 10
+    grid_classes: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grid_per_class"):
+        for name in ("batch_size", "grid_per_class", "grid_classes"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         require(self.samples >= 2, f"samples is {self.samples}: a distance needs at least 2")
         require(
@@ -77,6 +80,7 @@ class _Globals:
 
     seed: int = 0
     precision: str = "float32"
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
@@ -85,42 +89,64 @@ class _Globals:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """All of an experiment, checked."""
+    """All of an experiment, checked.
+
+    tokenizer_weights: file of a finished tokenizer, instead of a recipe to train one. classifier: None where none is
+    trained; there is then no fd_classifier. init_from: weights that the generator starts from (fine-tuning).
+    """
 
     name: str
     data: Data
     tokenizer: Model
-    tokenizer_train: Recipe
+    tokenizer_train: Recipe | None
+    tokenizer_weights: str | None
     generator: Model
     train: Recipe
-    classifier: classifier.Config
-    classifier_train: Recipe
+    init_from: str | None
+    classifier: classifier.Config | None
+    classifier_train: Recipe | None
     guidance: Guidance
     evaluate: Evaluate
     mesh: MeshConfig
     seed: int
 
     def resolved(self) -> dict[str, Any]:
-        """Plain nested dict with every default and duration filled in, as config.json holds it."""
+        """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None."""
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
             out[kind] = {"name": _short_name(model.module), **to_dict(model.config)}
-        return out
+        if (weights := out.pop("tokenizer_weights")) is not None:
+            out["tokenizer"]["weights"] = weights
+        return {key: value for key, value in out.items() if value is not None}
 
-    def recipe(self, stage: str) -> Recipe:
-        """The recipe of a stage: "tokenizer", "classifier" or "generator"."""
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What is trained, or taken over, in this order."""
+        return ("tokenizer", "classifier", "generator") if self.classifier else ("tokenizer", "generator")
+
+    def recipe(self, stage: str) -> Recipe | None:
+        """The recipe of a stage: "tokenizer", "classifier" or "generator"; None if its weights are given."""
         return {"tokenizer": self.tokenizer_train, "classifier": self.classifier_train, "generator": self.train}[stage]
 
+    def last_step(self, stage: str) -> int:
+        """The step at which a stage is finished: 0 if its weights are given."""
+        recipe = self.recipe(stage)
+        return recipe.steps if recipe else 0
+
     def model(self, stage: str) -> Model:
-        """The module and Config that a stage trains."""
+        """The module and Config of a stage. Raises: ConfigError for a classifier where there is none."""
         models = {"tokenizer": self.tokenizer, "generator": self.generator}
-        return models.get(stage) or Model(classifier, self.classifier)
+        if stage in models:
+            return models[stage]
+        if self.classifier is None:
+            raise ConfigError(f"{self.name} has no classifier section: there is no classifier to train or to judge by")
+        return Model(classifier, self.classifier)
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ConfigError unless every batch and every parameter of every stage divides over the mesh."""
         parts = batch_divisor(mesh)
-        for stage in ("tokenizer", "classifier", "generator"):
+        for stage in self.stages:
             module, config = self.model(stage).module, self.model(stage).config
             shapes = jax.eval_shape(functools.partial(module.init, config), jax.random.key(0))
             try:
@@ -128,7 +154,9 @@ class Experiment:
             except ConfigError as error:
                 raise ConfigError(f"{stage}: {error}") from None
         for name in ("tokenizer_train", "train", "classifier_train"):
-            recipe: Recipe = getattr(self, name)
+            recipe: Recipe | None = getattr(self, name)
+            if recipe is None:
+                continue
             rows = recipe.batch_size // recipe.accumulation
             require(
                 rows % parts == 0,
@@ -143,50 +171,70 @@ def resolve(config: Any, name: str) -> Experiment:
 
     Raises: ConfigError, one line, for a wrong key, type or combination.
     """
-    known = [*SECTIONS, "seed", "precision"]
+    known = [*SECTIONS, *(f.name for f in dataclasses.fields(_Globals))]
     for key in config:
         require(key in known, f"config has no section '{key}'.{nearest(key, known)}")
-    for key in ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier"):
+    for key in ("data", "tokenizer", "generator", "train"):
         require(key in config, f"config lacks the section '{key}'")
     for key in SECTIONS:
         require(
             isinstance(config.get(key, config), ml_collections.ConfigDict),
             f"config.{key} is a value: it must be a section",
         )
-    everywhere = build(_Globals, {k: config[k] for k in ("seed", "precision") if k in config}, where="config")
-    data = build(Data, config.data, where="config.data")
-    recipes = {
-        "tokenizer_train": _recipe(config.tokenizer_train, "config.tokenizer_train", data),
-        "train": _recipe(config.train, "config.train", data),
-        "classifier_train": _recipe(config.classifier.get("train"), "config.classifier.train", data),
-    }
-    tokenizer = _model(config.tokenizer, "tokenizers", everywhere.precision, recipes["tokenizer_train"], data)
-    generator = _model(config.generator, "generators", everywhere.precision, recipes["train"], data)
+    globals_of = {f.name: config[f.name] for f in dataclasses.fields(_Globals) if f.name in config}
+    everywhere = build(_Globals, globals_of, where="config")
+    data_section = dict(config.data)
+    if data_section.get("class_names") == "imagenet":
+        data_section["class_names"] = imagenet.class_names()
+    data = build(Data, data_section, where="config.data")
+    train = _recipe(config.train, "config.train", data)
+    tokenizer_train, tokenizer_weights = _of_tokenizer(config, data)
+    tokenizer = _model(config.tokenizer, "tokenizers", everywhere.precision, tokenizer_train or train, data)
+    generator = _model(config.generator, "generators", everywhere.precision, train, data)
     check_pair(generator, tokenizer)
-    classifier_config = build(
-        classifier.Config,
-        {
-            "image_size": data.image_size,
-            "channels": data.channels,
-            "num_classes": data.num_classes,
-            **config.classifier,
-        },
-        where="config.classifier",
-        ignore=("train",),
-    )
-    _check_shapes(data, tokenizer, generator, classifier_config)
+    judge, judge_train = _of_classifier(config, data) if "classifier" in config else (None, None)
+    _check_shapes(data, tokenizer, generator, judge)
+    if everywhere.init_from is not None and not hasattr(generator.module, "adapt"):
+        raise ConfigError(
+            f"init_from: generator '{config.generator.name}' has no adapt(), so it cannot start from weights"
+        )
     return Experiment(
         name=name,
         data=data,
         tokenizer=tokenizer,
+        tokenizer_train=tokenizer_train,
+        tokenizer_weights=tokenizer_weights,
         generator=generator,
-        classifier=classifier_config,
+        train=train,
+        init_from=everywhere.init_from,
+        classifier=judge,
+        classifier_train=judge_train,
         guidance=build(Guidance, {"scale": 0.0, **config.get("guidance", {})}, where="config.guidance"),
         evaluate=build(Evaluate, config.get("evaluate", {}), where="config.evaluate"),
         mesh=build(MeshConfig, config.get("mesh", {}), where="config.mesh"),
         seed=everywhere.seed,
-        **recipes,
     )
+
+
+def _of_tokenizer(config: Any, data: Data) -> tuple[Recipe | None, str | None]:
+    """Its recipe, or the file of its weights."""
+    weights = config.tokenizer.get("weights")
+    require(weights is None or isinstance(weights, str), f"config.tokenizer.weights is {weights!r}: it must be a path")
+    require(
+        (weights is None) == ("tokenizer_train" in config),
+        "config lacks the section 'tokenizer_train', or tokenizer.weights = the file of a finished tokenizer"
+        if weights is None
+        else "config has both tokenizer.weights and a section tokenizer_train: remove one",
+    )
+    if weights is not None:
+        return None, weights
+    return _recipe(config.tokenizer_train, "config.tokenizer_train", data), None
+
+
+def _of_classifier(config: Any, data: Data) -> tuple[classifier.Config, Recipe]:
+    shape = {"image_size": data.image_size, "channels": data.channels, "num_classes": data.num_classes}
+    judge = build(classifier.Config, {**shape, **config.classifier}, where="config.classifier", ignore=("train",))
+    return judge, _recipe(config.classifier.get("train"), "config.classifier.train", data)
 
 
 def _recipe(section: Any, where: str, data: Data) -> Recipe:
@@ -212,7 +260,7 @@ def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) 
         where=where,
         total_steps=recipe.steps,
         steps_per_epoch=steps_per_epoch(data.train_records, recipe.batch_size),
-        ignore=("name",),
+        ignore=("name", "weights"),
     )
     for field in steps_fields(module.Config):
         # A period may be longer than the training; a moment may not lie after it.
@@ -224,14 +272,16 @@ def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) 
     return Model(module, config)
 
 
-def _check_shapes(data: Data, tokenizer: Model, generator: Model, judge: classifier.Config) -> None:
+def _check_shapes(data: Data, tokenizer: Model, generator: Model, judge: classifier.Config | None) -> None:
     image = (data.image_size, data.image_size, data.channels)
-    for name, takes in (
-        ("tokenizer", tokenizer.module.image_spec(tokenizer.config).shape),
-        ("classifier", (judge.image_size, judge.image_size, judge.channels)),
-    ):
+    images = {"tokenizer": tokenizer.module.image_spec(tokenizer.config).shape}
+    classes_of = {"generator": generator.config.num_classes}
+    if judge is not None:
+        images["classifier"] = (judge.image_size, judge.image_size, judge.channels)
+        classes_of["classifier"] = judge.num_classes
+    for name, takes in images.items():
         require(takes == image, f"data gives images {list(image)}, the {name} takes {list(takes)}: make them equal")
-    for name, classes in (("generator", generator.config.num_classes), ("classifier", judge.num_classes)):
+    for name, classes in classes_of.items():
         require(
             classes == data.num_classes,
             f"{name}.num_classes is {classes}, data.num_classes is {data.num_classes}: make them equal",

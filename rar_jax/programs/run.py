@@ -22,7 +22,7 @@ from rar_jax.parallel.processes import is_main
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.evaluate import evaluate
 from rar_jax.programs.experiment import Experiment, open_source
-from rar_jax.programs.stages import STAGES, finished
+from rar_jax.programs.stages import finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
 from rar_jax.training.checkpoint import write_json
@@ -50,7 +50,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     began = time.monotonic()
 
     # ---- weights and tokens
-    for stage in ("tokenizer", "classifier"):
+    for stage in experiment.stages[:-1]:
         _stage(experiment, stage, workdir, mesh, say, quiet)
     for split in ("train", "heldout"):
         tokenize(experiment, workdir, mesh, split, quiet=quiet)
@@ -59,7 +59,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     # ---- what came of it
     inputs = _inputs(experiment, workdir)
     if _result_of(workdir, inputs) is None:
-        metrics = evaluate(experiment, workdir, mesh, quiet=quiet)
+        metrics = evaluate(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
         pipeline = load(workdir.path, mesh=mesh)
         draw_pictures(experiment, workdir, pipeline)
         last = {
@@ -80,15 +80,17 @@ def _stage(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, say
         return
     began = time.monotonic()
     train(experiment, stage, workdir, mesh, quiet=quiet)
-    say(f"{stage}: trained in {time.monotonic() - began:.0f} s")
+    how = "trained" if experiment.recipe(stage) else f"taken over from {experiment.tokenizer_weights}"
+    say(f"{stage}: {how} in {time.monotonic() - began:.0f} s")
 
 
 def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) -> None:
     """samples.png (a row a class), reconstructions.png (held-out images and what the tokenizer keeps), curves.png."""
     data, columns = experiment.data, experiment.evaluate.grid_per_class
-    labels = np.repeat(np.arange(data.num_classes), columns)
-    images = pipeline.sample(labels, seed=experiment.seed)
-    grid(images, data.class_names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
+    shown = np.unique(np.linspace(0, data.num_classes - 1, experiment.evaluate.grid_classes).astype(int))
+    images = pipeline.sample(np.repeat(shown, columns), seed=experiment.seed)
+    names = [data.class_names[label].split(",")[0] for label in shown]
+    grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
     heldout = open_source(experiment, "heldout")
     originals = heldout.gather(np.arange(min(24, len(heldout))))["images"]
     pairs(originals, pipeline.reconstruct(originals), workdir.path / "reconstructions.png")
@@ -103,7 +105,7 @@ def _inputs(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:
     resolved = experiment.resolved()
     return {
         "experiment": experiment.name,
-        "weights": {stage: finished(experiment, stage, workdir) for stage in STAGES},
+        "weights": {stage: finished(experiment, stage, workdir) for stage in experiment.stages},
         "guidance": resolved["guidance"],
         "evaluate": resolved["evaluate"],
         "seed": experiment.seed,
@@ -134,28 +136,31 @@ def headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:
     """What will be done, with every duration resolved to steps."""
     axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
     lines = [f"{experiment.name} in {workdir.path} on {mesh.size} {jax.default_backend()} device(s): {axes}"]
-    for stage in STAGES:
+    for stage in experiment.stages:
         recipe, model = experiment.recipe(stage), experiment.model(stage)
+        shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
+        millions = parameter_overview.count_parameters(shapes) / 1e6
+        if recipe is None:
+            lines.append(f"  {stage:10} {millions:.2f} M parameters, from {experiment.tokenizer_weights}")
+            continue
         durations = [(f, getattr(recipe, f)) for f in ("warmup", "eval_every", "checkpoint_every")]
         durations += [(f, getattr(model.config, f)) for f in steps_fields(type(model.config))]
         shown = ", ".join(f"{name} {value}" for name, value in durations)
-        shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
-        millions = parameter_overview.count_parameters(shapes) / 1e6
         lines.append(f"  {stage:10} {millions:.2f} M parameters, {recipe.steps} steps of {recipe.batch_size}; {shown}")
     return "\n".join(lines)
 
 
 def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], seconds: float) -> str:
-    distances = {k: v for k, v in result["fd_classifier"].items() if k != "reference"}
-    lines = [
-        "",
-        f"fd_classifier (Frechet distance on classifier features to {result['fd_classifier']['reference']}; not FID)",
-    ]
-    lines += [f"  {name:36} {value:9.3f}" for name, value in distances.items()]
+    lines = [""]
+    if "fd_classifier" in result:
+        distances = {k: v for k, v in result["fd_classifier"].items() if k != "reference"}
+        reference = result["fd_classifier"]["reference"]
+        lines.append(f"fd_classifier (Frechet distance on classifier features to {reference}; not FID)")
+        lines += [f"  {name:36} {value:9.3f}" for name, value in distances.items()]
     for name, value in result.items():
         if isinstance(value, float):
             lines.append(f"{name:38} {value:9.3f}")
-    for name, value in result["nearest_training_image_rms"].items():
+    for name, value in result.get("nearest_training_image_rms", {}).items():
         if isinstance(value, float):
             lines.append(f"{f'nearest training image, {name}':38} {value:9.4f}")
     for stage, name, text in (

@@ -11,26 +11,45 @@ from rar_jax.config import ConfigError, nearest, require
 from rar_jax.guidance import Guidance
 from rar_jax.pipeline import load
 from rar_jax.training.pictures import grid
+from rar_jax.training.report import progress
 
 
 def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
-    """Class numbers of "3,sneaker,0-4": numbers, ranges, or names.
+    """Class numbers of "3,sneaker,0-4": numbers, ranges, or names, whatever their case.
 
-    Raises: ConfigError naming the nearest class for a name that is none.
+    Args:
+      class_names: one a class, with its synonyms: "tench, Tinca tinca".
+
+    Raises: ConfigError naming the nearest class for a name that is none, and the numbers for one that is several.
     """
+    synonyms: dict[str, list[int]] = {}
+    for label, name in enumerate(class_names):
+        for synonym in {name.lower(), *(part.strip() for part in name.lower().split(","))}:
+            synonyms.setdefault(synonym, []).append(label)
     labels: list[int] = []
-    names = [name.lower() for name in class_names]
     for part in (p.strip() for p in text.split(",")):
         first, dash, last = part.partition("-")
         if part.isdecimal():
             labels.append(int(part))
         elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
             labels.extend(range(int(first), int(last) + 1))
-        elif part.lower() in names:
-            labels.append(names.index(part.lower()))
+        elif len(found := synonyms.get(part.lower(), [])) == 1:
+            labels.append(found[0])
+        elif found:
+            which = " or ".join(f"{label} ({class_names[label]})" for label in found)
+            raise ConfigError(f"'{part}' is {len(found)} classes: give {which}")
         else:
-            raise ConfigError(f"no class '{part}'.{nearest(part.lower(), names)}")
+            raise ConfigError(f"no class '{part}'.{_suggest(part.lower(), synonyms)}")
     return labels
+
+
+def _suggest(name: str, synonyms: dict[str, list[int]]) -> str:
+    """Classes of which the name is a word, else the nearest."""
+    holding = [f"{synonym} ({labels[0]})" for synonym, labels in synonyms.items() if name and name in synonym.split()]
+    if holding:
+        return f" There is: {', '.join(holding[:8])}{', ...' if len(holding) > 8 else ''}."
+    few = list(synonyms) if len(synonyms) <= 20 else []  # a thousand names are no help
+    return nearest(name, synonyms) if "Did you mean" in nearest(name, synonyms) else nearest(name, few)
 
 
 def sample(
@@ -42,20 +61,29 @@ def sample(
     seed: int,
     guidance: Guidance | None,
     tokenizer: str | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    download: bool = False,
     quiet: bool = False,
 ) -> None:
     """Writes out/<class>_<n>.png and out/grid.png, a row a class; all classes if `classes` is None."""
-    pipeline = load(weights, tokenizer=tokenizer)
+    require(per_class >= 1, f"--per-class is {per_class}: it must be at least 1")
+    require(not out.exists() or out.is_dir(), f"--out {out} is not a folder: choose another")
+    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, download=download)
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)
     labels = list(dict.fromkeys(labels))  # "3,2-4" names 3 twice; its files would overwrite each other
-    require(per_class >= 1, f"--per-class is {per_class}: it must be at least 1")
-    require(not out.exists() or out.is_dir(), f"--out {out} is not a folder: choose another")
-    images = pipeline.sample(np.repeat(labels, per_class), seed=seed, guidance=guidance)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        squeezed = image[..., 0] if image.shape[-1] == 1 else image
-        Image.fromarray(squeezed).save(out / f"{labels[i // per_class]:04d}_{i % per_class:03d}.png")
-    grid(images, [names[label] for label in labels], out / "grid.png")
+    each = np.repeat(labels, per_class)
+    batches = pipeline.sample_batches(each, seed=seed, guidance=guidance, batch_size=batch_size)
+    count = pipeline.batch_count(len(each), batch_size)
+    images: list[np.ndarray] = []
+    for batch in progress(batches, count, f"sample {len(each)} images", "batches", quiet):
+        out.mkdir(parents=True, exist_ok=True)
+        for image in batch:  # written as they come, so that nothing is lost when it is stopped
+            label, n = labels[len(images) // per_class], len(images) % per_class
+            squeezed = image[..., 0] if image.shape[-1] == 1 else image
+            Image.fromarray(squeezed).save(out / f"{label:04d}_{n:03d}.png")
+            images.append(image)
+    grid(np.stack(images), [names[label].split(",")[0] for label in labels], out / "grid.png")
     if not quiet:
         print(f"{len(images)} images in {out}, all of them in {out / 'grid.png'}")

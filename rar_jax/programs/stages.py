@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from rar_jax.config import ConfigError, differences, to_dict
+from rar_jax.interop.released import locate
+from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.programs.experiment import Experiment
-from rar_jax.training.checkpoint import CheckpointError, good_step, load_params, read_meta
+from rar_jax.sampling.sampler import Model
+from rar_jax.training.checkpoint import CheckpointError, good_step, load_params, read_meta, save_params
 from rar_jax.training.workdir import Workdir
 
 STAGES = ("tokenizer", "classifier", "generator")
@@ -22,7 +27,7 @@ def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None
     """
     folder = workdir.checkpoints(stage)
     good = good_step(folder)
-    if good is None or good[0] != experiment.recipe(stage).steps:
+    if good is None or good[0] != experiment.last_step(stage):
         return None
     if stage == "generator" and read_meta(folder, good[0])["tokenizer_sha256"] != finished(
         experiment, "tokenizer", workdir
@@ -40,6 +45,40 @@ def trained_params(experiment: Experiment, stage: str, workdir: Workdir, mesh: M
         raise CheckpointError(
             f"{workdir.path} has no finished {stage}: run `rar-jax train --stage {stage}` with this config and work directory"
         )
-    params = load_params(workdir.checkpoints(stage), experiment.recipe(stage).steps)
-    model = experiment.model(stage)
-    return jax.device_put(params, param_shardings(model.module.axes(model.config), params, mesh)), sha256
+    params = load_params(
+        workdir.checkpoints(stage), experiment.last_step(stage), model_shardings(experiment.model(stage), mesh)
+    )
+    return params, sha256
+
+
+def model_shardings(model: Model, mesh: Mesh) -> Any:
+    """Where a model's parameters lie on a mesh. Raises: ConfigError if one does not divide."""
+    shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
+    return param_shardings(model.module.axes(model.config), shapes, mesh)
+
+
+def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
+    """Makes the weights that `tokenizer.weights` names the finished tokenizer stage of a work directory.
+
+    Raises: ConfigError if they are not of the experiment's architecture; what `open_weights` raises.
+    """
+    if finished(experiment, "tokenizer", workdir):
+        return
+    assert experiment.tokenizer_weights is not None
+    weights = open_weights(locate(experiment.tokenizer_weights), "tokenizers")
+    for what, ours, theirs in zip(
+        ("images", "tokens", "parameters"), _specs(experiment.tokenizer), _specs(weights.model), strict=True
+    ):
+        if ours != theirs:
+            lines = differences(to_dict(weights.model.config), to_dict(experiment.tokenizer.config))
+            raise ConfigError(
+                f"tokenizer.weights {weights.path} has other {what} than config.tokenizer: {'; '.join(lines)}"
+            )
+    made_from = {"path": str(weights.path), "sha256": weights.sha256()}
+    save_params(workdir.checkpoints("tokenizer"), weights.place(mesh), {"stage": "tokenizer", "made_from": made_from})
+
+
+def _specs(model: Model) -> tuple[Any, Any, Any]:
+    module, config = model.module, model.config
+    params = jax.eval_shape(functools.partial(module.init, config), jax.random.key(0))
+    return module.image_spec(config), module.token_spec(config), params

@@ -15,17 +15,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rar_jax.config import require
 from rar_jax.data.loader import Source, batches
 from rar_jax.data.token_store import TokenStore
+from rar_jax.interop.released import locate
+from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import global_batch
 from rar_jax.parallel.rules import param_shardings, replicated, sharded
 from rar_jax.programs.evaluate import Scorer
 from rar_jax.programs.experiment import Experiment, open_source
-from rar_jax.programs.stages import STAGES, finished
+from rar_jax.programs.stages import STAGES, finished, take_over_tokenizer
 from rar_jax.programs.tokenize import tokenized
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
 from rar_jax.training.recipe import Recipe, optimizer
@@ -143,15 +147,35 @@ def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh) -> Set
     )
 
 
+def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -> tuple[State, dict[str, str]]:
+    """A fresh state with the parameters of `config.init_from` made to fit, and what they were made from.
+
+    Raises: ConfigError if they cannot be made to fit; what `open_weights` raises.
+    """
+    weights = open_weights(locate(str(experiment.init_from)), "generators")
+    (module, config), other = (experiment.generator.module, experiment.generator.config), weights.model
+    require(other.module is module, f"init_from {weights.path} is a {other.module.__name__}, not a {module.__name__}")
+    adapt = functools.partial(module.adapt, config, other_config=other.config)
+    adapt = jax.jit(adapt, out_shardings=jax.tree.map(lambda s: s.sharding, setup.abstract_state["params"]))
+    params = adapt(state["params"], other_params=weights.place(mesh))
+    extra = {name: jax.tree.map(jnp.copy, params) for name in state["extra"]}  # an EMA starts from the parameters
+    return {**state, "params": params, "extra": extra}, {"path": str(weights.path), "sha256": weights.sha256()}
+
+
 # ---------------------------------------------------------------- the loop
 
 
 def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, quiet: bool = False) -> None:
-    """Trains a stage to its recipe's last step, from the newest good checkpoint if there is one.
+    """Trains a stage to its recipe's last step, from the newest good checkpoint if there is one; a tokenizer whose weights
+    are given is taken over.
 
     Raises: TrainingError if the loss stops being a number; CheckpointError if a stage before is missing.
     """
-    objective, recipe = make_objective(experiment, stage, workdir), experiment.recipe(stage)
+    recipe = experiment.recipe(stage)
+    if recipe is None:
+        take_over_tokenizer(experiment, workdir, mesh)
+        return
+    objective = make_objective(experiment, stage, workdir)
     folder = workdir.checkpoints(stage)
     _refuse_other_tokens(folder, objective)
 
@@ -166,6 +190,8 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         state = checkpointer.restore(setup.abstract_state)
         if state is None:
             state = setup.init(init_key)
+            if stage == "generator" and experiment.init_from:
+                state, objective.meta["init_from"] = start_from(experiment, state, setup, mesh)
         start = int(state["step"])
         if start and not quiet:
             print(f"{stage}: goes on from step {start} of {recipe.steps}")
@@ -183,7 +209,9 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         stack.callback(getattr(stream, "close", lambda: None))
         validate = make_validation(objective, recipe.eval_records, mesh)
         scorer = (
-            Scorer(experiment, workdir, mesh) if stage == "generator" and experiment.evaluate.live_samples else None
+            Scorer(experiment, workdir, mesh)
+            if stage == "generator" and experiment.evaluate.live_samples and experiment.classifier
+            else None
         )
 
         # ---- what is told

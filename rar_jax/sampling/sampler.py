@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rar_jax.config import require
+from rar_jax.config import build, find_module, require
 from rar_jax.guidance import Guidance
 
 
@@ -19,6 +20,13 @@ class Model:
 
     module: ModuleType
     config: Any
+
+
+def load_model(config: Mapping[str, Any], kind: str) -> Model:
+    """The generator or tokenizer (kind "generators", "tokenizers") of a resolved experiment (config.json)."""
+    section = config[kind[:-1]]
+    module = find_module(kind, section["name"])
+    return Model(module, build(module.Config, section, where=f"config.{kind[:-1]}", ignore=("name", "weights")))
 
 
 def check_pair(generator: Model, tokenizer: Model) -> None:

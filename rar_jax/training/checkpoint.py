@@ -117,8 +117,15 @@ def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
     return json.loads((folder / str(step) / "meta" / "metadata").read_bytes())
 
 
-def load_params(folder: pathlib.Path, step: int) -> Any:
-    """The parameters to evaluate of one step, the EMA where there is one, as a nested dict of NumPy arrays."""
+def load_params(folder: pathlib.Path, step: int, shardings: Any = None) -> Any:
+    """The parameters to evaluate of one step, the EMA where there is one.
+
+    Args:
+      shardings: tree of where each array shall lie: each process then reads its own part, and the host holds no other
+        copy. None: NumPy arrays.
+
+    Returns: nested dict of jax.Arrays, or of NumPy arrays.
+    """
     path = epath.Path(folder.absolute()) / str(step) / "state"  # orbax finds no metadata by a relative path
     # The handler and not a checkpointer, which would warn that a single item has no metadata of a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
@@ -126,7 +133,10 @@ def load_params(folder: pathlib.Path, step: int) -> Any:
     names = ("extra", "ema") if tree.get("extra") else ("params",)
     for name in names:
         tree = tree[name]
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    if shardings is None:
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    else:
+        restore_args = jax.tree.map(lambda at: ocp.ArrayRestoreArgs(sharding=at), shardings)
     for name in reversed(names):
         tree, restore_args = {name: tree}, {name: restore_args}
     out: Any = handler.restore(
@@ -215,3 +225,12 @@ class Checkpointer:
         finally:
             self._threads.shutdown()
             self._manager.close()
+
+
+def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:
+    """Saves parameters that were not trained here as step 0, with the manifest that makes it count."""
+    checkpointer = Checkpointer(folder, keep=2)
+    try:
+        checkpointer.save(0, {"params": params}, {"step": 0, **meta})
+    finally:
+        checkpointer.close()

@@ -1,0 +1,36 @@
+"""RAR-L on ImageNet-256 (462 M parameters): the paper's recipe, 400 epochs. Published FID: 1.70.
+
+    rar-jax run --config experiments/rar_l.py --workdir runs/rar_l
+
+The tokenizer is the released one (16 x 16 tokens an image, 1024 codes). Durations are shares of train.steps:
+62,500 steps of warm-up, annealing from step 125,000 to 187,500.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Everything that the run is made of; what is not here is the default of its dataclass, which is the paper's."""
+    config = ConfigDict()
+    config.precision = "bfloat16"
+    config.data = ConfigDict(
+        dict(
+            source="tfds:imagenet2012", image_size=256, channels=3, num_classes=1000, class_names="imagenet",
+            train_records=1_281_167,
+        )
+    )  # fmt: skip
+    config.tokenizer = ConfigDict(
+        dict(name="maskgit_vq", image_size=256, dtype="float32", weights="maskgit-vqgan-imagenet-f16-256")
+    )
+    config.generator = ConfigDict(
+        dict(
+            name="rar", width=1024, depth=24, num_heads=16, mlp_width=4096, anneal_start="50%", anneal_end="75%",
+        )
+    )  # fmt: skip
+    config.train = ConfigDict(
+        dict(steps=250_000, batch_size=2048, warmup="25%", log_every=100, eval_every=5000, checkpoint_every=2500)
+    )
+    config.guidance = ConfigDict(dict(scale=15.5, power=2.5, temperature=1.02))
+    config.evaluate = ConfigDict(dict(grid_per_class=4))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    return config

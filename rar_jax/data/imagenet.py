@@ -1,0 +1,17 @@
+"""The names of ImageNet's 1000 classes, in the order of their labels (WNIDs sorted)."""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def class_names() -> tuple[str, ...]:
+    """1000 names with their synonyms, "golden retriever" or "tench, Tinca tinca": label i is name i.
+
+    They come with tensorflow_datasets, in the labels of SI-Score. Some are not unique: "crane" is a bird (134) and a
+    machine (517).
+    """
+    from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
+
+    return tuple(IMAGENET_LABELS_LIST)

@@ -1,0 +1,108 @@
+"""The authors' released files: their names, where they are, and the sampling settings that gave the published FID."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+from rar_jax.config import ConfigError
+from rar_jax.generators import rar
+from rar_jax.guidance import Guidance
+from rar_jax.interop.torch_zip import WeightsError
+from rar_jax.training.checkpoint import file_sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """A file on the Hugging Face hub; for a generator also its size and guidance (arXiv 2411.00776, and its code)."""
+
+    repository: str
+    file: str
+    width: int = 0
+    depth: int = 0
+    mlp_width: int = 0
+    guidance: Guidance | None = None
+
+
+GENERATORS = {
+    "rar_b": Released("yucornetto/RAR", "rar_b.bin", 768, 24, 3072, Guidance(16.0, 2.75, 1.0)),
+    "rar_l": Released("yucornetto/RAR", "rar_l.bin", 1024, 24, 4096, Guidance(15.5, 2.5, 1.02)),
+    "rar_xl": Released("yucornetto/RAR", "rar_xl.bin", 1280, 32, 5120, Guidance(6.9, 1.5, 1.02)),
+    "rar_xxl": Released("yucornetto/RAR", "rar_xxl.bin", 1408, 40, 6144, Guidance(8.0, 1.2, 1.02)),
+}
+TOKENIZER = "maskgit-vqgan-imagenet-f16-256"
+FILES = GENERATORS | {TOKENIZER: Released("fun-research/TiTok", f"{TOKENIZER}.bin")}
+
+
+def preset(config: Any) -> Released | None:
+    """The released generator of the same size on the same tokens and classes, if there is one."""
+    if not isinstance(config, rar.Config) or (config.num_tokens, config.codebook_size) != (256, 1024):
+        return None
+    same = [
+        r
+        for r in GENERATORS.values()
+        if (r.width, r.depth, r.mlp_width) == (config.width, config.depth, config.mlp_width)
+    ]
+    return same[0] if same and config.num_classes == 1000 else None
+
+
+def locate(path_or_name: str | pathlib.Path, *, download: bool = False) -> pathlib.Path:
+    """The path itself if it exists; of a released name ("rar_b", "rar_b.bin") its file in the Hugging Face cache.
+
+    Args:
+      download: fetch a released file that is not there, and check its sha256 against the hub's.
+
+    Raises: ConfigError that says how to get the file; WeightsError for a wrong sha256.
+    """
+    path = pathlib.Path(path_or_name)
+    if path.exists():
+        return path
+    name = path.name.removesuffix(".bin")
+    if name not in FILES:
+        raise ConfigError(
+            f"{path}: no such directory or weights file, and no released one: those are {', '.join(FILES)}"
+        )
+    return _from_hub(FILES[name], download=download)
+
+
+def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
+    where = f"https://huggingface.co/{released.repository}/resolve/main/{released.file}"
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError:
+        raise ConfigError(
+            f"{released.file} is not here. To download it: pip install 'rar_jax[hub]'; or get {where} yourself and "
+            "give its path"
+        ) from None
+    try:
+        cached = huggingface_hub.hf_hub_download(released.repository, released.file, local_files_only=not download)
+    # Whatever goes wrong on the way (no network, a proxy, a full disk, no such file) has the same way out.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if not download:
+            raise ConfigError(
+                f"{released.file} is not here and was not downloaded before: add --download (load(..., download=True)), "
+                f"or get {where} and give its path"
+            ) from None
+        raise ConfigError(
+            f"{released.file} could not be downloaded ({reason}). Get {where} on a machine with a network, copy it here "
+            "and give its path"
+        ) from error
+    path = pathlib.Path(cached)
+    if download:
+        _check_sha256(
+            path,
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(released.repository, released.file)).etag,
+        )
+    return path
+
+
+def _check_sha256(path: pathlib.Path, expected: str | None) -> None:
+    """The hub names a large file by its sha256 (its etag)."""
+    if expected is None or not re.fullmatch("[0-9a-f]{64}", expected):
+        raise WeightsError(f"{path}: the hub gave no sha256 to check the download by (but {expected!r})")
+    if (found := file_sha256(path)) != expected:
+        raise WeightsError(f"{path} has sha256 {found}, the hub says {expected}: delete the file and download it again")

@@ -1,0 +1,84 @@
+"""Weights wherever they lie: a released file, or a directory of ours (a work directory, or what `convert` made).
+
+Only names and shapes are read until the weights are placed on devices; each process then reads its own shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rar_jax.config import ConfigError, find_module, module_names
+from rar_jax.interop import lazy
+from rar_jax.interop.torch_zip import WeightsError
+from rar_jax.parallel.rules import param_shardings
+from rar_jax.sampling.sampler import Model, load_model
+from rar_jax.training.checkpoint import CheckpointError, file_sha256, good_step, load_params
+from rar_jax.training.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A generator's or tokenizer's weights that are not read yet.
+
+    Attributes:
+      model: module and Config. path: where they came from.
+      restore: function tree of shardings -> tree of jax.Arrays.
+      sha256: function () -> hex digest that names the content: of the file, or of the checkpoint's manifest.
+    """
+
+    model: Model
+    path: pathlib.Path
+    restore: Callable[[Any], Any]
+    sha256: Callable[[], str]
+
+    def place(self, mesh: Mesh | None = None) -> Any:
+        """Parameters, float32, as rules.py says on a mesh, or on the first device.
+
+        Raises: WeightsError if the file is damaged; ConfigError if a parameter does not divide over the mesh.
+        """
+        module, config = self.model.module, self.model.config
+        shapes = jax.eval_shape(functools.partial(module.init, config), jax.random.key(0))
+        if mesh is None:
+            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            return self.restore(jax.tree.map(lambda _: one, shapes))
+        return self.restore(param_shardings(module.axes(config), shapes, mesh))
+
+
+def open_weights(path: str | pathlib.Path, kind: str) -> Weights:
+    """Opens the generator or tokenizer (kind "generators", "tokenizers") of a file or directory.
+
+    Raises: ConfigError if there is nothing; WeightsError or CheckpointError if it is damaged or something else.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return _of_directory(path, kind)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such directory or weights file")
+    refused: list[WeightsError] = []
+    for name in set(module_names(kind)) & set(module_names("interop")):
+        try:
+            config, params = find_module("interop", name).open_params(path)
+        except WeightsError as error:
+            refused.append(error)
+        else:
+            model = Model(find_module(kind, name), config)
+            return Weights(model, path, functools.partial(lazy.place, params), functools.partial(file_sha256, path))
+    raise refused[0]
+
+
+def _of_directory(path: pathlib.Path, kind: str) -> Weights:
+    workdir, stage = Workdir(path), kind[:-1]
+    config = workdir.read_config()
+    if (good := good_step(workdir.checkpoints(stage))) is None:
+        raise CheckpointError(
+            f"{path} has no good {stage} checkpoint yet: finish it with `rar-jax run --config {config['name']} --workdir {path}`"
+        )
+    restore = functools.partial(load_params, workdir.checkpoints(stage), good[0])
+    return Weights(load_model(config, kind), path, restore, lambda: good[1])

@@ -1,0 +1,117 @@
+"""Converts weights: released files to a directory of ours, and back to files that the authors' code loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import rar_jax
+from rar_jax.config import ConfigError, find_module, require, to_dict
+from rar_jax.data import imagenet
+from rar_jax.guidance import Guidance
+from rar_jax.interop import released
+from rar_jax.interop.torch_zip import WeightsError
+from rar_jax.interop.weights import Weights, open_weights
+from rar_jax.sampling.sampler import check_pair
+from rar_jax.training.checkpoint import file_sha256, save_params, write_json
+from rar_jax.training.workdir import Workdir
+
+SUFFIXES = (".safetensors", ".bin", ".pth")
+
+
+def convert(
+    weights: str,
+    out: pathlib.Path,
+    *,
+    tokenizer: str | None = None,
+    part: str | None = None,
+    download: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Writes a file (`out` ends in .safetensors, .bin or .pth) or a directory of ours.
+
+    The sha256 of what was read and written is recorded: in out.json beside a file, in config.json of a directory.
+
+    Args:
+      weights, tokenizer: as in `rar_jax.load`.
+      part: "generator" or "tokenizer"; default: what the file is, the generator of a directory.
+
+    Raises: ConfigError, WeightsError or CheckpointError that say what is wrong; `out` is then not there.
+    """
+    require(not out.exists(), f"--out {out} exists: choose another, or move it away")
+    require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
+    path = released.locate(weights, download=download)
+    if out.suffix in SUFFIXES:
+        require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it by itself")
+        record = _to_file(_open(path, part), out)
+    else:
+        require(
+            path.is_file(),
+            f"{path} is a directory of ours already; --out FILE{' or FILE'.join(SUFFIXES)} takes its weights out of it",
+        )
+        require(part is None, "--part is for an --out that is a file")
+        require(tokenizer is not None, "a directory holds a generator and its tokenizer: give --tokenizer too")
+        of_images = open_weights(released.locate(str(tokenizer), download=download), "tokenizers")
+        record = _to_directory(open_weights(path, "generators"), of_images, out)
+    if not quiet:
+        print(json.dumps(record, indent=1))
+
+
+def _open(path: pathlib.Path, part: str | None) -> Weights:
+    kinds = [f"{part}s"] if part else ["generators"] if path.is_dir() else ["generators", "tokenizers"]
+    refused: list[WeightsError] = []
+    for kind in kinds:
+        try:
+            return open_weights(path, kind)
+        except WeightsError as error:
+            refused.append(error)
+    # A file that is neither: the error of what it looks most like.
+    raise next((e for e in refused if "is a tokenizer" not in str(e)), refused[0])
+
+
+def _to_file(weights: Weights, out: pathlib.Path) -> dict[str, Any]:
+    name = weights.model.module.__name__.rpartition(".")[2]
+    find_module("interop", name).save(out, weights.model.config, weights.place())
+    record = {
+        "file": out.name,
+        "sha256": file_sha256(out),
+        "bytes": out.stat().st_size,
+        "config": {"name": name, **to_dict(weights.model.config)},
+        "made_from": _source(weights),
+        "made_by": f"rar_jax {rar_jax.__version__}",
+    }
+    write_json(out.with_name(f"{out.name}.json"), record)
+    return record
+
+
+def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path) -> dict[str, Any]:
+    check_pair(generator.model, tokenizer.model)
+    known = released.preset(generator.model.config)
+    classes = generator.model.config.num_classes
+    config: dict[str, Any] = {
+        "name": generator.path.stem,
+        "data": {"class_names": list(imagenet.class_names()) if known else [str(i) for i in range(classes)]},
+        "guidance": to_dict(known.guidance if known else Guidance(0.0)),
+        "converted_from": {"generator": _source(generator), "tokenizer": _source(tokenizer)},
+        "converted_by": f"rar_jax {rar_jax.__version__}",
+    }
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was cut off
+    try:
+        for stage, weights in (("generator", generator), ("tokenizer", tokenizer)):
+            module = weights.model.module.__name__.rpartition(".")[2]
+            config[stage] = {"name": module, **to_dict(weights.model.config)}
+            meta = {"stage": stage, "made_from": config["converted_from"][stage]}
+            save_params(Workdir(partial).checkpoints(stage), weights.place(), meta)
+        write_json(Workdir(partial).config, config)
+        os.replace(partial, out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror or error})") from error
+    return {"directory": str(out), **{k: config[k] for k in ("name", "guidance", "converted_from")}}
+
+
+def _source(weights: Weights) -> dict[str, Any]:
+    return {"path": weights.path.name, "sha256": weights.sha256()}
