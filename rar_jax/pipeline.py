@@ -193,7 +193,9 @@ def load(
             )
         tokenizer = released.locate(tokenizer, download=download)
         guidance, class_names = None, ()
-    generator, of_images = open_weights(path, "generators"), open_weights(tokenizer, "tokenizers")
+    generator = open_weights(path, "generators")
+    num_tokens = generator.model.module.token_spec(generator.model.config).shape[0]
+    of_images = open_weights(tokenizer, "tokenizers", num_tokens=num_tokens)
     check_pair(generator.model, of_images.model)
     if path.is_file() and (known := released.preset(generator.model.config)):
         guidance, class_names = known.guidance, imagenet.class_names()

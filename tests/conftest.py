@@ -12,11 +12,6 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from rar_jax.generators import rar
-from rar_jax.interop import maskgit_vq as interop_vq
-from rar_jax.interop import rar as interop_rar
-from rar_jax.tokenizers import maskgit_vq
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The tests compile thousands of tiny programs and run each a few times: without LLVM's optimizations they take half the
 # time. What the numbers mean does not change; tests/faults runs the real command, optimized.
@@ -41,9 +36,14 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="session")
 def released_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A tiny RAR of 64 tokens and 10 classes, and a tokenizer of 16x16 pixels: random weights, nothing trained."""
+    from rar_jax.generators import rar
+    from rar_jax.interop import maskgit_vq as interop_vq
+    from rar_jax.interop import rar as interop_rar
+    from rar_jax.tokenizers import maskgit_vq
+
     folder = tmp_path_factory.mktemp("released")
     pair = Pair(folder / "rar_mini.bin", folder / "vq_mini.safetensors")
-    rar_config = dataclasses.replace(rar.TINY, num_tokens=64)
+    rar_config = dataclasses.replace(rar.TINY, num_tokens=64)  # 8 x 8
     params = rar.init(rar_config, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     interop_rar.save(pair.generator, rar_config, params)

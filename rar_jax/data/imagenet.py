@@ -9,8 +9,8 @@ import functools
 def class_names() -> tuple[str, ...]:
     """1000 names with their synonyms, "golden retriever" or "tench, Tinca tinca": label i is name i.
 
-    They come with tensorflow_datasets, in the labels of SI-Score. Some are not unique: "crane" is a bird (134) and a
-    machine (517).
+    They come with tensorflow_datasets, in the labels of SI-Score. Some synonyms are not unique: "cardigan" is a dog (264)
+    and a garment (474).
     """
     from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
 

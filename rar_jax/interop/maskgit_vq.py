@@ -6,6 +6,8 @@ A name of ours becomes the released one by three facts: "_" around a number is "
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import pathlib
 import re
 from typing import Any
@@ -37,13 +39,21 @@ def load(path: str | pathlib.Path, *, image_size: int | None = None) -> tuple[ma
     return config, materialize(lazy)
 
 
-def open_params(path: str | pathlib.Path, *, image_size: int | None = None) -> tuple[maskgit_vq.Config, dict[str, Any]]:
-    """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`."""
+def open_params(
+    path: str | pathlib.Path, *, image_size: int | None = None, num_tokens: int | None = None
+) -> tuple[maskgit_vq.Config, dict[str, Any]]:
+    """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`.
+
+    Args:
+      num_tokens: of an image, which tells the image size as well.
+    """
     state = open_tensors(path)
     if any(key in state for key in _OF_RAR):
         raise WeightsError(f"{path} holds a RAR generator, not a tokenizer: give the MaskGIT-VQGAN file here")
     try:
         config = _config(state, image_size)
+        if num_tokens is not None and math.isqrt(num_tokens) ** 2 == num_tokens:
+            config = dataclasses.replace(config, image_size=math.isqrt(num_tokens) * config.downsampling)
         return config, _params(config, state, path)
     except (ConfigError, WeightsError) as error:
         raise WeightsError(f"{path}: {error}") from error

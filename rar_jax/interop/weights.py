@@ -51,8 +51,11 @@ class Weights:
         return self.restore(param_shardings(module.axes(config), shapes, mesh))
 
 
-def open_weights(path: str | pathlib.Path, kind: str) -> Weights:
+def open_weights(path: str | pathlib.Path, kind: str, *, num_tokens: int | None = None) -> Weights:
     """Opens the generator or tokenizer (kind "generators", "tokenizers") of a file or directory.
+
+    Args:
+      num_tokens: of an image, where it is known: the weights of a convolutional tokenizer do not tell.
 
     Raises: ConfigError if there is nothing; WeightsError or CheckpointError if it is damaged or something else.
     """
@@ -61,10 +64,11 @@ def open_weights(path: str | pathlib.Path, kind: str) -> Weights:
         return _of_directory(path, kind)
     if not path.is_file():
         raise ConfigError(f"{path}: no such directory or weights file")
+    known = {} if num_tokens is None else {"num_tokens": num_tokens}
     refused: list[WeightsError] = []
     for name in set(module_names(kind)) & set(module_names("interop")):
         try:
-            config, params = find_module("interop", name).open_params(path)
+            config, params = find_module("interop", name).open_params(path, **known)
         except WeightsError as error:
             refused.append(error)
         else:

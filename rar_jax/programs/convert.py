@@ -54,8 +54,10 @@ def convert(
         )
         require(part is None, "--part is for an --out that is a file")
         require(tokenizer is not None, "a directory holds a generator and its tokenizer: give --tokenizer too")
-        of_images = open_weights(released.locate(str(tokenizer), download=download), "tokenizers")
-        record = _to_directory(open_weights(path, "generators"), of_images, out)
+        generator = open_weights(path, "generators")
+        num_tokens = generator.model.module.token_spec(generator.model.config).shape[0]
+        where = released.locate(str(tokenizer), download=download)
+        record = _to_directory(generator, open_weights(where, "tokenizers", num_tokens=num_tokens), out)
     if not quiet:
         print(json.dumps(record, indent=1))
 

@@ -65,7 +65,8 @@ def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) ->
     if finished(experiment, "tokenizer", workdir):
         return
     assert experiment.tokenizer_weights is not None
-    weights = open_weights(locate(experiment.tokenizer_weights), "tokenizers")
+    num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
+    weights = open_weights(locate(experiment.tokenizer_weights), "tokenizers", num_tokens=num_tokens)
     for what, ours, theirs in zip(
         ("images", "tokens", "parameters"), _specs(experiment.tokenizer), _specs(weights.model), strict=True
     ):

@@ -1,8 +1,16 @@
-"""Classes as people write them on the command line."""
+"""Classes as people write them on the command line, and the pictures that come out."""
 
+import pathlib
+from typing import Any
+
+import numpy as np
 import pytest
+import tensorflow_datasets
+from PIL import Image
 
+from rar_jax import Guidance, cli, load
 from rar_jax.config import ConfigError
+from rar_jax.data import imagenet
 from rar_jax.programs.sample import parse_classes
 
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -53,3 +61,83 @@ def test_what_is_no_class(text: str, problem: str) -> None:
 
 def test_a_number_is_a_number_where_names_are_numbers_too() -> None:
     assert parse_classes("1,0", tuple("9876543210")) == [1, 0]
+
+
+# ---------------------------------------------------------------- ImageNet's names
+
+IMAGENET = imagenet.class_names()
+
+
+def test_imagenets_names_are_in_the_order_of_the_labels() -> None:
+    """Labels that everyone knows, the WNIDs of TFDS sorted, and one name for each."""
+    wnids = pathlib.Path(tensorflow_datasets.__file__).parent / "datasets" / "imagenet2012" / "labels.txt"
+    assert len(IMAGENET) == len(set(IMAGENET)) == 1000 == len(wnids.read_text().split())
+    known = {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 360: "otter", 387: "lesser panda"}
+    known |= {417: "balloon", 933: "cheeseburger", 963: "pizza", 980: "volcano", 999: "toilet tissue"}
+    assert {label: IMAGENET[label].split(",")[0] for label in known} == known
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("golden retriever", [207]),
+        ("207,360", [207, 360]),
+        ("Tinca tinca,Goldfish, OTTER", [0, 1, 360]),
+        ("tabby cat,red panda,toilet paper", [281, 387, 999]),
+    ],
+)
+def test_imagenet_classes(text: str, labels: list[int]) -> None:
+    assert parse_classes(text, IMAGENET) == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("crane", "no class 'crane'. There is: crane (bird) (134), crane (machine) (517)."),
+        ("cardigan", "'cardigan' is 2 classes: give 264 (Cardigan, Cardigan Welsh corgi) or 474 (cardigan)"),
+        (
+            "retriever",
+            "no class 'retriever'. There is: flat-coated retriever (205), curly-coated retriever (206), golden",
+        ),
+        ("golden retreiver", "no class 'golden retreiver'. Did you mean 'golden retriever'?"),
+        ("xyzzy", "no class 'xyzzy'."),
+    ],
+)
+def test_what_is_no_class_of_imagenet(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_classes(text, IMAGENET)
+    assert str(caught.value).startswith(problem) and len(str(caught.value)) < 400
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_from_released_files_to_pictures(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    argv = ["sample", "--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--classes", "7,3"]
+    argv += ["--per-class", "3", "--seed", "5", "--guidance", "2,1,1", "--batch-size", "2", "--out", tmp_path / "out"]
+    assert cli.main([str(a) for a in argv]) == 0
+    expected = load(released_pair.generator, tokenizer=released_pair.tokenizer).sample(
+        [7, 7, 7, 3, 3, 3], seed=5, guidance=Guidance(2.0, 1.0, 1.0), batch_size=2
+    )
+    names = ["0007_000", "0007_001", "0007_002", "0003_000", "0003_001", "0003_002"]
+    for name, image in zip(names, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), image)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in names} | {"grid.png"}
+
+
+def test_one_line_for_a_wrong_file(
+    released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "sample",
+        "--weights",
+        released_pair.tokenizer,
+        "--tokenizer",
+        released_pair.generator,
+        "--out",
+        tmp_path / "o",
+    ]
+    assert cli.main([str(a) for a in argv]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "is a tokenizer: it has no 'pos_embed'" in err
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,89 @@
+"""Weights go from the file to where they lie, one array at a time: the same numbers, and no second copy in memory."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rar_jax.generators.rar import TINY, Config, axes, init
+from rar_jax.interop import maskgit_vq, rar
+from rar_jax.interop.lazy import LazyArray, place
+from rar_jax.interop.torch_zip import WeightsError
+from rar_jax.interop.weights_file import write
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.rules import param_shardings
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 1, 4), (2, 2, 1)])
+def test_placed_is_loaded(tmp_path: pathlib.Path, suffix: str, mesh: tuple[int, int, int]) -> None:
+    params = init(TINY, jax.random.key(0))
+    rar.save(tmp_path / f"w{suffix}", TINY, params)
+    devices = make_mesh(MeshConfig(*mesh))
+    shardings = param_shardings(axes(TINY), params, devices)
+    _, lazy = rar.open_params(tmp_path / f"w{suffix}")
+    placed = place(lazy, shardings)
+    assert jax.tree.map(lambda x: x.sharding, placed) == shardings
+    assert jax.tree.all(jax.tree.map(np.array_equal, placed, params))
+
+
+def test_a_tokenizer_is_placed_too(golden: pathlib.Path) -> None:
+    _, params = maskgit_vq.load(golden / "maskgit_vq_tiny.bin")
+    _, lazy = maskgit_vq.open_params(golden / "maskgit_vq_tiny.bin")
+    everywhere = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
+    placed = place(lazy, everywhere)
+    assert jax.tree.all(jax.tree.map(np.array_equal, placed, params))
+    assert all(x.sharding == everywhere for x in jax.tree.leaves(placed))
+
+
+def test_only_the_layers_that_are_asked_for_are_read() -> None:
+    asked: list[int] = []
+    layers = [lambda i=i: asked.append(i) or np.full((3, 4), i, np.float16) for i in range(5)]
+    array = LazyArray((5, 3, 4), layers, stacked=True)  # pyright: ignore[reportArgumentType]
+    part = array[slice(1, 3), slice(None), slice(0, 2)]
+    assert asked == [1, 2] and part.dtype == np.float32
+    np.testing.assert_array_equal(part, np.broadcast_to(np.array([1, 2])[:, None, None], (2, 3, 2)))
+    np.testing.assert_array_equal(array[...][4], np.full((3, 4), 4))
+
+
+def test_damage_that_is_found_while_placing_names_the_file_and_the_tensor(tmp_path: pathlib.Path) -> None:
+    rar.save(tmp_path / "w.bin", TINY, init(TINY, jax.random.key(0)))
+    data = bytearray((tmp_path / "w.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "w.bin").write_bytes(data)
+    _, lazy = rar.open_params(tmp_path / "w.bin")  # only names and shapes are looked at here
+    with pytest.raises(WeightsError, match=r"w\.bin: storage \d+ is damaged: download it again"):
+        place(lazy, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+MEASURE = """
+import re, sys, jax
+from rar_jax.interop import rar
+from rar_jax.interop.lazy import place
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+place(rar.open_params(sys.argv[1])[1], one)  # what the machinery itself takes
+before = peak()
+_, lazy = rar.open_params(sys.argv[2])
+params = place(lazy, one)
+print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of its memory from /proc")
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_memory_never_holds_two_copies(tmp_path: pathlib.Path, suffix: str) -> None:
+    """Peak resident memory, the mapped file included. The largest array (adaLN, a third of all) is there twice for a moment."""
+    config = Config(num_tokens=16, codebook_size=64, num_classes=10, width=512, depth=16, num_heads=8, mlp_width=2048)
+    write(tmp_path / f"big{suffix}", {n: np.zeros(s, np.float32) for n, s in rar.released_shapes(config).items()})
+    rar.save(tmp_path / "tiny.bin", TINY, init(TINY, jax.random.key(0)))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny.bin"), str(tmp_path / f"big{suffix}")]
+    done: Any = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    copies = float(done.stdout)
+    assert 0.9 < copies < 1.5, done.stdout + done.stderr

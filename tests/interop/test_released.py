@@ -1,0 +1,141 @@
+"""Released files by name: presets, where they are looked up, and a download from a hub that is a server in this process."""
+
+import hashlib
+import http.server
+import pathlib
+import sys
+import threading
+from collections.abc import Iterator
+
+import huggingface_hub.constants
+import pytest
+
+from rar_jax.config import ConfigError
+from rar_jax.generators.rar import TINY, Config
+from rar_jax.guidance import Guidance
+from rar_jax.interop import released
+from rar_jax.interop.torch_zip import WeightsError
+
+CONTENT = b"weights" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "guidance"),
+    [
+        ("rar_b", (768, 24, 3072), (16.0, 2.75, 1.0)),
+        ("rar_l", (1024, 24, 4096), (15.5, 2.5, 1.02)),
+        ("rar_xl", (1280, 32, 5120), (6.9, 1.5, 1.02)),
+        ("rar_xxl", (1408, 40, 6144), (8.0, 1.2, 1.02)),
+    ],
+)
+def test_presets(name: str, sizes: tuple[int, int, int], guidance: tuple[float, float, float]) -> None:
+    """rar.md, sections 2 and 4."""
+    width, depth, mlp_width = sizes
+    found = released.preset(Config(width=width, depth=depth, mlp_width=mlp_width))
+    assert found is released.GENERATORS[name] and found.guidance == Guidance(*guidance)
+    assert found.file == f"{name}.bin"
+    assert released.preset(Config(width=width, depth=depth, mlp_width=mlp_width, num_classes=10)) is None
+    assert released.preset(Config(width=width, depth=depth + 1, mlp_width=mlp_width)) is None
+
+
+def test_another_model_has_no_preset() -> None:
+    assert released.preset(TINY) is None and released.preset("a config of another generator") is None
+
+
+def test_a_path_is_a_path(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "rar_b.bin").touch()
+    assert released.locate(tmp_path / "rar_b.bin") == tmp_path / "rar_b.bin"
+    with pytest.raises(ConfigError, match=r"x\.bin: no such directory or weights file, .* those are rar_b, rar_l"):
+        released.locate(tmp_path / "x.bin")
+
+
+# ---------------------------------------------------------------- a hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub for one file."""
+
+    etag, content = SHA256, CONTENT
+
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        self._answer(self.content)
+
+    def _answer(self, body: bytes) -> None:
+        found = self.path == "/yucornetto/RAR/resolve/main/rar_b.bin" or "0123" in self.path
+        self.send_response(200 if found else 404)
+        if found:
+            self.send_header("ETag", f'"{self.etag}"')
+            self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
+            self.send_header("Content-Length", str(len(self.content)))
+        else:
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+        if found:
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[type[Hub]]:
+    class Fresh(Hub):
+        pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fresh)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield Fresh
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_checks_and_is_found_again(hub: type[Hub]) -> None:
+    with pytest.raises(ConfigError, match=r"rar_b\.bin is not here .*--download .*resolve/main/rar_b\.bin"):
+        released.locate("rar_b")
+    path = released.locate("rar_b", download=True)
+    assert path.read_bytes() == CONTENT
+    assert released.locate("rar_b") == released.locate("somewhere/rar_b.bin") == path  # now without asking
+
+
+def test_a_wrong_sha256(hub: type[Hub]) -> None:
+    hub.content = CONTENT[:-1] + b"X"
+    with pytest.raises(WeightsError, match=rf"has sha256 [0-9a-f]{{64}}, the hub says {SHA256}: delete the file"):
+        released.locate("rar_b", download=True)
+    hub.etag = "abc"
+    with pytest.raises(WeightsError, match="the hub gave no sha256 to check the download by"):
+        released.locate("rar_b", download=True)
+
+
+def test_a_file_that_the_hub_does_not_have(hub: type[Hub]) -> None:
+    with pytest.raises(ConfigError, match=r"rar_l\.bin could not be downloaded .*copy it here and give its path"):
+        released.locate("rar_l", download=True)
+
+
+def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConfigError, match=r"rar_b\.bin could not be downloaded .*on a machine with a network"
+    ) as caught:
+        released.locate("rar_b", download=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        ConfigError, match=r"pip install 'rar_jax\[hub\]'; or get https://huggingface\.co/yucornetto/RAR"
+    ):
+        released.locate("rar_b", download=True)

@@ -1,0 +1,161 @@
+"""rar_jax.load: the same images from a file, from a converted directory and on a mesh; the original's logits in bfloat16."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rar_jax
+from rar_jax import cli
+from rar_jax.config import ConfigError
+from rar_jax.generators import rar as generator
+from rar_jax.interop import rar
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+
+LABELS = [3, 1, 4, 1, 5]
+GUIDANCE = rar_jax.Guidance(3.0, 1.0, 1.1)
+
+
+@pytest.fixture(scope="module")
+def images(released_pair: Any) -> np.ndarray:
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
+    return pipeline.sample(LABELS, seed=7, guidance=GUIDANCE)
+
+
+def test_images(images: np.ndarray) -> None:
+    assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 5, "the same class twice is two images"
+
+
+def test_a_converted_directory_gives_the_same(released_pair: Any, tmp_path: pathlib.Path, images: np.ndarray) -> None:
+    argv = ["--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--out", tmp_path / "d"]
+    assert cli.main(["convert", "--quiet", *map(str, argv)]) == 0
+    pipeline = rar_jax.load(tmp_path / "d")
+    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=7, guidance=GUIDANCE), images)
+    assert pipeline.guidance == rar_jax.Guidance(0.0) and pipeline.class_names == tuple("0123456789")
+    with pytest.raises(ConfigError, match="has its own tokenizer: leave tokenizer out"):
+        rar_jax.load(tmp_path / "d", tokenizer=released_pair.tokenizer)
+
+
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
+def test_a_mesh_gives_the_same(released_pair: Any, images: np.ndarray, mesh: tuple[int, int, int]) -> None:
+    devices = make_mesh(MeshConfig(*mesh))
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer, mesh=devices)
+    again = pipeline.sample(LABELS, seed=7, guidance=GUIDANCE)
+    # Sums in another order: a pixel may be truncated to the number below.
+    assert np.abs(again.astype(int) - images).max() <= 1 and np.mean(again != images) < 0.01
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_batches_do_not_matter(released_pair: Any, images: np.ndarray, batch_size: int) -> None:
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
+    batches = list(pipeline.sample_batches(LABELS, seed=7, guidance=GUIDANCE, batch_size=batch_size))
+    assert len(batches) == pipeline.batch_count(5, batch_size) and [len(b) for b in batches][:-1] == [batch_size] * (
+        len(batches) - 1
+    )
+    again = np.concatenate(batches)
+    assert np.abs(again.astype(int) - images).max() <= 1 and np.mean(again != images) < 0.01
+
+
+def test_the_tokens_tell_the_size_of_the_image(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(generator.TINY, num_tokens=9)
+    rar.save(tmp_path / "w.bin", config, generator.init(config, jax.random.key(0)))
+    pipeline = rar_jax.load(tmp_path / "w.bin", tokenizer=released_pair.tokenizer)
+    assert pipeline.sample([1]).shape == (1, 6, 6, 3)
+
+
+def test_inside_a_program_of_ones_own(released_pair: Any, images: np.ndarray) -> None:
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
+    from rar_jax.sampling.sampler import sample_keys
+
+    @jax.jit
+    def mean_colour(params: Any, labels: jax.Array, guidance: rar_jax.Guidance) -> jax.Array:
+        keys = sample_keys(7, jnp.arange(5))
+        return pipeline.sample_fn(params, labels, keys, guidance).astype(jnp.float32).mean(axis=(1, 2))
+
+    ours = mean_colour(pipeline.params, jnp.asarray(LABELS), GUIDANCE)
+    np.testing.assert_allclose(ours, images.astype(np.float64).mean(axis=(1, 2)), atol=0.5)
+
+
+# ---------------------------------------------------------------- bfloat16
+
+
+def cached_logits(config: generator.Config, params: Any, tokens_bn: jax.Array, labels_b: jax.Array) -> jax.Array:
+    """Teacher-forced logits (b, n, v) by the sampler's own cached steps, the cache in the kernels' dtype."""
+    model, variables = generator.RAR(config), {"params": params}
+    dtype = params["transformer"]["blocks"]["attn"]["qkv"]["kernel"].dtype
+    heads = (config.num_heads, config.width // config.num_heads)
+    empty = jnp.zeros((config.depth, len(labels_b), config.num_tokens + 1, *heads), dtype)
+    first, cache = model.apply(variables, labels_b, (empty, empty), method="start")
+
+    def step(cache: Any, place: jax.Array) -> tuple[Any, jax.Array]:
+        logits, cache = model.apply(variables, tokens_bn[:, place], labels_b, place, cache, method="step")
+        return cache, logits
+
+    _, later = jax.lax.scan(step, cache, jnp.arange(config.num_tokens - 1))
+    return jnp.concatenate([first[None], later]).swapaxes(0, 1)
+
+
+def test_bfloat16_chooses_as_float32_does(golden: pathlib.Path) -> None:
+    """At least 98 % of the greedy choices under teacher forcing, or the option may not be offered."""
+    config, params = rar.load(golden / "rar_tiny.bin")
+    tokens = jax.random.randint(jax.random.key(0), (128, config.num_tokens), 0, config.codebook_size)
+    labels = jax.random.randint(jax.random.key(1), (128,), 0, config.num_classes + 1)
+    exact = cached_logits(config, generator.prepare(config, params), tokens, labels)
+    narrow = generator.prepare(config, params, dtype="bfloat16")
+    rough = cached_logits(config, narrow, tokens, labels)
+    agreement = float(jnp.mean(exact.argmax(-1) == rough.argmax(-1)))
+    change = float(jnp.abs(exact - rough).max())
+    assert agreement >= 0.98 and 1e-4 < change < 0.02, (agreement, change)
+    sizes = {str(x.dtype): 0 for x in jax.tree.leaves(narrow)}
+    for x in jax.tree.leaves(narrow):
+        sizes[str(x.dtype)] += x.size
+    kernels = jax.tree_util.tree_leaves_with_path(params["transformer"])
+    assert sizes["bfloat16"] == sum(x.size for path, x in kernels if path[-1].key == "kernel")
+    raster = jnp.broadcast_to(jnp.arange(config.num_tokens)[None], tokens.shape)
+    whole = generator.logits(config, narrow, tokens, labels, raster)  # without a cache
+    assert float(jnp.mean(exact.argmax(-1) == whole.argmax(-1))) >= 0.98
+
+
+def test_bfloat16_samples(released_pair: Any) -> None:
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer, dtype="bfloat16")
+    assert pipeline.generator_params["transformer"]["blocks"]["mlp"]["fc1"]["kernel"].dtype == jnp.bfloat16
+    assert pipeline.sample(LABELS, seed=7, guidance=GUIDANCE).shape == (5, 16, 16, 3)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_what_is_missing(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="give its tokenizer's too"):
+        rar_jax.load(released_pair.generator)
+    with pytest.raises(ConfigError, match="dtype is 'int8': it must be 'float32' or 'bfloat16'"):
+        rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer, dtype="int8")
+    with pytest.raises(ConfigError, match="is not a work directory"):
+        rar_jax.load(tmp_path)
+    config = dataclasses.replace(generator.TINY, num_tokens=12)
+    rar.save(tmp_path / "w.bin", config, generator.init(config, jax.random.key(0)))
+    with pytest.raises(ConfigError, match=r"int32\[12\] an image, the tokenizer takes int32\[64\]"):
+        rar_jax.load(tmp_path / "w.bin", tokenizer=released_pair.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "says"),
+    [
+        ({"labels": [10]}, r"label 10 is outside the classes 0\.\.9"),
+        ({"labels": [-1]}, "label -1 is outside"),
+        ({"labels": []}, "no labels"),
+        ({"labels": [0.5]}, "labels are float64: give class numbers"),
+        ({"labels": [1], "seed": -1}, "seed is -1"),
+        ({"labels": [1], "batch_size": 0}, "batch_size is 0"),
+        ({"labels": [1], "guidance": 4.0}, "guidance is 4.0: give rar_jax.Guidance"),
+    ],
+)
+def test_wrong_calls(released_pair: Any, keywords: dict[str, Any], says: str) -> None:
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
+    with pytest.raises(ConfigError, match=says):
+        pipeline.sample(**keywords)
