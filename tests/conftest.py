@@ -7,9 +7,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,6 +26,48 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 def golden() -> pathlib.Path:
     """Folder of the reference outputs."""
     return GOLDEN
+
+
+class Parity:
+    """Checks a measured number against its bound and remembers both: `PARITY_TABLE=docs/parity.md pytest` writes them down."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[float, float]] = {}
+
+    def check(self, quantity: str, measured: float, bound: float) -> None:
+        """Asserts that the number is at most its bound."""
+        worst = max(float(measured), self.rows.get(quantity, (0.0, 0.0))[0])
+        self.rows[quantity] = (worst, bound)
+        assert float(measured) <= bound, f"{quantity}: {measured}, bound {bound}"
+
+    def close(self, quantity: str, ours: Any, theirs: Any, bound: float) -> None:
+        """Asserts that the largest difference of two arrays is at most the bound."""
+        a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert a.shape == b.shape, (quantity, a.shape, b.shape)
+        self.check(quantity, np.abs(a - b).max(initial=0.0), bound)
+
+    def same(self, quantity: str, ours: Any, theirs: Any) -> None:
+        """Asserts that no entry of two arrays differs."""
+        a, b = np.asarray(ours), np.asarray(theirs)
+        assert a.shape == b.shape, (quantity, a.shape, b.shape)
+        self.check(quantity, float((a != b).sum()), 0)
+
+    def table(self) -> str:
+        """Markdown."""
+        rows = [f"| {name} | {bound:g} | {measured:.2g} |" for name, (measured, bound) in self.rows.items()]
+        return "\n".join(["| quantity | bound | measured |", "|---|---|---|", *rows, ""])
+
+
+@pytest.fixture(scope="session")
+def parity() -> Iterator[Parity]:
+    """Where tests of parity with the authors' code leave what they measured."""
+    measured = Parity()
+    yield measured
+    if path := os.environ.get("PARITY_TABLE"):
+        text = pathlib.Path(path).read_text()
+        begin, end = "<!-- measured -->\n", "<!-- end -->"
+        head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+        pathlib.Path(path).write_text(head + measured.table() + tail)
 
 
 class Pair(NamedTuple):

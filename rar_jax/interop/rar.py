@@ -99,11 +99,11 @@ def open_params(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
 
 
 def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> None:
-    """Writes .safetensors, or a torch file (.bin, .pth), with the released names and shapes; tables are padded with zeros.
+    """Writes .safetensors, or a torch file (.bin, .pth), with the released names and shapes, float32; tables are padded with zeros.
 
     Raises: WeightsError for another suffix.
     """
-    write(path, to_released(config, params))
+    write(path, {name: np.asarray(value, np.float32) for name, value in to_released(config, params).items()})
 
 
 def to_released(config: Config, params: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(params)))
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of its memory from /proc")
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-def test_memory_never_holds_two_copies(tmp_path: pathlib.Path, suffix: str) -> None:
+def test_memory_never_holds_two_copies(tmp_path: pathlib.Path, suffix: str, parity: Any) -> None:
     """Peak resident memory, the mapped file included. The largest array (adaLN, a third of all) is there twice for a moment."""
     config = Config(num_tokens=16, codebook_size=64, num_classes=10, width=512, depth=16, num_heads=8, mlp_width=2048)
     write(tmp_path / f"big{suffix}", {n: np.zeros(s, np.float32) for n, s in rar.released_shapes(config).items()})
@@ -86,4 +86,5 @@ def test_memory_never_holds_two_copies(tmp_path: pathlib.Path, suffix: str) -> N
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny.bin"), str(tmp_path / f"big{suffix}")]
     done: Any = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     copies = float(done.stdout)
-    assert 0.9 < copies < 1.5, done.stdout + done.stderr
+    assert copies > 0.9, done.stdout + done.stderr
+    parity.check("loading, peak memory over the parameters' bytes", copies, 1.5)
