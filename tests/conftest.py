@@ -1,6 +1,8 @@
 """Four fake CPU devices for every test, and rank promotion is an error. Set before JAX starts its backend."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -18,6 +20,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The tests compile thousands of tiny programs and run each a few times: without LLVM's optimizations they take half the
 # time. What the numbers mean does not change; tests/faults runs the real command, optimized.
 jax.config.update("jax_disable_most_optimizations", True)
+# Many tests compile the same program. One folder for this run, which the workers of `pytest -n` inherit.
+CACHE = os.environ.setdefault("RAR_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="rar_jax_tests_"))
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure() -> None:
+    """Only the first process removes the folder; workers of `pytest -n` are told of theirs by PYTEST_XDIST_WORKER."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(CACHE, ignore_errors=True)
+
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

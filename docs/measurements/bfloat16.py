@@ -65,5 +65,7 @@ for gate in args.gate:
     ):
         rough = cached_logits(narrow, tokens_bn, labels_b)
         agreement, change = jnp.mean(exact.argmax(-1) == rough.argmax(-1)), rough - exact
-        numbers = f"{agreement:.4f} | {jnp.abs(change).max():.4f} | {jnp.sqrt(jnp.mean(change**2)):.4f} | {exact.std():.3f}"
+        numbers = (
+            f"{agreement:.4f} | {jnp.abs(change).max():.4f} | {jnp.sqrt(jnp.mean(change**2)):.4f} | {exact.std():.3f}"
+        )
         print(f"| {gate} | {name} | {numbers} |", flush=True)

@@ -15,7 +15,7 @@ from rar_jax.config import ConfigError
 from rar_jax.data.token_store import TokenStore
 from rar_jax.evaluation import classifier, frechet
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.pipeline import load_model
+from rar_jax.sampling.sampler import load_model
 from rar_jax.training.checkpoint import good_step, load_params, verify_manifest
 from rar_jax.training.report import read_metrics
 
@@ -155,7 +155,8 @@ def test_pipeline(workdir: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="dtype is 'bf16'"):
         rar_jax.load(workdir, dtype="bf16")
     low = rar_jax.load(workdir, dtype="bfloat16")
-    assert low.generator_params["lm_head"]["kernel"].dtype == "bfloat16"
+    kernels = low.generator_params["transformer"]["blocks"]["mlp"]
+    assert kernels["fc1"]["kernel"].dtype == "bfloat16"
     assert low.sample([1]).shape == (1, 8, 8, 1)
 
 
