@@ -129,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, StoreError, WeightsError, TrainingError, CheckpointError) as error:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:  # a full disk, a file where a folder should be, no permission
+        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint, if there is one yet", file=sys.stderr)
         return 130
@@ -181,11 +184,14 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         return
 
     from rar_jax.parallel.mesh import make_mesh
+    from rar_jax.programs.stages import check_weights
 
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     if args.verb != "train":
         workdir.read_config()  # tokenize and evaluate need what another verb has made; they start nothing
+    if args.verb == "train":
+        check_weights(experiment, workdir)
     workdir.claim(experiment.resolved())
     if args.verb == "train":
         from rar_jax.programs.run import headline

@@ -30,6 +30,8 @@ T = TypeVar("T")
 Steps = Annotated[int, "steps"]
 
 
+# Single values beside the sections; all have a default.
+TOP_LEVEL = ("seed", "precision", "init_from")
 # Sections whose every field has a default.
 OPTIONAL_SECTIONS = ("guidance", "evaluate", "mesh")
 
@@ -106,7 +108,7 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         node = node[name]
         if not isinstance(node, ml_collections.ConfigDict):
             raise ConfigError(f"config.{'.'.join(sections[: depth + 1])} is a single value, so '{key}' cannot be set")
-    if not sections and last not in node:
+    if not sections and last not in node and last not in TOP_LEVEL:
         raise ConfigError(f"config has no key '{last}'.{nearest(last, node.keys())}")
     # Within a section a key may be missing, since fields have defaults; `build` checks its name.
     try:
@@ -251,6 +253,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if close:
         return f" Did you mean '{close[0]}'?"
+    if len(known) > 40:  # of hundreds of names only the nearest helps
+        return f" The nearest is '{difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]}'."
     return f" It has: {', '.join(sorted(known))}." if known else ""
 
 

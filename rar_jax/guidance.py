@@ -30,6 +30,8 @@ class Guidance:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("scale", "power", "temperature"):
+            require(abs(getattr(self, name)) < 1e30, f"{name} is {getattr(self, name)}: it must be a number of float32")
         require(self.scale >= 0, f"scale is {self.scale}: it must be 0 (no guidance) or more")
         require(self.power >= 0, f"power is {self.power}: it must be 0 (constant guidance) or more")
         require(self.temperature > 0, f"temperature is {self.temperature}: it must be above 0; for argmax use greedy")

@@ -15,11 +15,10 @@ from rar_jax.config import ConfigError, build, require
 from rar_jax.data import imagenet
 from rar_jax.guidance import Guidance
 from rar_jax.interop import released
-from rar_jax.interop.weights import open_weights
+from rar_jax.interop.weights import open_weights, read_directory
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
-from rar_jax.training.workdir import Workdir
 
 
 class Pipeline:
@@ -126,8 +125,14 @@ class Pipeline:
         require(
             labels_b.dtype.kind in "iu" or not labels_b.size, f"labels are {labels_b.dtype}: give class numbers (ints)"
         )
-        require(0 <= seed < 2**32, f"seed is {seed}: it must be in 0..4294967295 (uint32)")
-        require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
+        require(
+            isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32,
+            f"seed is {seed}: it must be in 0..4294967295 (uint32)",
+        )
+        require(
+            batch_size is None or (isinstance(batch_size, int) and batch_size >= 1),
+            f"batch_size is {batch_size}: it must be at least 1, a whole number",
+        )
         require(
             guidance is None or isinstance(guidance, Guidance),
             f"guidance is {guidance!r}: give rar_jax.Guidance(scale, power, temperature)",
@@ -164,8 +169,8 @@ def load(
         a released one ("rar_b"), which is looked up in the Hugging Face cache.
       tokenizer: MaskGIT-VQ file; needed with a generator file, and the released one with a released name.
       mesh: devices to spread over (default: one).
-      dtype: what the generator multiplies in: "float32", or "bfloat16", which is faster on accelerators and changes about
-        one greedy choice in a hundred (docs/measurements/bfloat16.md).
+      dtype: what the generator multiplies in: "float32", or "bfloat16", which halves its parameters once they are loaded
+        (not the peak of loading) and changes about one greedy choice in a hundred (docs/measurements/bfloat16.md).
       download: fetch released files that are not there, and check their sha256.
 
     Raises: ConfigError, WeightsError or CheckpointError that say what is missing or wrong.
@@ -176,12 +181,13 @@ def load(
         except TypeError:
             known = False
         require(known, f"dtype is {dtype!r}: it must be 'float32' or 'bfloat16'")
+    require(mesh is None or isinstance(mesh, Mesh), f"mesh is {mesh!r}: give a jax.sharding.Mesh, as make_mesh does")
     path = released.locate(path_or_name, download=download)
     if path.is_dir():
         require(tokenizer is None, f"{path} is a directory, which has its own tokenizer: leave tokenizer out")
-        config = Workdir(path).read_config()
+        config = read_directory(path)
         guidance = build(Guidance, config["guidance"], where="config.guidance")
-        class_names = config["data"]["class_names"]
+        class_names = config["data"].get("class_names", ())
         tokenizer = path
     else:
         by_name = path != pathlib.Path(path_or_name)

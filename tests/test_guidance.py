@@ -103,7 +103,7 @@ def test_it_passes_through_trees_unchanged() -> None:
     ("arguments", "problem"),
     [
         ({"scale": -0.1}, "scale is -0.1: it must be 0 (no guidance) or more"),
-        ({"scale": float("nan")}, "scale is nan: it must be 0 (no guidance) or more"),
+        ({"scale": float("nan")}, "scale is nan: it must be a number of float32"),
         ({"scale": 2.0, "power": -1.0}, "power is -1.0: it must be 0 (constant guidance) or more"),
         ({"scale": 2.0, "temperature": 0.0}, "temperature is 0.0: it must be above 0; for argmax use greedy"),
         ({"scale": 2.0, "temperature": -1.0}, "temperature is -1.0: it must be above 0; for argmax use greedy"),
@@ -113,3 +113,9 @@ def test_impossible_numbers(arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Guidance(**arguments)
     assert str(caught.value) == problem
+
+
+@pytest.mark.parametrize("numbers", [(float("inf"),), (4.0, 1.0, float("inf")), (1e40,), (float("nan"),)])
+def test_numbers_that_float32_does_not_have(numbers: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="it must be a number of float32"):
+        Guidance(*numbers)

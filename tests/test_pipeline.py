@@ -13,8 +13,10 @@ import rar_jax
 from rar_jax import cli
 from rar_jax.config import ConfigError
 from rar_jax.generators import rar as generator
-from rar_jax.interop import rar
+from rar_jax.interop import maskgit_vq, rar, released
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.tokenizers import maskgit_vq as tokenizer
+from rar_jax.training.checkpoint import CheckpointError
 
 LABELS = [3, 1, 4, 1, 5]
 GUIDANCE = rar_jax.Guidance(3.0, 1.0, 1.1)
@@ -129,7 +131,36 @@ def test_bfloat16_samples(released_pair: Any) -> None:
     assert pipeline.sample(LABELS, seed=7, guidance=GUIDANCE).shape == (5, 16, 16, 3)
 
 
+# ---------------------------------------------------------------- presets
+
+
+def test_a_released_size_brings_its_guidance_and_names(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the file, and through a converted directory."""
+    config = generator.Config(width=16, depth=1, num_heads=2, mlp_width=32)  # 256 tokens, 1024 codes, 1000 classes
+    rar.save(tmp_path / "w.bin", config, generator.init(config, jax.random.key(0)))
+    vq = tokenizer.Config(image_size=16, base_width=8, width_multipliers=(1,), blocks_per_level=1, latent_width=8)
+    maskgit_vq.save(tmp_path / "vq.bin", vq, tokenizer.init(vq, jax.random.key(0)))
+    small = dataclasses.replace(released.GENERATORS["rar_l"], width=16, depth=1, mlp_width=32)
+    monkeypatch.setitem(released.GENERATORS, "rar_l", small)
+    argv = ["--weights", tmp_path / "w.bin", "--tokenizer", tmp_path / "vq.bin", "--out", tmp_path / "d", "--quiet"]
+    assert cli.main(["convert", *map(str, argv)]) == 0
+    for pipeline in (rar_jax.load(tmp_path / "w.bin", tokenizer=tmp_path / "vq.bin"), rar_jax.load(tmp_path / "d")):
+        assert pipeline.guidance == rar_jax.Guidance(15.5, 2.5, 1.02)
+        assert pipeline.class_names[207] == "golden retriever"
+
+
 # ---------------------------------------------------------------- mistakes
+
+
+def test_a_damaged_directory(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    argv = ["--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--out", tmp_path / "d"]
+    assert cli.main(["convert", "--quiet", *map(str, argv)]) == 0
+    (tmp_path / "d" / "checkpoints" / "generator" / "0" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no good generator checkpoint: convert it again"):
+        rar_jax.load(tmp_path / "d")
+    (tmp_path / "d" / "config.json").write_text('{"name": "x", "guidance": 3}')
+    with pytest.raises(ConfigError, match=r"config\.json is damaged: it lacks the section 'data'"):
+        rar_jax.load(tmp_path / "d")
 
 
 def test_what_is_missing(released_pair: Any, tmp_path: pathlib.Path) -> None:
@@ -153,6 +184,8 @@ def test_what_is_missing(released_pair: Any, tmp_path: pathlib.Path) -> None:
         ({"labels": []}, "no labels"),
         ({"labels": [0.5]}, "labels are float64: give class numbers"),
         ({"labels": [1], "seed": -1}, "seed is -1"),
+        ({"labels": [1], "seed": 1.5}, "seed is 1.5"),
+        ({"labels": [1], "batch_size": 1.5}, "batch_size is 1.5"),
         ({"labels": [1], "batch_size": 0}, "batch_size is 0"),
         ({"labels": [1], "guidance": 4.0}, "guidance is 4.0: give rar_jax.Guidance"),
     ],

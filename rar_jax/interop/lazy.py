@@ -37,7 +37,11 @@ class LazyArray:
 
 
 def finite(path: Any, name: str, value: np.ndarray) -> np.ndarray:
-    """The value. Raises: WeightsError if it holds a NaN or an infinity."""
+    """The value as float32. Raises: WeightsError if it is no floating point, or holds what float32 cannot."""
+    if value.dtype.kind in "biuc":
+        raise WeightsError(f"{path}: '{name}' is {value.dtype}: weights are floating point numbers")
+    with np.errstate(over="ignore"):  # to infinity, which is refused below
+        value = value.astype(np.float32, copy=False)
     if not np.isfinite(value).all():
         raise WeightsError(f"{path}: '{name}' holds numbers that are not finite: download it again")
     return value

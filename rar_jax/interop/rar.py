@@ -149,8 +149,11 @@ def _read_config(state: dict[str, StoredTensor], path: str | pathlib.Path) -> Co
     dimensions = {"pos_embed": 3, "embeddings.weight": 2, "lm_head.weight": 2, _Q_NORM.format(0): 1, _FC1: 2}
     for name, ndim in dimensions.items():
         if name not in state:
-            what = "a tokenizer" if "quantize.embedding.weight" in state else "not RAR's"
-            raise WeightsError(f"{path} is {what}: it has no '{name}'.{nearest(name, state)}")
+            if "quantize.embedding.weight" in state:
+                raise WeightsError(
+                    f"{path} is a tokenizer: it has no '{name}'. Give it as --tokenizer, and RAR's file here"
+                )
+            raise WeightsError(f"{path} is not RAR's: it has no '{name}'.{nearest(name, state)}")
         if state[name].ndim != ndim or 0 in state[name].shape:
             raise WeightsError(f"{path}: '{name}' has shape {state[name].shape}, not {ndim} dimensions")
     codes, width = state["lm_head.weight"].shape

@@ -57,12 +57,16 @@ def locate(path_or_name: str | pathlib.Path, *, download: bool = False) -> pathl
     Raises: ConfigError that says how to get the file; WeightsError for a wrong sha256.
     """
     path = pathlib.Path(path_or_name)
-    if path.exists():
-        return path
-    name = path.name.removesuffix(".bin")
+    try:
+        if str(path_or_name) and path.exists():
+            return path
+    except OSError as error:  # a name that no file can have
+        raise ConfigError(f"{str(path)[:100]}...: {error.strerror}") from None
+    # Only a bare name is a released file's: a mistyped path must not become another model.
+    name = str(path_or_name).removesuffix(".bin")
     if name not in FILES:
         raise ConfigError(
-            f"{path}: no such directory or weights file, and no released one: those are {', '.join(FILES)}"
+            f"{path_or_name or '(nothing)'}: no such directory or weights file, and no released one: those are {', '.join(FILES)}"
         )
     return _from_hub(FILES[name], download=download)
 
@@ -77,26 +81,30 @@ def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
             f"{released.file} is not here. To download it: pip install 'rar_jax[hub]'; or get {where} yourself and "
             "give its path"
         ) from None
+    hub = huggingface_hub
     try:
-        cached = huggingface_hub.hf_hub_download(released.repository, released.file, local_files_only=not download)
-    # Whatever goes wrong on the way (no network, a proxy, a full disk, no such file) has the same way out.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if not download:
-            raise ConfigError(
-                f"{released.file} is not here and was not downloaded before: add --download (load(..., download=True)), "
-                f"or get {where} and give its path"
-            ) from None
+        path = pathlib.Path(hub.hf_hub_download(released.repository, released.file, local_files_only=True))
+    except hub.errors.LocalEntryNotFoundError:
+        path = None
+    if path is None and not download:
         raise ConfigError(
-            f"{released.file} could not be downloaded ({reason}). Get {where} on a machine with a network, copy it here "
-            "and give its path"
-        ) from error
-    path = pathlib.Path(cached)
-    if download:
-        _check_sha256(
-            path,
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(released.repository, released.file)).etag,
+            f"{released.file} is not here and was not downloaded before: `rar-jax sample` and `convert` fetch it with "
+            f"--download, Python with load(..., download=True); or get {where} and give its path"
         )
+    if path is None:
+        try:
+            path = pathlib.Path(hub.hf_hub_download(released.repository, released.file))
+            expected = hub.get_hf_file_metadata(hub.hf_hub_url(released.repository, released.file)).etag
+        # Whatever goes wrong on the way (no network, a proxy, a full disk, no such file) has the same way out.
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ConfigError(
+                f"{released.file} could not be downloaded ({reason}). Get {where} on a machine with a network, copy it here "
+                "and give its path"
+            ) from error
+        _check_sha256(path, expected)
+    elif download and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
+        _check_sha256(path, path.resolve().name)  # the cache calls a large file by its sha256
     return path
 
 

@@ -97,6 +97,10 @@ def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
     Raises: WeightsError, for anything wrong with the file; nothing in the file is executed.
     """
     path, head = pathlib.Path(path), _head(path)
+    if head.startswith(b"version https:"):
+        raise WeightsError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
+    if head.lstrip()[:1] in (b"<", b"{"):
+        raise WeightsError(f"{path} is a web page or an error message ({head[:12]!r}...): download the file itself")
     if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
         open_file = _open_safetensors
     elif head[:2] == b"PK":
@@ -104,11 +108,8 @@ def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
     elif head[:2] == b"\x80\x02":
         open_file = _open_stream
     else:
-        what = (
-            "a git-lfs pointer: run `git lfs pull`" if head.startswith(b"version https:") else "it is no weights file"
-        )
         raise WeightsError(
-            f"{path}: {what} (neither safetensors nor torch's zip or pickle; it begins with {head[:8]!r})"
+            f"{path} is no weights file (neither safetensors nor torch's zip or pickle): it begins with {head[:8]!r}"
         )
     tensors = _named(path, lambda: open_file(path))
     return {

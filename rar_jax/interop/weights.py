@@ -77,12 +77,24 @@ def open_weights(path: str | pathlib.Path, kind: str, *, num_tokens: int | None 
     raise refused[0]
 
 
+def read_directory(path: pathlib.Path) -> dict[str, Any]:
+    """config.json of a work directory or a converted one. Raises: ConfigError if it lacks a section."""
+    config = Workdir(path).read_config()
+    for section in ("data", "guidance", "tokenizer", "generator"):
+        if not isinstance(config.get(section), dict):
+            raise ConfigError(
+                f"{path / 'config.json'} is damaged: it lacks the section '{section}'. Restore it from a copy"
+            )
+    return {"name": path.name, **config}
+
+
 def _of_directory(path: pathlib.Path, kind: str) -> Weights:
     workdir, stage = Workdir(path), kind[:-1]
-    config = workdir.read_config()
+    config = read_directory(path)
     if (good := good_step(workdir.checkpoints(stage))) is None:
+        mend = f"finish it with `rar-jax run --config {config['name']} --workdir {path}`"
         raise CheckpointError(
-            f"{path} has no good {stage} checkpoint yet: finish it with `rar-jax run --config {config['name']} --workdir {path}`"
+            f"{path} has no good {stage} checkpoint{': convert it again' if 'converted_from' in config else f' yet: {mend}'}"
         )
     restore = functools.partial(load_params, workdir.checkpoints(stage), good[0])
     return Weights(load_model(config, kind), path, restore, lambda: good[1])

@@ -41,7 +41,7 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
     for key, value in state.items():
         if value.dtype not in _STORAGES:
             raise WeightsError(f"'{key}' is {value.dtype}: weights are written as float32, float16 or int64")
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name}.rar_jax_partial")
     try:
         if path.suffix == ".safetensors":
             _write_safetensors(partial, state)
@@ -49,7 +49,8 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
             _write_torch(partial, state, path.stem)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
         raise WeightsError(f"{path} cannot be written: {error.strerror or error}") from error
 
 

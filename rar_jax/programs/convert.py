@@ -19,7 +19,7 @@ from rar_jax.sampling.sampler import check_pair
 from rar_jax.training.checkpoint import file_sha256, save_params, write_json
 from rar_jax.training.workdir import Workdir
 
-SUFFIXES = (".safetensors", ".bin", ".pth")
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def convert(
@@ -44,7 +44,8 @@ def convert(
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     path = released.locate(weights, download=download)
-    if out.suffix in SUFFIXES:
+    if out.suffix.lower() in SUFFIXES:
+        require(not _record(out).exists(), f"{_record(out)} exists, and would be written too: move it away")
         require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it by itself")
         record = _to_file(_open(path, part), out)
     else:
@@ -85,8 +86,12 @@ def _to_file(weights: Weights, out: pathlib.Path) -> dict[str, Any]:
         "made_from": _source(weights),
         "made_by": f"rar_jax {rar_jax.__version__}",
     }
-    write_json(out.with_name(f"{out.name}.json"), record)
+    write_json(_record(out), record)
     return record
+
+
+def _record(out: pathlib.Path) -> pathlib.Path:
+    return out.with_name(f"{out.name}.json")
 
 
 def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path) -> 
         "converted_from": {"generator": _source(generator), "tokenizer": _source(tokenizer)},
         "converted_by": f"rar_jax {rar_jax.__version__}",
     }
-    partial = out.with_name(f"{out.name}.partial")
+    partial = out.with_name(f".{out.name}.rar_jax_partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was cut off
     try:
         for stage, weights in (("generator", generator), ("tokenizer", tokenizer)):

@@ -84,6 +84,7 @@ class _Globals:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
+        require(self.init_from != "", "init_from is empty: give a file, a directory or None")
         require(self.precision in ("float32", "bfloat16"), f"precision is '{self.precision}': float32 or bfloat16")
 
 
@@ -217,14 +218,15 @@ def resolve(config: Any, name: str) -> Experiment:
 
 
 def _of_tokenizer(config: Any, data: Data) -> tuple[Recipe | None, str | None]:
-    """Its recipe, or the file of its weights."""
+    """Its recipe, or the file of its weights, which goes before a recipe."""
     weights = config.tokenizer.get("weights")
-    require(weights is None or isinstance(weights, str), f"config.tokenizer.weights is {weights!r}: it must be a path")
     require(
-        (weights is None) == ("tokenizer_train" in config),
-        "config lacks the section 'tokenizer_train', or tokenizer.weights = the file of a finished tokenizer"
-        if weights is None
-        else "config has both tokenizer.weights and a section tokenizer_train: remove one",
+        weights is None or (isinstance(weights, str) and weights != ""),
+        f"config.tokenizer.weights is {weights!r}: it must be a path",
+    )
+    require(
+        weights is not None or "tokenizer_train" in config,
+        "config lacks the section 'tokenizer_train', or tokenizer.weights = the file of a finished tokenizer",
     )
     if weights is not None:
         return None, weights

@@ -22,7 +22,7 @@ from rar_jax.parallel.processes import is_main
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.evaluate import evaluate
 from rar_jax.programs.experiment import Experiment, open_source
-from rar_jax.programs.stages import finished
+from rar_jax.programs.stages import check_weights, finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
 from rar_jax.training.checkpoint import write_json
@@ -40,6 +40,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     """
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
+    check_weights(experiment, workdir)
     workdir.claim(experiment.resolved())
 
     def say(text: str) -> None:

@@ -13,6 +13,9 @@ from rar_jax.pipeline import load
 from rar_jax.training.pictures import grid
 from rar_jax.training.report import progress
 
+MOST = 100_000  # images of one command
+ROWS, COLUMNS = 50, 16  # of the grid
+
 
 def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
     """Class numbers of "3,sneaker,0-4": numbers, ranges, or names, whatever their case.
@@ -27,11 +30,13 @@ def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
         for synonym in {name.lower(), *(part.strip() for part in name.lower().split(","))}:
             synonyms.setdefault(synonym, []).append(label)
     labels: list[int] = []
-    for part in (p.strip() for p in text.split(",")):
+    for part in (" ".join(p.split()) for p in text.split(",")):
         first, dash, last = part.partition("-")
         if part.isdecimal():
             labels.append(int(part))
         elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+            if int(last) >= len(class_names):
+                raise ConfigError(f"classes {part} go beyond 0..{len(class_names) - 1}")
             labels.extend(range(int(first), int(last) + 1))
         elif len(found := synonyms.get(part.lower(), [])) == 1:
             labels.append(found[0])
@@ -73,17 +78,20 @@ def sample(
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)
     labels = list(dict.fromkeys(labels))  # "3,2-4" names 3 twice; its files would overwrite each other
+    total = len(labels) * per_class
+    require(total <= MOST, f"{total} images are more than {MOST}: draw them in parts, with other seeds")
     each = np.repeat(labels, per_class)
     batches = pipeline.sample_batches(each, seed=seed, guidance=guidance, batch_size=batch_size)
     count = pipeline.batch_count(len(each), batch_size)
-    images: list[np.ndarray] = []
-    for batch in progress(batches, count, f"sample {len(each)} images", "batches", quiet):
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    done, shown = 0, []
+    for batch in progress(batches, count, f"sample {total} images", "batches", quiet):
         for image in batch:  # written as they come, so that nothing is lost when it is stopped
-            label, n = labels[len(images) // per_class], len(images) % per_class
+            row, n = divmod(done, per_class)
             squeezed = image[..., 0] if image.shape[-1] == 1 else image
-            Image.fromarray(squeezed).save(out / f"{label:04d}_{n:03d}.png")
-            images.append(image)
-    grid(np.stack(images), [names[label].split(",")[0] for label in labels], out / "grid.png")
+            Image.fromarray(squeezed).save(out / f"{labels[row]:04d}_{n:03d}.png")
+            shown += [image] if row < ROWS and n < COLUMNS else []
+            done += 1
+    grid(np.stack(shown), [names[label].split(",")[0] for label in labels[:ROWS]], out / "grid.png")
     if not quiet:
-        print(f"{len(images)} images in {out}, all of them in {out / 'grid.png'}")
+        print(f"{done} images in {out}, {'all' if done == len(shown) else len(shown)} of them in {out / 'grid.png'}")

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rar_jax.config import ConfigError, differences, to_dict
+from rar_jax.config import ConfigError, differences, require, to_dict
 from rar_jax.interop.released import locate
-from rar_jax.interop.weights import open_weights
+from rar_jax.interop.weights import Weights, open_weights
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.programs.experiment import Experiment
 from rar_jax.sampling.sampler import Model
@@ -57,6 +57,31 @@ def model_shardings(model: Model, mesh: Mesh) -> Any:
     return param_shardings(model.module.axes(model.config), shapes, mesh)
 
 
+def check_weights(experiment: Experiment, workdir: Workdir) -> None:
+    """Looks at names and shapes of the weights that a run starts from, before it makes anything.
+
+    Raises: ConfigError if they cannot be made to fit; what `open_weights` raises.
+    """
+    if experiment.tokenizer_weights and good_step(workdir.checkpoints("tokenizer")) is None:
+        _given_tokenizer(experiment)
+    if experiment.init_from and good_step(workdir.checkpoints("generator")) is None:
+        given_generator(experiment)
+
+
+def given_generator(experiment: Experiment) -> Weights:
+    """What `init_from` names. Raises: ConfigError if it cannot be made to fit."""
+    weights, module = open_weights(locate(str(experiment.init_from)), "generators"), experiment.generator.module
+    other = weights.model
+    require(other.module is module, f"init_from {weights.path} is a {other.module.__name__}, not a {module.__name__}")
+    adapt = functools.partial(module.adapt, experiment.generator.config, other_config=other.config)
+    shapes = [
+        jax.eval_shape(functools.partial(module.init, m.config), jax.random.key(0))
+        for m in (experiment.generator, other)
+    ]
+    jax.eval_shape(lambda ours, theirs: adapt(ours, other_params=theirs), *shapes)
+    return weights
+
+
 def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
     """Makes the weights that `tokenizer.weights` names the finished tokenizer stage of a work directory.
 
@@ -64,6 +89,12 @@ def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) ->
     """
     if finished(experiment, "tokenizer", workdir):
         return
+    weights = _given_tokenizer(experiment)
+    made_from = {"path": str(weights.path), "sha256": weights.sha256()}
+    save_params(workdir.checkpoints("tokenizer"), weights.place(mesh), {"stage": "tokenizer", "made_from": made_from})
+
+
+def _given_tokenizer(experiment: Experiment) -> Weights:
     assert experiment.tokenizer_weights is not None
     num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
     weights = open_weights(locate(experiment.tokenizer_weights), "tokenizers", num_tokens=num_tokens)
@@ -75,8 +106,7 @@ def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) ->
             raise ConfigError(
                 f"tokenizer.weights {weights.path} has other {what} than config.tokenizer: {'; '.join(lines)}"
             )
-    made_from = {"path": str(weights.path), "sha256": weights.sha256()}
-    save_params(workdir.checkpoints("tokenizer"), weights.place(mesh), {"stage": "tokenizer", "made_from": made_from})
+    return weights
 
 
 def _specs(model: Model) -> tuple[Any, Any, Any]:

@@ -19,17 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.config import require
 from rar_jax.data.loader import Source, batches
 from rar_jax.data.token_store import TokenStore
-from rar_jax.interop.released import locate
-from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import global_batch
 from rar_jax.parallel.rules import param_shardings, replicated, sharded
 from rar_jax.programs.evaluate import Scorer
 from rar_jax.programs.experiment import Experiment, open_source
-from rar_jax.programs.stages import STAGES, finished, take_over_tokenizer
+from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer
 from rar_jax.programs.tokenize import tokenized
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
 from rar_jax.training.recipe import Recipe, optimizer
@@ -152,10 +149,8 @@ def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -
 
     Raises: ConfigError if they cannot be made to fit; what `open_weights` raises.
     """
-    weights = open_weights(locate(str(experiment.init_from)), "generators")
-    (module, config), other = (experiment.generator.module, experiment.generator.config), weights.model
-    require(other.module is module, f"init_from {weights.path} is a {other.module.__name__}, not a {module.__name__}")
-    adapt = functools.partial(module.adapt, config, other_config=other.config)
+    weights, module = given_generator(experiment), experiment.generator.module
+    adapt = functools.partial(module.adapt, experiment.generator.config, other_config=weights.model.config)
     adapt = jax.jit(adapt, out_shardings=jax.tree.map(lambda s: s.sharding, setup.abstract_state["params"]))
     params = adapt(state["params"], other_params=weights.place(mesh))
     extra = {name: jax.tree.map(jnp.copy, params) for name in state["extra"]}  # an EMA starts from the parameters
@@ -172,10 +167,11 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
     Raises: TrainingError if the loss stops being a number; CheckpointError if a stage before is missing.
     """
     recipe = experiment.recipe(stage)
-    if recipe is None:
+    if recipe is None and stage == "tokenizer":
         take_over_tokenizer(experiment, workdir, mesh)
         return
     objective = make_objective(experiment, stage, workdir)
+    assert recipe is not None  # a classifier that is not there has been refused by now
     folder = workdir.checkpoints(stage)
     _refuse_other_tokens(folder, objective)
 

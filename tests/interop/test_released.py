@@ -102,17 +102,32 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[typ
 
 
 def test_download_checks_and_is_found_again(hub: type[Hub]) -> None:
-    with pytest.raises(ConfigError, match=r"rar_b\.bin is not here .*--download .*resolve/main/rar_b\.bin"):
+    with pytest.raises(ConfigError, match=r"rar_b\.bin is not here .*--download.*resolve/main/rar_b\.bin"):
         released.locate("rar_b")
     path = released.locate("rar_b", download=True)
     assert path.read_bytes() == CONTENT
-    assert released.locate("rar_b") == released.locate("somewhere/rar_b.bin") == path  # now without asking
+    assert released.locate("rar_b") == released.locate("rar_b.bin") == path  # now without asking
+    with pytest.raises(ConfigError, match=r"somewhere/rar_b\.bin: no such directory or weights file"):
+        released.locate("somewhere/rar_b.bin")  # a mistyped path is not another model
+
+
+def test_what_is_in_the_cache_needs_no_network(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = released.locate("rar_b", download=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert released.locate("rar_b", download=True) == path
+    path.resolve().chmod(0o644)
+    path.resolve().write_bytes(CONTENT[:-1] + b"X")
+    with pytest.raises(WeightsError, match="delete the file and download it again"):
+        released.locate("rar_b", download=True)
 
 
 def test_a_wrong_sha256(hub: type[Hub]) -> None:
     hub.content = CONTENT[:-1] + b"X"
     with pytest.raises(WeightsError, match=rf"has sha256 [0-9a-f]{{64}}, the hub says {SHA256}: delete the file"):
         released.locate("rar_b", download=True)
+
+
+def test_a_hub_that_gives_no_sha256(hub: type[Hub]) -> None:
     hub.etag = "abc"
     with pytest.raises(WeightsError, match="the hub gave no sha256 to check the download by"):
         released.locate("rar_b", download=True)

@@ -292,7 +292,9 @@ def test_files_that_are_something_else(tmp_path):
         read(tmp_path)
     for data, message in [
         (b"", "empty"),
-        (b"<!DOCTYPE html>", "no weights file"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b'{"error": "not found"}', "an error message"),
+        (b"something else", "no weights file"),
         (b"version https://git-lfs", "git lfs pull"),
     ]:
         path.write_bytes(data)

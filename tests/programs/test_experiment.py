@@ -249,10 +249,10 @@ def test_a_tokenizer_has_a_recipe_or_weights() -> None:
         0,
     )
     assert experiment.resolved()["tokenizer"]["weights"] == "x.bin" and "tokenizer_train" not in experiment.resolved()
-    assert (
-        refusal("tokenizer.weights=x.bin")
-        == "config has both tokenizer.weights and a section tokenizer_train: remove one"
-    )
+    overrides = ["tokenizer.weights=x.bin", "init_from=y", "seed=3"]  # of which digits.py says nothing or otherwise
+    given = resolve(load_experiment("digits", overrides), "digits")
+    assert (given.tokenizer_weights, given.tokenizer_train, given.init_from, given.seed) == ("x.bin", None, "y", 3)
+    assert refusal("init_from=") == "config: init_from is empty: give a file, a directory or None"
     assert refusal("tokenizer.weights=3") == "config.tokenizer.weights is 3: it must be a path"
 
 

@@ -108,9 +108,18 @@ def test_weights_of_another_width(files: dict[str, pathlib.Path], tmp_path: path
     experiment = experiment_from(files, "generator.width=64")
     with pytest.raises(ConfigError, match=r"init_from has width 32, config\.generator\.width is 64"):
         run(experiment, Workdir(tmp_path / "w"), quiet=True)
+    assert not (tmp_path / "w").exists(), "found before anything is made"
+
+
+def test_there_is_no_classifier_to_train(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    experiment = experiment_from(files)
+    with pytest.raises(ConfigError, match="tiny has no classifier section"):
+        train(experiment, "classifier", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_tokenizer_where_a_generator_should_be(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     experiment = dataclasses.replace(experiment_from(files), init_from=str(files["tokenizer"]))
     with pytest.raises(ValueError, match="is a tokenizer: it has no 'pos_embed'"):
         run(experiment, Workdir(tmp_path / "w"), quiet=True)
+    assert not (tmp_path / "w").exists()

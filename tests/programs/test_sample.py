@@ -82,6 +82,7 @@ def test_imagenets_names_are_in_the_order_of_the_labels() -> None:
     [
         ("golden retriever", [207]),
         ("207,360", [207, 360]),
+        ("golden  retriever", [207]),
         ("Tinca tinca,Goldfish, OTTER", [0, 1, 360]),
         ("tabby cat,red panda,toilet paper", [281, 387, 999]),
     ],
@@ -101,6 +102,7 @@ def test_imagenet_classes(text: str, labels: list[int]) -> None:
         ),
         ("golden retreiver", "no class 'golden retreiver'. Did you mean 'golden retriever'?"),
         ("xyzzy", "no class 'xyzzy'."),
+        ("3-9999999999", "classes 3-9999999999 go beyond 0..999"),
     ],
 )
 def test_what_is_no_class_of_imagenet(text: str, problem: str) -> None:
@@ -123,6 +125,30 @@ def test_from_released_files_to_pictures(released_pair: Any, tmp_path: pathlib.P
     for name, image in zip(names, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), image)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in names} | {"grid.png"}
+
+
+def test_a_grid_shows_no_more_than_can_be_looked_at(
+    released_pair: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rar_jax.programs.sample.ROWS", 2)
+    monkeypatch.setattr("rar_jax.programs.sample.COLUMNS", 1)
+    argv = ["sample", "--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--classes", "1-3"]
+    argv += ["--per-class", "2", "--out", tmp_path / "out"]
+    assert cli.main([str(a) for a in argv]) == 0
+    assert "6 images in" in (out := capsys.readouterr().out) and "2 of them in" in out
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 6
+    assert cli.main([str(a) for a in [*argv[:-4], "--per-class", "99999999999", "--out", tmp_path / "o"]]) == 2
+    assert "are more than 100000" in capsys.readouterr().err
+
+
+def test_a_file_where_the_folder_should_be(
+    released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    argv = ["sample", "--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--quiet"]
+    assert cli.main([*map(str, argv), "--out", str(tmp_path / "file" / "x")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "Not a directory" in err
 
 
 def test_one_line_for_a_wrong_file(
