@@ -7,6 +7,7 @@ import logging
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 DESCRIPTION = """\
 Train and sample autoregressive image generators in JAX.
@@ -36,10 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything is written and resumed")
         return sub
 
-    def weights_flags(sub: argparse.ArgumentParser) -> None:
+    def weights_flags(sub: argparse.ArgumentParser, required: bool = True) -> None:
         sub.add_argument(
             "--weights",
-            required=True,
+            required=required,
             help="directory of a run or of convert, generator file, or a released name (rar_b)",
         )
         sub.add_argument("--tokenizer", help="the tokenizer's file, with a generator file")
@@ -47,21 +48,44 @@ def _parser() -> argparse.ArgumentParser:
             "--download", action="store_true", help="fetch released files that are not here, and check them"
         )
 
+    def sampling_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
+        sub.add_argument(
+            "--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's, or the released model's)"
+        )
+        sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
+
     experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
     sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", _TRAIN)
     sub.add_argument("--stage", default="generator", choices=("tokenizer", "classifier", "generator"))
     experiment_verb("tokenize", "Turn the images of an experiment into token stores.", _TOKENIZE)
-    experiment_verb("evaluate", "Score the generator of a work directory.", _EVALUATE)
+    sub = verb("evaluate", "Score samples, or images made elsewhere.", _EVALUATE + _OVERRIDES)
+    weights_flags(sub, required=False)
+    sub.add_argument("--config", help="with --workdir and without --inception: fd_classifier of this experiment")
+    sub.add_argument("--workdir", type=pathlib.Path, help="work directory to score")
+    sub.add_argument(
+        "--inception", type=pathlib.Path, help="Inception's weights (pt_inception-2015-12-05-6726825d.pth)"
+    )
+    sub.add_argument(
+        "--reference", type=pathlib.Path, help="statistics to compare with, ADM's .npz or --make-reference's"
+    )
+    sub.add_argument("--samples", type=int, default=50_000, help="images to draw (default 50000)")
+    sub.add_argument("--images", help="score these instead: a folder, an .npz with arr_0, or a source (tfds:NAME)")
+    sub.add_argument("--make-reference", help="write statistics of these images to --out FILE.npz")
+    sub.add_argument("--out", type=pathlib.Path, help="folder for result.json (default: WORKDIR/evaluation)")
+    sub.add_argument("--samples-npz", action="store_true", help="also write the samples as ADM's evaluator reads them")
+    sub.add_argument("--protocol", default="adm", help="adm (default) or pytorch_fid: how images are resized")
+    sub.add_argument("--rounding", default="truncate", help="truncate (default) or round: of samples to uint8")
+    sub.add_argument("--batch-size", type=int, default=64, help="images at a time over all devices (default 64)")
+    sub.add_argument("--chunk", type=int, default=1000, help="images between two saves (default 1000)")
+    sub.add_argument("--no-neighbours", action="store_true", help="leave out precision, recall and KID")
+    sampling_flags(sub)
     sub = verb("sample", "Sample images of given classes into PNG files.", _SAMPLE)
     weights_flags(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="folder for the images")
     sub.add_argument("--classes", help="numbers, ranges or names: 3,7-9,sneaker (default: all)")
     sub.add_argument("--per-class", type=int, default=4, help="images a class (default 4)")
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
-    sub.add_argument(
-        "--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's, or the released model's)"
-    )
-    sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
+    sampling_flags(sub)
     sub.add_argument("--batch-size", type=int, help="images at a time (default: all, at most 64)")
     sub = verb("convert", "Convert weights: released files to a directory of ours, and back.", _CONVERT)
     weights_flags(sub)
@@ -88,8 +112,15 @@ classifier.
 """
 _TOKENIZE = "Needs the tokenizer stage. Writes WORKDIR/tokens/train and WORKDIR/tokens/heldout.\n"
 _EVALUATE = """\
-Needs all stages. Prints the Frechet distance on classifier features (fd_classifier, not FID) of samples, held-out images
-and an untrained generator as JSON.
+  rar-jax evaluate --weights rar_b --inception INCEPTION.pth --reference VIRTUAL_imagenet256_labeled.npz --out scores
+  rar-jax evaluate --workdir runs/mine --inception INCEPTION.pth --reference mine.npz
+  rar-jax evaluate --images FOLDER --inception INCEPTION.pth --reference mine.npz --out scores
+  rar-jax evaluate --make-reference FOLDER --inception INCEPTION.pth --out mine.npz
+FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. The same command resumes.
+
+  rar-jax evaluate --config digits --workdir runs/digits
+Without Inception's weights: the Frechet distance on classifier features (fd_classifier, not FID) of samples, held-out images
+and an untrained generator.
 """
 _SAMPLE = """\
   rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
@@ -120,13 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError
     from rar_jax.data.token_store import StoreError
+    from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.interop.torch_zip import WeightsError
     from rar_jax.programs.train import TrainingError
     from rar_jax.training.checkpoint import CheckpointError
 
     try:
         _dispatch(args, overrides)
-    except (ConfigError, StoreError, WeightsError, TrainingError, CheckpointError) as error:
+    except (ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError) as error:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:  # a full disk, a file where a folder should be, no permission
@@ -150,20 +182,15 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         convert(args.weights, args.out, **keywords)
         return
     if args.verb == "sample":
-        from rar_jax.guidance import Guidance
         from rar_jax.programs.sample import sample
 
-        try:
-            guidance = Guidance(*(float(x) for x in args.guidance.split(","))) if args.guidance else None
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"--guidance {args.guidance}: give SCALE[,POWER[,TEMPERATURE]] ({error})") from None
         sample(
             args.weights,
             args.out,
             classes=args.classes,
             per_class=args.per_class,
             seed=args.seed,
-            guidance=guidance,
+            guidance=_guidance(args.guidance),
             tokenizer=args.tokenizer,
             dtype=args.dtype,
             batch_size=args.batch_size,
@@ -172,8 +199,15 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         return
 
+    if args.verb == "evaluate" and (args.inception or args.images or args.make_reference):
+        _evaluate(args, overrides)
+        return
+
     from rar_jax.programs.experiment import resolve
     from rar_jax.training.workdir import Workdir
+
+    if not args.config or not args.workdir:
+        raise ConfigError("evaluate needs --inception (FID), or --config and --workdir (fd_classifier): see --help")
 
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
     workdir = Workdir(args.workdir)
@@ -208,6 +242,53 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         import json
 
-        from rar_jax.programs.evaluate import evaluate
+        from rar_jax.programs.fd_classifier import evaluate
 
         print(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
+
+
+def _guidance(text: str | None) -> Any:
+    from rar_jax.config import ConfigError
+    from rar_jax.guidance import Guidance
+
+    try:
+        return Guidance(*(float(x) for x in text.split(","))) if text else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--guidance {text}: give SCALE[,POWER[,TEMPERATURE]] ({error})") from None
+
+
+def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    from rar_jax.config import ConfigError, build, load_experiment
+    from rar_jax.guidance import Guidance
+    from rar_jax.programs.evaluate import reference_of, score_images, score_samples, summary
+    from rar_jax.programs.scoring import Settings
+
+    if not args.inception:
+        raise ConfigError("give Inception's weights: --inception pt_inception-2015-12-05-6726825d.pth")
+    if sum(x is not None for x in (args.weights, args.workdir, args.images, args.make_reference)) != 1:
+        raise ConfigError("give one of --weights, --workdir, --images and --make-reference")
+    if args.make_reference and args.reference:
+        raise ConfigError("--make-reference compares with nothing: leave --reference out")
+    weights = args.weights or str(args.workdir)
+    out = args.out or (args.workdir and args.workdir / "evaluation")
+    if out is None:
+        raise ConfigError("give --out: where the result shall be written")
+    settings = Settings(
+        protocol=args.protocol, rounding=args.rounding, seed=args.seed, batch_size=args.batch_size, chunk=args.chunk,
+        neighbours=not args.no_neighbours,
+    )  # fmt: skip
+    guidance = _guidance(args.guidance)
+    if args.config and guidance is None:
+        section: Any = load_experiment(args.config, overrides).guidance
+        guidance = build(Guidance, section, where="config.guidance")
+    common = {"settings": settings, "quiet": args.quiet}
+    if args.make_reference:
+        result = reference_of(args.make_reference, args.inception, out, **common)
+    elif args.images:
+        result = score_images(args.images, args.inception, out, reference_path=args.reference, **common)
+    else:
+        result = score_samples(
+            weights, args.inception, out, samples=args.samples, reference_path=args.reference, guidance=guidance,
+            tokenizer=args.tokenizer, dtype=args.dtype, download=args.download, samples_npz=args.samples_npz, **common,
+        )  # fmt: skip
+    print(summary(result))

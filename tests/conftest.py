@@ -7,8 +7,11 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
+import ast
 import dataclasses
+import math
 import pathlib
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -82,6 +85,28 @@ def parity() -> Iterator[Parity]:
         begin, end = "<!-- measured -->\n", "<!-- end -->"
         head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
         pathlib.Path(path).write_text(head + measured.table() + tail)
+
+
+@pytest.fixture(scope="session")
+def inception_state() -> dict[str, np.ndarray]:
+    """Random weights of the FID network by released name, those the golden features were made with (golden/README.md)."""
+    known, state = np.load(GOLDEN / "inception_names_shapes.npz"), dict(np.load(GOLDEN / "inception_small_tensors.npz"))
+    for name, text in zip(known["names"].tolist(), known["shapes"].tolist(), strict=True):
+        shape = ast.literal_eval(text)
+        if name not in state:
+            normal = np.random.default_rng([zlib.crc32(name.encode()), 3]).standard_normal(shape, dtype=np.float32)
+            state[name] = normal * np.float32(np.sqrt(2 / math.prod(shape[1:])))
+    return state
+
+
+@pytest.fixture(scope="session")
+def inception_file(inception_state: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same as a file, in torch-fidelity's layout."""
+    import safetensors.numpy
+
+    path = tmp_path_factory.mktemp("inception") / "weights-inception.safetensors"
+    safetensors.numpy.save_file(inception_state, path)
+    return path
 
 
 class Pair(NamedTuple):

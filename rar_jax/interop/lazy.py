@@ -36,12 +36,12 @@ class LazyArray:
         return out
 
 
-def finite(path: Any, name: str, value: np.ndarray) -> np.ndarray:
-    """The value as float32. Raises: WeightsError if it is no floating point, or holds what float32 cannot."""
+def finite(path: Any, name: str, value: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
+    """The value in a float dtype. Raises: WeightsError if it is no floating point, or holds what that dtype cannot."""
     if value.dtype.kind in "biuc":
         raise WeightsError(f"{path}: '{name}' is {value.dtype}: weights are floating point numbers")
     with np.errstate(over="ignore"):  # to infinity, which is refused below
-        value = value.astype(np.float32, copy=False)
+        value = value.astype(dtype, copy=False)
     if not np.isfinite(value).all():
         raise WeightsError(f"{path}: '{name}' holds numbers that are not finite: download it again")
     return value

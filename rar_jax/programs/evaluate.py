@@ -1,238 +1,299 @@
-"""Scores a generator: labels -> tokens -> pixels -> uint8 -> features -> moments in one jitted program over the mesh.
+"""The verb `evaluate` with Inception: FID, sFID, Inception Score, precision and recall, KID, as the ADM suite defines them.
 
-Only sums leave the devices. The features are those of the small classifier that was trained on the same training images, so
-the distance is called fd_classifier; it is not a FID.
+Of samples, of images made elsewhere, or statistics of one's own images to compare with. (`fd_classifier.py` is the verb without
+Inception's weights.) Killed anywhere, the same command goes on behind the last chunk and ends in the same bits.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from typing import Any, NamedTuple
+import contextlib
+import importlib.metadata
+import pathlib
+import time
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.data.sources import ImageSource
-from rar_jax.evaluation import classifier, frechet, moments
-from rar_jax.evaluation.moments import Moments
+import rar_jax
+from rar_jax.config import require, to_dict
+from rar_jax.evaluation import moments
+from rar_jax.evaluation.reference import Reference, SamplesWriter, read_reference, write_reference
+from rar_jax.evaluation.sums import Shift
 from rar_jax.guidance import Guidance
-from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
-from rar_jax.programs.experiment import Experiment, open_source
-from rar_jax.programs.stages import trained_params
-from rar_jax.sampling.sampler import sample_images, sample_keys
-from rar_jax.training.report import progress
-from rar_jax.training.workdir import Workdir
+from rar_jax.interop import inception, released
+from rar_jax.interop.weights import open_weights
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.rules import replicated
+from rar_jax.pipeline import Pipeline, load
+from rar_jax.programs.chunks import ChunkStore, accumulate
+from rar_jax.programs.image_sets import ImageSet, NpzImages, open_images
+from rar_jax.programs.scoring import Network, Program, Settings, metrics, remarks, shift_of
+from rar_jax.training.checkpoint import file_sha256, write_json
+from rar_jax.training.pictures import grid
 
 
-class Score(NamedTuple):
-    """Sums over images: feature moments, how many the classifier gives the asked class, and the distance of each to
-    its nearest training image (root mean square over pixels in [0, 1]), summed."""
-
-    moments: Moments
-    asked: Any
-    nearest: Any
-
-    def add(self, other: Score) -> Score:
-        """The sums of both, in float64 on the host."""
-        merged = moments.merge(self.moments, other.moments)
-        return Score(merged, *(np.float64(a) + np.float64(b) for a, b in zip(self[1:], other[1:], strict=True)))
-
-
-class Scorer:
-    """Holds what scoring needs: tokenizer, classifier, training images and their feature statistics."""
-
-    def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
-        self.experiment, self.mesh = experiment, mesh
-        self.judge: classifier.Config = experiment.model("classifier").config
-        self.tokenizer_params, self.classifier_params = (
-            trained_params(experiment, stage, workdir, mesh)[0] for stage in ("tokenizer", "classifier")
-        )
-        self.train, self.heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
-        self._train_images = jax.device_put(_all_images(self.train), replicated(mesh))
-        features = jax.jit(lambda p, x: classifier.features(self.judge, p, x)["features"])
-        train_nf = np.concatenate(
-            [
-                np.asarray(features(self.classifier_params, self._train_images[i : i + 1000]))
-                for i in range(0, len(self.train), 1000)
-            ]
-        ).astype(np.float64)
-        self.mean, self.cov = train_nf.mean(axis=0), np.cov(train_nf, rowvar=False)
-        self._shift = jnp.asarray(self.mean, jnp.float32)
-        self._root = jax.jit(self._root_of_sums)
-        self._score_samples = jax.jit(self._scan_samples, out_shardings=replicated(mesh))
-        self._score_images = jax.jit(self._scan_images, out_shardings=replicated(mesh))
-
-    # ---- in graph
-
-    def _root_of_sums(self, count: jax.Array, sum_d: jax.Array, outer_dd: jax.Array) -> jax.Array:
-        centred_d = sum_d / count  # the sums are about the reference mean, so this is the difference of the means
-        cov_dd = (outer_dd - count * centred_d[:, None] * centred_d[None, :]) / (count - 1)
-        return frechet.distance_in_graph(
-            jnp.zeros_like(centred_d), jnp.asarray(self.cov, jnp.float32), centred_d, (cov_dd + cov_dd.T) / 2
-        )
-
-    def _score_batch(self, params: Any, images: jax.Array, labels_b: jax.Array, weights_b: jax.Array) -> Score:
-        out = classifier.features(self.judge, params["classifier"], images)
-        sums = moments.update(moments.zero(len(self.mean)), out["features"], weights_b, params["shift"])
-        asked_b = (out["logits"].argmax(axis=-1) == labels_b) * weights_b
-        flat_bp = images.reshape(images.shape[0], -1).astype(jnp.float32) / 255
-        train_tp = params["train"].reshape(params["train"].shape[0], -1).astype(jnp.float32) / 255
-        squared_bt = (
-            jnp.sum(flat_bp**2, axis=1)[:, None]
-            + jnp.sum(train_tp**2, axis=1)[None, :]
-            - 2 * jnp.matmul(flat_bp, train_tp.T, precision=jax.lax.Precision.HIGHEST)
-        )
-        nearest_b = jnp.sqrt(jnp.maximum(squared_bt.min(axis=1), 0) / flat_bp.shape[1]) * weights_b
-        return Score(sums, asked_b.sum(), nearest_b.sum())
-
-    def _scan_samples(
-        self, params: Any, labels_sb: Any, ids_sb: Any, weights_sb: Any, seed: Any, guidance: Guidance
-    ) -> Score:
-        def one(total: Score, batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Score, None]:
-            labels_b, ids_b, weights_b = batch
-            experiment = self.experiment
-            images = sample_images(
-                experiment.generator, experiment.tokenizer, params, labels_b, sample_keys(seed, ids_b), guidance
-            )
-            return jax.tree.map(jnp.add, total, self._score_batch(params, images, labels_b, weights_b)), None
-
-        zero = Score(moments.zero(len(self.mean)), jnp.zeros(()), jnp.zeros(()))
-        return jax.lax.scan(one, zero, (labels_sb, ids_sb, weights_sb))[0]
-
-    def _scan_images(self, params: Any, images_sbyxc: Any, labels_sb: Any, weights_sb: Any) -> Score:
-        def one(total: Score, batch: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Score, None]:
-            return jax.tree.map(jnp.add, total, self._score_batch(params, *batch)), None
-
-        zero = Score(moments.zero(len(self.mean)), jnp.zeros(()), jnp.zeros(()))
-        return jax.lax.scan(one, zero, (images_sbyxc, labels_sb, weights_sb))[0]
-
-    # ---- from the host
-
-    def _params(self) -> dict[str, Any]:
-        return {
-            "tokenizer": self.tokenizer_params,
-            "classifier": self.classifier_params,
-            "shift": self._shift,
-            "train": self._train_images,
-        }
-
-    def samples(
-        self, generator_params: Any, ids: range, *, seed: int = 0, guidance: Guidance | None = None, chunk: int = 5
-    ) -> Score:
-        """Sums over the samples with these ids; sample i has class i modulo the classes, so classes are interleaved."""
-        experiment, classes = self.experiment, self.experiment.data.num_classes
-        size = self.batch_size(len(ids))
-        guidance = guidance or experiment.guidance
-        params = {"generator": generator_params, **self._params()}
-        total: Score | None = None
-        for start in range(ids.start, ids.stop, size * chunk):
-            count = min(chunk, -(-(ids.stop - start) // size))
-            ids_sb = np.arange(start, start + count * size, dtype=np.int32).reshape(count, size)
-            batch = ((ids_sb % classes).astype(np.int32), ids_sb, (ids_sb < ids.stop).astype(np.float32))
-            with sharded(self.mesh):
-                score = self._score_samples(params, *self._place(batch), np.uint32(seed), guidance)
-            total = score if total is None else total.add(score)
-        assert total is not None
-        return total
-
-    def images(self, source: ImageSource, n: int) -> Score:
-        """Sums over the first n real images, each against its own label."""
-        size = self.batch_size(n)
-        total: Score | None = None
-        for start in range(0, n, size):
-            places = np.arange(start, start + size)
-            rows = source.gather(np.minimum(places, n - 1))
-            weights = (places < n).astype(np.float32)
-            with sharded(self.mesh):
-                batch = self._place((rows["images"][None], rows["labels"][None], weights[None]))
-                score = self._score_images(self._params(), *batch)
-            total = score if total is None else total.add(score)
-        assert total is not None
-        return total
-
-    def distance(self, score: Score) -> float:
-        """fd_classifier to the training images, float64."""
-        return frechet.distance(self.mean, self.cov, *moments.finalize(score.moments, self.mean))
-
-    def live(self, generator_params: Any) -> dict[str, float]:
-        """The distance while training, on few samples; its name carries how many. float32, in graph to the end."""
-        n = self.experiment.evaluate.live_samples
-        score = self.samples(generator_params, range(n))
-        return {f"fd_classifier_n{n}": self.distance_in_graph(score), "asked_class_share": float(score.asked) / n}
-
-    def distance_in_graph(self, score: Score) -> float:
-        """As `distance`, by the float32 program that live curves use."""
-        return float(self._root(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), score.moments)))
-
-    def batch_size(self, wanted: int) -> int:
-        """Images at a time when `wanted` are to be scored: the config's, rounded up to divide over the mesh."""
-        parts = batch_divisor(self.mesh)
-        return -(-min(self.experiment.evaluate.batch_size, wanted) // parts) * parts
-
-    def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
-        at = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(None, *batch_sharding(self.mesh).spec))
-        return tuple(jax.device_put(array, at) for array in arrays)
-
-
-def _all_images(source: ImageSource) -> np.ndarray:
-    return source.gather(np.arange(len(source)))["images"]
-
-
-# ---------------------------------------------------------------- the report of a finished run
-
-
-def evaluate(experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: bool = False) -> dict[str, Any]:
-    """Scores the trained generator beside the held-out images and an untrained generator, at equal n.
-
-    Returns: the metrics of result.json.
-    """
-    scorer, n = Scorer(experiment, workdir, mesh), experiment.evaluate.samples
-    n_few = min(n, len(scorer.heldout))
-    trained, _ = trained_params(experiment, "generator", workdir, mesh)
-    module, config = experiment.generator.module, experiment.generator.config
-    at = param_shardings(module.axes(config), trained, mesh)
-    untrained = jax.jit(functools.partial(module.init, config), out_shardings=at)(jax.random.key(experiment.seed))
-
-    def score(params: Any, name: str) -> tuple[Score, Score]:
-        """Sums of the first n_few samples, and of all n."""
-        size = 5 * scorer.batch_size(n)
-        edges = [*range(0, n_few, size), *range(n_few, n, size), n]
-        few: Score | None = None
-        total: Score | None = None
-        spans = list(itertools.pairwise(edges))
-        for start, stop in progress(spans, description=f"evaluate {name}", unit="chunks", quiet=quiet):
-            part = scorer.samples(params, range(start, stop), seed=experiment.seed)
-            total = part if total is None else total.add(part)
-            if stop == n_few:
-                few = total
-        assert few is not None and total is not None
-        return few, total
-
-    heldout = scorer.images(scorer.heldout, n_few)
-    everything_heldout = scorer.images(scorer.heldout, len(scorer.heldout))
-    few, many = score(trained, "samples")
-    few_untrained, many_untrained = score(untrained, "untrained")
-    reference = f"the {len(scorer.train)} training images"
-    return {
-        "fd_classifier": {
-            "reference": reference,
-            f"samples_n{n}": scorer.distance(many),
-            f"samples_n{n}_in_graph_float32": scorer.distance_in_graph(many),
-            f"untrained_n{n}": scorer.distance(many_untrained),
-            f"samples_n{n_few}": scorer.distance(few),
-            f"heldout_n{n_few}": scorer.distance(heldout),
-            f"untrained_n{n_few}": scorer.distance(few_untrained),
-        },
-        f"asked_class_share_n{n}": float(many.asked) / n,
-        f"classifier_accuracy_heldout_n{len(scorer.heldout)}": float(everything_heldout.asked) / len(scorer.heldout),
-        "nearest_training_image_rms": {
-            "note": "mean over images of the pixel RMS distance (0..1) to the nearest training image; "
-            "samples far below held-out images would be memorisation",
-            f"samples_n{n}": float(many.nearest) / n,
-            f"heldout_n{len(scorer.heldout)}": float(everything_heldout.nearest) / len(scorer.heldout),
-        },
+def score_samples(
+    weights: str,
+    inception_path: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    samples: int,
+    settings: Settings,
+    reference_path: pathlib.Path | None = None,
+    tokenizer: str | None = None,
+    guidance: Guidance | None = None,
+    dtype: str | None = None,
+    download: bool = False,
+    samples_npz: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Draws samples of a directory or released file and scores them; see `evaluate`."""
+    mesh = make_mesh(MeshConfig())
+    reference = read_reference(reference_path) if reference_path else None
+    network = load_network(inception_path, mesh)
+    pipeline = load(weights, tokenizer=tokenizer, mesh=mesh, dtype=dtype, download=download)
+    path = released.locate(weights)
+    other = path if path.is_dir() else released.locate(tokenizer or released.TOKENIZER)
+    made_from = {
+        "generator_sha256": open_weights(path, "generators").sha256(),
+        "tokenizer_sha256": open_weights(other, "tokenizers").sha256(),
+        "generator_dtype": dtype or "float32",
     }
+    program = Program(network, mesh, settings, shift_of(reference))
+    return evaluate(
+        program, network, pipeline, out, images=samples, made_from=made_from, reference=reference, guidance=guidance,
+        samples_npz=samples_npz, quiet=quiet,
+    )  # fmt: skip
+
+
+def score_images(
+    images: str,
+    inception_path: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    settings: Settings,
+    reference_path: pathlib.Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Scores images made elsewhere (folder, ADM's .npz, or a source); see `evaluate`."""
+    mesh = make_mesh(MeshConfig())
+    source = open_images(images)
+    reference = read_reference(reference_path) if reference_path else None
+    network = load_network(inception_path, mesh)
+    made_from = {"images_from": source.name, "images_sha256": source.fingerprint()}
+    program = Program(network, mesh, settings, shift_of(reference))
+    return evaluate(
+        program, network, source, out, images=source.num, made_from=made_from, reference=reference, quiet=quiet
+    )
+
+
+def reference_of(
+    images: str, inception_path: pathlib.Path, out: pathlib.Path, *, settings: Settings, quiet: bool = False
+) -> dict[str, Any]:
+    """Writes statistics of one's own images (folder, .npz or source) as a reference file; see `make_reference`."""
+    require(out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
+    mesh = make_mesh(MeshConfig())
+    source = open_images(images)
+    network = load_network(inception_path, mesh)
+    program = Program(network, mesh, settings, _near_the_mean(network, mesh, settings, source))
+    return make_reference(program, network, source, out, source=images, quiet=quiet)
+
+
+def _near_the_mean(network: Network, mesh: Mesh, settings: Settings, images: ImageSet) -> Shift:
+    """Means of the first batch. About zero, float32 sums lose what small eigenvalues are made of: 1e-4 of an FID was seen."""
+    first = Program(network, mesh, settings, None).images(images, ())(0, min(settings.batch_size, images.num)).sums
+    return Shift(first.pool3.sum / first.pool3.count, first.spatial.sum / first.spatial.count)
+
+
+def load_network(path: pathlib.Path, mesh: Mesh) -> Network:
+    """Inception's weights on every device. Raises: WeightsError that says where to get them."""
+    return Network(jax.device_put(inception.load(path), replicated(mesh)), file_sha256(path))
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def evaluate(
+    program: Program,
+    network: Network,
+    source: Pipeline | ImageSet,
+    out: pathlib.Path,
+    *,
+    images: int,
+    made_from: dict[str, Any],
+    reference: Reference | None,
+    guidance: Guidance | None = None,
+    samples_npz: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Scores samples of a pipeline, or images of a set; resumes where it was stopped.
+
+    Writes out/result.json, and for samples out/grid.png and, if asked for, out/samples.npz (ADM's `arr_0`).
+
+    Args:
+      made_from: what the images are made from (sha256 of weights), for the record and the resuming.
+
+    Returns: what result.json holds.
+    Raises: ConfigError, ReferenceFileError, WeightsError.
+    """
+    settings, mesh, began = program.settings, program.mesh, time.monotonic()
+    sampled = isinstance(source, Pipeline)
+    require(images >= 2, f"samples is {images}: a covariance needs at least 2")
+    if reference is not None:
+        require(
+            reference.protocol in (None, settings.protocol),
+            f"{reference.path} was made with protocol {reference.protocol}, not {settings.protocol}: they do not compare",
+        )
+    neighbours = settings.neighbours and reference is not None and reference.images is not None
+    few = min(images, reference.images.num if reference and reference.images else images)
+    require(
+        not neighbours or few >= 4, f"{few} images are too few for precision and recall: at least 4, or --no-neighbours"
+    )
+    keep = ("pool3",) * neighbours + ("images",) * (samples_npz and sampled)
+    what = {
+        "images": images,
+        "protocol": settings.protocol,
+        "inception_sha256": network.sha256,
+        "features": network.precision,
+        "reference_sha256": reference.sha256 if reference else None,
+        **made_from,
+    }
+    classes = None
+    if isinstance(source, Pipeline):
+        guidance = guidance or source.guidance
+        classes = source.generator.config.num_classes
+        what |= {"guidance": to_dict(guidance), "seed": settings.seed, "rounding": settings.rounding}
+        compute = program.samples(source, guidance, keep)
+    else:
+        compute = program.images(source, keep)
+    store = ChunkStore(out / "chunks", {**what, **_cut(program), "keep": keep})
+    totals = accumulate(
+        store, compute, images=images, chunk=settings.chunk, split_size=settings.split_size,
+        description="evaluate", quiet=quiet,
+    )  # fmt: skip
+    pool3 = None
+    if neighbours and reference is not None:
+        pool3 = (_reference_pool3(program, network, reference, out, quiet), np.concatenate(list(store.kept("pool3"))))
+    numbers = metrics(totals, program, reference, pool3)
+    if "images" in keep:
+        _write_samples(store, out / "samples.npz", images)
+    if sampled:
+        _draw(source, guidance, settings, out / "grid.png")
+    result = {
+        **numbers,
+        "n": images,
+        "made_from": what,
+        "made_on": _where(mesh) | _cut(program),
+        "remarks": remarks(images, classes, reference, network.sha256),
+        "seconds": time.monotonic() - began,
+    }
+    write_json(out / "result.json", result)
+    return result
+
+
+def make_reference(
+    program: Program, network: Network, images: ImageSet, path: pathlib.Path, *, source: str, quiet: bool = False
+) -> dict[str, Any]:
+    """Writes statistics of one's own images, all of them, as a reference file; images up to 10,000 go into it.
+
+    Raises: ConfigError, ReferenceFileError.
+    """
+    settings = program.settings
+    require(images.num >= 2, f"{source} has {images.num} images: a covariance needs at least 2")
+    what = {
+        "reference": source,
+        "images": images.num,
+        "images_sha256": images.fingerprint(),
+        "protocol": settings.protocol,
+        "inception": network.sha256,
+    }
+    store = ChunkStore(path.with_name(f"{path.stem}_chunks"), what | _cut(program))
+    totals = accumulate(
+        store, program.images(images, ()), images=images.num, chunk=settings.chunk, split_size=settings.split_size,
+        description="reference", quiet=quiet,
+    )  # fmt: skip
+    assert totals.pool3 is not None and totals.spatial is not None
+    mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
+    spatial_mean, spatial_cov = moments.finalize(totals.spatial, program.shift.spatial)
+    kept = images.read(0, min(images.num, 10_000))
+    write_reference(
+        path, mean=mean, cov=cov, n=images.num, protocol=settings.protocol, weights_sha256=network.sha256, source=source,
+        spatial_mean=spatial_mean, spatial_cov=spatial_cov,
+        images=np.repeat(kept, 3, axis=-1) if kept.shape[-1] == 1 else kept,
+    )  # fmt: skip
+    return {
+        "reference": str(path),
+        "n": images.num,
+        "images_kept": len(kept),
+        "remarks": remarks(images.num, None, None, network.sha256),
+    }
+
+
+def _reference_pool3(
+    program: Program, network: Network, reference: Reference, out: pathlib.Path, quiet: bool
+) -> np.ndarray:
+    """Features of the reference's images, kept beside the chunks for the next evaluation."""
+    assert reference.images is not None
+    settings = program.settings
+    what = {
+        "reference_sha256": reference.sha256,
+        "inception_sha256": network.sha256,
+        "features": network.precision,
+        "protocol": settings.protocol,
+        **_cut(program),
+    }
+    store, images = ChunkStore(out / "chunks", what), NpzImages(reference.images)
+    accumulate(
+        store, program.images(images, ("pool3",)), images=images.num, chunk=settings.chunk,
+        split_size=settings.split_size, description="reference images", quiet=quiet,
+    )  # fmt: skip
+    return np.concatenate(list(store.kept("pool3")))
+
+
+def _write_samples(store: ChunkStore, path: pathlib.Path, num: int) -> None:
+    with contextlib.ExitStack() as stack:
+        writer: SamplesWriter | None = None
+        for images in store.kept("images"):
+            images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+            if writer is None:
+                new = SamplesWriter(path, num=num, height=images.shape[1], width=images.shape[2])
+                writer = stack.enter_context(new)
+            writer.append(images)
+
+
+def _draw(pipeline: Any, guidance: Guidance | None, settings: Settings, path: pathlib.Path) -> None:
+    """The first samples, of up to 8 classes: the same images that were scored (but for the rounding)."""
+    classes = min(pipeline.generator.config.num_classes, 8)
+    images = pipeline.sample(np.arange(classes), seed=settings.seed, guidance=guidance)
+    grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], path)
+
+
+def _cut(program: Program) -> dict[str, Any]:
+    """What changes the last bits of the sums."""
+    settings = program.settings
+    return {
+        "batch_size": settings.batch_size,
+        "chunk": settings.chunk,
+        "split_size": settings.split_size,
+        "mesh": dict(program.mesh.shape),
+    }
+
+
+def _where(mesh: Mesh) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "versions": {"rar_jax": rar_jax.__version__} | {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A table of the numbers and what must be known with them."""
+    lines = [
+        f"{name:24} {value:12.4f}" for name, value in result.items() if isinstance(value, float) and name != "seconds"
+    ]
+    lines += [f"n {result['n']}", *(f"note: {remark}" for remark in result["remarks"])]
+    return "\n".join(lines)

@@ -20,8 +20,8 @@ from rar_jax.config import steps_fields
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.pipeline import Pipeline, load
-from rar_jax.programs.evaluate import evaluate
 from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.fd_classifier import evaluate
 from rar_jax.programs.stages import check_weights, finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train

@@ -24,8 +24,8 @@ from rar_jax.data.token_store import TokenStore
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import global_batch
 from rar_jax.parallel.rules import param_shardings, replicated, sharded
-from rar_jax.programs.evaluate import Scorer
 from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.fd_classifier import Scorer
 from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer
 from rar_jax.programs.tokenize import tokenized
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta

@@ -51,9 +51,13 @@ def sample_keys(seed: jax.Array | int, ids: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
 
 
-def to_uint8(images_byxc: jax.Array) -> jax.Array:
-    """Images in [0, 1] to uint8 by truncation, as the released evaluation does (RAR's code, evaluation.md)."""
-    return (images_byxc * 255.0).astype(jnp.uint8)
+ROUNDINGS = ("truncate", "round")
+
+
+def to_uint8(images_byxc: jax.Array, rounding: str = "truncate") -> jax.Array:
+    """Images in [0, 1] to uint8, by truncation as RAR's evaluation does, or to the nearest ("round")."""
+    scaled_byxc = images_byxc * 255.0
+    return (jnp.round(scaled_byxc) if rounding == "round" else scaled_byxc).astype(jnp.uint8)
 
 
 def sample_images(
@@ -63,6 +67,8 @@ def sample_images(
     labels: jax.Array,
     keys: jax.Array,
     guidance: Guidance,
+    *,
+    rounding: str = "truncate",
 ) -> jax.Array:
     """uint8 images (b, y, x, c) of the given classes; traceable.
 
@@ -71,4 +77,4 @@ def sample_images(
       labels: int (b,). keys: typed keys (b,), see `sample_keys`.
     """
     tokens_bn = generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
-    return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn))
+    return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn), rounding)

@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -131,19 +131,28 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
 
 
 def progress(
-    iterable: Iterable[T], total: int | None = None, description: str = "", unit: str = "items", quiet: bool = False
+    iterable: Iterable[T],
+    total: int | None = None,
+    description: str = "",
+    unit: str = "items",
+    quiet: bool = False,
+    *,
+    sizes: Sequence[int] | None = None,
+    done: int = 0,
 ) -> Iterator[T]:
     """Yields from `iterable` and shows how far it is, the rate and the time left.
 
     Args:
       total: number of items; by default len(iterable), which it must then have.
       description: what is being done.  unit: what an item is, in the plural.  quiet: print nothing.
+      sizes: how many units each item is; by default one.  done: units that were done before.
     """
     line = _Line(description, len(iterable) if total is None else total, unit, quiet)  # pyright: ignore[reportArgumentType]
     try:
-        line.update(0)
-        for done, item in enumerate(iterable, start=1):
+        line.update(done)
+        for i, item in enumerate(iterable):
             yield item
+            done += 1 if sizes is None else sizes[i]
             line.update(done)
     finally:
         line.close()

@@ -1,5 +1,6 @@
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +34,18 @@ def _golden_cases() -> dict[str, tuple[Gaussian, Gaussian]]:
 
 
 @pytest.mark.parametrize("name", ["fid", "fid_same", "fid_rank_deficient"])
-def test_golden(name: str) -> None:
+def test_golden(name: str, parity: Any) -> None:
     first, second = _golden_cases()[name]
     # Roots of eigenvalues that are zero but for rounding (1e-16) are 1e-8.
-    assert frechet.distance(*first, *second) == pytest.approx(float(GOLDEN[name]), abs=1e-6)
+    parity.close("Frechet distance", frechet.distance(*first, *second), GOLDEN[name], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["fid", "fid_same", "fid_rank_deficient"])
-def test_golden_in_graph(name: str) -> None:
+def test_golden_in_graph(name: str, parity: Any) -> None:
     first, second = _golden_cases()[name]
     in_graph = jax.jit(frechet.distance_in_graph)(*(jnp.asarray(x, jnp.float32) for x in (*first, *second)))
     assert in_graph.shape == () and in_graph.dtype == jnp.float32
-    assert float(in_graph) == pytest.approx(float(GOLDEN[name]), abs=2e-4)
+    parity.close("Frechet distance, in graph", in_graph, GOLDEN[name], 2e-4)
 
 
 def test_equals_scipy_sqrtm_on_full_rank() -> None:
@@ -64,14 +65,44 @@ def test_commuting_covariances_have_a_closed_form() -> None:
     assert float(frechet.distance_in_graph(*args)) == pytest.approx(expected, abs=5e-4)
 
 
-def test_steep_spectrum_in_float32() -> None:
-    # The case that goes wrong by whole units when the spectrum is squared.
-    q1, q2 = (np.linalg.qr(np.random.default_rng(s).standard_normal((64, 64)))[0] for s in (4, 5))
-    values = np.geomspace(1, 1e-7, 64)
-    s1, s2 = (q1 * values) @ q1.T, (q2 * values) @ q2.T
-    zero = np.zeros(64)
+def test_identical_gaussians_are_at_no_distance() -> None:
+    mean, cov = _random(8)
+    assert frechet.distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-10)
+    args = (jnp.asarray(x, jnp.float32) for x in (mean, cov, mean, cov))
+    assert float(frechet.distance_in_graph(*args)) == pytest.approx(0, abs=5e-4)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(10, 14, 24), (40, 9, 64), (5, 5, 128)])
+def test_rank_deficient_equals_the_nuclear_norm_of_the_data(n: int, m: int, d: int) -> None:
+    # tr (S1 S2)^(1/2) is the sum of singular values of Xc Yc^T / sqrt((n-1)(m-1)): no root of a singular matrix.
+    rng = np.random.default_rng(9)
+    x_nd, y_md = rng.standard_normal((n, d)), 1.5 * rng.standard_normal((m, d)) + 0.2
+    xc_nd, yc_md = x_nd - x_nd.mean(axis=0)[None, :], y_md - y_md.mean(axis=0)[None, :]
+    root = np.linalg.svd(xc_nd @ yc_md.T, compute_uv=False).sum() / np.sqrt((n - 1) * (m - 1))
+    traces = (xc_nd**2).sum() / (n - 1) + (yc_md**2).sum() / (m - 1)
+    expected = np.sum((x_nd.mean(axis=0) - y_md.mean(axis=0)) ** 2) + traces - 2 * root
+    assert frechet.distance(*_gaussian(x_nd), *_gaussian(y_md)) == pytest.approx(expected, rel=1e-6)
+
+
+def _spectra() -> dict[str, np.ndarray]:
+    k = np.arange(1, 129)
+    return {"k^-1": 1.0 / k, "k^-2": 1.0 / k**2, "k^-3": 1.0 / k**3, "to 1e-7": np.geomspace(1, 1e-7, 128)}
+
+
+@pytest.mark.parametrize("name", list(_spectra()))
+@pytest.mark.parametrize("same_axes", [False, True])
+def test_steep_spectrum_in_float32(name: str, same_axes: bool) -> None:
+    # The cases that go wrong by whole units when the spectrum is squared. With the same axes the distance is near 0,
+    # and all of it is cancellation.
+    values = _spectra()[name]
+    q1, q2 = (np.linalg.qr(np.random.default_rng(s).standard_normal((128, 128)))[0] for s in (4, 5))
+    if same_axes:
+        q2 = q1
+    s1, s2 = (q1 * values) @ q1.T, (q2 * (1.1 * values)) @ q2.T
+    zero = np.zeros(len(values))
     args = (jnp.asarray(x, jnp.float32) for x in (zero, s1, zero, s2))
-    assert float(frechet.distance_in_graph(*args)) == pytest.approx(frechet.distance(zero, s1, zero, s2), abs=5e-4)
+    in_graph = jax.jit(frechet.distance_in_graph)(*args)
+    assert float(in_graph) == pytest.approx(frechet.distance(zero, s1, zero, s2), abs=5e-4)
 
 
 def test_symmetric_and_moved_by_the_means() -> None:

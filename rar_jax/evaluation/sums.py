@@ -1,0 +1,92 @@
+"""What an evaluation keeps of its images: sums of Inception features, small enough to leave the devices.
+
+Float32 within a chunk, in graph; float64 over chunks, on the host. Shapes: b batch, f pool3 features, s spatial features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rar_jax.evaluation import inception_score, moments
+from rar_jax.evaluation.inception_score import SplitSums
+from rar_jax.evaluation.moments import Moments
+
+POOL3, SPATIAL, CLASSES = 2048, 2023, 1008
+
+
+class Shift(NamedTuple):
+    """The points about which sums are taken, near the means: the reference's."""
+
+    pool3: Any  # (f,)
+    spatial: Any  # (s,)
+
+
+class Sums(NamedTuple):
+    """Of any number of images."""
+
+    pool3: Moments
+    spatial: Moments
+    split: SplitSums
+
+
+def zero() -> Sums:
+    """Sums of no images, float32."""
+    return Sums(moments.zero(POOL3), moments.zero(SPATIAL), inception_score.zero(CLASSES))
+
+
+def add(sums: Sums, features: Mapping[str, jax.Array], weights_b: jax.Array, shift: Shift) -> Sums:
+    """Adds a batch; jittable, and right under a sharded batch axis.
+
+    Args:
+      features: of `features.features`. weights_b: (b,) 1 for an image, 0 for padding.
+    """
+    return Sums(
+        moments.update(sums.pool3, features["pool3"], weights_b, shift.pool3),
+        moments.update(sums.spatial, features["spatial"], weights_b, shift.spatial),
+        jax.tree.map(jax.numpy.add, sums.split, inception_score.split_sums(features["logits"], weights_b)),
+    )
+
+
+class Totals:
+    """Sums over chunks, float64 on the host, and those of each split of the Inception Score by itself."""
+
+    def __init__(self, split_size: int = inception_score.SPLIT_SIZE) -> None:
+        self.done, self.split_size = 0, split_size
+        self.pool3: Moments | None = None
+        self.spatial: Moments | None = None
+        self.splits: list[SplitSums] = []
+
+    def add(self, chunk: Sums, images: int) -> None:
+        """Adds the chunk of the next `images` images, all of one split."""
+        chunk = jax.tree.map(lambda x: np.asarray(x, np.float64), chunk)
+        first = self.pool3 is None or self.spatial is None
+        self.pool3 = chunk.pool3 if first else moments.merge(self.pool3, chunk.pool3)  # pyright: ignore
+        self.spatial = chunk.spatial if first else moments.merge(self.spatial, chunk.spatial)  # pyright: ignore
+        if self.done % self.split_size == 0:
+            self.splits.append(chunk.split)
+        else:
+            self.splits[-1] = SplitSums(*(a + b for a, b in zip(self.splits[-1], chunk.split, strict=True)))
+        self.done += images
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything as arrays, for a .npz; `restore` is the way back."""
+        assert self.pool3 is not None and self.spatial is not None
+        named = {f"pool3_{k}": v for k, v in self.pool3._asdict().items()}
+        named |= {f"spatial_{k}": v for k, v in self.spatial._asdict().items()}
+        named |= {f"split_{k}": np.stack([getattr(s, k) for s in self.splits]) for k in SplitSums._fields}
+        return named | {"done": np.asarray(self.done), "split_size": np.asarray(self.split_size)}
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray]) -> Totals:
+        """From `arrays`."""
+        totals = cls(int(arrays["split_size"]))
+        totals.done = int(arrays["done"])
+        totals.pool3 = Moments(*(arrays[f"pool3_{k}"] for k in Moments._fields))
+        totals.spatial = Moments(*(arrays[f"spatial_{k}"] for k in Moments._fields))
+        columns = [arrays[f"split_{k}"] for k in SplitSums._fields]
+        totals.splits = [SplitSums(*row) for row in zip(*columns, strict=True)]
+        return totals

@@ -1,0 +1,97 @@
+"""The chunks of an evaluation: computed one after the other, added up in float64, and kept on disk.
+
+A killed evaluation goes on behind its last chunk and ends in the same bits, since everything that the sums depend on is in
+the name of the folder: what is measured, and how it is cut into chunks and batches.
+
+    <folder>/<hash>/evaluation.json     what the hash is of, for a person
+    <folder>/<hash>/totals.npz          sums of the chunks that are done
+    <folder>/<hash>/pool3_00000.npy     features of a chunk, if they are asked for
+    <folder>/<hash>/images_00000.npy    its images, if they are asked for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rar_jax.evaluation.sums import Sums, Totals
+from rar_jax.training.checkpoint import write_json
+from rar_jax.training.report import progress
+
+
+class Chunk(NamedTuple):
+    """What `compute` gives for a span of images: sums, and arrays that are kept (pool3 (n, f), images (n, y, x, 3))."""
+
+    sums: Sums
+    kept: dict[str, Any]
+
+
+class ChunkStore:
+    """Where the chunks of one evaluation are."""
+
+    def __init__(self, folder: pathlib.Path, what: dict[str, Any]) -> None:
+        """what: everything that the sums depend on, as JSON."""
+        text = json.dumps(what, sort_keys=True)
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "evaluation.json", what)
+
+    def load(self, split_size: int) -> Totals:
+        """The sums so far; empty if there are none, or the file is damaged."""
+        try:
+            with open(self.folder / "totals.npz", "rb") as stream, np.load(stream, allow_pickle=False) as file:
+                return Totals.restore(dict(file))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            return Totals(split_size)
+
+    def save(self, totals: Totals, start: int, kept: dict[str, np.ndarray]) -> None:
+        """Writes what is kept of the chunk that starts at image `start`, and then the sums, which make it count."""
+        for name, array in kept.items():
+            self._write(f"{name}_{start:08d}.npy", lambda file, array=array: np.save(file, array))
+        self._write("totals.npz", lambda file: np.savez(file, allow_pickle=False, **totals.arrays()))
+
+    def kept(self, name: str) -> Iterator[np.ndarray]:
+        """What was kept of each chunk, in order."""
+        for path in sorted(self.folder.glob(f"{name}_*.npy")):
+            yield np.load(path, allow_pickle=False)
+
+    def _write(self, name: str, write: Callable[[Any], None]) -> None:
+        partial = self.folder / f"{name}.partial"
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / name)
+
+
+def accumulate(
+    store: ChunkStore,
+    compute: Callable[[int, int], Chunk],
+    *,
+    images: int,
+    chunk: int,
+    split_size: int,
+    description: str,
+    quiet: bool = False,
+) -> Totals:
+    """Sums over `images` images: those of the chunks that are done, and then of the others.
+
+    Args:
+      compute: function (start, count) -> Chunk of the images start .. start + count - 1.
+    """
+    totals = store.load(split_size)
+    spans = [(start, min(chunk, images - start)) for start in range(totals.done, images, chunk)]
+    sizes = [count for _, count in spans]
+    for start, count in progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):
+        sums, kept = compute(start, count)
+        totals.add(sums, count)
+        store.save(totals, start, {name: np.asarray(array)[:count] for name, array in kept.items()})
+    return totals

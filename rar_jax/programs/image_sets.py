@@ -1,0 +1,120 @@
+"""Images made elsewhere, as evaluation reads them: a folder, an ADM file, or a source of data/."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from rar_jax.config import ConfigError
+from rar_jax.data.sources import ImageSource, load_source
+from rar_jax.evaluation.reference import ImageFile, read_samples
+from rar_jax.training.checkpoint import file_sha256
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageSet(Protocol):
+    """Images of one size in a fixed order. name: for messages and the record. num: how many."""
+
+    name: str
+    num: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 (count, y, x, 1 or 3) of images start, start + 1, ..."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Differs where the images do, as far as that can be told without reading them."""
+        ...
+
+
+def open_images(spec: str) -> ImageSet:
+    """FOLDER of image files (sorted by path, subfolders too), FILE.npz with `arr_0`, or a source such as tfds:NAME.
+
+    Raises: ConfigError if there is none; ReferenceFileError for a damaged .npz.
+    """
+    path = pathlib.Path(spec)
+    if path.is_dir():
+        return FolderImages(path)
+    if path.suffix == ".npz":
+        return NpzImages(read_samples(path))
+    if path.exists():
+        raise ConfigError(f"{spec}: give a folder of images, a .npz, or a source such as tfds:NAME or idx:FOLDER")
+    return SourceImages(spec, load_source(spec, "train"))
+
+
+class FolderImages:
+    """Image files of a folder and its subfolders. Reading one of another size, or a damaged one, is a ConfigError."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.name = str(folder)
+        self._paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.num = len(self._paths)
+        if not self._paths:
+            raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        self._size: tuple[int, int] | None = None
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 (count, y, x, 3); grey images and palettes become RGB, transparency is dropped."""
+        return np.stack([self._decode(path) for path in self._paths[start : start + count]])
+
+    def fingerprint(self) -> str:
+        """sha256 of names, sizes and times of the files."""
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._paths]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+    def _decode(self, path: pathlib.Path) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read as an image ({error}): remove or replace it") from error
+        self._size = self._size or pixels.shape[:2]
+        if pixels.shape[:2] != self._size:
+            raise ConfigError(
+                f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first image {self._size[1]}x{self._size[0]}: "
+                "crop all to one size first, the score depends on how"
+            )
+        return pixels
+
+
+class NpzImages:
+    """`arr_0` of an ADM file, read in order without holding it whole."""
+
+    def __init__(self, file: ImageFile) -> None:
+        self.name, self.num, self._file = str(file.path), file.num, file
+        self._rows: Iterator[np.ndarray] = iter(())
+        self._at = -1
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 (count, y, x, 3). Going on where the last call ended costs nothing; else it reads from the beginning."""
+        if start != self._at:
+            self._rows = (image for batch in self._file.batches(64) for image in batch)
+            for _ in range(start):
+                next(self._rows)
+        self._at = start + count
+        return np.stack([next(self._rows) for _ in range(count)])
+
+    def fingerprint(self) -> str:
+        """sha256 of the file."""
+        return file_sha256(pathlib.Path(self.name))
+
+
+class SourceImages:
+    """The training images of a source of data/."""
+
+    def __init__(self, name: str, source: ImageSource) -> None:
+        self.name, self.num, self._source = name, len(source), source
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 (count, y, x, c)."""
+        return self._source.gather(np.arange(start, start + count))["images"]
+
+    def fingerprint(self) -> str:
+        """The source's name and number: sources are fixed datasets."""
+        return f"{self.name} ({self.num})"

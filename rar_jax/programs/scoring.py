@@ -1,0 +1,219 @@
+"""Inception scores of images: the jitted program over the mesh, and the numbers that are made of its sums.
+
+Samples are made, decoded, rounded, resized, passed through Inception and summed in one program; only sums leave the devices
+(and, for precision, recall and KID, the pool3 features). Images made elsewhere go through the same program from the rounding
+on. Definitions: openai/guided-diffusion, evaluations/evaluator.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rar_jax.config import require
+from rar_jax.evaluation import frechet, inception_score, kid, moments, precision_recall, sums
+from rar_jax.evaluation.features import features
+from rar_jax.evaluation.reference import Reference
+from rar_jax.evaluation.sums import Shift, Totals
+from rar_jax.guidance import Guidance
+from rar_jax.parallel.mesh import batch_divisor
+from rar_jax.parallel.rules import batch_sharding, replicated, sharded
+from rar_jax.pipeline import Pipeline
+from rar_jax.programs.chunks import Chunk
+from rar_jax.programs.image_sets import ImageSet
+from rar_jax.sampling.sampler import ROUNDINGS, sample_images, sample_keys
+
+# Resize and what else a published number is made with.
+PROTOCOLS = {"adm": "tf1", "pytorch_fid": "pytorch_fid"}
+ENOUGH = 2048  # images, below which the covariance of 2048 features is singular
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How images are scored. All of it but batch_size and chunk changes the number.
+
+    protocol: "adm" or "pytorch_fid". rounding: of samples to uint8, "truncate" (RAR's code) or "round".
+    chunk: images between two saves; it divides a split of the Inception Score.
+    neighbours: precision, recall and KID too, where the reference has images.
+    """
+
+    protocol: str = "adm"
+    rounding: str = "truncate"
+    seed: int = 0
+    batch_size: int = 64
+    chunk: int = 1000
+    split_size: int = inception_score.SPLIT_SIZE
+    neighbours: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.protocol in PROTOCOLS, f"protocol is '{self.protocol}': it must be adm or pytorch_fid")
+        require(self.rounding in ROUNDINGS, f"rounding is '{self.rounding}': it must be truncate or round")
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
+        for name in ("batch_size", "chunk"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(
+            self.split_size % self.chunk == 0,
+            f"chunk is {self.chunk}: it must divide {self.split_size}, a split of the Inception Score",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Inception's parameters, replicated on the mesh, and the sha256 of their file."""
+
+    params: Any
+    sha256: str
+
+    @property
+    def precision(self) -> str:
+        """What features are computed in."""
+        return str(self.params["fc"]["kernel"].dtype)
+
+
+# ---------------------------------------------------------------- in graph
+
+
+class Program:
+    """The jitted chunk programs of one mesh: a scan over batches, sums in float32."""
+
+    def __init__(self, network: Network, mesh: Mesh, settings: Settings, shift: Shift | None) -> None:
+        self.mesh, self.settings = mesh, settings
+        zero = Shift(np.zeros(sums.POOL3, np.float32), np.zeros(sums.SPATIAL, np.float32))
+        self.shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift or zero)
+        at = replicated(mesh)
+        self._params = {"inception": network.params, "shift": jax.device_put(self.shift, at)}
+        self._score_samples = jax.jit(self._scan_samples, static_argnames=("pipeline", "keep"), out_shardings=at)
+        self._score_images = jax.jit(self._scan_images, static_argnames="keep", out_shardings=at)
+
+    def _one(self, params: Any, total: sums.Sums, images: jax.Array, weights_b: jax.Array) -> tuple[sums.Sums, Any]:
+        out = features(params["inception"], images, resize=PROTOCOLS[self.settings.protocol])
+        return sums.add(total, out, weights_b, params["shift"]), out["pool3"]
+
+    def _scan_samples(
+        self, params: Any, batch: Any, seed: Any, guidance: Guidance, *, pipeline: Pipeline, keep: tuple[str, ...]
+    ) -> Chunk:
+        def body(total: sums.Sums, rows: Any) -> tuple[sums.Sums, Any]:
+            labels_b, ids_b, weights_b = rows
+            images = sample_images(
+                pipeline.generator, pipeline.tokenizer, params, labels_b, sample_keys(seed, ids_b), guidance,
+                rounding=self.settings.rounding,
+            )  # fmt: skip
+            total, pool3_bf = self._one(params, total, images, weights_b)
+            return total, {name: {"pool3": pool3_bf, "images": images}[name] for name in keep}
+
+        return Chunk(*jax.lax.scan(body, sums.zero(), batch))
+
+    def _scan_images(self, params: Any, batch: Any, *, keep: tuple[str, ...]) -> Chunk:
+        def body(total: sums.Sums, rows: Any) -> tuple[sums.Sums, Any]:
+            total, pool3_bf = self._one(params, total, *rows)
+            return total, {"pool3": pool3_bf} if "pool3" in keep else {}
+
+        return Chunk(*jax.lax.scan(body, sums.zero(), batch))
+
+    # ---- from the host
+
+    def samples(self, pipeline: Pipeline, guidance: Guidance, keep: tuple[str, ...]) -> Callable[[int, int], Chunk]:
+        """Function (start, count) -> Chunk of the samples with these ids; sample i has class i modulo the classes."""
+        classes = pipeline.generator.config.num_classes
+
+        def compute(start: int, count: int) -> Chunk:
+            ids_sb, weights_sb = self._rows(start, count)
+            rows = self._place(((ids_sb % classes).astype(np.int32), ids_sb, weights_sb))
+            with sharded(self.mesh):
+                params = {**pipeline.params, **self._params}
+                chunk = self._score_samples(
+                    params, rows, np.uint32(self.settings.seed), guidance, pipeline=pipeline, keep=keep
+                )
+            return _flat(chunk)
+
+        return compute
+
+    def images(self, images: ImageSet, keep: tuple[str, ...]) -> Callable[[int, int], Chunk]:
+        """Function (start, count) -> Chunk of these images of a set."""
+
+        def compute(start: int, count: int) -> Chunk:
+            ids_sb, weights_sb = self._rows(0, count)
+            given = images.read(start, count)
+            rows = self._place((given[np.minimum(ids_sb, count - 1)], weights_sb))
+            with sharded(self.mesh):
+                return _flat(self._score_images(self._params, rows, keep=keep))
+
+        return compute
+
+    def _rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and 0/1 weights (steps, batch); the rows that fill up the last batch have weight 0."""
+        parts = batch_divisor(self.mesh)
+        size = -(-min(self.settings.batch_size, count) // parts) * parts
+        steps = -(-count // size)
+        ids_sb = np.arange(start, start + steps * size, dtype=np.int32).reshape(steps, size)
+        return ids_sb, (ids_sb < start + count).astype(np.float32)
+
+    def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        at = NamedSharding(self.mesh, PartitionSpec(None, *batch_sharding(self.mesh).spec))
+        return tuple(jax.device_put(array, at) for array in arrays)
+
+
+def _flat(chunk: Chunk) -> Chunk:
+    """Kept arrays (steps, batch, ...) as (steps * batch, ...)."""
+    kept = {name: np.asarray(x).reshape(-1, *x.shape[2:]) for name, x in chunk.kept.items()}
+    return Chunk(jax.device_get(chunk.sums), kept)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def shift_of(reference: Reference | None) -> Shift | None:
+    """The points that sums are taken about: the reference's means."""
+    if reference is None:
+        return None
+    spatial = reference.spatial_mean
+    return Shift(reference.mean, np.zeros(sums.SPATIAL) if spatial is None else spatial)
+
+
+def metrics(
+    totals: Totals, program: Program, reference: Reference | None, pool3: tuple[np.ndarray, np.ndarray] | None
+) -> dict[str, float]:
+    """All numbers that can be had: FID, sFID and KID, lower is better; the others, higher.
+
+    Args:
+      pool3: features of the reference's images and of the samples, for precision, recall and KID.
+    """
+    assert totals.pool3 is not None and totals.spatial is not None
+    numbers: dict[str, float] = {}
+    if reference is not None:
+        mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
+        numbers["fid"] = frechet.distance(reference.mean, reference.cov, mean, cov)
+        in_graph = jax.jit(frechet.distance_in_graph)(
+            *(jnp.asarray(x, jnp.float32) for x in (reference.mean, reference.cov, mean, cov))
+        )
+        numbers["fid_in_graph_float32"] = float(in_graph)
+        if reference.spatial_mean is not None and reference.spatial_cov is not None:
+            mean, cov = moments.finalize(totals.spatial, program.shift.spatial)
+            numbers["sfid"] = frechet.distance(reference.spatial_mean, reference.spatial_cov, mean, cov)
+    numbers["inception_score"] = inception_score.score(totals.splits)
+    if pool3 is not None:
+        numbers |= precision_recall.precision_recall(*pool3)
+        numbers["kid"] = kid.kid(*pool3)
+    return numbers
+
+
+def remarks(n: int, classes: int | None, reference: Reference | None, inception_sha256: str) -> list[str]:
+    """What a reader of the number must know."""
+    said = []
+    if n < ENOUGH:
+        said.append(f"n is {n}, below {ENOUGH}: the covariance is singular, and the FID is far above that of 50,000")
+    if classes is not None and n % classes:
+        said.append(f"n is {n}, no multiple of the {classes} classes: they are not equally often among the samples")
+    if reference is not None and reference.n is not None and reference.n < ENOUGH:
+        said.append(f"the reference is of {reference.n} images, below {ENOUGH}: its covariance is singular")
+    if reference is not None and reference.weights_sha256 not in (None, inception_sha256):
+        said.append(
+            "the reference was made with another file of Inception's weights: see that they are the same numbers"
+        )
+    return said

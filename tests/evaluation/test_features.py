@@ -1,0 +1,178 @@
+"""Inception features against torch-fidelity's, and the resize before them."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rar_jax.config import ConfigError
+from rar_jax.evaluation import features as module
+from rar_jax.evaluation.features import features, resize_half_pixel, resize_tf1
+from rar_jax.interop import inception as interop
+
+GOLDEN_DIR = pathlib.Path(__file__).parents[1] / "golden"
+GOLDEN = np.load(GOLDEN_DIR / "inception_features.npz")
+SIZES = ("64", "256", "299", "200x320")
+
+
+def _images(size: str) -> np.ndarray:
+    return GOLDEN[f"images_nchw_{size}"].transpose(0, 2, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def params(inception_file):
+    return jax.device_put(interop.load(inception_file))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return jax.jit(features, static_argnames="resize")
+
+
+# ---------------------------------------------------------------- parity
+
+
+def test_the_random_weights_are_those_of_the_golden_features(inception_state):
+    for name, checksum in GOLDEN["conv_weight_checksums"].tolist():
+        assert inception_state[name].sum(dtype=np.float64) == pytest.approx(float(checksum), abs=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_features(size, params, compiled, parity):
+    out = compiled(params, _images(size))
+    assert {x.dtype for x in out.values()} == {jnp.dtype(jnp.float32)}
+    parity.close("Inception, float32, pool3", out["pool3"], GOLDEN[f"pool3_f32_{size}"], 2e-3)
+    mean = np.abs(np.asarray(out["pool3"]) - GOLDEN[f"pool3_f32_{size}"]).mean()
+    parity.check("Inception, float32, pool3, mean difference", mean, 1e-4)
+    for name, golden in (("spatial", "spatial"), ("logits", "logits_unbiased")):
+        # Made in float64 on a grid of float64: most of the difference is the grid.
+        parity.close(f"Inception, float32, {name} against float64", out[name], GOLDEN[f"{golden}_f64_{size}"], 2e-3)
+
+
+def test_float64_features(inception_file, compiled, parity):
+    with jax.enable_x64(True):
+        params = jax.device_put(interop.load(inception_file, dtype=np.float64))
+        for size in SIZES:
+            out = compiled(params, _images(size))
+            for name, golden in (("pool3", "pool3"), ("spatial", "spatial"), ("logits", "logits_unbiased")):
+                expected = GOLDEN[f"{golden}_f64_{size}"]
+                assert out[name].dtype == np.float64 and out[name].shape == expected.shape
+                relative = np.abs(np.asarray(out[name]) - expected).max() / np.abs(expected).max()
+                parity.check(f"Inception, float64, {name}, over the largest", relative, 1e-9)
+
+
+def test_tf1_resize(parity):
+    golden = np.load(GOLDEN_DIR / "tf1_resize.npz")
+    image_byxc = jnp.asarray(golden["image_nchw"].transpose(0, 2, 3, 1), jnp.float32)
+    expected = golden["resized_nchw"].transpose(0, 2, 3, 1)
+    parity.close("TensorFlow-1 resize, of 0..255", resize_tf1(image_byxc)[:, ::13, ::13], expected, 2e-5)
+    half_pixel = resize_half_pixel(image_byxc)[:, ::13, ::13]
+    assert np.abs(np.asarray(half_pixel) - expected).mean() > 1, "the golden image cannot tell the two apart"
+
+
+# ---------------------------------------------------------------- resizing
+
+
+@pytest.mark.parametrize(("size", "new"), [((64, 48), 299), ((300, 500), 299), ((5, 7), 5), ((1, 2), 3)])
+def test_half_pixel_resize_is_jax_image_resize_without_antialias(size, new):
+    x = jax.random.uniform(jax.random.key(0), (2, *size, 3), maxval=255)
+    expected = jax.image.resize(x, (2, new, new, 3), "bilinear", antialias=False)
+    np.testing.assert_allclose(resize_half_pixel(x, size=new), expected, atol=2e-3)
+
+
+def test_tf1_resize_by_hand():
+    ramp = jnp.asarray([0.0, 10.0, 30.0])
+    x = jnp.broadcast_to(ramp[None, None, :, None], (1, 3, 3, 1))
+    columns = np.asarray(resize_tf1(x, size=6))[0, :, :, 0]
+    np.testing.assert_array_equal(columns, np.tile([0, 5, 10, 20, 30, 30], (6, 1)))  # read at 0, .5, 1, 1.5, 2, 2.5
+    rows = np.asarray(resize_tf1(x.transpose(0, 2, 1, 3), size=6))[0, :, :, 0]
+    np.testing.assert_array_equal(rows, columns.T)
+
+
+@pytest.mark.parametrize("resize", [resize_tf1, resize_half_pixel])
+def test_the_same_size_is_the_same_image(resize):
+    x = jax.random.uniform(jax.random.key(0), (1, 299, 299, 3), maxval=255)
+    np.testing.assert_array_equal(resize(x), x)
+
+
+@pytest.fixture
+def network_input(monkeypatch):
+    """Function of the arguments of `features` -> what the network would see."""
+    monkeypatch.setattr(module, "_apply", lambda params, pixels: {"pixels": pixels})
+    params = {"fc": {"kernel": jnp.zeros((1, 1))}}
+    return lambda images, **kwargs: np.asarray(features(params, images, **kwargs)["pixels"])
+
+
+def test_the_range_of_either_protocol(network_input):
+    images = np.zeros((1, 299, 299, 3), np.uint8)
+    images[0, 0, :3, 0] = [0, 128, 255]
+    np.testing.assert_array_equal(network_input(images)[0, 0, :3, 0], [-1, 0, 127 / 128])
+    scaled = network_input(images, resize="pytorch_fid")[0, 0, :3, 0]
+    np.testing.assert_allclose(scaled, [-1, 2 * 128 / 255 - 1, 1], atol=1e-6)
+
+
+def test_protocols_place_pixels_differently(network_input):
+    images = _images("64")
+    np.testing.assert_allclose(
+        network_input(images), (np.asarray(resize_tf1(jnp.asarray(images, jnp.float32))) - 128) / 128, atol=1e-6
+    )
+    expected = np.asarray(resize_half_pixel(jnp.asarray(images, jnp.float32))) * 2 / 255 - 1
+    np.testing.assert_allclose(network_input(images, resize="pytorch_fid"), expected, atol=1e-6)
+
+
+def test_grey_images_count_as_three_equal_channels(network_input):
+    grey = _images("64")[..., :1]
+    np.testing.assert_array_equal(network_input(grey), network_input(grey.repeat(3, axis=-1)))
+
+
+# ---------------------------------------------------------------- in graph
+
+
+def test_a_sharded_batch_needs_no_communication(params):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    over_data, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    images = np.concatenate([_images("64"), _images("64")[:1]])
+    function = jax.jit(features, in_shardings=(whole, over_data), out_shardings=over_data)
+    sharded = function.lower(params, images).compile()
+    text = sharded.as_text()
+    assert not [word for word in ("all-", "collective-", "reduce-scatter") if word in text]
+    out = sharded(jax.device_put(params, whole), jax.device_put(images, over_data))
+    np.testing.assert_allclose(out["pool3"][:3], GOLDEN["pool3_f32_64"], atol=2e-3)
+    np.testing.assert_allclose(out["pool3"][3], GOLDEN["pool3_f32_64"][0], atol=2e-3)
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 8, 8, 3), np.float32), r"float32 \(1, 8, 8, 3\).*take uint8"),
+        (np.zeros((8, 8, 3), np.uint8), r"uint8 \(8, 8, 3\)"),
+        (np.zeros((1, 3, 8, 8), np.uint8), r"\(1, 3, 8, 8\).*1 or 3 channels"),
+        (np.zeros((0, 8, 8, 4), np.uint8), "1 or 3 channels"),
+        (np.zeros((1, 0, 8, 3), np.uint8), "without pixels"),
+    ],
+)
+def test_other_images_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        features({"fc": {"kernel": np.zeros((1, 1), np.float32)}}, images)
+
+
+@pytest.mark.parametrize(("dtype", "message"), [(jnp.bfloat16, "bfloat16"), (np.float64, "jax_enable_x64")])
+def test_other_precisions_are_refused(dtype, message):
+    with pytest.raises(ValueError, match=message):
+        features({"fc": {"kernel": np.zeros((1, 1), dtype)}}, np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def test_an_unknown_resize_is_refused():
+    with pytest.raises(ConfigError, match=r"resize is 'tf_1'.*Did you mean 'tf1'"):
+        features({}, np.zeros((1, 8, 8, 3), np.uint8), resize="tf_1")
+
+
+@pytest.mark.parametrize("resize", [resize_tf1, resize_half_pixel])
+def test_integers_are_not_resized(resize):
+    with pytest.raises(ValueError, match=r"uint8.*float32 or float64"):
+        resize(jnp.zeros((1, 8, 8, 3), jnp.uint8))

@@ -1,0 +1,87 @@
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rar_jax.evaluation import kid as module
+from rar_jax.evaluation.kid import kid, kid_subsets
+
+
+def _brute(x: np.ndarray, y: np.ndarray) -> float:
+    """Every pair by itself."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return (float(a.astype(np.float64) @ b.astype(np.float64)) / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    within_x = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_y = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within_x + within_y - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+
+
+def _sets(n: int = 30, m: int = 23, d: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((n, d)).astype(np.float32), (rng.standard_normal((m, d)) + 0.3).astype(np.float32)
+
+
+def test_golden(golden: pathlib.Path, parity: Any) -> None:
+    metrics = np.load(golden / "metrics.npz")
+    parity.close("KID, unbiased", kid(metrics["reference"], metrics["samples"]), metrics["kid_unbiased"], 1e-12)
+
+
+def test_equals_brute_force() -> None:
+    assert kid(*_sets()) == pytest.approx(_brute(*_sets()), abs=1e-12)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = kid(*_sets())
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 23 * 4)
+    assert kid(*_sets()) == pytest.approx(expected, abs=1e-12)
+    assert kid(*reversed(_sets())) == pytest.approx(expected, abs=1e-12)
+
+
+def test_unbiased_at_few_samples() -> None:
+    rng = np.random.default_rng(1)
+    values = [kid(rng.standard_normal((8, 4)), rng.standard_normal((8, 4))) for _ in range(400)]
+    error = np.std(values) / np.sqrt(len(values))
+    assert abs(np.mean(values)) < 4 * error
+    assert min(values) < 0
+    # The biased estimator has a positive expectation here, far outside of that.
+    assert 4 * error < 0.5
+
+
+def test_subsets_are_a_function_of_the_seed() -> None:
+    sets = _sets(200, 150)
+    first = kid_subsets(*sets, subsets=7, size=40, seed=3)
+    assert first == kid_subsets(*sets, subsets=7, size=40, seed=3)
+    assert first != kid_subsets(*sets, subsets=7, size=40, seed=4)
+    assert first._fields == ("mean", "std") and first.std > 0
+
+
+def test_subsets_estimate_the_whole() -> None:
+    sets = _sets(400, 400)
+    estimate = kid_subsets(*sets, subsets=60, size=100)
+    assert estimate.mean == pytest.approx(kid(*sets), abs=4 * estimate.std / np.sqrt(60))
+
+
+def test_subsets_of_everything_are_the_whole() -> None:
+    # Drawn without replacement: every subset holds each row once.
+    reference, samples = _sets(20, 20)
+    estimate = kid_subsets(reference, samples, subsets=3, size=20)
+    assert estimate.mean == pytest.approx(kid(reference, samples), abs=1e-12)
+    assert estimate.std == pytest.approx(0, abs=1e-12)
+
+
+def test_bad_arguments_are_named() -> None:
+    reference, samples = _sets()
+    with pytest.raises(ValueError, match=r"samples has shape \(1, 5\)"):
+        kid(reference, samples[:1])
+    with pytest.raises(ValueError, match="reference has 5 features and samples 4"):
+        kid(reference, samples[:, :4])
+    with pytest.raises(ValueError, match="reference holds 1 numbers that are not finite"):
+        kid(np.where(reference == reference[3, 3], np.nan, reference), samples)
+    with pytest.raises(ValueError, match="samples has 23 rows, fewer than size 24"):
+        kid_subsets(reference, samples, size=24)
+    with pytest.raises(ValueError, match="subsets is 0 and size 1000"):
+        kid_subsets(reference, samples, subsets=0)

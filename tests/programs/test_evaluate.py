@@ -1,0 +1,385 @@
+"""evaluate with Inception: the numbers against PNG files and plain NumPy, the same after a kill and on any mesh, and what it refuses.
+
+Inception, with random weights, runs in the end-to-end test only; elsewhere a projection of the pixels stands for it.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from rar_jax import cli, load
+from rar_jax.config import ConfigError
+from rar_jax.data.sources import load_source
+from rar_jax.evaluation import sums
+from rar_jax.evaluation.reference import Reference, read_reference, write_reference
+from rar_jax.evaluation.sums import Totals
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.programs import evaluate, scoring
+from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate
+from rar_jax.programs.image_sets import open_images
+from rar_jax.programs.scoring import Network, Program, Settings, remarks, shift_of
+
+SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
+NUM, REFERENCE_NUM = 40, 30
+
+
+def write_images(path: pathlib.Path, num: int, side: int = 16, seed: int = 0) -> np.ndarray:
+    """Smooth random images as an ADM .npz: as different from the samples as photographs are from noise."""
+    small = np.random.default_rng(seed).integers(0, 256, (num, 4, 4, 3), np.uint8)
+    images = np.repeat(np.repeat(small, side // 4, axis=1), side // 4, axis=2)
+    np.savez(path, arr_0=images)
+    return images
+
+
+# ---------------------------------------------------------------- stand-ins
+
+
+def projection(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Array]:
+    """16 averages of the pixels times random numbers."""
+    b, y, x, c = images.shape
+    pixels = images.astype(jnp.float32).reshape(b, 4, y // 4, 4, x // 4, c).mean(axis=(2, 4, 5)).reshape(b, 16) / 255
+    random = np.random.default_rng(5)
+    out = {}
+    for name, width in (("pool3", sums.POOL3), ("spatial", sums.SPATIAL), ("logits", sums.CLASSES)):
+        weights = jnp.asarray(random.standard_normal((16, width), np.float32))
+        out[name] = jnp.matmul(pixels, weights, precision=jax.lax.Precision.HIGHEST)
+    return out
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few features instead of Inception's, fewer than images: everything else is as it is."""
+    for name, width in (("POOL3", 12), ("SPATIAL", 8), ("CLASSES", 10)):
+        monkeypatch.setattr(sums, name, width)
+    monkeypatch.setattr(scoring, "features", projection)
+    monkeypatch.setattr(evaluate, "read_reference", lambda path: read_reference(path, feature_dims=12, spatial_dims=8))
+    none = {"fc": {"kernel": jnp.zeros((1, 1))}}
+    monkeypatch.setattr(evaluate, "load_network", lambda path, mesh: Network(none, "0" * 64))
+
+
+def write_reference_of(folder: pathlib.Path, num: int = REFERENCE_NUM) -> pathlib.Path:
+    write_images(folder / "images.npz", num)
+    path = folder / "reference.npz"
+    evaluate.reference_of(str(folder / "images.npz"), pathlib.Path("inception"), path, settings=SETTINGS, quiet=True)
+    return path
+
+
+def score(pair: Any, out: pathlib.Path, reference: pathlib.Path | None, **changed: Any) -> dict[str, Any]:
+    keywords: dict[str, Any] = {"samples": NUM, "settings": SETTINGS, "samples_npz": True, "quiet": True} | changed
+    return evaluate.score_samples(
+        str(pair.generator), pathlib.Path("inception"), out, reference_path=reference, tokenizer=str(pair.tokenizer),
+        **keywords,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """(what, first image, images) of every chunk that is computed."""
+    spans: list[tuple[str, int, int]] = []
+
+    def recorded(store: ChunkStore, compute: Any, *, description: str, **keywords: Any) -> Totals:
+        def recorded_compute(start: int, count: int) -> Chunk:
+            spans.append((description, start, count))
+            return compute(start, count)
+
+        return accumulate(store, recorded_compute, description=description, **keywords)
+
+    monkeypatch.setattr(evaluate, "accumulate", recorded)
+    return spans
+
+
+ALL_CHUNKS = [("evaluate", 0, 20), ("evaluate", 20, 20), ("reference images", 0, 20), ("reference images", 20, 10)]
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    found = {k: v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
+    assert found.keys() == {"fid", "fid_in_graph_float32", "sfid", "inception_score", "precision", "recall", "kid"}
+    return found
+
+
+# ---------------------------------------------------------------- killed, resumed, damaged
+
+
+@pytest.mark.usefixtures("cheap")
+def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bits(
+    tmp_path: pathlib.Path, computed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = write_reference_of(tmp_path)
+    write_images(tmp_path / "given.npz", NUM, seed=1)
+
+    def run(folder: str, settings: Settings = SETTINGS) -> dict[str, Any]:
+        computed.clear()
+        return evaluate.score_images(
+            str(tmp_path / "given.npz"), pathlib.Path("i"), tmp_path / folder, settings=settings,
+            reference_path=reference, quiet=True,
+        )  # fmt: skip
+
+    expected = numbers(run("straight"))
+    assert computed == ALL_CHUNKS
+    # A chunk writes pool3 and totals: write 2 is the second chunk's first.
+    for writes, left in ((0, ALL_CHUNKS), (2, ALL_CHUNKS[1:]), (3, ALL_CHUNKS[1:]), (4, ALL_CHUNKS[2:])):
+        folder = f"killed_{writes}"
+        with monkeypatch.context() as patch:
+            _kill_at(patch, writes)
+            with pytest.raises(KeyboardInterrupt):
+                run(folder)
+        assert not (tmp_path / folder / "result.json").exists()
+        resumed = run(folder)
+        assert computed == left, writes
+        assert numbers(resumed) == expected, writes
+
+    assert numbers(run("straight")) == expected
+    assert computed == [], "what is done is not done again"
+    run("straight", Settings(seed=3, batch_size=8, chunk=10))
+    assert [span for span in computed if span[0] == "evaluate"] == [("evaluate", i, 10) for i in (0, 10, 20, 30)]
+
+    for path in (tmp_path / "straight" / "chunks").glob("*/totals.npz"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert numbers(run("straight")) == expected
+    assert computed == ALL_CHUNKS, "damaged sums are made anew"
+
+
+@pytest.mark.usefixtures("cheap")
+def test_killed_samples_go_on(
+    released_pair: Any, tmp_path: pathlib.Path, computed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = score(released_pair, tmp_path / "straight", None)
+    with monkeypatch.context() as patch:
+        _kill_at(patch, 2)  # images, totals; the second chunk's images
+        with pytest.raises(KeyboardInterrupt):
+            score(released_pair, tmp_path / "killed", None)
+    assert not (tmp_path / "killed" / "samples.npz").exists()
+    computed.clear()
+    resumed = score(released_pair, tmp_path / "killed", None)
+    assert computed == [("evaluate", 20, 20)]
+    assert resumed["inception_score"] == straight["inception_score"]
+    assert (tmp_path / "killed/samples.npz").read_bytes() == (tmp_path / "straight/samples.npz").read_bytes()
+    (ours,), (theirs,) = ((tmp_path / x / "chunks").glob("*/totals.npz") for x in ("killed", "straight"))
+    with np.load(ours) as a, np.load(theirs) as b:
+        assert close(Totals.restore(dict(a)), Totals.restore(dict(b))) == 0
+
+
+def _kill_at(patch: pytest.MonkeyPatch, writes: int) -> None:
+    """Dies in the write with this number, half of it on disk."""
+    write, count = ChunkStore._write, [0]
+
+    def dying(self: ChunkStore, name: str, function: Any) -> None:
+        count[0] += 1
+        if count[0] > writes:
+            (self.folder / f"{name}.partial").write_bytes(b"PK\x03\x04 half")
+            raise KeyboardInterrupt
+        write(self, name, function)
+
+    patch.setattr(ChunkStore, "_write", dying)
+
+
+# ---------------------------------------------------------------- batches and devices
+
+MESHES = [(1, 8), (2, 20), (4, 5)]  # devices, batch size
+
+
+def mesh_of(devices: int) -> Any:
+    return make_mesh(MeshConfig(), devices=jax.devices()[:devices])
+
+
+def close(ours: Totals, theirs: Totals) -> float:
+    """Largest difference, over the largest number of its array."""
+    a, b = ours.arrays(), theirs.arrays()
+    return max(float(np.abs(a[k] - b[k]).max() / np.abs(b[k]).max()) for k in b)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    reference = evaluate.read_reference(write_reference_of(tmp_path))
+    found = []
+    for devices, batch_size in MESHES:
+        mesh = mesh_of(devices)
+        settings = Settings(seed=3, batch_size=batch_size, chunk=20, split_size=20)
+        pipeline = load(str(released_pair.generator), tokenizer=str(released_pair.tokenizer), mesh=mesh)
+        network = evaluate.load_network(pathlib.Path(), mesh)
+        program = Program(network, mesh, settings, shift_of(reference))
+        store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
+        compute = program.samples(pipeline, pipeline.guidance, ("images",))
+        found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
+        images = np.concatenate(list(store.kept("images")))
+        np.testing.assert_array_equal(images, pipeline.sample(np.arange(27) % 10, seed=3))
+        assert float(found[-1].pool3.count) == found[-1].done == 27  # pyright: ignore
+        assert [float(s.count) for s in found[-1].splits] == [20, 7]
+    for (devices, batch_size), totals in zip(MESHES[1:], found[1:], strict=True):
+        assert close(totals, found[0]) < 1e-6, (devices, batch_size)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_images_give_the_same_sums_on_any_mesh(tmp_path: pathlib.Path) -> None:
+    write_images(tmp_path / "images.npz", 27)
+    found = []
+    for devices, batch_size in MESHES:
+        mesh = mesh_of(devices)
+        settings = Settings(batch_size=batch_size, chunk=20, split_size=20)
+        program = Program(evaluate.load_network(pathlib.Path(), mesh), mesh, settings, None)
+        compute = program.images(open_images(str(tmp_path / "images.npz")), ())
+        store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
+        found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
+        assert close(found[-1], found[0]) < 1e-6, (devices, batch_size)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_samples_npz_holds_what_was_scored(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    reference = write_reference_of(tmp_path)
+    drawn = score(released_pair, tmp_path / "out", reference)
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert file.files == ["arr_0"]
+        images = file["arr_0"]
+    pipeline = load(str(released_pair.generator), tokenizer=str(released_pair.tokenizer))
+    expected = pipeline.sample(np.arange(NUM) % 10, seed=SETTINGS.seed)
+    # Another program may round a pixel to the other side of a whole number, and truncation shows it.
+    difference = np.abs(images.astype(int) - expected)
+    assert difference.max() <= 1 and difference.mean() < 1e-3
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size[0] > 16 and grid.size[1] > 16
+    given = evaluate.score_images(
+        str(tmp_path / "out" / "samples.npz"), pathlib.Path("inception"), tmp_path / "again", settings=SETTINGS,
+        reference_path=reference, quiet=True,
+    )  # fmt: skip
+    assert "images_sha256" in given["made_from"] and "seed" not in given["made_from"]
+    for name, value in numbers(drawn).items():
+        assert given[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.usefixtures("cheap")
+def test_grey_images_become_a_reference_of_three_channels(tmp_path: pathlib.Path) -> None:
+    settings = Settings(batch_size=200, chunk=1000)
+    made = evaluate.reference_of("digits", pathlib.Path("i"), tmp_path / "r.npz", settings=settings, quiet=True)
+    source = load_source("digits", "train")
+    reference = evaluate.read_reference(tmp_path / "r.npz")
+    assert made["n"] == reference.n == made["images_kept"] == len(source) and reference.source == "digits"
+    assert reference.images is not None
+    np.testing.assert_array_equal(
+        next(reference.images.batches(3)), np.repeat(source.gather(np.arange(3))["images"], 3, axis=-1)
+    )
+    with pytest.raises(ConfigError, match=r"r\.dat: a reference is a \.npz file"):
+        evaluate.reference_of("digits", pathlib.Path("i"), tmp_path / "r.dat", settings=settings)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def problem(capsys: pytest.CaptureFixture[str], code: int, *argv: Any) -> str:
+    """The one line of a failure."""
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--quiet", *(str(a) for a in argv)]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("rar-jax evaluate: "), err
+    return err
+
+
+def test_one_line_for_a_wrong_command(
+    released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "x.npz", 4)
+    before = set(tmp_path.iterdir())
+    out, images = tmp_path / "out", ("--images", tmp_path / "x.npz")
+    weights = ("--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer)
+    network = ("--inception", tmp_path / "missing.pth")
+    for argv, text in (
+        ((*images, "--out", out), "give Inception's weights"),
+        ((*weights, "--out", out), "evaluate needs --inception (FID), or --config and --workdir"),
+        ((*network, *weights, *images, "--out", out), "give one of --weights, --workdir, --images"),
+        ((*network, *images, "--make-reference", tmp_path / "x.npz", "--out", out), "give one of"),
+        ((*network, "--out", out), "give one of"),
+        ((*network, *weights), "give --out"),
+        ((*network, *weights, "--out", out, "--chunk", "3000"), "chunk is 3000: it must divide 5000"),
+        ((*network, *weights, "--out", out, "--chunk", "0"), "chunk is 0"),
+        ((*network, *weights, "--out", out, "--batch-size", "0"), "batch_size is 0"),
+        ((*network, *weights, "--out", out, "--seed", "-1"), "seed is -1"),
+        ((*network, *weights, "--out", out, "--protocol", "clean"), "protocol is 'clean'"),
+        ((*network, *weights, "--out", out, "--rounding", "up"), "rounding is 'up'"),
+        ((*network, *weights, "--out", out, "--guidance", "a"), "--guidance a: give SCALE"),
+        ((*network, "--make-reference", tmp_path / "x.npz", "--out", tmp_path / "r"), "a reference is a .npz file"),
+        ((*network, "--images", tmp_path / "none", "--out", out), "none"),
+    ):
+        assert text in problem(capsys, 2, *argv), argv
+    assert set(tmp_path.iterdir()) == before, "a failure leaves nothing"
+
+
+def test_one_line_for_a_wrong_file(
+    released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "x.npz", 4)
+    write_reference(
+        tmp_path / "other.npz", mean=np.zeros(8), cov=np.eye(8), n=9, protocol="adm", weights_sha256="0", source="x"
+    )
+    before = set(tmp_path.iterdir())
+    weights = ("--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer)
+    network, out = ("--inception", tmp_path / "missing.pth"), ("--out", tmp_path / "out")
+    for what in (weights, ("--images", tmp_path / "x.npz")):
+        line = problem(capsys, 1, *network, *what, *out, "--reference", tmp_path / "other.npz")
+        assert "other.npz" in line and "'mu'" in line
+        assert "x.npz lacks 'mu'" in problem(capsys, 1, *network, *what, *out, "--reference", tmp_path / "x.npz")
+        assert "none.npz" in problem(capsys, 1, *network, *what, *out, "--reference", tmp_path / "none.npz")
+        assert "missing.pth" in problem(capsys, 1, *network, *what, *out)
+        line = problem(capsys, 1, "--inception", released_pair.generator, *what, *out)
+        assert released_pair.generator.name in line
+    assert "none.npz" in problem(capsys, 1, *network, "--images", tmp_path / "none.npz", *out)
+    line = problem(
+        capsys, 1, "--inception", released_pair.generator, "--make-reference", tmp_path / "x.npz", "--out",
+        tmp_path / "r.npz",
+    )  # fmt: skip
+    assert released_pair.generator.name in line
+    assert set(tmp_path.iterdir()) == before, "a failure leaves nothing"
+
+
+@pytest.mark.usefixtures("cheap")
+def test_the_commands_from_images_to_numbers(
+    released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "x.npz", 12)
+    network = ["--quiet", "--inception", "any", "--batch-size", "8", "--chunk", "20"]
+    weights = ["--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer]
+    reference, out = tmp_path / "r.npz", tmp_path / "out"
+
+    def run(*argv: Any) -> str:
+        assert cli.main(["evaluate", *network, *(str(a) for a in argv)]) == 0
+        return capsys.readouterr().out
+
+    assert "n 12\n" in run("--make-reference", tmp_path / "x.npz", "--out", reference)
+    argv = (*weights, "--samples", "15", "--reference", reference, "--seed", "2", "--guidance", "1,1,1", "--out", out)
+    text = run(*argv)
+    for name in ("fid ", "sfid", "inception_score", "precision", "recall", "kid"):
+        assert name in text
+    assert "note: n is 15, below 2048" in text and "no multiple of the 10 classes" in text
+    assert {p.name for p in out.iterdir()} == {"result.json", "grid.png", "chunks"}
+    alone = run("--images", tmp_path / "x.npz", "--out", tmp_path / "alone", "--no-neighbours")
+    assert "inception_score" in alone and "fid" not in alone and "kid" not in alone
+    without = run(*argv[:-1], tmp_path / "without", "--no-neighbours")
+    assert "fid" in without and "kid" not in without and "precision" not in without
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", *network, "--nothing"])
+
+
+# ---------------------------------------------------------------- remarks
+
+
+def test_remarks() -> None:
+    def reference(n: int | None) -> Reference:
+        return Reference(pathlib.Path("r"), "", np.zeros(1), np.eye(1), None, None, None, n, None, None, None)
+
+    assert remarks(50_000, 1000, reference(10_000), "sha") == [] == remarks(2048, None, None, "sha")
+    assert remarks(50_000, 1000, reference(None), "sha") == []
+    (small,) = remarks(2047, None, None, "sha")
+    assert small.startswith("n is 2047, below 2048: the covariance is singular")
+    (uneven,) = remarks(2500, 1000, None, "sha")
+    assert uneven == "n is 2500, no multiple of the 1000 classes: they are not equally often among the samples"
+    (other,) = remarks(50_000, 1000, reference(2000), "sha")
+    assert other.startswith("the reference is of 2000 images, below 2048")
+    assert len(remarks(15, 10, reference(3), "sha")) == 3
+    made_with_another = Reference(
+        pathlib.Path("r"), "", np.zeros(1), np.eye(1), None, None, None, None, None, "other", None
+    )
+    (weights,) = remarks(50_000, 1000, made_with_another, "sha")
+    assert weights.startswith("the reference was made with another file of Inception's weights")
