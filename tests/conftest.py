@@ -57,13 +57,13 @@ class Parity:
         self.rows[quantity] = (worst, bound)
         assert float(measured) <= bound, f"{quantity}: {measured}, bound {bound}"
 
-    def close(self, quantity: str, ours: Any, theirs: Any, bound: float) -> None:
+    def check_close(self, quantity: str, ours: Any, theirs: Any, bound: float) -> None:
         """Asserts that the largest difference of two arrays is at most the bound."""
         a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         assert a.shape == b.shape, (quantity, a.shape, b.shape)
         self.check(quantity, np.abs(a - b).max(initial=0.0), bound)
 
-    def same(self, quantity: str, ours: Any, theirs: Any) -> None:
+    def check_same(self, quantity: str, ours: Any, theirs: Any) -> None:
         """Asserts that no entry of two arrays differs."""
         a, b = np.asarray(ours), np.asarray(theirs)
         assert a.shape == b.shape, (quantity, a.shape, b.shape)

@@ -43,12 +43,14 @@ def test_the_random_weights_are_those_of_the_golden_features(inception_state):
 def test_float32_features(size, params, compiled, parity):
     out = compiled(params, _images(size))
     assert {x.dtype for x in out.values()} == {jnp.dtype(jnp.float32)}
-    parity.close("Inception, float32, pool3", out["pool3"], GOLDEN[f"pool3_f32_{size}"], 2e-3)
+    parity.check_close("Inception, float32, pool3", out["pool3"], GOLDEN[f"pool3_f32_{size}"], 2e-3)
     mean = np.abs(np.asarray(out["pool3"]) - GOLDEN[f"pool3_f32_{size}"]).mean()
     parity.check("Inception, float32, pool3, mean difference", mean, 1e-4)
     for name, golden in (("spatial", "spatial"), ("logits", "logits_unbiased")):
         # Made in float64 on a grid of float64: most of the difference is the grid.
-        parity.close(f"Inception, float32, {name} against float64", out[name], GOLDEN[f"{golden}_f64_{size}"], 2e-3)
+        parity.check_close(
+            f"Inception, float32, {name} against float64", out[name], GOLDEN[f"{golden}_f64_{size}"], 2e-3
+        )
 
 
 def test_float64_features(inception_file, compiled, parity):
@@ -67,7 +69,7 @@ def test_tf1_resize(parity):
     golden = np.load(GOLDEN_DIR / "tf1_resize.npz")
     image_byxc = jnp.asarray(golden["image_nchw"].transpose(0, 2, 3, 1), jnp.float32)
     expected = golden["resized_nchw"].transpose(0, 2, 3, 1)
-    parity.close("TensorFlow-1 resize, of 0..255", resize_tf1(image_byxc)[:, ::13, ::13], expected, 2e-5)
+    parity.check_close("TensorFlow-1 resize, of 0..255", resize_tf1(image_byxc)[:, ::13, ::13], expected, 2e-5)
     half_pixel = resize_half_pixel(image_byxc)[:, ::13, ::13]
     assert np.abs(np.asarray(half_pixel) - expected).mean() > 1, "the golden image cannot tell the two apart"
 

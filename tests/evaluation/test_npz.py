@@ -47,7 +47,7 @@ def _statistics(dims: int = 4) -> dict[str, bytes]:
     return {"mu.npy": npy(np.zeros(dims)), "sigma.npy": npy(np.eye(dims))}
 
 
-def _refused(path: pathlib.Path, message: str) -> None:
+def _check_refused(path: pathlib.Path, message: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(ReferenceFileError, match=message) as caught:
@@ -66,34 +66,36 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path: pathlib.Path, key: st
     objects = np.empty(4, object)
     objects[:] = _Bomb(ran)
     np.savez(tmp_path / "hostile.npz", **(arrays | {key: objects}), allow_pickle=True)
-    _refused(tmp_path / "hostile.npz", f"'{key}' holds pickled objects, which can run code")
+    _check_refused(tmp_path / "hostile.npz", f"'{key}' holds pickled objects, which can run code")
     assert not ran.exists()
 
 
 def test_a_bare_pickle_as_a_member_is_refused_and_not_run(tmp_path: pathlib.Path) -> None:
     ran = tmp_path / "ran"
-    _refused(
+    _check_refused(
         _zip(tmp_path / "a.npz", _statistics() | {"mu.npy": pickle.dumps(_Bomb(ran))}), "'mu' .*magic string is not"
     )
     (tmp_path / "b.npz").write_bytes(pickle.dumps(_Bomb(ran)))
-    _refused(tmp_path / "b.npz", "is no whole npz file")
+    _check_refused(tmp_path / "b.npz", "is no whole npz file")
     assert not ran.exists()
 
 
 def test_a_structured_dtype_with_an_object_inside_is_refused(tmp_path: pathlib.Path) -> None:
     header = _header((4,), "PLACE").replace(b"'PLACE'", b"[('a', '<f8'), ('b', '|O')]")
     header = header[:8] + struct.pack("<H", len(header) - 10) + header[10:]
-    _refused(_zip(tmp_path / "a.npz", _statistics() | {"mu.npy": header + bytes(64)}), "'mu' holds pickled objects")
+    _check_refused(
+        _zip(tmp_path / "a.npz", _statistics() | {"mu.npy": header + bytes(64)}), "'mu' holds pickled objects"
+    )
 
 
 def test_what_is_no_file_or_no_zip(tmp_path: pathlib.Path) -> None:
-    _refused(tmp_path / "missing.npz", "there is no such file")
-    _refused(tmp_path, "cannot be read")
+    _check_refused(tmp_path / "missing.npz", "there is no such file")
+    _check_refused(tmp_path, "cannot be read")
     for content in (b"", b"PK\x03\x04", b"<html>404 Not Found</html>" * 100):
         (tmp_path / "page.npz").write_bytes(content)
-        _refused(tmp_path / "page.npz", "is no whole npz file.*get it again")
+        _check_refused(tmp_path / "page.npz", "is no whole npz file.*get it again")
     np.save(tmp_path / "one.npy", np.zeros(4))
-    _refused(tmp_path / "one.npy", "is no whole npz file")
+    _check_refused(tmp_path / "one.npy", "is no whole npz file")
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -143,7 +145,7 @@ def test_the_checksum_is_compared(tmp_path: pathlib.Path, compression: int) -> N
     for name in (b"mu.npy", b"arr_0.npy"):
         content[content.rindex(name) - 46 + 16] ^= 1
     (tmp_path / "a.npz").write_bytes(content)
-    _refused(tmp_path / "a.npz", "'mu' is no whole npz file .Bad CRC-32")
+    _check_refused(tmp_path / "a.npz", "'mu' is no whole npz file .Bad CRC-32")
     for batch_size in (1, 4, 6, 10):
         batches = read_samples(tmp_path / "a.npz").batches(batch_size)
         with pytest.raises(ReferenceFileError, match="Bad CRC-32"):
@@ -163,7 +165,7 @@ def test_a_bomb_of_zeros_is_never_inflated(tmp_path: pathlib.Path) -> None:
     zeros = bytes(8 << 23)
     for shape, message in (((1 << 23,), r"'mu' has shape \(8388608,\)"), ((4,), "'mu' is 67108.* bytes long")):
         mu = _header(shape, "<f8") + zeros
-        _refused(
+        _check_refused(
             _zip(tmp_path / "bomb.npz", _statistics() | {"mu.npy": mu}, zipfile.ZIP_DEFLATED),
             message,
         )
@@ -179,11 +181,11 @@ def test_declared_sizes_that_no_compression_reaches(tmp_path: pathlib.Path) -> N
         assert size == len(mu)
         struct.pack_into("<I", content, directory + 24, 1 << 31)
         path.write_bytes(content)
-        _refused(path, f"'mu' claims 2147483648 bytes out of {compressed}: more than")
+        _check_refused(path, f"'mu' claims 2147483648 bytes out of {compressed}: more than")
         # Both sizes may lie.
         struct.pack_into("<I", content, directory + 20, 1 << 31)
         path.write_bytes(content)
-        _refused(path, "'mu' claims 2147483648 bytes out of 2147483648")
+        _check_refused(path, "'mu' claims 2147483648 bytes out of 2147483648")
 
 
 @pytest.mark.parametrize(
@@ -204,18 +206,18 @@ def test_declared_sizes_that_no_compression_reaches(tmp_path: pathlib.Path) -> N
 def test_hostile_headers(tmp_path: pathlib.Path, header: bytes, message: str) -> None:
     for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         path = _zip(tmp_path / "hostile.npz", _statistics() | {"mu.npy": header + bytes(32)}, compression)
-        _refused(path, message)
+        _check_refused(path, message)
 
 
 def test_other_compression_encryption_doubles_and_crowds(tmp_path: pathlib.Path) -> None:
-    _refused(_zip(tmp_path / "a.npz", _statistics(), zipfile.ZIP_LZMA), "compressed in a way that NumPy does not")
-    _refused(_zip(tmp_path / "b.npz", {f"{i}.npy": b"" for i in range(100)}), "holds 100 members")
+    _check_refused(_zip(tmp_path / "a.npz", _statistics(), zipfile.ZIP_LZMA), "compressed in a way that NumPy does not")
+    _check_refused(_zip(tmp_path / "b.npz", {f"{i}.npy": b"" for i in range(100)}), "holds 100 members")
     # "mu" and "mu.npy" have one name for NumPy.
-    _refused(_zip(tmp_path / "c.npz", _statistics() | {"mu": b""}), "two members of one name")
+    _check_refused(_zip(tmp_path / "c.npz", _statistics() | {"mu": b""}), "two members of one name")
     content = bytearray(_zip(tmp_path / "d.npz", _statistics()).read_bytes())
     content[content.index(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "d.npz").write_bytes(content)
-    _refused(tmp_path / "d.npz", "'mu' is encrypted")
+    _check_refused(tmp_path / "d.npz", "'mu' is encrypted")
 
 
 def test_images_that_are_pickled_are_refused(tmp_path: pathlib.Path) -> None:

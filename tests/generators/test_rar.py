@@ -41,17 +41,17 @@ def random_params(config: rar.Config, seed: int = 0) -> Any:
 def test_teacher_logits(tiny: Any, parity: Any) -> None:
     config, params, g = tiny
     ours = rar.logits(config, params, g["tokens"], g["labels"], g["orders"])
-    parity.close("teacher-forced logits, class", ours, g["teacher_logits"], 2e-5)
+    parity.check_close("teacher-forced logits, class", ours, g["teacher_logits"], 2e-5)
     null = np.full_like(g["labels"], config.num_classes)
     ours = rar.logits(config, params, g["tokens"], null, g["orders"])
-    parity.close("teacher-forced logits, null class", ours, g["teacher_logits_null"], 2e-5)
+    parity.check_close("teacher-forced logits, null class", ours, g["teacher_logits_null"], 2e-5)
 
 
 def test_teacher_loss(tiny: Any, parity: Any) -> None:
     config, params, g = tiny
     batch = {name: jnp.asarray(g[name]) for name in ("tokens", "labels", "orders")}
     value, metrics = rar.loss(config, params, batch, key=None, step=0)
-    parity.close("loss", value, g["teacher_loss"], 1e-5)
+    parity.check_close("loss", value, g["teacher_loss"], 1e-5)
     assert float(metrics["loss"]) == float(value)
     # With a key but no dropouts, the loss is the same.
     assert float(rar.loss(config, params, batch, key=jax.random.key(0), step=0)[0]) == pytest.approx(
@@ -67,7 +67,7 @@ def test_greedy_samples(tiny: Any, name: str, parity: Any) -> None:
     keys = jax.random.split(jax.random.key(0), len(g["labels"]))
     sample = jax.jit(functools.partial(rar.sample, config, greedy=True))
     ids = sample(params, g["labels"], keys=keys, guidance=guidance)
-    parity.same("greedy samples, tokens that differ (four guidance settings)", ids, g[f"greedy_{name}_ids"])
+    parity.check_same("greedy samples, tokens that differ (four guidance settings)", ids, g[f"greedy_{name}_ids"])
     # The probabilities of every step, through the uncached network and the schedule.
     order = raster(len(ids), config)
     class_bnv = rar.logits(config, params, ids, g["labels"], order)
@@ -75,7 +75,7 @@ def test_greedy_samples(tiny: Any, name: str, parity: Any) -> None:
     weight_n = guidance.weight(jnp.arange(config.num_tokens), config.num_tokens)
     guided_bnv = null_bnv + weight_n[None, :, None] * (class_bnv - null_bnv)
     probs = jax.nn.softmax((guided_bnv if scale else class_bnv) / temperature)
-    parity.close("greedy samples, step probabilities", probs, g[f"greedy_{name}_probs"], 1e-5)
+    parity.check_close("greedy samples, step probabilities", probs, g[f"greedy_{name}_probs"], 1e-5)
 
 
 def test_parameter_counts() -> None:

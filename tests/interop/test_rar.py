@@ -41,10 +41,12 @@ def test_released_to_ours_to_released_is_the_same_to_the_bit(
         assert again[name].dtype == value.dtype and again[name].shape == value.shape, name
         if name in rar.TABLE_ROWS:  # the rows that are used; the others are zeros
             used = config.num_tokens + 2
-            parity.same("released -> ours -> released, numbers that differ", again[name][:, :used], value[:, :used])
+            parity.check_same(
+                "released -> ours -> released, numbers that differ", again[name][:, :used], value[:, :used]
+            )
             assert not again[name][:, used:].any()
         else:
-            parity.same("released -> ours -> released, numbers that differ", again[name], value)
+            parity.check_same("released -> ours -> released, numbers that differ", again[name], value)
     if suffix == ".safetensors":  # whose readers map the tensors: they begin where any number may
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
         assert safetensors.numpy.load_file(path).keys() == released.keys()
@@ -62,7 +64,7 @@ def test_ours_to_released_and_back(tmp_path: pathlib.Path, dtype: str | None, pa
     config, again = rar.load(tmp_path / "ours.bin")
     assert (config.num_heads, config.num_tokens) == (TINY.num_heads, TINY.num_tokens)
     for ours, back in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
-        parity.same("ours -> saved -> loaded, numbers that differ", back, ours)
+        parity.check_same("ours -> saved -> loaded, numbers that differ", back, ours)
 
 
 def test_torch_reads_our_file(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -10,16 +10,11 @@ from rar_jax.config import ConfigError
 from rar_jax.data.sources import load_source
 from rar_jax.evaluation.reference import ReferenceFileError
 from rar_jax.programs.image_sets import open_images
-from rar_jax.programs.scoring import Settings
-
-SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
-NUM, REFERENCE_NUM = 40, 30
 
 
-def write_images(path: pathlib.Path, num: int, side: int = 16, seed: int = 0) -> np.ndarray:
-    """Smooth random images as an ADM .npz: as different from the samples as photographs are from noise."""
-    small = np.random.default_rng(seed).integers(0, 256, (num, 4, 4, 3), np.uint8)
-    images = np.repeat(np.repeat(small, side // 4, axis=1), side // 4, axis=2)
+def write_images(path: pathlib.Path, num: int) -> np.ndarray:
+    """An ADM .npz of random pixels."""
+    images = np.random.default_rng(0).integers(0, 256, (num, 16, 16, 3), np.uint8)
     np.savez(path, arr_0=images)
     return images
 

@@ -20,14 +20,6 @@ SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last
 NUM, REFERENCE_NUM = 40, 30
 
 
-def write_images(path: pathlib.Path, num: int, side: int = 16, seed: int = 0) -> np.ndarray:
-    """Smooth random images as an ADM .npz: as different from the samples as photographs are from noise."""
-    small = np.random.default_rng(seed).integers(0, 256, (num, 4, 4, 3), np.uint8)
-    images = np.repeat(np.repeat(small, side // 4, axis=1), side // 4, axis=2)
-    np.savez(path, arr_0=images)
-    return images
-
-
 # ---------------------------------------------------------------- end to end, with Inception
 
 
@@ -59,7 +51,10 @@ def test_scores_in_graph_are_those_of_png_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pictures through files, the network in a plain loop, moments and distance by NumPy: nothing of the in-graph program."""
-    theirs_images = write_images(tmp_path / "images.npz", REFERENCE_NUM)
+    # Blocks of 4 x 4 pixels: as different from the samples as photographs are from noise.
+    small = np.random.default_rng(0).integers(0, 256, (REFERENCE_NUM, 4, 4, 3), np.uint8)
+    theirs_images = small.repeat(4, axis=1).repeat(4, axis=2)
+    np.savez(tmp_path / "images.npz", arr_0=theirs_images)
     made = evaluate.reference_of(
         str(tmp_path / "images.npz"), inception_file, tmp_path / "reference.npz", settings=SETTINGS, quiet=True
     )

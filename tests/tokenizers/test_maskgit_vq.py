@@ -43,20 +43,20 @@ def test_golden_latents_and_tokens(golden, parity):
     expected, config, params = golden
     images = _nhwc(expected["images_nchw"])
     latents = maskgit_vq.latents(config, params, images)
-    parity.close("tokenizer, latents", latents, _nhwc(expected["latents_nchw"]), 1e-4)
+    parity.check_close("tokenizer, latents", latents, _nhwc(expected["latents_nchw"]), 1e-4)
     tokens = maskgit_vq.encode(config, params, images)
     assert tokens.dtype == jnp.int32
-    parity.same("tokenizer, tokens that differ", tokens, expected["tokens"])
+    parity.check_same("tokenizer, tokens that differ", tokens, expected["tokens"])
 
 
 @pytest.mark.parametrize(("tokens", "decoded"), [("tokens", "decoded_nchw"), ("random_tokens", "random_decoded_nchw")])
 def test_golden_decoded_images(golden, tokens, decoded, parity):
     expected, config, params = golden
     tokens, images = expected[tokens].astype(np.int32), _nhwc(expected[decoded])
-    parity.close(
+    parity.check_close(
         "tokenizer, decoded images before clipping", maskgit_vq.decode_unclipped(config, params, tokens), images, 1e-4
     )
-    parity.close("tokenizer, decoded images", maskgit_vq.decode(config, params, tokens), images.clip(0, 1), 1e-4)
+    parity.check_close("tokenizer, decoded images", maskgit_vq.decode(config, params, tokens), images.clip(0, 1), 1e-4)
 
 
 # ---------------------------------------------------------------- contract

@@ -52,7 +52,7 @@ def test_the_released_learning_rate(golden: pathlib.Path, parity: Any) -> None:
     assert len(g["lr_steps"]) == 11 and g["lr_steps"][-1] == RELEASED.steps
     ours = np.array([float(schedule(RELEASED)(int(s))) for s in g["lr_steps"]])
     # Float32 of a rate that is at most 4e-4: optax computes the warm-up as peak - peak * (share that is left).
-    parity.close(
+    parity.check_close(
         "learning rates, difference over the peak's float32 step",
         ours / (4e-4 * 2**-23),
         g["lr_values"] / (4e-4 * 2**-23),
@@ -84,7 +84,7 @@ def test_the_released_random_ratio(golden: pathlib.Path, parity: Any) -> None:
     g = np.load(golden / "rar_tiny.npz")
     assert (rar.Config().anneal_start, rar.Config().anneal_end) == (125_000, 187_500)
     ours = [float(rar.random_ratio(rar.Config(), int(s))) for s in g["ratio_steps"]]
-    parity.close("share of random orders", ours, g["ratio_values"], 1e-7)
+    parity.check_close("share of random orders", ours, g["ratio_values"], 1e-7)
 
 
 # ---------------------------------------------------------------- decay
@@ -153,7 +153,7 @@ def test_gradients(tiny: Any, four: FourSteps, golden: pathlib.Path, parity: Any
 def test_four_training_steps(tiny: Any, four: FourSteps, golden: pathlib.Path, parity: Any) -> None:
     config, params, g = tiny
     losses, norms, rates = ([m[name] for m in four.metrics] for name in ("loss", "grad_norm", "learning_rate"))
-    parity.close("four optimizer steps, losses", losses, g["train_losses"], 1e-5)
+    parity.check_close("four optimizer steps, losses", losses, g["train_losses"], 1e-5)
     np.testing.assert_allclose(norms, g["train_grad_norms"], rtol=1e-5)
     np.testing.assert_allclose(rates, g["train_lrs"], rtol=1e-6)
     ours, theirs = by_released_name(config, four.params), np.load(golden / "rar_tiny_after4.npz")
@@ -161,7 +161,7 @@ def test_four_training_steps(tiny: Any, four: FourSteps, golden: pathlib.Path, p
     start = by_released_name(config, params)
     for name, value in ours.items():
         if not zero_in_exact_arithmetic(name):
-            parity.close("four optimizer steps, parameters", value, theirs[name], 1e-6)
+            parity.check_close("four optimizer steps, parameters", value, theirs[name], 1e-6)
             assert np.abs(value - start[name]).max() > 1e-5, name
 
 
