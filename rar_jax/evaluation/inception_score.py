@@ -30,9 +30,9 @@ class SplitSums(NamedTuple):
     p: Any  # (c,), sum over samples of p
 
 
-def zero(classes: int) -> SplitSums:
-    """Sums of no samples, float32: where a scan over batches starts."""
-    return SplitSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros((classes,)))
+def zero(classes: int, dtype: npt.DTypeLike = np.float32) -> SplitSums:
+    """Sums of no samples: where a scan over batches starts."""
+    return SplitSums(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((classes,), dtype))
 
 
 def split_sums(logits: jax.Array, weights: jax.Array) -> SplitSums:
@@ -42,14 +42,15 @@ def split_sums(logits: jax.Array, weights: jax.Array) -> SplitSums:
       logits: (b, c), any float dtype.
       weights: (b,) 1 for a sample, 0 for the padding of the last batch, whose logits may be anything.
 
-    Returns: SplitSums in float32.
+    Returns: SplitSums in float32, or float64 for float64 logits.
     """
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
     # `where`, not a product: a padded row may hold a NaN, and 0 * NaN is NaN.
     is_sample_b1 = weights[:, None] > 0
-    logp_bc = jax.nn.log_softmax(jnp.where(is_sample_b1, logits.astype(jnp.float32), 0.0))
+    logp_bc = jax.nn.log_softmax(jnp.where(is_sample_b1, logits.astype(dtype), 0.0))
     p_bc = jnp.where(is_sample_b1, jnp.exp(logp_bc), 0.0)
     return SplitSums(
-        count=jnp.sum(is_sample_b1, dtype=jnp.float32), plogp=jnp.sum(p_bc * logp_bc), p=jnp.sum(p_bc, axis=0)
+        count=jnp.sum(is_sample_b1, dtype=dtype), plogp=jnp.sum(p_bc * logp_bc), p=jnp.sum(p_bc, axis=0)
     )
 
 

@@ -1,4 +1,4 @@
-"""Streaming mean and covariance of features: float32 sums in graph, float64 totals on the host.
+"""Streaming mean and covariance of features: float32 sums in graph (float64 of float64 features), float64 totals on the host.
 
 All sums are of features minus a given shift, for example the reference mean. The covariance is then a
 difference of small numbers, not of large ones, so float32 loses nothing that matters (evaluation.md:
@@ -25,28 +25,29 @@ class Moments(NamedTuple):
     outer: Any  # (d, d), sum of outer products
 
 
-def zero(dim: int) -> Moments:
-    """Moments of no samples, float32, for features of width `dim`."""
-    return Moments(jnp.zeros(()), jnp.zeros((dim,)), jnp.zeros((dim, dim)))
+def zero(dim: int, dtype: npt.DTypeLike = np.float32) -> Moments:
+    """Moments of no samples for features of width `dim`; what they are summed in is `dtype`."""
+    return Moments(jnp.zeros((), dtype), jnp.zeros((dim,), dtype), jnp.zeros((dim, dim), dtype))
 
 
 def update(moments: Moments, features_bd: jax.Array, weights_b: jax.Array, shift_d: jax.Array) -> Moments:
     """Adds a batch; jittable, and right under a sharded batch axis.
 
     Args:
-      moments: float32 sums so far, about the same shift.
+      moments: sums so far, about the same shift.
       features_bd: (b, d), any float dtype.
       weights_b: (b,) 1 for a sample, 0 for the padding of the last batch, whose features may be anything.
       shift_d: (d,) the point about which all sums of one evaluation are taken.
 
-    Returns: Moments in float32.
+    Returns: Moments in the dtype of `moments`.
     """
+    dtype = moments.sum.dtype
     # `where`, not a product: a padded row may hold a NaN, and 0 * NaN is NaN.
     is_sample_b1 = weights_b[:, None] > 0
-    centred_bd = jnp.where(is_sample_b1, features_bd.astype(jnp.float32) - shift_d.astype(jnp.float32)[None, :], 0.0)
+    centred_bd = jnp.where(is_sample_b1, features_bd.astype(dtype) - shift_d.astype(dtype)[None, :], 0.0)
     # The default precision of a TPU (bfloat16) costs up to 1.5e-2 of distance here.
     outer_dd = jnp.matmul(centred_bd.T, centred_bd, precision=jax.lax.Precision.HIGHEST)
-    count = jnp.sum(is_sample_b1, dtype=jnp.float32)
+    count = jnp.sum(is_sample_b1, dtype=dtype)
     return Moments(moments.count + count, moments.sum + centred_bd.sum(axis=0), moments.outer + outer_dd)
 
 

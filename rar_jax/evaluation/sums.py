@@ -1,6 +1,6 @@
 """What an evaluation keeps of its images: sums of Inception features, small enough to leave the devices.
 
-Float32 within a chunk, in graph; float64 over chunks, on the host. Shapes: b batch, f pool3 features, s spatial features.
+Float32 (float64 if the features are) within a chunk, in graph; float64 over chunks, on the host. Shapes: b batch, f pool3 features, s spatial features.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Sums(NamedTuple):
     split: SplitSums
 
 
-def zero() -> Sums:
-    """Sums of no images, float32."""
-    return Sums(moments.zero(POOL3), moments.zero(SPATIAL), inception_score.zero(CLASSES))
+def zero(dtype: Any = np.float32) -> Sums:
+    """Sums of no images, in the dtype of the features."""
+    return Sums(moments.zero(POOL3, dtype), moments.zero(SPATIAL, dtype), inception_score.zero(CLASSES, dtype))
 
 
 def add(sums: Sums, features: Mapping[str, jax.Array], weights_b: jax.Array, shift: Shift) -> Sums:

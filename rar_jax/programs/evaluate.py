@@ -52,7 +52,7 @@ def score_samples(
     """Draws samples of a directory or released file and scores them; see `evaluate`."""
     mesh = make_mesh(MeshConfig())
     reference = read_reference(reference_path) if reference_path else None
-    network = load_network(inception_path, mesh)
+    network = load_network(inception_path, mesh, settings)
     pipeline = load(weights, tokenizer=tokenizer, mesh=mesh, dtype=dtype, download=download)
     path = released.locate(weights)
     other = path if path.is_dir() else released.locate(tokenizer or released.TOKENIZER)
@@ -81,7 +81,7 @@ def score_images(
     mesh = make_mesh(MeshConfig())
     source = open_images(images)
     reference = read_reference(reference_path) if reference_path else None
-    network = load_network(inception_path, mesh)
+    network = load_network(inception_path, mesh, settings)
     made_from = {"images_from": source.name, "images_sha256": source.fingerprint()}
     program = Program(network, mesh, settings, shift_of(reference))
     return evaluate(
@@ -96,7 +96,7 @@ def reference_of(
     require(out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
     mesh = make_mesh(MeshConfig())
     source = open_images(images)
-    network = load_network(inception_path, mesh)
+    network = load_network(inception_path, mesh, settings)
     program = Program(network, mesh, settings, _near_the_mean(network, mesh, settings, source))
     return make_reference(program, network, source, out, source=images, quiet=quiet)
 
@@ -107,9 +107,11 @@ def _near_the_mean(network: Network, mesh: Mesh, settings: Settings, images: Ima
     return Shift(first.pool3.sum / first.pool3.count, first.spatial.sum / first.spatial.count)
 
 
-def load_network(path: pathlib.Path, mesh: Mesh) -> Network:
+def load_network(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Network:
     """Inception's weights on every device. Raises: WeightsError that says where to get them."""
-    return Network(jax.device_put(inception.load(path), replicated(mesh)), file_sha256(path))
+    with jax.enable_x64(settings.features == "float64"):
+        params = jax.device_put(inception.load(path, dtype=settings.features), replicated(mesh))
+    return Network(params, file_sha256(path))
 
 
 # ---------------------------------------------------------------- scoring
@@ -156,7 +158,7 @@ def evaluate(
         "images": images,
         "protocol": settings.protocol,
         "inception_sha256": network.sha256,
-        "features": network.precision,
+        "features": settings.features,
         "reference_sha256": reference.sha256 if reference else None,
         **made_from,
     }
@@ -184,6 +186,7 @@ def evaluate(
     result = {
         **numbers,
         "n": images,
+        "reference": str(reference.path) if reference else None,
         "made_from": what,
         "made_on": _where(mesh) | _cut(program),
         "remarks": remarks(images, classes, reference, network.sha256),
@@ -207,6 +210,7 @@ def make_reference(
         "images": images.num,
         "images_sha256": images.fingerprint(),
         "protocol": settings.protocol,
+        "features": settings.features,
         "inception": network.sha256,
     }
     store = ChunkStore(path.with_name(f"{path.stem}_chunks"), what | _cut(program))
@@ -240,7 +244,7 @@ def _reference_pool3(
     what = {
         "reference_sha256": reference.sha256,
         "inception_sha256": network.sha256,
-        "features": network.precision,
+        "features": settings.features,
         "protocol": settings.protocol,
         **_cut(program),
     }

@@ -39,12 +39,14 @@ class Settings:
     """How images are scored. All of it but batch_size and chunk changes the number.
 
     protocol: "adm" or "pytorch_fid". rounding: of samples to uint8, "truncate" (RAR's code) or "round".
+    features: what Inception and the sums are computed in, "float32", or "float64" to see what float32 costs (not on TPUs).
     chunk: images between two saves; it divides a split of the Inception Score.
     neighbours: precision, recall and KID too, where the reference has images.
     """
 
     protocol: str = "adm"
     rounding: str = "truncate"
+    features: str = "float32"
     seed: int = 0
     batch_size: int = 64
     chunk: int = 1000
@@ -54,6 +56,9 @@ class Settings:
     def __post_init__(self) -> None:
         require(self.protocol in PROTOCOLS, f"protocol is '{self.protocol}': it must be adm or pytorch_fid")
         require(self.rounding in ROUNDINGS, f"rounding is '{self.rounding}': it must be truncate or round")
+        require(
+            self.features in ("float32", "float64"), f"features is '{self.features}': it must be float32 or float64"
+        )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
         for name in ("batch_size", "chunk"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -70,23 +75,22 @@ class Network:
     params: Any
     sha256: str
 
-    @property
-    def precision(self) -> str:
-        """What features are computed in."""
-        return str(self.params["fc"]["kernel"].dtype)
-
 
 # ---------------------------------------------------------------- in graph
 
 
 class Program:
-    """The jitted chunk programs of one mesh: a scan over batches, sums in float32."""
+    """The jitted chunk programs of one mesh: a scan over batches.
+
+    JAX is in float64 mode around a program of float64 features, and out of it around sampling, which it would change.
+    """
 
     def __init__(self, network: Network, mesh: Mesh, settings: Settings, shift: Shift | None) -> None:
         self.mesh, self.settings = mesh, settings
         zero = Shift(np.zeros(sums.POOL3, np.float32), np.zeros(sums.SPATIAL, np.float32))
         self.shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift or zero)
         at = replicated(mesh)
+        self._dtype = np.dtype(settings.features)
         self._params = {"inception": network.params, "shift": jax.device_put(self.shift, at)}
         self._score_samples = jax.jit(self._scan_samples, static_argnames=("pipeline", "keep"), out_shardings=at)
         self._score_images = jax.jit(self._scan_images, static_argnames="keep", out_shardings=at)
@@ -100,21 +104,22 @@ class Program:
     ) -> Chunk:
         def body(total: sums.Sums, rows: Any) -> tuple[sums.Sums, Any]:
             labels_b, ids_b, weights_b = rows
-            images = sample_images(
-                pipeline.generator, pipeline.tokenizer, params, labels_b, sample_keys(seed, ids_b), guidance,
-                rounding=self.settings.rounding,
-            )  # fmt: skip
+            with jax.enable_x64(False):
+                images = sample_images(
+                    pipeline.generator, pipeline.tokenizer, params, labels_b, sample_keys(seed, ids_b), guidance,
+                    rounding=self.settings.rounding,
+                )  # fmt: skip
             total, pool3_bf = self._one(params, total, images, weights_b)
             return total, {name: {"pool3": pool3_bf, "images": images}[name] for name in keep}
 
-        return Chunk(*jax.lax.scan(body, sums.zero(), batch))
+        return Chunk(*jax.lax.scan(body, sums.zero(self._dtype), batch))
 
     def _scan_images(self, params: Any, batch: Any, *, keep: tuple[str, ...]) -> Chunk:
         def body(total: sums.Sums, rows: Any) -> tuple[sums.Sums, Any]:
             total, pool3_bf = self._one(params, total, *rows)
             return total, {"pool3": pool3_bf} if "pool3" in keep else {}
 
-        return Chunk(*jax.lax.scan(body, sums.zero(), batch))
+        return Chunk(*jax.lax.scan(body, sums.zero(self._dtype), batch))
 
     # ---- from the host
 
@@ -125,7 +130,7 @@ class Program:
         def compute(start: int, count: int) -> Chunk:
             ids_sb, weights_sb = self._rows(start, count)
             rows = self._place(((ids_sb % classes).astype(np.int32), ids_sb, weights_sb))
-            with sharded(self.mesh):
+            with sharded(self.mesh), self._mode():
                 params = {**pipeline.params, **self._params}
                 chunk = self._score_samples(
                     params, rows, np.uint32(self.settings.seed), guidance, pipeline=pipeline, keep=keep
@@ -141,10 +146,13 @@ class Program:
             ids_sb, weights_sb = self._rows(0, count)
             given = images.read(start, count)
             rows = self._place((given[np.minimum(ids_sb, count - 1)], weights_sb))
-            with sharded(self.mesh):
+            with sharded(self.mesh), self._mode():
                 return _flat(self._score_images(self._params, rows, keep=keep))
 
         return compute
+
+    def _mode(self) -> Any:
+        return jax.enable_x64(self._dtype == np.float64)
 
     def _rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and 0/1 weights (steps, batch); the rows that fill up the last batch have weight 0."""
@@ -188,14 +196,16 @@ def metrics(
     numbers: dict[str, float] = {}
     if reference is not None:
         mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
-        numbers["fid"] = frechet.distance(reference.mean, reference.cov, mean, cov)
+        numbers["fid"] = frechet.distance(reference.mean, reference.cov, mean, cov, n1=reference.n, n2=totals.done)
         in_graph = jax.jit(frechet.distance_in_graph)(
             *(jnp.asarray(x, jnp.float32) for x in (reference.mean, reference.cov, mean, cov))
         )
         numbers["fid_in_graph_float32"] = float(in_graph)
         if reference.spatial_mean is not None and reference.spatial_cov is not None:
             mean, cov = moments.finalize(totals.spatial, program.shift.spatial)
-            numbers["sfid"] = frechet.distance(reference.spatial_mean, reference.spatial_cov, mean, cov)
+            numbers["sfid"] = frechet.distance(
+                reference.spatial_mean, reference.spatial_cov, mean, cov, n1=reference.n, n2=totals.done
+            )
     numbers["inception_score"] = inception_score.score(totals.splits)
     if pool3 is not None:
         numbers |= precision_recall.precision_recall(*pool3)

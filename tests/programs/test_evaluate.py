@@ -59,7 +59,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "features", projection)
     monkeypatch.setattr(evaluate, "read_reference", lambda path: read_reference(path, feature_dims=12, spatial_dims=8))
     none = {"fc": {"kernel": jnp.zeros((1, 1))}}
-    monkeypatch.setattr(evaluate, "load_network", lambda path, mesh: Network(none, "0" * 64))
+    monkeypatch.setattr(evaluate, "load_network", lambda path, mesh, settings: Network(none, "0" * 64))
 
 
 def write_reference_of(folder: pathlib.Path, num: int = REFERENCE_NUM) -> pathlib.Path:
@@ -201,7 +201,7 @@ def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pa
         mesh = mesh_of(devices)
         settings = Settings(seed=3, batch_size=batch_size, chunk=20, split_size=20)
         pipeline = load(str(released_pair.generator), tokenizer=str(released_pair.tokenizer), mesh=mesh)
-        network = evaluate.load_network(pathlib.Path(), mesh)
+        network = evaluate.load_network(pathlib.Path(), mesh, settings)
         program = Program(network, mesh, settings, shift_of(reference))
         store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
         compute = program.samples(pipeline, pipeline.guidance, ("images",))
@@ -221,7 +221,7 @@ def test_images_give_the_same_sums_on_any_mesh(tmp_path: pathlib.Path) -> None:
     for devices, batch_size in MESHES:
         mesh = mesh_of(devices)
         settings = Settings(batch_size=batch_size, chunk=20, split_size=20)
-        program = Program(evaluate.load_network(pathlib.Path(), mesh), mesh, settings, None)
+        program = Program(evaluate.load_network(pathlib.Path(), mesh, settings), mesh, settings, None)
         compute = program.images(open_images(str(tmp_path / "images.npz")), ())
         store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
         found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
