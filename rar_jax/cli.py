@@ -73,11 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", help="score these instead: a folder, an .npz with arr_0, or a source (tfds:NAME)")
     sub.add_argument("--make-reference", help="write statistics of these images to --out FILE.npz")
     sub.add_argument("--out", type=pathlib.Path, help="folder for result.json (default: WORKDIR/evaluation)")
+    sub.add_argument("--split", default="train", choices=("train", "heldout"), help="of a source (default train)")
+    sub.add_argument("--steps", help="with --workdir: score these checkpoints (1000,2000 or all) and mark the best")
+    sub.add_argument(
+        "--reconstruction",
+        action="store_true",
+        help="score the tokenizer's reconstructions of --images (rFID, PSNR, SSIM)",
+    )
     sub.add_argument("--samples-npz", action="store_true", help="also write the samples as ADM's evaluator reads them")
     sub.add_argument("--protocol", default="adm", help="adm (default) or pytorch_fid: how images are resized")
     sub.add_argument("--rounding", default="truncate", help="truncate (default) or round: of samples to uint8")
     sub.add_argument("--batch-size", type=int, default=64, help="images at a time over all devices (default 64)")
+    sub.add_argument("--features", default="float32", help="float32 (default) or float64: what Inception computes in")
     sub.add_argument("--chunk", type=int, default=1000, help="images between two saves (default 1000)")
+    sub.add_argument(
+        "--shares", action="store_true", help="also time one batch: sampling, decoding, Inception, moments"
+    )
     sub.add_argument("--no-neighbours", action="store_true", help="leave out precision, recall and KID")
     sampling_flags(sub)
     sub = verb("sample", "Sample images of given classes into PNG files.", _SAMPLE)
@@ -116,6 +127,8 @@ _EVALUATE = """\
   rar-jax evaluate --workdir runs/mine --inception INCEPTION.pth --reference mine.npz
   rar-jax evaluate --images FOLDER --inception INCEPTION.pth --reference mine.npz --out scores
   rar-jax evaluate --make-reference FOLDER --inception INCEPTION.pth --out mine.npz
+  rar-jax evaluate --workdir runs/mine --steps all --inception INCEPTION.pth --reference mine.npz --samples 5000
+  rar-jax evaluate --reconstruction --tokenizer TOKENIZER.bin --images FOLDER --inception INCEPTION.pth --out scores
 FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. The same command resumes.
 
   rar-jax evaluate --config digits --workdir runs/digits
@@ -199,7 +212,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         return
 
-    if args.verb == "evaluate" and (args.inception or args.images or args.make_reference):
+    if args.verb == "evaluate" and (args.inception or args.images or args.make_reference or args.steps):
         _evaluate(args, overrides)
         return
 
@@ -261,34 +274,50 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import ConfigError, build, load_experiment
     from rar_jax.guidance import Guidance
     from rar_jax.programs.evaluate import reference_of, score_images, score_samples, summary
+    from rar_jax.programs.evaluate_steps import score_steps, steps_table
+    from rar_jax.programs.reconstruct import reconstruct
     from rar_jax.programs.scoring import Settings
 
     if not args.inception:
         raise ConfigError("give Inception's weights: --inception pt_inception-2015-12-05-6726825d.pth")
-    if sum(x is not None for x in (args.weights, args.workdir, args.images, args.make_reference)) != 1:
+    weights = args.tokenizer or args.weights or (args.workdir and str(args.workdir))
+    if args.reconstruction:
+        if not weights or not args.images or args.make_reference:
+            raise ConfigError("--reconstruction needs a tokenizer (--tokenizer FILE, or --workdir) and --images")
+    elif sum(x is not None for x in (args.weights, args.workdir, args.images, args.make_reference)) != 1:
         raise ConfigError("give one of --weights, --workdir, --images and --make-reference")
     if args.make_reference and args.reference:
         raise ConfigError("--make-reference compares with nothing: leave --reference out")
-    weights = args.weights or str(args.workdir)
+    if args.steps and not args.workdir:
+        raise ConfigError("--steps needs --workdir, whose checkpoints it means")
     out = args.out or (args.workdir and args.workdir / "evaluation")
     if out is None:
         raise ConfigError("give --out: where the result shall be written")
     settings = Settings(
-        protocol=args.protocol, rounding=args.rounding, seed=args.seed, batch_size=args.batch_size, chunk=args.chunk,
-        neighbours=not args.no_neighbours,
+        protocol=args.protocol, rounding=args.rounding, features=args.features, seed=args.seed,
+        batch_size=args.batch_size, chunk=args.chunk, neighbours=not args.no_neighbours,
     )  # fmt: skip
     guidance = _guidance(args.guidance)
     if args.config and guidance is None:
         section: Any = load_experiment(args.config, overrides).guidance
         guidance = build(Guidance, section, where="config.guidance")
-    common = {"settings": settings, "quiet": args.quiet}
+    common: dict[str, Any] = {"settings": settings, "quiet": args.quiet}
+    compared = {"reference_path": args.reference, **common}
+    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, **compared}
     if args.make_reference:
-        result = reference_of(args.make_reference, args.inception, out, **common)
+        result = reference_of(args.make_reference, args.inception, out, split=args.split, **common)
+    elif args.reconstruction:
+        result = reconstruct(
+            weights, args.images, args.inception, out, split=args.split, download=args.download, **compared
+        )
     elif args.images:
-        result = score_images(args.images, args.inception, out, reference_path=args.reference, **common)
+        result = score_images(args.images, args.inception, out, split=args.split, **compared)
+    elif args.steps:
+        print(steps_table(score_steps(args.workdir, args.inception, out, steps=args.steps, **drawn)))
+        return
     else:
         result = score_samples(
-            weights, args.inception, out, samples=args.samples, reference_path=args.reference, guidance=guidance,
-            tokenizer=args.tokenizer, dtype=args.dtype, download=args.download, samples_npz=args.samples_npz, **common,
+            args.weights or str(args.workdir), args.inception, out, tokenizer=args.tokenizer, download=args.download,
+            samples_npz=args.samples_npz, shares=args.shares, **drawn,
         )  # fmt: skip
     print(summary(result))

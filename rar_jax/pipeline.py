@@ -159,6 +159,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = None,
     download: bool = False,
+    step: int | None = None,
 ) -> Pipeline:
     """Loads a work directory, a converted directory, or a released generator file with its tokenizer's.
 
@@ -171,6 +172,7 @@ def load(
       mesh: devices to spread over (default: one).
       dtype: what the generator multiplies in: "float32", or "bfloat16", which halves its parameters once they are loaded
         (not the peak of loading) and changes about one greedy choice in a hundred (docs/measurements/bfloat16.md).
+      step: of the generator's checkpoints in a work directory; default the newest good one.
       download: fetch released files that are not there, and check their sha256.
 
     Raises: ConfigError, WeightsError or CheckpointError that say what is missing or wrong.
@@ -199,7 +201,7 @@ def load(
             )
         tokenizer = released.locate(tokenizer, download=download)
         guidance, class_names = None, ()
-    generator = open_weights(path, "generators")
+    generator = open_weights(path, "generators", step=step)
     num_tokens = generator.model.module.token_spec(generator.model.config).shape[0]
     of_images = open_weights(tokenizer, "tokenizers", num_tokens=num_tokens)
     check_pair(generator.model, of_images.model)

@@ -30,7 +30,7 @@ class SplitSums(NamedTuple):
     p: Any  # (c,), sum over samples of p
 
 
-def zero(classes: int, dtype: npt.DTypeLike = np.float32) -> SplitSums:
+def zero(classes: int, dtype: Any = np.float32) -> SplitSums:
     """Sums of no samples: where a scan over batches starts."""
     return SplitSums(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((classes,), dtype))
 
@@ -49,9 +49,7 @@ def split_sums(logits: jax.Array, weights: jax.Array) -> SplitSums:
     is_sample_b1 = weights[:, None] > 0
     logp_bc = jax.nn.log_softmax(jnp.where(is_sample_b1, logits.astype(dtype), 0.0))
     p_bc = jnp.where(is_sample_b1, jnp.exp(logp_bc), 0.0)
-    return SplitSums(
-        count=jnp.sum(is_sample_b1, dtype=dtype), plogp=jnp.sum(p_bc * logp_bc), p=jnp.sum(p_bc, axis=0)
-    )
+    return SplitSums(count=jnp.sum(is_sample_b1, dtype=dtype), plogp=jnp.sum(p_bc * logp_bc), p=jnp.sum(p_bc, axis=0))
 
 
 def score(splits: Iterable[SplitSums]) -> float:

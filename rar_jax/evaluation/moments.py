@@ -25,7 +25,7 @@ class Moments(NamedTuple):
     outer: Any  # (d, d), sum of outer products
 
 
-def zero(dim: int, dtype: npt.DTypeLike = np.float32) -> Moments:
+def zero(dim: int, dtype: Any = np.float32) -> Moments:
     """Moments of no samples for features of width `dim`; what they are summed in is `dtype`."""
     return Moments(jnp.zeros((), dtype), jnp.zeros((dim,), dtype), jnp.zeros((dim, dim), dtype))
 

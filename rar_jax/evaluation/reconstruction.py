@@ -19,15 +19,15 @@ def reconstruction(originals: jax.Array, reconstructions: jax.Array) -> dict[str
     Args:
       originals, reconstructions: (b, y, x, c) uint8.
 
-    Returns: {"psnr": (b,) decibels, "ssim": (b,)}, float32.
-    Raises: ValueError (while tracing) if the shapes differ, images are not uint8, or they are smaller than 11 pixels.
+    Returns: {"psnr": (b,) decibels, "ssim": (b,)}, float32; without "ssim" if images are smaller than its window.
+    Raises: ValueError (while tracing) if the shapes differ or images are not uint8.
     """
     if originals.dtype != jnp.uint8 or reconstructions.dtype != jnp.uint8:
         raise ValueError(f"images are {originals.dtype} and {reconstructions.dtype}: both must be uint8")
-    return {
-        "psnr": psnr(originals, reconstructions, data_range=255.0),
-        "ssim": ssim(originals, reconstructions, data_range=255.0),
-    }
+    found = {"psnr": psnr(originals, reconstructions, data_range=255.0)}
+    if min(originals.shape[1:3]) >= WINDOW:
+        found["ssim"] = ssim(originals, reconstructions, data_range=255.0)
+    return found
 
 
 def psnr(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:

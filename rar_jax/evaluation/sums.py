@@ -56,16 +56,15 @@ class Totals:
 
     def __init__(self, split_size: int = inception_score.SPLIT_SIZE) -> None:
         self.done, self.split_size = 0, split_size
-        self.pool3: Moments | None = None
-        self.spatial: Moments | None = None
+        self.pool3: Moments = moments.merge(moments.zero(POOL3))
+        self.spatial: Moments = moments.merge(moments.zero(SPATIAL))
         self.splits: list[SplitSums] = []
 
     def add(self, chunk: Sums, images: int) -> None:
         """Adds the chunk of the next `images` images, all of one split."""
         chunk = jax.tree.map(lambda x: np.asarray(x, np.float64), chunk)
-        first = self.pool3 is None or self.spatial is None
-        self.pool3 = chunk.pool3 if first else moments.merge(self.pool3, chunk.pool3)  # pyright: ignore
-        self.spatial = chunk.spatial if first else moments.merge(self.spatial, chunk.spatial)  # pyright: ignore
+        self.pool3 = moments.merge(self.pool3, chunk.pool3)
+        self.spatial = moments.merge(self.spatial, chunk.spatial)
         if self.done % self.split_size == 0:
             self.splits.append(chunk.split)
         else:
@@ -74,7 +73,6 @@ class Totals:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything as arrays, for a .npz; `restore` is the way back."""
-        assert self.pool3 is not None and self.spatial is not None
         named = {f"pool3_{k}": v for k, v in self.pool3._asdict().items()}
         named |= {f"spatial_{k}": v for k, v in self.spatial._asdict().items()}
         named |= {f"split_{k}": np.stack([getattr(s, k) for s in self.splits]) for k in SplitSums._fields}

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rar_jax.config import ConfigError, find_module, module_names
+from rar_jax.config import ConfigError, find_module, module_names, require
 from rar_jax.interop import lazy
 from rar_jax.interop.torch_zip import WeightsError
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, load_model
-from rar_jax.training.checkpoint import CheckpointError, file_sha256, good_step, load_params
+from rar_jax.training.checkpoint import CheckpointError, file_sha256, good_step, load_params, verify_manifest
 from rar_jax.training.workdir import Workdir
 
 
@@ -51,17 +51,21 @@ class Weights:
         return self.restore(param_shardings(module.axes(config), shapes, mesh))
 
 
-def open_weights(path: str | pathlib.Path, kind: str, *, num_tokens: int | None = None) -> Weights:
+def open_weights(
+    path: str | pathlib.Path, kind: str, *, num_tokens: int | None = None, step: int | None = None
+) -> Weights:
     """Opens the generator or tokenizer (kind "generators", "tokenizers") of a file or directory.
 
     Args:
       num_tokens: of an image, where it is known: the weights of a convolutional tokenizer do not tell.
+      step: of a directory's checkpoints; default the newest good one.
 
     Raises: ConfigError if there is nothing; WeightsError or CheckpointError if it is damaged or something else.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        return _of_directory(path, kind)
+        return _of_directory(path, kind, step)
+    require(step is None, f"{path} has no steps: they are a work directory's")
     if not path.is_file():
         raise ConfigError(f"{path}: no such directory or weights file")
     known = {} if num_tokens is None else {"num_tokens": num_tokens}
@@ -88,10 +92,12 @@ def read_directory(path: pathlib.Path) -> dict[str, Any]:
     return {"name": path.name, **config}
 
 
-def _of_directory(path: pathlib.Path, kind: str) -> Weights:
+def _of_directory(path: pathlib.Path, kind: str, step: int | None) -> Weights:
     workdir, stage = Workdir(path), kind[:-1]
     config = read_directory(path)
-    if (good := good_step(workdir.checkpoints(stage))) is None:
+    if step is not None:
+        good = step, verify_manifest(workdir.checkpoints(stage) / str(step))
+    elif (good := good_step(workdir.checkpoints(stage))) is None:
         mend = f"finish it with `rar-jax run --config {config['name']} --workdir {path}`"
         raise CheckpointError(
             f"{path} has no good {stage} checkpoint{': convert it again' if 'converted_from' in config else f' yet: {mend}'}"

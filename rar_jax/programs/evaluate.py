@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 
 import rar_jax
 from rar_jax.config import require, to_dict
+from rar_jax.data.sources import Split
 from rar_jax.evaluation import moments
 from rar_jax.evaluation.reference import Reference, SamplesWriter, read_reference, write_reference
 from rar_jax.evaluation.sums import Shift
@@ -47,6 +49,7 @@ def score_samples(
     dtype: str | None = None,
     download: bool = False,
     samples_npz: bool = False,
+    shares: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Draws samples of a directory or released file and scores them; see `evaluate`."""
@@ -54,18 +57,29 @@ def score_samples(
     reference = read_reference(reference_path) if reference_path else None
     network = load_network(inception_path, mesh, settings)
     pipeline = load(weights, tokenizer=tokenizer, mesh=mesh, dtype=dtype, download=download)
+    program = Program(network, mesh, settings, shift_of(reference))
+    result = evaluate(
+        program, network, pipeline, out, images=samples, made_from=made_from(weights, tokenizer, dtype),
+        reference=reference, guidance=guidance, samples_npz=samples_npz, quiet=quiet,
+    )  # fmt: skip
+    if shares:
+        models = pipeline.generator, pipeline.tokenizer
+        result["seconds_a_batch"] = program.time_shares(models, pipeline.params, guidance or pipeline.guidance)
+        write_json(out / "result.json", result)
+    return result
+
+
+def made_from(
+    weights: str | pathlib.Path, tokenizer: str | None, dtype: str | None, step: int | None = None
+) -> dict[str, Any]:
+    """Checksums of the weights that samples are drawn with."""
     path = released.locate(weights)
     other = path if path.is_dir() else released.locate(tokenizer or released.TOKENIZER)
-    made_from = {
-        "generator_sha256": open_weights(path, "generators").sha256(),
+    return {
+        "generator_sha256": open_weights(path, "generators", step=step).sha256(),
         "tokenizer_sha256": open_weights(other, "tokenizers").sha256(),
         "generator_dtype": dtype or "float32",
     }
-    program = Program(network, mesh, settings, shift_of(reference))
-    return evaluate(
-        program, network, pipeline, out, images=samples, made_from=made_from, reference=reference, guidance=guidance,
-        samples_npz=samples_npz, quiet=quiet,
-    )  # fmt: skip
 
 
 def score_images(
@@ -75,33 +89,38 @@ def score_images(
     *,
     settings: Settings,
     reference_path: pathlib.Path | None = None,
+    split: Split = "train",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores images made elsewhere (folder, ADM's .npz, or a source); see `evaluate`."""
     mesh = make_mesh(MeshConfig())
-    source = open_images(images)
+    source = open_images(images, split)
     reference = read_reference(reference_path) if reference_path else None
     network = load_network(inception_path, mesh, settings)
-    made_from = {"images_from": source.name, "images_sha256": source.fingerprint()}
+    given = {"images_from": source.name, "images_sha256": source.fingerprint()}
     program = Program(network, mesh, settings, shift_of(reference))
-    return evaluate(
-        program, network, source, out, images=source.num, made_from=made_from, reference=reference, quiet=quiet
-    )
+    return evaluate(program, network, source, out, images=source.num, made_from=given, reference=reference, quiet=quiet)
 
 
 def reference_of(
-    images: str, inception_path: pathlib.Path, out: pathlib.Path, *, settings: Settings, quiet: bool = False
+    images: str,
+    inception_path: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    settings: Settings,
+    split: Split = "train",
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Writes statistics of one's own images (folder, .npz or source) as a reference file; see `make_reference`."""
     require(out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
     mesh = make_mesh(MeshConfig())
-    source = open_images(images)
+    source = open_images(images, split)
     network = load_network(inception_path, mesh, settings)
-    program = Program(network, mesh, settings, _near_the_mean(network, mesh, settings, source))
+    program = Program(network, mesh, settings, near_the_mean(network, mesh, settings, source))
     return make_reference(program, network, source, out, source=images, quiet=quiet)
 
 
-def _near_the_mean(network: Network, mesh: Mesh, settings: Settings, images: ImageSet) -> Shift:
+def near_the_mean(network: Network, mesh: Mesh, settings: Settings, images: ImageSet) -> Shift:
     """Means of the first batch. About zero, float32 sums lose what small eigenvalues are made of: 1e-4 of an FID was seen."""
     first = Program(network, mesh, settings, None).images(images, ())(0, min(settings.batch_size, images.num)).sums
     return Shift(first.pool3.sum / first.pool3.count, first.spatial.sum / first.spatial.count)
@@ -129,6 +148,7 @@ def evaluate(
     guidance: Guidance | None = None,
     samples_npz: bool = False,
     quiet: bool = False,
+    description: str = "evaluate",
 ) -> dict[str, Any]:
     """Scores samples of a pipeline, or images of a set; resumes where it was stopped.
 
@@ -167,13 +187,16 @@ def evaluate(
         guidance = guidance or source.guidance
         classes = source.generator.config.num_classes
         what |= {"guidance": to_dict(guidance), "seed": settings.seed, "rounding": settings.rounding}
-        compute = program.samples(source, guidance, keep)
+        compute = program.samples((source.generator, source.tokenizer), source.params, guidance, keep)
     else:
         compute = program.images(source, keep)
-    store = ChunkStore(out / "chunks", {**what, **_cut(program), "keep": keep})
+    said = remarks(images, classes, reference, network.sha256)
+    for remark in [] if quiet else said:  # before hours of work, and in the result again
+        print(f"note: {remark}", file=sys.stderr)
+    store = ChunkStore(out / "chunks", {**what, **cut(program), "keep": keep})
     totals = accumulate(
         store, compute, images=images, chunk=settings.chunk, split_size=settings.split_size,
-        description="evaluate", quiet=quiet,
+        description=description, quiet=quiet,
     )  # fmt: skip
     pool3 = None
     if neighbours and reference is not None:
@@ -188,8 +211,8 @@ def evaluate(
         "n": images,
         "reference": str(reference.path) if reference else None,
         "made_from": what,
-        "made_on": _where(mesh) | _cut(program),
-        "remarks": remarks(images, classes, reference, network.sha256),
+        "made_on": where(mesh) | cut(program),
+        "remarks": said,
         "seconds": time.monotonic() - began,
     }
     write_json(out / "result.json", result)
@@ -213,12 +236,11 @@ def make_reference(
         "features": settings.features,
         "inception": network.sha256,
     }
-    store = ChunkStore(path.with_name(f"{path.stem}_chunks"), what | _cut(program))
+    store = ChunkStore(path.with_name(f"{path.stem}_chunks"), what | cut(program))
     totals = accumulate(
         store, program.images(images, ()), images=images.num, chunk=settings.chunk, split_size=settings.split_size,
         description="reference", quiet=quiet,
     )  # fmt: skip
-    assert totals.pool3 is not None and totals.spatial is not None
     mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
     spatial_mean, spatial_cov = moments.finalize(totals.spatial, program.shift.spatial)
     kept = images.read(0, min(images.num, 10_000))
@@ -246,7 +268,7 @@ def _reference_pool3(
         "inception_sha256": network.sha256,
         "features": settings.features,
         "protocol": settings.protocol,
-        **_cut(program),
+        **cut(program),
     }
     store, images = ChunkStore(out / "chunks", what), NpzImages(reference.images)
     accumulate(
@@ -274,7 +296,7 @@ def _draw(pipeline: Any, guidance: Guidance | None, settings: Settings, path: pa
     grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], path)
 
 
-def _cut(program: Program) -> dict[str, Any]:
+def cut(program: Program) -> dict[str, Any]:
     """What changes the last bits of the sums."""
     settings = program.settings
     return {
@@ -285,7 +307,7 @@ def _cut(program: Program) -> dict[str, Any]:
     }
 
 
-def _where(mesh: Mesh) -> dict[str, Any]:
+def where(mesh: Mesh) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "numpy")
     return {
         "device": jax.devices()[0].device_kind,
@@ -299,5 +321,8 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"{name:24} {value:12.4f}" for name, value in result.items() if isinstance(value, float) and name != "seconds"
     ]
+    if parts := result.get("seconds_a_batch"):
+        whole = sum(parts.values())
+        lines += [f"{f'share of {name}':24} {seconds / whole:12.1%}" for name, seconds in parts.items()]
     lines += [f"n {result['n']}", *(f"note: {remark}" for remark in result["remarks"])]
     return "\n".join(lines)

@@ -57,17 +57,25 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """samples: images of the final report. live_samples: of the distance while training; 0 is none.
-    batch_size: images at a time. grid_per_class: pictures a class in samples.png, of grid_classes classes."""
+    batch_size: images at a time. grid_per_class: pictures a class in samples.png, of grid_classes classes.
+    inception: file of Inception's weights, for curves of the Inception Score and, against the statistics in `reference`,
+    of the FID; they also give the final report."""
 
     samples: int = 1000
     live_samples: int = 200
     batch_size: int = 200
     grid_per_class: int = 10
     grid_classes: int = 10
+    inception: str | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "grid_per_class", "grid_classes"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(
+            self.reference is None or self.inception is not None,
+            "reference needs inception: the weights whose features it holds statistics of",
+        )
         require(self.samples >= 2, f"samples is {self.samples}: a distance needs at least 2")
         require(
             self.live_samples == 0 or self.live_samples >= 2, f"live_samples is {self.live_samples}: 0, or at least 2"

@@ -62,18 +62,11 @@ class Scorer:
         ).astype(np.float64)
         self.mean, self.cov = train_nf.mean(axis=0), np.cov(train_nf, rowvar=False)
         self._shift = jnp.asarray(self.mean, jnp.float32)
-        self._root = jax.jit(self._root_of_sums)
+        self._root = jax.jit(frechet.distance_of_sums)
         self._score_samples = jax.jit(self._scan_samples, out_shardings=replicated(mesh))
         self._score_images = jax.jit(self._scan_images, out_shardings=replicated(mesh))
 
     # ---- in graph
-
-    def _root_of_sums(self, count: jax.Array, sum_d: jax.Array, outer_dd: jax.Array) -> jax.Array:
-        centred_d = sum_d / count  # the sums are about the reference mean, so this is the difference of the means
-        cov_dd = (outer_dd - count * centred_d[:, None] * centred_d[None, :]) / (count - 1)
-        return frechet.distance_in_graph(
-            jnp.zeros_like(centred_d), jnp.asarray(self.cov, jnp.float32), centred_d, (cov_dd + cov_dd.T) / 2
-        )
 
     def _score_batch(self, params: Any, images: jax.Array, labels_b: jax.Array, weights_b: jax.Array) -> Score:
         out = classifier.features(self.judge, params["classifier"], images)
@@ -166,7 +159,7 @@ class Scorer:
 
     def distance_in_graph(self, score: Score) -> float:
         """As `distance`, by the float32 program that live curves use."""
-        return float(self._root(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), score.moments)))
+        return float(self._root(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (self.cov, score.moments))))
 
     def batch_size(self, wanted: int) -> int:
         """Images at a time when `wanted` are to be scored: the config's, rounded up to divide over the mesh."""

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rar_jax.config import ConfigError
-from rar_jax.data.sources import ImageSource, load_source
+from rar_jax.data.sources import ImageSource, Split, load_source
 from rar_jax.evaluation.reference import ImageFile, read_samples
 from rar_jax.training.checkpoint import file_sha256
 
@@ -33,8 +33,8 @@ class ImageSet(Protocol):
         ...
 
 
-def open_images(spec: str) -> ImageSet:
-    """FOLDER of image files (sorted by path, subfolders too), FILE.npz with `arr_0`, or a source such as tfds:NAME.
+def open_images(spec: str, split: Split = "train") -> ImageSet:
+    """FOLDER of image files (sorted by path, subfolders too), FILE.npz with `arr_0`, or a split of a source (tfds:NAME).
 
     Raises: ConfigError if there is none; ReferenceFileError for a damaged .npz.
     """
@@ -45,7 +45,7 @@ def open_images(spec: str) -> ImageSet:
         return NpzImages(read_samples(path))
     if path.exists():
         raise ConfigError(f"{spec}: give a folder of images, a .npz, or a source such as tfds:NAME or idx:FOLDER")
-    return SourceImages(spec, load_source(spec, "train"))
+    return SourceImages(f"{spec} ({split})", load_source(spec, split))
 
 
 class FolderImages:

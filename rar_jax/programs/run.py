@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import pathlib
 import time
 from typing import Any
 
@@ -20,8 +21,10 @@ from rar_jax.config import steps_fields
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.pipeline import Pipeline, load
+from rar_jax.programs.evaluate import score_samples
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.fd_classifier import evaluate
+from rar_jax.programs.scoring import Settings
 from rar_jax.programs.stages import check_weights, finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
@@ -61,6 +64,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     inputs = _inputs(experiment, workdir)
     if _result_of(workdir, inputs) is None:
         metrics = evaluate(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
+        metrics |= _inception_scores(experiment, workdir, quiet) if experiment.evaluate.inception else {}
         pipeline = load(workdir.path, mesh=mesh)
         draw_pictures(experiment, workdir, pipeline)
         last = {
@@ -83,6 +87,23 @@ def _stage(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, say
     train(experiment, stage, workdir, mesh, quiet=quiet)
     how = "trained" if experiment.recipe(stage) else f"taken over from {experiment.tokenizer_weights}"
     say(f"{stage}: {how} in {time.monotonic() - began:.0f} s")
+
+
+def _inception_scores(experiment: Experiment, workdir: Workdir, quiet: bool) -> dict[str, Any]:
+    """What `rar-jax evaluate --workdir` would give; all of it is in WORKDIR/evaluation/result.json."""
+    config = experiment.evaluate
+    assert config.inception is not None
+    result = score_samples(
+        str(workdir.path),
+        pathlib.Path(config.inception),
+        workdir.path / "evaluation",
+        samples=config.samples,
+        settings=Settings(seed=experiment.seed, batch_size=config.batch_size),
+        reference_path=pathlib.Path(config.reference) if config.reference else None,
+        guidance=experiment.guidance,
+        quiet=quiet,
+    )
+    return {f"{k}_n{config.samples}": v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
 
 
 def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) -> None:

@@ -8,7 +8,9 @@ on. Definitions: openai/guided-diffusion, evaluations/evaluator.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,17 +19,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rar_jax.config import require
-from rar_jax.evaluation import frechet, inception_score, kid, moments, precision_recall, sums
+from rar_jax.evaluation import frechet, inception_score, kid, moments, precision_recall, reconstruction, sums
 from rar_jax.evaluation.features import features
 from rar_jax.evaluation.reference import Reference
 from rar_jax.evaluation.sums import Shift, Totals
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.pipeline import Pipeline
 from rar_jax.programs.chunks import Chunk
 from rar_jax.programs.image_sets import ImageSet
-from rar_jax.sampling.sampler import ROUNDINGS, sample_images, sample_keys
+from rar_jax.sampling.sampler import ROUNDINGS, Model, sample_images, sample_keys, to_uint8
 
 # Resize and what else a published number is made with.
 PROTOCOLS = {"adm": "tf1", "pytorch_fid": "pytorch_fid"}
@@ -92,23 +93,30 @@ class Program:
         at = replicated(mesh)
         self._dtype = np.dtype(settings.features)
         self._params = {"inception": network.params, "shift": jax.device_put(self.shift, at)}
-        self._score_samples = jax.jit(self._scan_samples, static_argnames=("pipeline", "keep"), out_shardings=at)
+        self._score_samples = jax.jit(self._scan_samples, static_argnames=("models", "keep"), out_shardings=at)
         self._score_images = jax.jit(self._scan_images, static_argnames="keep", out_shardings=at)
+        self._score_reconstructions = jax.jit(self._scan_reconstructions, static_argnames="tokenizer", out_shardings=at)
 
     def _one(self, params: Any, total: sums.Sums, images: jax.Array, weights_b: jax.Array) -> tuple[sums.Sums, Any]:
         out = features(params["inception"], images, resize=PROTOCOLS[self.settings.protocol])
         return sums.add(total, out, weights_b, params["shift"]), out["pool3"]
 
     def _scan_samples(
-        self, params: Any, batch: Any, seed: Any, guidance: Guidance, *, pipeline: Pipeline, keep: tuple[str, ...]
+        self,
+        params: Any,
+        batch: Any,
+        seed: Any,
+        guidance: Guidance,
+        *,
+        models: tuple[Model, Model],
+        keep: tuple[str, ...],
     ) -> Chunk:
         def body(total: sums.Sums, rows: Any) -> tuple[sums.Sums, Any]:
             labels_b, ids_b, weights_b = rows
             with jax.enable_x64(False):
                 images = sample_images(
-                    pipeline.generator, pipeline.tokenizer, params, labels_b, sample_keys(seed, ids_b), guidance,
-                    rounding=self.settings.rounding,
-                )  # fmt: skip
+                    *models, params, labels_b, sample_keys(seed, ids_b), guidance, rounding=self.settings.rounding
+                )
             total, pool3_bf = self._one(params, total, images, weights_b)
             return total, {name: {"pool3": pool3_bf, "images": images}[name] for name in keep}
 
@@ -121,19 +129,37 @@ class Program:
 
         return Chunk(*jax.lax.scan(body, sums.zero(self._dtype), batch))
 
+    def _scan_reconstructions(self, params: Any, batch: Any, *, tokenizer: Model) -> Chunk:
+        def body(total: sums.Sums, rows: Any) -> tuple[sums.Sums, Any]:
+            images, weights_b = rows
+            with jax.enable_x64(False):
+                tokens_bn = tokenizer.module.encode(tokenizer.config, params["tokenizer"], images)
+                decoded = tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn)
+                reconstructed = to_uint8(decoded, self.settings.rounding)
+                kept = {"tokens": tokens_bn, **reconstruction.reconstruction(images, reconstructed)}
+            return self._one(params, total, reconstructed, weights_b)[0], kept
+
+        return Chunk(*jax.lax.scan(body, sums.zero(self._dtype), batch))
+
     # ---- from the host
 
-    def samples(self, pipeline: Pipeline, guidance: Guidance, keep: tuple[str, ...]) -> Callable[[int, int], Chunk]:
-        """Function (start, count) -> Chunk of the samples with these ids; sample i has class i modulo the classes."""
-        classes = pipeline.generator.config.num_classes
+    def samples(
+        self, models: tuple[Model, Model], params: Mapping[str, Any], guidance: Guidance, keep: tuple[str, ...] = ()
+    ) -> Callable[[int, int], Chunk]:
+        """Function (start, count) -> Chunk of the samples with these ids; sample i has class i modulo the classes.
+
+        Args:
+          models: generator and tokenizer. Others of the same configs compile nothing anew.
+          params: {"generator", "tokenizer"}.
+        """
+        classes = models[0].config.num_classes
 
         def compute(start: int, count: int) -> Chunk:
             ids_sb, weights_sb = self._rows(start, count)
             rows = self._place(((ids_sb % classes).astype(np.int32), ids_sb, weights_sb))
             with sharded(self.mesh), self._mode():
-                params = {**pipeline.params, **self._params}
                 chunk = self._score_samples(
-                    params, rows, np.uint32(self.settings.seed), guidance, pipeline=pipeline, keep=keep
+                    {**params, **self._params}, rows, np.uint32(self.settings.seed), guidance, models=models, keep=keep
                 )
             return _flat(chunk)
 
@@ -143,16 +169,69 @@ class Program:
         """Function (start, count) -> Chunk of these images of a set."""
 
         def compute(start: int, count: int) -> Chunk:
-            ids_sb, weights_sb = self._rows(0, count)
-            given = images.read(start, count)
-            rows = self._place((given[np.minimum(ids_sb, count - 1)], weights_sb))
+            rows = self._rows_of(images, start, count)
             with sharded(self.mesh), self._mode():
                 return _flat(self._score_images(self._params, rows, keep=keep))
 
         return compute
 
+    def reconstructions(self, tokenizer: Model, params: Any, images: ImageSet) -> Callable[[int, int], Chunk]:
+        """Function (start, count) -> Chunk of what a tokenizer makes of these images; keeps their tokens, PSNR and SSIM."""
+
+        def compute(start: int, count: int) -> Chunk:
+            rows = self._rows_of(images, start, count)
+            with sharded(self.mesh), self._mode():
+                given = {"tokenizer": params, **self._params}
+                return _flat(self._score_reconstructions(given, rows, tokenizer=tokenizer))
+
+        return compute
+
+    def time_shares(
+        self, models: tuple[Model, Model], params: Mapping[str, Any], guidance: Guidance
+    ) -> dict[str, float]:
+        """Seconds of a batch in each part by itself, the best of 3 after compiling: what the fused program is made of."""
+        generator, tokenizer = models
+        params = {**params, **self._params}
+        ids_sb, weights_sb = self._rows(0, self.settings.batch_size)
+        labels_sb = (ids_sb % generator.config.num_classes).astype(np.int32)
+        labels_b, ids_b, weights_b = (x[0] for x in self._place((labels_sb, ids_sb, weights_sb)))
+        keys = sample_keys(self.settings.seed, ids_b)
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
+            compiled = jax.jit(function)
+            out = jax.block_until_ready(compiled(*args))
+            times = []
+            for _ in range(3):
+                began = time.perf_counter()
+                jax.block_until_ready(compiled(*args))
+                times.append(time.perf_counter() - began)
+            seconds[name] = min(times)
+            return out
+
+        def decode(p: Any, tokens_bn: jax.Array) -> jax.Array:
+            return to_uint8(tokenizer.module.decode(tokenizer.config, p, tokens_bn), self.settings.rounding)
+
+        with sharded(self.mesh):
+            sample = functools.partial(generator.module.sample, generator.config)
+            tokens_bn = timed(
+                "sampling", lambda p, labels, k, g: sample(p, labels, keys=k, guidance=g), params["generator"],
+                labels_b, keys, guidance,
+            )  # fmt: skip
+            images = timed("decoding", decode, params["tokenizer"], tokens_bn)
+            with self._mode():
+                resize = PROTOCOLS[self.settings.protocol]
+                out = timed("inception", functools.partial(features, resize=resize), params["inception"], images)
+                timed("moments", sums.add, sums.zero(self._dtype), out, weights_b, params["shift"])
+        return seconds
+
     def _mode(self) -> Any:
         return jax.enable_x64(self._dtype == np.float64)
+
+    def _rows_of(self, images: ImageSet, start: int, count: int) -> tuple[jax.Array, ...]:
+        """Images and weights; the last image fills up."""
+        ids_sb, weights_sb = self._rows(0, count)
+        return self._place((images.read(start, count)[np.minimum(ids_sb, count - 1)], weights_sb))
 
     def _rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and 0/1 weights (steps, batch); the rows that fill up the last batch have weight 0."""
@@ -192,7 +271,6 @@ def metrics(
     Args:
       pool3: features of the reference's images and of the samples, for precision, recall and KID.
     """
-    assert totals.pool3 is not None and totals.spatial is not None
     numbers: dict[str, float] = {}
     if reference is not None:
         mean, cov = moments.finalize(totals.pool3, program.shift.pool3)

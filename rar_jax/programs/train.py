@@ -25,7 +25,7 @@ from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import global_batch
 from rar_jax.parallel.rules import param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
-from rar_jax.programs.fd_classifier import Scorer
+from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer
 from rar_jax.programs.tokenize import tokenized
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
@@ -204,11 +204,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         )
         stack.callback(getattr(stream, "close", lambda: None))
         validate = make_validation(objective, recipe.eval_records, mesh)
-        scorer = (
-            Scorer(experiment, workdir, mesh)
-            if stage == "generator" and experiment.evaluate.live_samples and experiment.classifier
-            else None
-        )
+        scorers = live_scorers(experiment, workdir, mesh) if stage == "generator" else []
 
         # ---- what is told
         reporter = stack.enter_context(Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet))
@@ -230,6 +226,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         # ---- the loop
         stack.enter_context(sharded(mesh))
         pending: tuple[int, dict[str, Any]] | None = None
+        told: dict[str, float] = {}
         for step in range(start + 1, recipe.steps + 1):
             rows = {name: array for name, array in next(stream).items() if name != "ids"}
             state, metrics = setup.step(state, global_batch(rows, mesh), step_key)
@@ -246,14 +243,21 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
                 pending = None
             if evaluate_now:
                 params = evaluated_params(state)
-                told = validate(params) | (scorer.live(params) if scorer else {})
+                told = validate(params)
+                for scorer in scorers:
+                    told |= scorer(params)
                 reporter.metrics(step, told)
                 watched = {name.removeprefix("validation/"): value for name, value in told.items()}
                 shown.update(
-                    {k: v for k, v in watched.items() if k.endswith(("bits", "psnr")) or k.startswith(("fd_", "acc"))}
+                    {
+                        k: v
+                        for k, v in watched.items()
+                        if k.endswith(("bits", "psnr")) or k.startswith(("fd_", "fid_", "acc"))
+                    }
                 )
             if save_now:  # last, so that a resumed run has the rows of this step
-                checkpointer.save(step, state, objective.meta | {"step": step})
+                score = best_by(told) if recipe.keep_best and evaluate_now else None
+                checkpointer.save(step, state, objective.meta | {"step": step}, score)
 
 
 def _refuse_other_tokens(folder: pathlib.Path, objective: Objective) -> None:

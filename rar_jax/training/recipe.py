@@ -16,7 +16,8 @@ class Recipe:
 
     steps: updates, or epochs as "400ep". batch_size: global. accumulation: each batch is computed in so many parts.
     ema_decay: of the parameters that are evaluated and sampled; 0 is none. After k updates at most (1 + k) / (10 + k), so that a
-    short training does not average over its random start. eval_records: held-out records a validation.
+    short training does not average over its random start. eval_records: held-out records a validation. keep_checkpoints: the newest
+    ones. keep_best: also the one with the best live distance (where none is measured, the lowest held-out loss).
     """
 
     steps: int
@@ -36,6 +37,7 @@ class Recipe:
     eval_records: int = 1024
     checkpoint_every: Steps = 1000
     keep_checkpoints: int = 2
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         for name in (

@@ -127,3 +127,17 @@ def test_bad_arguments_are_named(change: Callable[..., Gaussian], message: str) 
     (m1, s1), (m2, s2) = change(*_random(1)), _random(2)
     with pytest.raises(ValueError, match=message):
         frechet.distance(m1, s1, m2, s2)
+
+
+def test_numbers_of_samples_take_the_noise_out_of_singular_covariances() -> None:
+    rng = np.random.default_rng(10)
+    x_nd, y_md = rng.standard_normal((12, 200)), 1.5 * rng.standard_normal((9, 200)) + 0.2
+    expected = frechet.distance(*_gaussian(x_nd), *_gaussian(y_md))
+    (m1, s1), (m2, s2) = (
+        (mean, cov.astype(np.float32).astype(np.float64)) for mean, cov in map(_gaussian, (x_nd, y_md))
+    )
+    with_noise = frechet.distance(m1, s1, m2, s2)
+    assert abs(with_noise - expected) > 1e-4, "rounding to float32 does no harm here: the test shows nothing"
+    assert frechet.distance(m1, s1, m2, s2, n1=12, n2=9) == pytest.approx(expected, abs=1e-6)
+    (m1, s1), (m2, s2) = _random(1), _random(2)  # more samples than features: nothing is cut
+    assert frechet.distance(m1, s1, m2, s2, n1=13, n2=50_000) == frechet.distance(m1, s1, m2, s2)

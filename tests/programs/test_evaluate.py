@@ -1,13 +1,12 @@
-"""evaluate with Inception: the numbers against PNG files and plain NumPy, the same after a kill and on any mesh, and what it refuses.
+"""evaluate with Inception: the same numbers after a kill and on any mesh, and what it refuses.
 
-Inception, with random weights, runs in the end-to-end test only; elsewhere a projection of the pixels stands for it.
+Inception, with random weights, runs in test_scoring only; here a projection of the pixels stands for it (conftest.py).
 """
 
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,14 +14,13 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.config import ConfigError
 from rar_jax.data.sources import load_source
-from rar_jax.evaluation import sums
-from rar_jax.evaluation.reference import Reference, read_reference, write_reference
+from rar_jax.evaluation.reference import Reference, write_reference
 from rar_jax.evaluation.sums import Totals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.programs import evaluate, scoring
+from rar_jax.programs import evaluate
 from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.programs.image_sets import open_images
-from rar_jax.programs.scoring import Network, Program, Settings, remarks, shift_of
+from rar_jax.programs.scoring import Program, Settings, remarks, shift_of
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
 NUM, REFERENCE_NUM = 40, 30
@@ -34,32 +32,6 @@ def write_images(path: pathlib.Path, num: int, side: int = 16, seed: int = 0) ->
     images = np.repeat(np.repeat(small, side // 4, axis=1), side // 4, axis=2)
     np.savez(path, arr_0=images)
     return images
-
-
-# ---------------------------------------------------------------- stand-ins
-
-
-def projection(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Array]:
-    """16 averages of the pixels times random numbers."""
-    b, y, x, c = images.shape
-    pixels = images.astype(jnp.float32).reshape(b, 4, y // 4, 4, x // 4, c).mean(axis=(2, 4, 5)).reshape(b, 16) / 255
-    random = np.random.default_rng(5)
-    out = {}
-    for name, width in (("pool3", sums.POOL3), ("spatial", sums.SPATIAL), ("logits", sums.CLASSES)):
-        weights = jnp.asarray(random.standard_normal((16, width), np.float32))
-        out[name] = jnp.matmul(pixels, weights, precision=jax.lax.Precision.HIGHEST)
-    return out
-
-
-@pytest.fixture
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few features instead of Inception's, fewer than images: everything else is as it is."""
-    for name, width in (("POOL3", 12), ("SPATIAL", 8), ("CLASSES", 10)):
-        monkeypatch.setattr(sums, name, width)
-    monkeypatch.setattr(scoring, "features", projection)
-    monkeypatch.setattr(evaluate, "read_reference", lambda path: read_reference(path, feature_dims=12, spatial_dims=8))
-    none = {"fc": {"kernel": jnp.zeros((1, 1))}}
-    monkeypatch.setattr(evaluate, "load_network", lambda path, mesh, settings: Network(none, "0" * 64))
 
 
 def write_reference_of(folder: pathlib.Path, num: int = REFERENCE_NUM) -> pathlib.Path:
@@ -204,7 +176,8 @@ def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pa
         network = evaluate.load_network(pathlib.Path(), mesh, settings)
         program = Program(network, mesh, settings, shift_of(reference))
         store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
-        compute = program.samples(pipeline, pipeline.guidance, ("images",))
+        models = pipeline.generator, pipeline.tokenizer
+        compute = program.samples(models, pipeline.params, pipeline.guidance, ("images",))
         found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
         images = np.concatenate(list(store.kept("images")))
         np.testing.assert_array_equal(images, pipeline.sample(np.arange(27) % 10, seed=3))

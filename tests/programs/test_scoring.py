@@ -1,9 +1,9 @@
 """The score of samples, in graph, against PNG files scored by a second implementation of everything behind them."""
 
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
+import inception_numpy
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +13,6 @@ from rar_jax.evaluation import frechet
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.programs import evaluate
 from rar_jax.programs.scoring import Settings
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "evaluation"))
-import inception_numpy
 
 NUM, REFERENCE_NUM = 20, 16
 Features = dict[str, np.ndarray]
@@ -86,7 +83,9 @@ def test_distances_are_those_of_png_files(scored: Scored, precision: str, bound:
         ours = scored.results[precision][name]
         theirs = distance_of_features(scored.reference[features], scored.samples[features])
         assert theirs > 1, "the two sets are too alike to tell"
-        parity.check(f"end to end, {name} in graph in {precision} against PNG files", abs(ours - theirs) / theirs, bound)
+        parity.check(
+            f"end to end, {name} in graph in {precision} against PNG files", abs(ours - theirs) / theirs, bound
+        )
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("float64", 1e-12)])

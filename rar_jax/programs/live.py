@@ -1,0 +1,80 @@
+"""Scores while training: on few samples, in graph to the last root, named with their number."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rar_jax.evaluation import frechet, inception_score
+from rar_jax.evaluation.reference import read_reference
+from rar_jax.parallel.mesh import batch_divisor
+from rar_jax.programs.evaluate import load_network
+from rar_jax.programs.experiment import Experiment
+from rar_jax.programs.fd_classifier import Scorer
+from rar_jax.programs.scoring import Program, Settings, shift_of
+from rar_jax.programs.stages import trained_params
+from rar_jax.training.workdir import Workdir
+
+# Function of the generator's parameters.
+Live = Callable[[Any], dict[str, float]]
+
+
+def live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[Live]:
+    """What config.evaluate asks for: the distance on classifier features, and on Inception's.
+
+    Raises: what reading Inception's weights and the reference raises, before anything is trained.
+    """
+    scorers: list[Live] = []
+    if experiment.evaluate.live_samples and experiment.classifier:
+        scorers.append(Scorer(experiment, workdir, mesh).live)
+    if experiment.evaluate.live_samples and experiment.evaluate.inception:
+        scorers.append(_inception(experiment, workdir, mesh))
+    return scorers
+
+
+def best_by(told: dict[str, float]) -> tuple[str, float] | None:
+    """By what a checkpoint is the best: a live distance, or else the first held-out loss; lower is better."""
+    for wanted in (
+        lambda name: name.startswith("fid_n"),
+        lambda name: name.startswith("fd_classifier_n"),
+        lambda name: name.startswith("validation/") and name.endswith("loss"),
+    ):
+        if name := next(filter(wanted, told), None):
+            return name, told[name]
+    return None
+
+
+def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Live:
+    """fid_n..., where there is a reference, and inception_score_n..., on float32 sums of one chunk.
+
+    Of few images a FID is far above that of 50,000, and the noisier the fewer: a curve, not a result.
+    """
+    config = experiment.evaluate
+    assert config.inception is not None
+    n, parts = config.live_samples, batch_divisor(mesh)
+    size = -(-min(config.batch_size, n) // parts) * parts
+    settings = Settings(seed=experiment.seed, batch_size=size, chunk=n, split_size=n)
+    reference = read_reference(config.reference) if config.reference else None
+    program = Program(load_network(pathlib.Path(config.inception), mesh, settings), mesh, settings, shift_of(reference))
+    tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
+    distance = jax.jit(frechet.distance_of_sums)
+
+    def score(generator_params: Any) -> dict[str, float]:
+        models, params = (
+            (experiment.generator, experiment.tokenizer),
+            {"generator": generator_params, "tokenizer": tokenizer},
+        )
+        sums = program.samples(models, params, experiment.guidance)(0, n).sums
+        told = {f"inception_score_n{n}": inception_score.score([sums.split])}
+        if reference is not None:
+            told[f"fid_n{n}"] = float(
+                distance(jnp.asarray(reference.cov, jnp.float32), jax.tree.map(jnp.asarray, sums.pool3))
+            )
+        return told
+
+    return score
