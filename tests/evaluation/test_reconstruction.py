@@ -91,5 +91,7 @@ def test_bad_arguments_are_named() -> None:
         reconstruction(image, image.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"images are \(1, 12, 12, 3\) and \(1, 12, 12, 1\)"):
         reconstruction(image, image[..., :1])
+    small = image[:, :10]
     with pytest.raises(ValueError, match="10 x 12 pixels are smaller than SSIM's window, 11"):
-        reconstruction(image[:, :10], image[:, :10])
+        ssim(small, small, data_range=255.0)
+    assert reconstruction(small, small).keys() == {"psnr"} and reconstruction(image, image).keys() == {"psnr", "ssim"}
