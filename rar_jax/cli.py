@@ -288,6 +288,10 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError("give one of --weights, --workdir, --images and --make-reference")
     if args.make_reference and args.reference:
         raise ConfigError("--make-reference compares with nothing: leave --reference out")
+    if wrong := [x for x in overrides if not (args.config and x.startswith("guidance."))]:
+        raise ConfigError(f"--config.{wrong[0]}: with --inception only --config and --config.guidance.* are read")
+    if args.steps and (args.samples_npz or args.shares):
+        raise ConfigError("--samples-npz and --shares are of one checkpoint: leave --steps out")
     if args.steps and not args.workdir:
         raise ConfigError("--steps needs --workdir, whose checkpoints it means")
     out = args.out or (args.workdir and args.workdir / "evaluation")

@@ -56,20 +56,38 @@ class Totals:
 
     def __init__(self, split_size: int = inception_score.SPLIT_SIZE) -> None:
         self.done, self.split_size = 0, split_size
-        self.pool3: Moments = moments.merge(moments.zero(POOL3))
-        self.spatial: Moments = moments.merge(moments.zero(SPATIAL))
+        self._moments: tuple[Moments, Moments] | None = None
         self.splits: list[SplitSums] = []
 
     def add(self, chunk: Sums, images: int) -> None:
         """Adds the chunk of the next `images` images, all of one split."""
         chunk = jax.tree.map(lambda x: np.asarray(x, np.float64), chunk)
-        self.pool3 = moments.merge(self.pool3, chunk.pool3)
-        self.spatial = moments.merge(self.spatial, chunk.spatial)
+        old = self._moments
+        self._moments = (
+            (moments.merge(old[0], chunk.pool3), moments.merge(old[1], chunk.spatial))
+            if old
+            else (chunk.pool3, chunk.spatial)
+        )
         if self.done % self.split_size == 0:
             self.splits.append(chunk.split)
         else:
             self.splits[-1] = SplitSums(*(a + b for a, b in zip(self.splits[-1], chunk.split, strict=True)))
         self.done += images
+
+    @property
+    def pool3(self) -> Moments:
+        """Of the pool3 features. Raises: ValueError if nothing was added."""
+        return self._added()[0]
+
+    @property
+    def spatial(self) -> Moments:
+        """Of the spatial features. Raises: ValueError if nothing was added."""
+        return self._added()[1]
+
+    def _added(self) -> tuple[Moments, Moments]:
+        if self._moments is None:
+            raise ValueError("there are no sums: no chunk was added")
+        return self._moments
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything as arrays, for a .npz; `restore` is the way back."""
@@ -83,8 +101,8 @@ class Totals:
         """From `arrays`."""
         totals = cls(int(arrays["split_size"]))
         totals.done = int(arrays["done"])
-        totals.pool3 = Moments(*(arrays[f"pool3_{k}"] for k in Moments._fields))
-        totals.spatial = Moments(*(arrays[f"spatial_{k}"] for k in Moments._fields))
+        pool3, spatial = (Moments(*(arrays[f"{name}_{k}"] for k in Moments._fields)) for name in ("pool3", "spatial"))
+        totals._moments = pool3, spatial
         columns = [arrays[f"split_{k}"] for k in SplitSums._fields]
         totals.splits = [SplitSums(*row) for row in zip(*columns, strict=True)]
         return totals

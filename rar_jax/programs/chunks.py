@@ -37,9 +37,10 @@ class Chunk(NamedTuple):
 class ChunkStore:
     """Where the chunks of one evaluation are."""
 
-    def __init__(self, folder: pathlib.Path, what: dict[str, Any]) -> None:
-        """what: everything that the sums depend on, as JSON."""
-        text = json.dumps(what, sort_keys=True)
+    def __init__(self, folder: pathlib.Path, what: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
+        """what: everything that the sums depend on, as JSON. keep: names of the arrays that every chunk leaves here."""
+        self.keep = keep
+        text = json.dumps({**what, "keep": keep}, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "evaluation.json", what)
@@ -52,16 +53,31 @@ class ChunkStore:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return Totals(split_size)
 
+    def whole(self, images: int, chunk: int, done: int) -> bool:
+        """Whether all that the chunks of the first `done` images have left is here, and of the right length."""
+        for start in range(0, done, chunk):
+            for name in self.keep:
+                try:
+                    rows = len(np.load(self._path(name, start), mmap_mode="r", allow_pickle=False))
+                except (OSError, ValueError, EOFError):
+                    return False
+                if rows != min(chunk, images - start):
+                    return False
+        return True
+
     def save(self, totals: Totals, start: int, kept: dict[str, np.ndarray]) -> None:
         """Writes what is kept of the chunk that starts at image `start`, and then the sums, which make it count."""
         for name, array in kept.items():
-            self._write(f"{name}_{start:08d}.npy", lambda file, array=array: np.save(file, array))
+            self._write(self._path(name, start).name, lambda file, array=array: np.save(file, array))
         self._write("totals.npz", lambda file: np.savez(file, allow_pickle=False, **totals.arrays()))
 
     def kept(self, name: str) -> Iterator[np.ndarray]:
         """What was kept of each chunk, in order."""
         for path in sorted(self.folder.glob(f"{name}_*.npy")):
             yield np.load(path, allow_pickle=False)
+
+    def _path(self, name: str, start: int) -> pathlib.Path:
+        return self.folder / f"{name}_{start:08d}.npy"
 
     def _write(self, name: str, write: Callable[[Any], None]) -> None:
         partial = self.folder / f"{name}.partial"
@@ -82,12 +98,14 @@ def accumulate(
     description: str,
     quiet: bool = False,
 ) -> Totals:
-    """Sums over `images` images: those of the chunks that are done, and then of the others.
+    """Sums over `images` images: those of the chunks that are done, and then of the others. Damaged ones are made anew.
 
     Args:
       compute: function (start, count) -> Chunk of the images start .. start + count - 1.
     """
     totals = store.load(split_size)
+    if not store.whole(images, chunk, totals.done):
+        totals = Totals(split_size)
     spans = [(start, min(chunk, images - start)) for start in range(totals.done, images, chunk)]
     sizes = [count for _, count in spans]
     for start, count in progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):

@@ -31,7 +31,7 @@ from rar_jax.parallel.rules import replicated
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.chunks import ChunkStore, accumulate
 from rar_jax.programs.image_sets import ImageSet, NpzImages, open_images
-from rar_jax.programs.scoring import Network, Program, Settings, metrics, remarks, shift_of
+from rar_jax.programs.scoring import Network, Program, Settings, check_protocol, metrics, remarks, shift_of
 from rar_jax.training.checkpoint import file_sha256, write_json
 from rar_jax.training.pictures import grid
 
@@ -160,14 +160,10 @@ def evaluate(
     Returns: what result.json holds.
     Raises: ConfigError, ReferenceFileError, WeightsError.
     """
-    settings, mesh, began = program.settings, program.mesh, time.monotonic()
+    settings, began = program.settings, time.monotonic()
     sampled = isinstance(source, Pipeline)
     require(images >= 2, f"samples is {images}: a covariance needs at least 2")
-    if reference is not None:
-        require(
-            reference.protocol in (None, settings.protocol),
-            f"{reference.path} was made with protocol {reference.protocol}, not {settings.protocol}: they do not compare",
-        )
+    check_protocol(reference, settings)
     neighbours = settings.neighbours and reference is not None and reference.images is not None
     few = min(images, reference.images.num if reference and reference.images else images)
     require(
@@ -193,7 +189,7 @@ def evaluate(
     said = remarks(images, classes, reference, network.sha256)
     for remark in [] if quiet else said:  # before hours of work, and in the result again
         print(f"note: {remark}", file=sys.stderr)
-    store = ChunkStore(out / "chunks", {**what, **cut(program), "keep": keep})
+    store = ChunkStore(out / "chunks", {**what, **cut(program)}, keep)
     totals = accumulate(
         store, compute, images=images, chunk=settings.chunk, split_size=settings.split_size,
         description=description, quiet=quiet,
@@ -211,7 +207,7 @@ def evaluate(
         "n": images,
         "reference": str(reference.path) if reference else None,
         "made_from": what,
-        "made_on": where(mesh) | cut(program),
+        "made_on": cut(program),
         "remarks": said,
         "seconds": time.monotonic() - began,
     }
@@ -243,7 +239,7 @@ def make_reference(
     )  # fmt: skip
     mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
     spatial_mean, spatial_cov = moments.finalize(totals.spatial, program.shift.spatial)
-    kept = images.read(0, min(images.num, 10_000))
+    kept = _spread(images, 10_000)
     write_reference(
         path, mean=mean, cov=cov, n=images.num, protocol=settings.protocol, weights_sha256=network.sha256, source=source,
         spatial_mean=spatial_mean, spatial_cov=spatial_cov,
@@ -255,6 +251,17 @@ def make_reference(
         "images_kept": len(kept),
         "remarks": remarks(images.num, None, None, network.sha256),
     }
+
+
+def _spread(images: ImageSet, most: int) -> np.ndarray:
+    """All images, or `most` of them at equal distances: of sorted class folders the first would be of few classes."""
+    wanted = np.unique(np.linspace(0, images.num - 1, min(most, images.num)).astype(int))
+    parts = []
+    for start in range(0, images.num, 1000):
+        count = min(1000, images.num - start)
+        here = wanted[(wanted >= start) & (wanted < start + count)] - start
+        parts.append(images.read(start, count)[here])
+    return np.concatenate(parts)
 
 
 def _reference_pool3(
@@ -270,7 +277,7 @@ def _reference_pool3(
         "protocol": settings.protocol,
         **cut(program),
     }
-    store, images = ChunkStore(out / "chunks", what), NpzImages(reference.images)
+    store, images = ChunkStore(out / "chunks", what, ("pool3",)), NpzImages(reference.images)
     accumulate(
         store, program.images(images, ("pool3",)), images=images.num, chunk=settings.chunk,
         split_size=settings.split_size, description="reference images", quiet=quiet,
@@ -304,14 +311,15 @@ def cut(program: Program) -> dict[str, Any]:
         "chunk": settings.chunk,
         "split_size": settings.split_size,
         "mesh": dict(program.mesh.shape),
+        **where(),
     }
 
 
-def where(mesh: Mesh) -> dict[str, Any]:
+def where() -> dict[str, Any]:
+    """The device, how many, and versions: sums of another are not gone on with."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     return {
         "device": jax.devices()[0].device_kind,
-        "devices": mesh.size,
         "versions": {"rar_jax": rar_jax.__version__} | {name: importlib.metadata.version(name) for name in packages},
     }
 

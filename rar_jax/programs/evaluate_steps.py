@@ -12,7 +12,7 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.pipeline import load
 from rar_jax.programs.evaluate import evaluate, load_network, made_from
 from rar_jax.programs.scoring import Program, Settings, shift_of
-from rar_jax.training.checkpoint import good_steps, mark_best, write_json
+from rar_jax.training.checkpoint import best_steps, good_steps, mark_best, write_json
 from rar_jax.training.workdir import Workdir
 
 
@@ -57,7 +57,11 @@ def score_steps(
         numbers[step] = {k: v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
         remarks = result["remarks"]
     best = (min if reference else max)(wanted, key=lambda step: numbers[step][metric])
-    mark_best(folder, best, f"{metric}_n{samples}", numbers[best][metric])
+    name, value = f"evaluate/{metric}_n{samples}", numbers[best][metric]
+    known = best_steps(folder).get(name)
+    # Of a few steps the best may be worse than the one that was marked before.
+    if known is None or known["step"] in wanted or (value < known["value"]) == (reference is not None):
+        mark_best(folder, best, name, value)
     told = {"steps": numbers, "best": best, "metric": metric, "n": samples, "remarks": remarks}
     write_json(out / "steps.json", told)
     return told

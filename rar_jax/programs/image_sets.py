@@ -15,7 +15,7 @@ from rar_jax.data.sources import ImageSource, Split, load_source
 from rar_jax.evaluation.reference import ImageFile, read_samples
 from rar_jax.training.checkpoint import file_sha256
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class ImageSet(Protocol):
@@ -71,6 +71,8 @@ class FolderImages:
     def _decode(self, path: pathlib.Path) -> np.ndarray:
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):  # Pillow would cut all that is above 255
+                    raise ValueError(f"mode {image.mode}, more than 8 bits: scale it to 8 bits first")
                 pixels = np.asarray(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as an image ({error}): remove or replace it") from error

@@ -16,7 +16,7 @@ from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.programs.evaluate import load_network
 from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.fd_classifier import Scorer
-from rar_jax.programs.scoring import Program, Settings, shift_of
+from rar_jax.programs.scoring import Program, Settings, check_protocol, shift_of
 from rar_jax.programs.stages import trained_params
 from rar_jax.training.workdir import Workdir
 
@@ -60,6 +60,7 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Live:
     size = -(-min(config.batch_size, n) // parts) * parts
     settings = Settings(seed=experiment.seed, batch_size=size, chunk=n, split_size=n)
     reference = read_reference(config.reference) if config.reference else None
+    check_protocol(reference, settings)
     program = Program(load_network(pathlib.Path(config.inception), mesh, settings), mesh, settings, shift_of(reference))
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
     distance = jax.jit(frechet.distance_of_sums)

@@ -11,14 +11,15 @@ import numpy as np
 from rar_jax.config import require
 from rar_jax.data.sources import Split
 from rar_jax.evaluation import frechet, moments
+from rar_jax.evaluation.reconstruction import WINDOW
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs.chunks import ChunkStore, accumulate
-from rar_jax.programs.evaluate import cut, load_network, near_the_mean, where
+from rar_jax.programs.evaluate import cut, load_network, near_the_mean
 from rar_jax.programs.image_sets import open_images
-from rar_jax.programs.scoring import ENOUGH, Program, Settings, shift_of
+from rar_jax.programs.scoring import Program, Settings, check_protocol, remarks, shift_of
 from rar_jax.training.checkpoint import write_json
 
 PSNR_OF_EQUAL = 100.0  # decibels, which would be infinite: one equal image would be the mean's whole value
@@ -53,6 +54,7 @@ def reconstruct(
     require(given == takes, f"{images} has images {list(given)}, the tokenizer takes {list(takes)}: crop them first")
     require(source.num >= 2, f"{images} has {source.num} images: a covariance needs at least 2")
     reference = read_reference(reference_path) if reference_path else None
+    check_protocol(reference, settings)
     network = load_network(inception_path, mesh, settings)
     shift = shift_of(reference) or near_the_mean(network, mesh, settings, source)
     program = Program(network, mesh, settings, shift)
@@ -76,7 +78,8 @@ def reconstruct(
         theirs = *moments.finalize(totals.pool3, program.shift.pool3), source.num
     else:
         theirs = reference.mean, reference.cov, reference.n
-    store = ChunkStore(out / "chunks", what | cut(program) | {"of": "reconstructions"})
+    keep = ("tokens", "psnr", "ssim")[: 3 if min(takes[:2]) >= WINDOW else 2]
+    store = ChunkStore(out / "chunks", what | cut(program) | {"of": "reconstructions"}, keep)
     compute = program.reconstructions(tokenizer, opened.place(mesh), source)
     totals = accumulate(store, compute, description="reconstructions", **common)
     mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
@@ -85,15 +88,16 @@ def reconstruct(
     if ssim := list(store.kept("ssim")):
         numbers["ssim"] = float(np.concatenate(ssim).mean(dtype=np.float64))
     numbers |= _usage(np.concatenate(list(store.kept("tokens"))), tokenizer.config.codebook_size)
-    remarks = [f"n is {source.num}, below {ENOUGH}: the covariance is singular"] if source.num < ENOUGH else []
+    said = remarks(source.num, None, reference, network.sha256)
     if reference is None:
-        remarks.append("rfid is to the images themselves")
+        said.append("rfid is to the images themselves")
     result = {
         **numbers,
         "n": source.num,
         "made_from": what,
-        "made_on": where(mesh) | cut(program),
-        "remarks": remarks,
+        "made_on": cut(program),
+        "reference": str(reference.path) if reference else None,
+        "remarks": said,
         "seconds": time.monotonic() - began,
     }
     write_json(out / "result.json", result)

@@ -291,6 +291,15 @@ def metrics(
     return numbers
 
 
+def check_protocol(reference: Reference | None, settings: Settings) -> None:
+    """Raises: ConfigError if a reference was made with another protocol."""
+    if reference is not None:
+        require(
+            reference.protocol in (None, settings.protocol),
+            f"{reference.path} was made with protocol {reference.protocol}, not {settings.protocol}: they do not compare",
+        )
+
+
 def remarks(n: int, classes: int | None, reference: Reference | None, inception_sha256: str) -> list[str]:
     """What a reader of the number must know."""
     said = []

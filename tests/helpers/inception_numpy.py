@@ -16,6 +16,11 @@ Array = np.ndarray
 def features(state: Mapping[str, Array], images: Array) -> dict[str, Array]:
     """uint8 (b, y, x, 3) -> {"pool3" (b, 2048), "spatial" (b, 2023), "logits" (b, 1008)} of the adm protocol, float64."""
     net = _Network(state)
+    parts = [_features(net, images[i : i + 4]) for i in range(0, len(images), 4)]  # few at a time, for memory
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _features(net: _Network, images: Array) -> dict[str, Array]:
     x = (_resize(images.astype(np.float64)) - 128) / 128
     x = net.conv("Conv2d_1a_3x3", x, stride=2, pad=(0, 0))
     x = net.conv("Conv2d_2a_3x3", x, pad=(0, 0))

@@ -14,6 +14,7 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.config import ConfigError
 from rar_jax.data.sources import load_source
+from rar_jax.evaluation import frechet, moments
 from rar_jax.evaluation.reference import Reference, write_reference
 from rar_jax.evaluation.sums import Totals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
@@ -110,6 +111,17 @@ def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bits(
     run("straight", Settings(seed=3, batch_size=8, chunk=10))
     assert [span for span in computed if span[0] == "evaluate"] == [("evaluate", i, 10) for i in (0, 10, 20, 30)]
 
+    # A chunk's features that are gone, or cut, are made anew, not left out of the number.
+    pool3 = [
+        path
+        for path in (tmp_path / "straight" / "chunks").glob("*/pool3_00000020.npy")
+        if not path.with_name("pool3_00000010.npy").exists()  # of chunks of 10
+    ]
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:500])):
+        damage(pool3[0])
+        assert numbers(run("straight")) == expected
+        assert {span[0] for span in computed} in ({"evaluate"}, {"reference images"})
+
     for path in (tmp_path / "straight" / "chunks").glob("*/totals.npz"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert numbers(run("straight")) == expected
@@ -183,8 +195,15 @@ def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pa
         np.testing.assert_array_equal(images, pipeline.sample(np.arange(27) % 10, seed=3))
         assert float(found[-1].pool3.count) == found[-1].done == 27  # pyright: ignore
         assert [float(s.count) for s in found[-1].splits] == [20, 7]
-    for (devices, batch_size), totals in zip(MESHES[1:], found[1:], strict=True):
+    fids = [_fid(totals, reference) for totals in found]
+    for (devices, batch_size), totals, fid in zip(MESHES[1:], found[1:], fids[1:], strict=True):
         assert close(totals, found[0]) < 1e-6, (devices, batch_size)
+        assert fid == pytest.approx(fids[0], rel=1e-6) and fid > 1, (devices, batch_size)
+
+
+def _fid(totals: Totals, reference: Reference) -> float:
+    shift = np.asarray(reference.mean, np.float32)  # as the sums were taken
+    return frechet.distance(reference.mean, reference.cov, *moments.finalize(totals.pool3, shift))
 
 
 @pytest.mark.usefixtures("cheap")

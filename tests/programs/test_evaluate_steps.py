@@ -84,7 +84,7 @@ def test_curves_retention_and_steps(
     # Another program may truncate a pixel of these 8 x 8 to the level below.
     assert {s: n["fid"] for s, n in told["steps"].items()} == pytest.approx(expected, rel=1e-4)
     assert told["best"] == min(expected, key=lambda step: expected[step])
-    assert best_steps(folder)["fid_n40"]["step"] == told["best"]
+    assert best_steps(folder)["evaluate/fid_n40"]["step"] == told["best"]
     assert " <- best" in evaluate_steps.steps_table(told)
     assert json.loads((tmp_path / "steps" / "steps.json").read_text())["best"] == told["best"]
     for step in kept:

@@ -12,6 +12,12 @@ from rar_jax.evaluation.reference import ReferenceFileError
 from rar_jax.programs.image_sets import open_images
 
 
+def test_images_of_more_than_8_bits_are_refused(tmp_path: pathlib.Path) -> None:
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).save(tmp_path / "deep.png")
+    with pytest.raises(ConfigError, match=r"deep\.png cannot be read as an image \(mode I;16, more than 8 bits"):
+        open_images(str(tmp_path)).read(0, 1)
+
+
 def write_images(path: pathlib.Path, num: int) -> np.ndarray:
     """An ADM .npz of random pixels."""
     images = np.random.default_rng(0).integers(0, 256, (num, 16, 16, 3), np.uint8)

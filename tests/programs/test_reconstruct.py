@@ -71,6 +71,17 @@ def test_images_of_another_size_are_refused(released_pair: Any, tmp_path: pathli
         )
 
 
+@pytest.mark.usefixtures("cheap", "images")
+def test_a_reference_of_another_protocol_is_refused(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    path, other = tmp_path / "reference.npz", Settings(protocol="pytorch_fid", batch_size=8)
+    evaluate.reference_of(str(tmp_path / "images.npz"), pathlib.Path("i"), path, settings=other, quiet=True)
+    with pytest.raises(ConfigError, match="was made with protocol pytorch_fid, not adm: they do not compare"):
+        reconstruct(
+            str(released_pair.tokenizer), str(tmp_path / "images.npz"), pathlib.Path("i"), tmp_path / "out",
+            settings=SETTINGS, reference_path=path,
+        )  # fmt: skip
+
+
 @pytest.mark.usefixtures("cheap")
 def test_the_command(
     released_pair: Any, images: np.ndarray, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]

@@ -83,9 +83,7 @@ def test_distances_are_those_of_png_files(scored: Scored, precision: str, bound:
         ours = scored.results[precision][name]
         theirs = distance_of_features(scored.reference[features], scored.samples[features])
         assert theirs > 1, "the two sets are too alike to tell"
-        parity.check(
-            f"end to end, {name} in graph in {precision} against PNG files", abs(ours - theirs) / theirs, bound
-        )
+        parity.check(f"end to end, {name} of {precision} sums against PNG files", abs(ours - theirs) / theirs, bound)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
@@ -95,7 +93,9 @@ def test_inception_score_is_that_of_png_files(scored: Scored, precision: str, bo
     information = p * (np.log(p + 1e-300) - np.log(p.mean(axis=0) + 1e-300)[None, :])
     theirs = np.exp(information.sum(axis=1).mean())
     ours = scored.results[precision]["inception_score"]
-    parity.check(f"end to end, Inception Score in {precision} against PNG files", abs(ours - theirs) / theirs, bound)
+    parity.check(
+        f"end to end, Inception Score of {precision} sums against PNG files", abs(ours - theirs) / theirs, bound
+    )
 
 
 def test_the_record_names_what_it_was_made_of(scored: Scored) -> None:
