@@ -30,7 +30,7 @@ def count_lines(path: pathlib.Path) -> int:
     """Lines of a file; the last one need not end in a newline."""
     count, last = 0, b"\n"
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 18):
             count += block.count(b"\n")
             last = block[-1:]
     return count + (last != b"\n")

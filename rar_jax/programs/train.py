@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import global_batch
+from rar_jax.parallel.processes import global_batch, on_devices
 from rar_jax.parallel.rules import param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.live import best_by, live_scorers
@@ -218,11 +218,11 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
 
         # ---- the loop
         stack.enter_context(sharded(mesh))
+        on_device = on_devices(stream, mesh)
         pending: tuple[int, dict[str, Any]] | None = None
         told: dict[str, float] = {}
         for step in range(start + 1, recipe.steps + 1):
-            rows = {name: array for name, array in next(stream).items() if name != "ids"}
-            state, metrics = setup.step(state, global_batch(rows, mesh), step_key)
+            state, metrics = setup.step(state, next(on_device), step_key)
             # The metrics of the step before are fetched while this one runs: the device never waits for the host.
             if pending is not None:
                 record(*pending)
