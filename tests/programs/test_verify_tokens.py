@@ -161,7 +161,7 @@ def test_import_and_export_by_the_command(
     store: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, back = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    assert main(["tokenize", "--export", str(store), "--out", str(file)]) == 0
+    assert main(["tokenize", "--export", str(store), "--out", str(file), "--quiet"]) == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     records = np.concatenate([np.load(path) for path in sorted(store.glob("shard-*.npy"))])
     assert [line["tokens"] for line in lines] == records["tokens"].tolist()
