@@ -237,7 +237,8 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         return
 
-    if args.verb == "tokenize" and not args.workdir:
+    elsewhere = ("source", "verify", "import_", "export", "weights", "out")
+    if args.verb == "tokenize" and (not args.workdir or any(getattr(args, name) for name in elsewhere)):
         _tokenize(args, overrides)
         return
 
@@ -296,8 +297,8 @@ def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.data.token_writer import SHARD_RECORDS
     from rar_jax.programs.experiment import resolve
 
-    if sum(x is not None for x in (args.verify, args.import_, args.export, args.source)) != 1:
-        raise ConfigError("give one of --workdir, --source, --verify, --import and --export: see --help")
+    if args.workdir or sum(x is not None for x in (args.verify, args.import_, args.export, args.source)) != 1:
+        raise ConfigError("give one of --workdir (alone), --source, --verify, --import and --export: see --help")
     if args.verify:
         from rar_jax.programs.verify_tokens import verify_tokens
 
