@@ -203,7 +203,7 @@ share; they end at the size of the store. What the process itself holds does not
 
 `parallel.processes.on_devices` places batches two ahead. Seconds of a loop that places in line, over seconds with it, {PLACE_ROUNDS} rounds of
 {PLACE_STEPS} steps on 4 CPU devices: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}. CPU devices copy
-nothing over a bus: this says that it does no harm, not what it brings on an accelerator.
+nothing over a bus, so no gain is to be seen here; what it brings on an accelerator is not measured.
 """
     pathlib.Path(__file__).with_suffix(".md").write_text(text)
     print(text)
