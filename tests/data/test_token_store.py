@@ -111,6 +111,8 @@ def test_card(tmp_path: pathlib.Path) -> None:
     assert card["records_per_class"] == [int(np.sum(columns[1] == c)) for c in range(CLASSES)]
     assert card["records_per_crop"] == {str(k): int(np.sum(columns[3] == k)) for k in range(10)}
     assert (card["num_bad_records"], card["num_bad_images"]) == (0, 0)
+    with pytest.raises(StoreError, match="already holds a finished store"):
+        make_writer(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", *(shard["name"] for shard in card["shards"])]
 
 
@@ -128,11 +130,8 @@ def test_bad_records_are_left_out_and_counted(tmp_path: pathlib.Path) -> None:
     rows = store.gather(np.arange(54))
     np.testing.assert_array_equal(rows["tokens"], columns[0][~bad])
     np.testing.assert_array_equal(rows["ids"], columns[2][~bad])
-
-
-def test_nothing_but_bad_records_is_no_store(tmp_path: pathlib.Path) -> None:
     with pytest.raises(StoreError, match="not one image of digits could be decoded"):
-        write(tmp_path, make_columns(9), np.ones(9, bool))
+        write(tmp_path / "nothing", make_columns(9), np.ones(9, bool))
 
 
 def test_grain_and_pickle(tmp_path: pathlib.Path) -> None:
@@ -197,7 +196,6 @@ def test_a_flipped_byte_of_the_card_is_found(tmp_path: pathlib.Path, flipped: in
     write(tmp_path, make_columns())
     path = tmp_path / "card.json"
     data = bytearray(path.read_bytes())
-    # Not in the white space, which says nothing.
     at = [i for i, byte in enumerate(data) if not bytes([byte]).isspace()][flipped * 97 + 13]
     data[at] ^= 1
     path.write_bytes(data)
@@ -382,12 +380,6 @@ def test_wrong_records_are_refused(tmp_path: pathlib.Path) -> None:
     for sizes in ({"source_records": 0}, {"shard_records": 0}):
         with pytest.raises(StoreError, match="cannot be cut into shards"):
             make_writer(tmp_path, **sizes)
-
-
-def test_a_finished_store_is_not_overwritten(tmp_path: pathlib.Path) -> None:
-    write(tmp_path, make_columns())
-    with pytest.raises(StoreError, match="already holds a finished store"):
-        make_writer(tmp_path)
 
 
 def test_writing_takes_constant_memory(tmp_path: pathlib.Path) -> None:
