@@ -58,7 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
     sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", _TRAIN)
     sub.add_argument("--stage", default="generator", choices=("tokenizer", "classifier", "generator"))
-    experiment_verb("tokenize", "Turn the images of an experiment into token stores.", _TOKENIZE)
+    sub = verb("tokenize", "Turn images into token stores; check, import and export those.", _TOKENIZE + _OVERRIDES)
+    sub.add_argument("--config", help="experiment file, or its bare name: says what the images and the tokenizer are")
+    sub.add_argument("--workdir", type=pathlib.Path, help="tokenize the experiment's splits with its trained tokenizer")
+    sub.add_argument("--source", help="instead: tokenize these images (digits, idx:FOLDER, tfds:NAME)")
+    sub.add_argument("--weights", help="the tokenizer: file, directory or released name")
+    sub.add_argument(
+        "--out", type=pathlib.Path, help="folder of the store; with --verify a PNG, with --export the file"
+    )
+    sub.add_argument("--crops", help="pad, center or ten: what is cut out of each image (default: the source's own)")
+    sub.add_argument("--split", default="train", choices=("train", "heldout"))
+    sub.add_argument(
+        "--shard-records", type=int, help="records a shard, which is what a killed run loses (default 65536)"
+    )
+    sub.add_argument("--batch-size", type=int, default=256, help="images at a time over all devices (default 256)")
+    sub.add_argument("--download", action="store_true", help="fetch a released tokenizer that is not here")
+    sub.add_argument("--verify", type=pathlib.Path, metavar="DIR", help="check a store; with --weights also draw it")
+    sub.add_argument("--import", type=pathlib.Path, metavar="FILE", dest="import_", help="make a store of a JSONL file")
+    sub.add_argument("--export", type=pathlib.Path, metavar="DIR", help="write a store as a JSONL file")
+    sub.add_argument("--codebook-size", type=int, help="of --import (default: of --config, or 1024)")
+    sub.add_argument("--num-classes", type=int, help="of --import (default: of --config, or 1000)")
     sub = verb("evaluate", "Score samples, or images made elsewhere.", _EVALUATE + _OVERRIDES)
     weights_flags(sub, required=False)
     sub.add_argument("--config", help="with --workdir and without --inception: fd_classifier of this experiment")
@@ -121,7 +140,13 @@ _TRAIN = """\
 The stages lean on one another: tokenizer, then (tokenize), then generator; the generator's live distance also needs the
 classifier.
 """
-_TOKENIZE = "Needs the tokenizer stage. Writes WORKDIR/tokens/train and WORKDIR/tokens/heldout.\n"
+_TOKENIZE = """\
+  rar-jax tokenize --config digits --workdir runs/digits           tokens/train and tokens/heldout there
+  rar-jax tokenize --config rar_b --source tfds:imagenet2012 --weights TOKENIZER.bin --out tokens
+  rar-jax tokenize --verify tokens --weights TOKENIZER.bin         checksums, counts, and a picture of a sample
+  rar-jax tokenize --import maskgitvq.jsonl --out tokens           the authors' file, and back: --export tokens --out FILE
+The same command goes on where a killed one was. Train on a store with --config.data.tokens=DIR.
+"""
 _EVALUATE = """\
   rar-jax evaluate --weights rar_b --inception INCEPTION.pth --reference VIRTUAL_imagenet256_labeled.npz --out scores
   rar-jax evaluate --workdir runs/mine --inception INCEPTION.pth --reference mine.npz
@@ -212,6 +237,11 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         return
 
+    elsewhere = ("source", "verify", "import_", "export", "weights", "out")
+    if args.verb == "tokenize" and (not args.workdir or any(getattr(args, name) for name in elsewhere)):
+        _tokenize(args, overrides)
+        return
+
     if args.verb == "evaluate" and (args.inception or args.images or args.make_reference or args.steps):
         _evaluate(args, overrides)
         return
@@ -219,6 +249,8 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.programs.experiment import resolve
     from rar_jax.training.workdir import Workdir
 
+    if args.verb == "tokenize" and not args.config:
+        raise ConfigError("tokenize --workdir needs --config: the experiment that the directory belongs to")
     if not args.config or not args.workdir:
         raise ConfigError("evaluate needs --inception (FID), or --config and --workdir (fd_classifier): see --help")
 
@@ -258,6 +290,43 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         from rar_jax.programs.fd_classifier import evaluate
 
         print(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
+
+
+def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
+    from rar_jax.config import ConfigError, load_experiment
+    from rar_jax.data.token_writer import SHARD_RECORDS
+    from rar_jax.programs.experiment import resolve
+
+    if args.workdir or sum(x is not None for x in (args.verify, args.import_, args.export, args.source)) != 1:
+        raise ConfigError("give one of --workdir (alone), --source, --verify, --import and --export: see --help")
+    if args.verify:
+        from rar_jax.programs.verify_tokens import verify_tokens
+
+        print(verify_tokens(args.verify, weights=args.weights, out=args.out, download=args.download))
+        return
+    if args.out is None:
+        raise ConfigError("give --out: where the store or file shall be written")
+    experiment = None
+    if args.config:
+        experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+    common = {"shard_records": SHARD_RECORDS if args.shard_records is None else args.shard_records, "quiet": args.quiet}
+    if args.export:
+        from rar_jax.programs.verify_tokens import export_tokens
+
+        export_tokens(args.export, args.out, quiet=args.quiet)
+    elif args.import_:
+        from rar_jax.programs.verify_tokens import import_tokens
+
+        sizes = {"codebook_size": args.codebook_size, "num_classes": args.num_classes}
+        import_tokens(args.import_, args.out, experiment=experiment, **sizes, **common)
+    else:
+        from rar_jax.parallel.mesh import make_mesh
+        from rar_jax.programs.tokenize import tokenize_source
+
+        if experiment is None or not args.weights:
+            raise ConfigError("tokenize --source needs --config (what the images are) and --weights (the tokenizer)")
+        keywords = {name: getattr(args, name) for name in ("source", "weights", "out", "crops", "split", "batch_size")}
+        tokenize_source(experiment, make_mesh(experiment.mesh), **keywords, download=args.download, **common)
 
 
 def _guidance(text: str | None) -> Any:

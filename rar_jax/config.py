@@ -196,6 +196,10 @@ def _check_type(value: Any, hint: Any, where: str) -> Any:
             return None
         (inner,) = [a for a in args if a is not type(None)]
         return _check_type(value, inner, where)
+    if origin is tuple and args[-1] is not Ellipsis and isinstance(value, (list, tuple)):
+        if len(value) != len(args):
+            raise ConfigError(f"{where} is {value!r}: it must have {len(args)} entries")
+        return tuple(_check_type(v, arg, f"{where}[{i}]") for i, (v, arg) in enumerate(zip(value, args, strict=True)))
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_check_type(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -203,7 +207,7 @@ def _check_type(value: Any, hint: Any, where: str) -> Any:
     plain = origin or hint
     if not isinstance(plain, type) or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
         return value
-    name = f"a list of {args[0].__name__}" if origin is tuple else plain.__name__
+    name = f"a list of {getattr(args[0], '__name__', args[0])}" if origin is tuple else plain.__name__
     raise ConfigError(f"{where} is {value!r} ({type(value).__name__}): it must be {name}")
 
 

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from rar_jax.data import loader, token_store
+from rar_jax.data import loader, token_store, token_writer
 
 RECORDS, TOKENS, BATCH, SHARDS, ROUNDS = 200_000, 256, 256, 4, 5
 CODEBOOK, CLASSES = 1024, 1000
@@ -43,20 +43,24 @@ class ArrayRecordSource:
 def write(folder: pathlib.Path) -> tuple[token_store.TokenStore, ArrayRecordSource]:
     rng = np.random.default_rng(0)
     card: dict[str, Any] = dict.fromkeys(token_store.CARD_KEYS, "")
-    card |= {"num_records": RECORDS, "codebook_size": CODEBOOK, "grid": [16, 16], "num_classes": CLASSES}
+    card |= {"codebook_size": CODEBOOK, "grid": [16, 16], "num_classes": CLASSES, "crops": ["whole image"]}
     card |= {"class_names": [str(c) for c in range(CLASSES)]}
     dtype = token_store.record_dtype(num_tokens=TOKENS, codebook_size=CODEBOOK)
     paths = [str(folder / f"{j}.array_record") for j in range(SHARDS)]
     array_writers = [ArrayRecordWriter(path, "group_size:1,uncompressed") for path in paths]
-    with token_store.TokenStoreWriter(folder / "npy", card, SHARDS) as writer:
-        for start in range(0, RECORDS, 10_000):
-            ids = np.arange(start, start + 10_000)
-            tokens, labels = rng.integers(0, CODEBOOK, (10_000, TOKENS)), rng.integers(0, CLASSES, 10_000)
-            writer.append(tokens, labels, ids, np.zeros(10_000, int))
-            records = np.zeros(10_000, dtype)
-            records["tokens"], records["label"], records["source_id"] = tokens, labels, ids
-            for record in records:
-                array_writers[start * SHARDS // RECORDS].write(record.tobytes())
+    shard_records = RECORDS // SHARDS
+    writer = token_writer.TokenStoreWriter(folder / "npy", card, source_records=RECORDS, shard_records=shard_records)
+    for j in writer.missing():
+        with writer.shard(j) as shard:
+            for start in range(*writer.span(j), 10_000):
+                ids = np.arange(start, start + 10_000)
+                tokens, labels = rng.integers(0, CODEBOOK, (10_000, TOKENS)), rng.integers(0, CLASSES, 10_000)
+                shard.append(tokens, labels, ids, np.zeros(10_000, int))
+                records = np.zeros(10_000, dtype)
+                records["tokens"], records["label"], records["source_id"] = tokens, labels, ids
+                for record in records:
+                    array_writers[j].write(record.tobytes())
+    writer.finish()
     for array_writer in array_writers:
         array_writer.close()
     return token_store.TokenStore(folder / "npy"), ArrayRecordSource(paths, dtype)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -28,6 +29,15 @@ class Source(Protocol):
 
     def gather(self, indices: np.ndarray) -> Batch:
         """Records at `indices` (int64 (b,)), each array with leading axis b."""
+        ...
+
+
+@runtime_checkable
+class OrderedSource(Source, Protocol):
+    """A source that says itself what an endless shuffled stream of it is, such as a mix of several."""
+
+    def places(self, position: np.ndarray, *, seed: int) -> np.ndarray:
+        """Which record, int64 (b,), stands at each place of the stream, int64 (b,); as `shuffled`."""
         ...
 
 
@@ -63,31 +73,48 @@ def batches(
 
     def batch(step: int) -> Batch:
         position = step * global_batch + rows
-        return source.gather(shuffled(position, size=size, seed=seed) if epochs_shuffled else position % size)
+        if not epochs_shuffled:
+            return source.gather(position % size)
+        if isinstance(source, OrderedSource):
+            return source.gather(source.places(position, seed=seed))
+        return source.gather(shuffled(position, size=size, seed=seed))
 
     # As many steps as keep a position within int64.
     return _stream(grain.MapDataset.range(start_step, sys.maxsize // global_batch - 1).map(batch), num_workers)
 
 
 def sequential_batches(
-    source: Source, *, global_batch: int, process_index: int = 0, process_count: int = 1
+    source: Source,
+    *,
+    global_batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Every record exactly once, in order: this process's rows of ceil(n / B) global batches, for evaluation.
 
     Every batch is whole. "weights", float32 (B/P,), is 1 for a record and 0 for the rows that fill the last
     batch up, which hold record 0.
 
+    Args:
+      num_workers: as in `batches`.
+      spans: only these records, each [begin, end) cut into ceil((end - begin) / B) batches of its own.
+
     Raises: ConfigError for sizes that do not fit.
     """
     rows = _process_rows(source, global_batch, process_index, process_count)
-    size = len(source)
+    spans = [(0, len(source))] if spans is None else spans
+    first_steps = np.cumsum([0, *(-(-(end - begin) // global_batch) for begin, end in spans)])
 
     def batch(step: int) -> Batch:
-        position = step * global_batch + rows
-        real = position < size
+        span = int(np.searchsorted(first_steps, step, side="right")) - 1
+        begin, end = spans[span]
+        position = begin + (step - int(first_steps[span])) * global_batch + rows
+        real = position < end
         return {**source.gather(np.where(real, position, 0)), "weights": real.astype(np.float32)}
 
-    return _stream(grain.MapDataset.range(-(-size // global_batch)).map(batch), num_workers=0)
+    return _stream(grain.MapDataset.range(int(first_steps[-1])).map(batch), num_workers)
 
 
 def steps_per_epoch(num_records: int, global_batch: int) -> float:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rar_jax.config import ConfigError, build, find_module, nearest, require, resolve_steps, steps_fields, to_dict
 from rar_jax.data import imagenet
 from rar_jax.data.loader import steps_per_epoch
+from rar_jax.data.mixing import period_shares
 from rar_jax.data.sources import ImageSource, Split, load_source
 from rar_jax.evaluation import classifier
 from rar_jax.guidance import Guidance
@@ -31,7 +32,8 @@ class Data:
 
     source: "digits", "idx:FOLDER" or "tfds:NAME". image_size: images are padded with zeros to it.
     class_names: default, the numbers; "imagenet" stands for its 1000 names. train_records: what an epoch is; checked
-    against the source.
+    against the source. tokens, tokens_heldout: token stores made elsewhere, used instead of the work directory's;
+    mix: several for training, each with its weight (("DIR1", 0.7), ("DIR2", 0.3)).
     """
 
     source: str
@@ -41,6 +43,9 @@ class Data:
     train_records: int
     class_names: tuple[str, ...] = ()
     workers: int = 0
+    tokens: str | None = None
+    tokens_heldout: str | None = None
+    mix: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("image_size", "num_classes", "train_records"):
@@ -52,6 +57,16 @@ class Data:
             len(self.class_names) == self.num_classes,
             f"class_names has {len(self.class_names)} names for {self.num_classes} classes",
         )
+        require(not (self.tokens and self.mix), "tokens and mix both say what to train on: give one of them")
+        if self.mix:
+            period_shares([weight for _, weight in self.mix])
+
+    def given_tokens(self, split: Split) -> tuple[tuple[str, float], ...]:
+        """The token stores that are given for a split, with their weights; none where the images are tokenized."""
+        if split == "train" and self.mix:
+            return self.mix
+        folder = self.tokens if split == "train" else self.tokens_heldout
+        return ((folder, 1.0),) if folder else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +137,13 @@ class Experiment:
     def resolved(self) -> dict[str, Any]:
         """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None."""
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for key in (
+            "tokens",
+            "tokens_heldout",
+            "mix",
+        ):  # so that a directory made before they were there is still this run's
+            if not out["data"][key]:
+                del out["data"][key]
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
             out[kind] = {"name": _short_name(model.module), **to_dict(model.config)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -82,6 +83,28 @@ def given_generator(experiment: Experiment) -> Weights:
     return weights
 
 
+def origin_sha256(weights: Weights) -> str:
+    """The sha256 by which weights are known wherever they lie: of the file they were taken over or converted from, or
+    else their own."""
+    if weights.path.is_dir():
+        folder = Workdir(weights.path).checkpoints("tokenizer")
+        if (good := good_step(folder)) is not None:
+            return _origin(folder, good)
+    return weights.sha256()
+
+
+def stage_origin_sha256(experiment: Experiment, workdir: Workdir) -> str:
+    """`origin_sha256` of a work directory's finished tokenizer. Raises: CheckpointError if it is not finished."""
+    folder = workdir.checkpoints("tokenizer")
+    if finished(experiment, "tokenizer", workdir) is None or (good := good_step(folder)) is None:
+        raise CheckpointError(f"{workdir.path} has no finished tokenizer: run `rar-jax train --stage tokenizer`")
+    return _origin(folder, good)
+
+
+def _origin(folder: pathlib.Path, good: tuple[int, str]) -> str:
+    return read_meta(folder, good[0]).get("made_from", {}).get("sha256", good[1])
+
+
 def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
     """Makes the weights that `tokenizer.weights` names the finished tokenizer stage of a work directory.
 
@@ -90,7 +113,7 @@ def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) ->
     if finished(experiment, "tokenizer", workdir):
         return
     weights = _given_tokenizer(experiment)
-    made_from = {"path": str(weights.path), "sha256": weights.sha256()}
+    made_from = {"path": str(weights.path), "sha256": origin_sha256(weights)}
     save_params(workdir.checkpoints("tokenizer"), weights.place(mesh), {"stage": "tokenizer", "made_from": made_from})
 
 
@@ -98,15 +121,18 @@ def _given_tokenizer(experiment: Experiment) -> Weights:
     assert experiment.tokenizer_weights is not None
     num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
     weights = open_weights(locate(experiment.tokenizer_weights), "tokenizers", num_tokens=num_tokens)
+    check_tokenizer(experiment, weights, f"tokenizer.weights {weights.path}")
+    return weights
+
+
+def check_tokenizer(experiment: Experiment, weights: Weights, name: str) -> None:
+    """Raises ConfigError unless weights, called `name`, are of the architecture in config.tokenizer."""
     for what, ours, theirs in zip(
         ("images", "tokens", "parameters"), _specs(experiment.tokenizer), _specs(weights.model), strict=True
     ):
         if ours != theirs:
             lines = differences(to_dict(weights.model.config), to_dict(experiment.tokenizer.config))
-            raise ConfigError(
-                f"tokenizer.weights {weights.path} has other {what} than config.tokenizer: {'; '.join(lines)}"
-            )
-    return weights
+            raise ConfigError(f"{name} has other {what} than config.tokenizer: {'; '.join(lines)}")
 
 
 def _specs(model: Model) -> tuple[Any, Any, Any]:

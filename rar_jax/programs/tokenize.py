@@ -1,65 +1,282 @@
-"""Turns the images of a split into a token store, with the work directory's tokenizer."""
+"""Turns images into a token store: those of an experiment, for its work directory, or of any source, into a folder.
+
+One code path for both, and for one or many processes: each shard of the store is made by itself from its records of the
+source, so that a run that was killed goes on with the first shard that is missing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import json
+import pathlib
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.data.loader import sequential_batches
-from rar_jax.data.sources import Split
-from rar_jax.data.token_store import StoreError, TokenStore, TokenStoreWriter
+from rar_jax.config import require, to_dict
+from rar_jax.data.loader import Batch, sequential_batches
+from rar_jax.data.sources import ImageSource, Split, load_source
+from rar_jax.data.token_store import StoreError, TokenStore
+from rar_jax.data.token_writer import SHARD_RECORDS, TokenStoreWriter, sweep
+from rar_jax.interop.released import locate
+from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import global_batch
+from rar_jax.parallel.processes import global_batch, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
-from rar_jax.programs.stages import trained_params
+from rar_jax.programs.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
+from rar_jax.sampling.sampler import Model
 from rar_jax.training.report import progress
 from rar_jax.training.workdir import Workdir
 
 BATCH = 256
+# The crops of each way to cut an image, in the order of their ids.
+_FIVE = ("upper left", "upper right", "lower left", "lower right", "center")
+CROPS = {
+    "pad": ("whole image",),
+    "center": ("center",),
+    "ten": (*_FIVE, *(f"{name}, mirrored" for name in _FIVE)),
+}
+
+
+# ---------------------------------------------------------------- the two forms
 
 
 def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split, *, quiet: bool = False) -> None:
-    """Writes workdir/tokens/<split>: each image of the split once, in the source's order. A good store is kept.
+    """Writes workdir/tokens/<split>: each image of the split once, in the source's order. A good store is kept, one that
+    was begun is finished, and one of another tokenizer or source is made anew.
+
+    A split whose tokens are given (config.data.tokens) is passed over.
 
     Raises: CheckpointError if the tokenizer is not trained to its end; ConfigError if the source does not fit.
     """
-    params, sha256 = trained_params(experiment, "tokenizer", workdir, mesh)
-    if tokenized(workdir, split, sha256):
+    if experiment.data.given_tokens(split):
         return
-    data, (module, config) = experiment.data, (experiment.tokenizer.module, experiment.tokenizer.config)
+    params, manifest = trained_params(experiment, "tokenizer", workdir, mesh)
+    origin = stage_origin_sha256(experiment, workdir)
+    if tokenized(workdir, split, (manifest, origin)):
+        return
     source = open_source(experiment, split)
-    encode = jax.jit(functools.partial(module.encode, config), out_shardings=replicated(mesh))
-    card = {
-        "num_records": len(source),
-        "codebook_size": config.codebook_size,
-        "grid": list(module.token_spec(config).shape),
-        "num_classes": data.num_classes,
-        "class_names": list(data.class_names),
-        "crops": ["whole image"],
-        "source": f"{data.source} ({split})",
-        "tokenizer_sha256": sha256,
-    }
-    size = -(-BATCH // batch_divisor(mesh)) * batch_divisor(mesh)
+    card = _card(experiment, source, f"{experiment.data.source} ({split})", origin)
     folder = workdir.tokens(split)
-    shutil.rmtree(folder, ignore_errors=True)  # unfinished, damaged, or of another tokenizer
-    with sharded(mesh), TokenStoreWriter(folder, card) as writer:
-        rows = sequential_batches(source, global_batch=size)
-        for batch in progress(rows, -(-len(source) // size), f"tokenize {split}", "batches", quiet):
-            real = batch["weights"] > 0
-            tokens = np.asarray(encode(params, global_batch({"images": batch["images"]}, mesh)["images"]))
-            writer.append(tokens[real], batch["labels"][real], batch["ids"][real], np.zeros(real.sum(), np.int16))
+    if (folder / "card.json").exists() and is_main():
+        shutil.rmtree(folder)  # damaged, or of another tokenizer
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    try:
+        writer = TokenStoreWriter(folder, card, source_records=len(source), **processes)
+    except StoreError:  # the beginning of another one
+        shutil.rmtree(folder)
+        writer = TokenStoreWriter(folder, card, source_records=len(source), **processes)
+    workers = experiment.data.workers
+    write_store(
+        writer, source, experiment.tokenizer, params, mesh, num_workers=workers, name=f"tokenize {split}", quiet=quiet
+    )
 
 
-def tokenized(workdir: Workdir, split: Split, tokenizer_sha256: str) -> bool:
-    """Whether the split's store is whole, undamaged and of this tokenizer."""
+def tokenize_source(
+    experiment: Experiment,
+    mesh: Mesh,
+    *,
+    source: str,
+    weights: str,
+    out: pathlib.Path,
+    crops: str | None = None,
+    split: Split = "train",
+    shard_records: int = SHARD_RECORDS,
+    batch_size: int = BATCH,
+    download: bool = False,
+    quiet: bool = False,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> bool:
+    """Writes a store of the images of `source` into the folder `out`, or goes on with one that was begun.
+
+    Args:
+      experiment: says what the images and the tokenizer are; its own source and tokenizer weights are not used.
+      weights: the tokenizer's file, directory or released name.
+      crops: "pad" (whole images), "center" or "ten"; default, the source's own.
+      process_index, process_count: which shards to write, by default those of this JAX process.
+
+    Returns: whether the store is finished; with several processes it is when each has written its shards and process 0
+      came last, or is called again.
+    Raises: ConfigError, WeightsError or CheckpointError for a source or tokenizer that does not fit; StoreError if `out`
+      holds another store, or the beginning of one.
+    """
+    require(crops is None or crops in CROPS, f"--crops {crops}: give one of {', '.join(CROPS)}")
+    require(batch_size >= 1 and shard_records >= 1, "--batch-size and --shard-records must be at least 1")
+    num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
+    given = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
+    check_tokenizer(experiment, given, f"--weights {given.path}")
+    images = _open(source, split, crops, experiment)
+    card = _card(experiment, images, f"{source} ({split})", origin_sha256(given))
+    if (out / "card.json").exists():
+        _check_finished(out, card, len(images))
+        return True
+    writer = TokenStoreWriter(
+        out,
+        card,
+        source_records=len(images),
+        shard_records=shard_records,
+        process_index=jax.process_index() if process_index is None else process_index,
+        process_count=jax.process_count() if process_count is None else process_count,
+    )
+    return write_store(
+        writer,
+        images,
+        experiment.tokenizer,
+        given.place(mesh),
+        mesh,
+        batch_size=batch_size,
+        num_workers=experiment.data.workers,
+        name=f"tokenize {source}",
+        quiet=quiet,
+    )
+
+
+def tokenized(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
+    """Whether the split's store is whole, undamaged and of the tokenizer that goes by these sha256s."""
     try:
         store = TokenStore(workdir.tokens(split))
         store.verify()
     except StoreError:
         return False
-    return store.card["tokenizer_sha256"] == tokenizer_sha256
+    if store.card["tokenizer_sha256"] not in hashes:
+        return False
+    sweep(store.folder, store.card)  # what a kill between the card and the last removal left
+    return True
+
+
+# ---------------------------------------------------------------- the one path
+
+
+def write_store(
+    writer: TokenStoreWriter,
+    source: ImageSource,
+    tokenizer: Model,
+    params: Any,
+    mesh: Mesh,
+    *,
+    batch_size: int = BATCH,
+    num_workers: int = 0,
+    name: str = "tokenize",
+    quiet: bool = False,
+) -> bool:
+    """Encodes the records of the writer's missing shards and finishes the store if all shards are then there.
+
+    Batches do not reach over the end of a shard, so that a record's batch, and with it every bit of its tokens, does not
+    depend on where a run was interrupted.
+
+    Returns: whether the store is finished.
+    """
+    size = -(-batch_size // batch_divisor(mesh)) * batch_divisor(mesh)
+    encode = jax.jit(functools.partial(tokenizer.module.encode, tokenizer.config), out_shardings=replicated(mesh))
+    missing = writer.missing()
+    spans = [writer.span(j) for j in missing]
+    sizes = [min(size, end - at) for begin, end in spans for at in range(begin, end, size)]
+    stream = sequential_batches(source, global_batch=size, num_workers=num_workers, spans=spans)
+    with sharded(mesh), contextlib.closing(stream):
+        done = writer.source_records - sum(sizes)
+        rows = progress(
+            _encoded(stream, lambda images: encode(params, global_batch({"images": images}, mesh)["images"])),
+            total=writer.source_records,
+            description=name,
+            unit="images",
+            quiet=quiet,
+            sizes=sizes,
+            done=done,
+        )
+        for j, (begin, end) in zip(missing, spans, strict=True):
+            with writer.shard(j) as shard:
+                while shard.seen < end - begin:
+                    batch, tokens = next(rows)
+                    real = batch["weights"] > 0
+                    none = np.zeros(len(real), np.int16)
+                    crops, bad = batch.get("crops", none), batch.get("bad", none > 0)
+                    shard.append(tokens[real], batch["labels"][real], batch["ids"][real], crops[real], bad[real])
+        assert next(rows, None) is None  # and the progress line shows the end
+    finished = writer.finish()
+    if not quiet:
+        _tell(writer, source, finished)
+    return finished
+
+
+def _encoded(stream: Iterable[Batch], encode: Any) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch with its tokens, one behind: the device encodes the next batch while the host stores this one."""
+    before: tuple[Batch, jax.Array] | None = None
+    for batch in stream:
+        tokens = encode(batch["images"])
+        if before is not None:
+            yield before[0], np.asarray(before[1])
+        before = batch, tokens
+    if before is not None:
+        yield before[0], np.asarray(before[1])
+
+
+def _tell(writer: TokenStoreWriter, source: ImageSource, finished: bool) -> None:
+    if not finished:
+        print(
+            f"{writer.folder}: shards of other processes are missing; process 0 finishes the store when they are there"
+        )
+        return
+    card = TokenStore(writer.folder).card
+    if card["num_bad_images"]:
+        print(f"{card['num_bad_images']} images could not be decoded and were left out:")
+        # Those that this process met; the card has the numbers of all their records.
+        problems: Iterable[tuple[str, str]] = getattr(source, "problems", ())
+        for name, reason in itertools.islice(problems, 10):
+            print(f"  {name}: {reason}")
+
+
+def _card(experiment: Experiment, source: ImageSource, what: str, tokenizer_sha256: str) -> dict[str, Any]:
+    crop = getattr(source, "crop", "pad")  # sources whose images have one size do not crop
+    require(crop in CROPS, f"{what}: tokens are made once, {crop} crops cannot be: choose one of {', '.join(CROPS)}")
+    module, config = experiment.tokenizer.module, experiment.tokenizer.config
+    return {
+        "codebook_size": config.codebook_size,
+        "grid": list(module.token_spec(config).shape),
+        "num_classes": experiment.data.num_classes,
+        "class_names": list(experiment.data.class_names),
+        "crops": list(CROPS[crop]),
+        "source": what,
+        "tokenizer_sha256": tokenizer_sha256,
+        "tokenizer": {"name": module.__name__.rpartition(".")[2], **to_dict(config)},
+    }
+
+
+def _open(spec: str, split: Split, crop: str | None, experiment: Experiment) -> ImageSource:
+    """A source of `--source`, cut to the experiment's images. Raises: ConfigError where it does not fit."""
+    data = experiment.data
+    view: dict[str, Any] = {"image_size": data.image_size}
+    if crop is not None:
+        view["crop"] = crop
+    source = load_source(spec, split, **view)
+    shape = (data.image_size, data.image_size, data.channels)
+    require(
+        source.image_shape == shape,
+        f"{spec} has images {list(source.image_shape)}, config.data says {list(shape)}: make them equal",
+    )
+    require(
+        source.num_classes == data.num_classes,
+        f"{spec} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
+    )
+    return source
+
+
+def _check_finished(out: pathlib.Path, card: dict[str, Any], source_records: int) -> None:
+    """Raises StoreError unless the store in `out` is whole and what would be made now."""
+    store = TokenStore(out)
+    store.verify()
+    there = store.card | {"source_records": store.card["shards"][-1].get("span", [0, 0])[1]}
+    for key, now in {**json.loads(json.dumps(card)), "source_records": source_records}.items():
+        if there.get(key) != now:
+            raise StoreError(
+                f"{out} holds a finished store of something else ({key}: {str(there.get(key))[:80]}, now "
+                f"{str(now)[:80]}): choose another --out, or remove it"
+            )
+    sweep(out, store.card)

@@ -20,14 +20,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
-from rar_jax.data.token_store import TokenStore
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import global_batch
+from rar_jax.parallel.processes import global_batch, on_devices
 from rar_jax.parallel.rules import param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer
-from rar_jax.programs.tokenize import tokenized
+from rar_jax.programs.tokens import open_tokens
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
 from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
@@ -60,16 +59,10 @@ class Objective:
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
     """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
     module, config = experiment.model(stage).module, experiment.model(stage).config
-    meta = {"experiment": experiment.name, "stage": stage}
+    meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
     if stage == "generator":
-        tokenizer = finished(experiment, "tokenizer", workdir)
-        for split in ("train", "heldout"):
-            if tokenizer is None or not tokenized(workdir, split, tokenizer):
-                raise CheckpointError(
-                    f"{workdir.tokens(split)} holds no good tokens of this tokenizer: run `rar-jax tokenize`"
-                )
-        meta["tokenizer_sha256"] = tokenizer
-        train, heldout = TokenStore(workdir.tokens("train")), TokenStore(workdir.tokens("heldout"))
+        train, heldout = (open_tokens(experiment, workdir, split) for split in ("train", "heldout"))
+        meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
     else:
         train, heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
     plain: Callable[[int], dict[str, dict[str, np.ndarray]]] = lambda size: {"": {}}  # noqa: E731
@@ -225,11 +218,11 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
 
         # ---- the loop
         stack.enter_context(sharded(mesh))
+        on_device = on_devices(stream, mesh)
         pending: tuple[int, dict[str, Any]] | None = None
         told: dict[str, float] = {}
         for step in range(start + 1, recipe.steps + 1):
-            rows = {name: array for name, array in next(stream).items() if name != "ids"}
-            state, metrics = setup.step(state, global_batch(rows, mesh), step_key)
+            state, metrics = setup.step(state, next(on_device), step_key)
             # The metrics of the step before are fetched while this one runs: the device never waits for the host.
             if pending is not None:
                 record(*pending)

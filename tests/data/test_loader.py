@@ -14,6 +14,8 @@ from rar_jax.config import ConfigError
 from rar_jax.data import loader
 from rar_jax.data.loader import Batch, batch_digest, batches, sequential_batches, shuffled
 from rar_jax.data.sources import ImageSource, load_source
+from rar_jax.data.token_store import TokenStore
+from rar_jax.data.token_writer import TokenStoreWriter
 
 BATCH = 48  # 360 held-out digits: 7.5 batches an epoch, so that epochs are straddled
 
@@ -48,6 +50,43 @@ def test_global_batch_is_the_same_for_any_number_of_processes(source: ImageSourc
 def test_global_batch_is_the_same_for_any_number_of_workers(source: ImageSource) -> None:
     here, there = stream(source, 7, start_step=5), stream(source, 7, start_step=5, num_workers=2)
     assert [batch_digest(b) for b in here] == [batch_digest(b) for b in there]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """371 records in 9 shards of up to 48; every fifth could not be decoded, so that shards differ in length."""
+    folder = tmp_path_factory.mktemp("tokens") / "store"
+    card = {"codebook_size": 70_000, "grid": [5], "num_classes": 3, "class_names": list("abc"), "crops": ["whole"]}
+    card |= {"source": "made up", "tokenizer_sha256": None}
+    writer = TokenStoreWriter(folder, card, source_records=464, shard_records=53)
+    rng = np.random.default_rng(0)
+    for j in writer.missing():
+        begin, end = writer.span(j)
+        columns = rng.integers(0, 70_000, (end - begin, 5)), rng.integers(0, 3, end - begin), np.arange(begin, end)
+        with writer.shard(j) as shard:
+            shard.append(*columns, np.zeros(end - begin, int), np.arange(begin, end) % 5 == 0)
+    assert writer.finish()
+    return TokenStore(folder)
+
+
+@pytest.mark.parametrize(("process_count", "num_workers"), [(2, 0), (4, 0), (1, 2), (2, 2)])
+def test_tokens_are_the_same_for_any_number_of_processes_and_workers(
+    tokens: TokenStore, process_count: int, num_workers: int
+) -> None:
+    def streams(**changes: Any) -> list[Batch]:
+        return take(batches(tokens, global_batch=BATCH, seed=3, start_step=6, **changes), 9)
+
+    whole, count = streams(), {"process_count": process_count, "num_workers": num_workers}
+    parts = [streams(process_index=p, **count) for p in range(process_count)]
+    joined = [{key: np.concatenate([part[k][key] for part in parts]) for key in whole[0]} for k in range(9)]
+    assert [batch_digest(batch) for batch in joined] == [batch_digest(batch) for batch in whole]
+    assert len(tokens) == 371 and not np.any(ids(whole) % 5 == 0)
+    # By the definition: record shuffled(place) of the file.
+    places = np.arange(6 * BATCH, 15 * BATCH)
+    records = np.concatenate([np.load(path) for path in sorted(tokens.folder.glob("*.npy"))])
+    expected = records[shuffled(places, size=371, seed=3)]
+    np.testing.assert_array_equal(np.concatenate([batch["tokens"] for batch in whole]), expected["tokens"])
+    np.testing.assert_array_equal(ids(whole), expected["source_id"])
 
 
 @pytest.mark.parametrize("start_step", [1, 7, 8, 15])
@@ -117,6 +156,17 @@ def test_sequential_gives_each_record_once_in_order(source: ImageSource, process
     assert (weights.dtype, weights.sum()) == (np.float32, 360)
     np.testing.assert_array_equal(ids(whole)[weights == 1], source.gather(np.arange(360))["ids"])
     assert np.all(ids(whole)[weights == 0] == source[0]["ids"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_spans_are_cut_into_batches_of_their_own(source: ImageSource, num_workers: int) -> None:
+    spans = [(0, 5), (100, 148), (300, 300), (200, 297)]
+    rows = take(sequential_batches(source, global_batch=BATCH, spans=spans, num_workers=num_workers), 99)
+    everything = source.gather(np.arange(360))["ids"]
+    seen = [batch["ids"][batch["weights"] > 0].tolist() for batch in rows]
+    expected = [(0, 5), (100, 148), (200, 248), (248, 296), (296, 297)]
+    assert seen == [everything[begin:end].tolist() for begin, end in expected]
+    assert all(len(batch["ids"]) == BATCH for batch in rows)
 
 
 def test_digest_sees_everything() -> None:

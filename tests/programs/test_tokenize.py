@@ -1,0 +1,243 @@
+"""Images to tokens, once: what a killed run goes on with, what two processes make, what training accepts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rar_jax.config import ConfigError
+from rar_jax.data.sources import ArraySource, load_source
+from rar_jax.data.token_store import StoreError, TokenStore
+from rar_jax.data.token_writer import TokenStoreWriter
+from rar_jax.interop import maskgit_vq
+from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs import tokenize as program
+from rar_jax.programs.tokenize import write_store
+from rar_jax.tokenizers import maskgit_vq as tokenizer
+from rar_jax.training.checkpoint import file_sha256
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ROOT / "tests" / "experiments" / "tiny.py"
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------- the store
+
+
+def test_tokens_are_the_images(tiny: Any, straight: pathlib.Path) -> None:
+    store, source = TokenStore(straight), load_source("digits", "heldout")
+    store.verify()
+    images = source.gather(np.arange(360))
+    rows = store.gather(np.arange(360))
+    np.testing.assert_array_equal(rows["labels"], images["labels"])
+    np.testing.assert_array_equal(rows["ids"], images["ids"])
+    expected = np.asarray(
+        tokenizer.encode(tiny.config, maskgit_vq.load(tiny.weights, image_size=8)[1], images["images"])
+    )
+    assert (rows["tokens"] == expected).mean() > 0.999  # a near tie may fall the other way on four devices
+    assert len(np.unique(expected)) > 4
+    card = store.card
+    assert card["tokenizer_sha256"] == file_sha256(tiny.weights)
+    assert (card["num_records"], card["num_images"], card["num_bad_images"]) == (360, 360, 0)
+    assert card["records_per_class"] == np.bincount(images["labels"]).tolist()
+    assert (card["crops"], card["grid"], card["codebook_size"]) == (["whole image"], [16], 32)
+    assert [shard["span"] for shard in card["shards"]] == [[k, min(k + 50, 360)] for k in range(0, 360, 50)]
+
+
+@pytest.mark.parametrize("at", [0, 3, 8, 15, 17])
+def test_killed_and_resumed_is_the_same_to_the_bit(
+    at: int, tiny: Any, straight: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the k-th rename of 18: making.json, eight shards and what stands beside them, the card."""
+    renamed: list[str] = []
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if len(renamed) == at:
+            raise RuntimeError("killed")
+        renamed.append(pathlib.Path(target).name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(RuntimeError, match="killed"):
+        tiny.make(tmp_path / "s")
+    assert len(renamed) == at
+    monkeypatch.undo()
+    encoded: list[int] = []
+    gather = program.sequential_batches
+    monkeypatch.setattr(
+        program, "sequential_batches", lambda *a, **k: encoded.append(len(k["spans"])) or gather(*a, **k)
+    )
+    assert tiny.make(tmp_path / "s")
+    whole = sum(name.endswith(".json") and name.startswith("shard") for name in renamed)
+    assert encoded == [8 - whole]  # the shards that were whole are not made again
+    assert contents(tmp_path / "s") == contents(straight)
+
+
+def test_processes_make_the_store_of_one(
+    tiny: Any, straight: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "s"
+    assert not tiny.make(out, process_index=0, process_count=2, quiet=False)
+    assert "process 0 finishes the store" in capsys.readouterr().out
+    assert sorted(p.name for p in out.glob("*.npy")) == [f"shard-0000{j}-of-00008.npy" for j in (0, 2, 4, 6)]
+    assert not tiny.make(out, process_index=1, process_count=2)
+    assert tiny.make(out, process_index=0, process_count=2)
+    assert contents(out) == contents(straight)
+
+
+def test_the_same_command_again_does_nothing_and_another_is_refused(
+    tiny: Any, straight: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in straight.iterdir()}
+    assert tiny.make(straight)
+    with pytest.raises(StoreError, match=r"holds a finished store of something else \(source: digits \(heldout\)"):
+        tiny.make(straight, split="train")
+    other = tmp_path / "other.bin"
+    maskgit_vq.save(other, tiny.config, tokenizer.init(tiny.config, jax.random.key(9)))
+    with pytest.raises(StoreError, match=r"something else \(tokenizer_sha256: "):
+        tiny.make(straight, weights=str(other))
+    assert {p: p.stat().st_mtime_ns for p in straight.iterdir()} == before
+    TokenStoreWriter(tmp_path / "begun", {**TokenStore(straight).card, "source": "x"}, source_records=360)
+    with pytest.raises(StoreError, match="holds the beginning of another store"):
+        tiny.make(tmp_path / "begun")
+
+
+class TenOfSome(ArraySource):
+    """Ten "crops" of each of 20 images; images 3 and 11 could not be decoded, and the next image stands in."""
+
+    crop = "ten"
+    problems = (("img3.jpg", "truncated"), ("img11.jpg", "no JPEG"))
+
+    def __len__(self) -> int:
+        return 200
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        image = indices // 10
+        bad = np.isin(image, [3, 11])
+        rows = super().gather(image + bad)
+        rows["images"] = (
+            np.roll(rows["images"], 1, axis=1) * (indices % 10 > 4)[:, None, None, None] + rows["images"] // 2
+        )
+        return {**rows, "crops": (indices % 10).astype(np.int16), "bad": bad}
+
+
+def test_crops_and_bad_images(
+    tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 200 records 20 are left out and counted; the others are all there, with image and crop."""
+    digits = load_source("digits", "heldout").gather(np.arange(30))
+    source = TenOfSome(digits["images"], digits["labels"], class_names=[str(i) for i in range(10)])
+    monkeypatch.setattr(program, "load_source", lambda *_, **__: source)
+    assert tiny.make(tmp_path / "s", shard_records=34, quiet=False)
+    out = capsys.readouterr().out
+    assert "2 images could not be decoded" in out and "img3.jpg: truncated" in out and "images" in out
+    store = TokenStore(tmp_path / "s")
+    store.verify()
+    records = np.concatenate([np.load(tmp_path / "s" / shard["name"]) for shard in store.card["shards"]])
+    expected = [(image, crop) for image in range(20) for crop in range(10) if image not in (3, 11)]
+    assert list(zip(records["source_id"].tolist(), records["crop"].tolist(), strict=True)) == expected
+    card = store.card
+    assert [card[f"num_{k}"] for k in ("records", "images", "bad_records", "bad_images")] == [180, 18, 20, 2]
+    assert [i for s in card["shards"] for i in s["bad_records"]] == [*range(30, 40), *range(110, 120)]
+    assert len(card["crops"]) == 10 and card["records_per_crop"] == {str(k): 18 for k in range(10)}
+    images = source.gather(np.array([10 * image + crop for image, crop in expected]))["images"]
+    tokens = np.asarray(tokenizer.encode(tiny.config, maskgit_vq.load(tiny.weights, image_size=8)[1], images))
+    assert (tokens == records["tokens"]).mean() > 0.999
+
+
+def test_random_crops_are_refused(tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load_source("digits", "heldout")
+    monkeypatch.setattr(source, "crop", "random", raising=False)
+    monkeypatch.setattr(program, "load_source", lambda *_, **__: source)
+    with pytest.raises(ConfigError, match="tokens are made once, random crops cannot be"):
+        tiny.make(tmp_path / "s")
+
+
+def test_batches_do_not_reach_over_a_shard(tiny: Any, tmp_path: pathlib.Path) -> None:
+    """The encoder of this test gives away its batch: the sum of its images. Shards of 50 in batches of 16."""
+    source = load_source("digits", "heldout")
+
+    class Telltale:
+        @staticmethod
+        def encode(_: Any, params: Any, images: jax.Array) -> jax.Array:
+            return jax.numpy.broadcast_to(images.astype("int32").sum() % 32 + params, (len(images), 16))
+
+    from rar_jax.sampling.sampler import Model
+
+    mesh = make_mesh(tiny.experiment().mesh)
+    card = tiny.card()
+    writer = TokenStoreWriter(tmp_path / "s", card, source_records=360, shard_records=50)
+    assert write_store(writer, source, Model(Telltale, None), np.int32(0), mesh, batch_size=16, quiet=True)  # pyright: ignore
+    tokens = TokenStore(tmp_path / "s").gather(np.arange(360))["tokens"][:, 0]
+    images = source.gather(np.arange(360))["images"].astype(np.int64)
+    for begin in range(0, 360, 50):
+        end = min(begin + 50, 360)
+        for at in range(begin, end, 16):
+            last = min(at + 16, end)
+            filled = images[at:last].sum() + (16 - (last - at)) * images[0].sum()
+            np.testing.assert_array_equal(tokens[at:last], filled % 32)
+
+
+# ---------------------------------------------------------------- the real command
+
+
+def test_kill_9_of_the_command(tiny: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "c.py").write_text(
+        f"import importlib.util\nspec = importlib.util.spec_from_file_location('t', {str(TINY)!r})\n"
+        "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
+        "def get_config():\n    c = m.get_config()\n    c.tokenizer.restart_every = 0\n    return c\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    # A cache, so that the second and third start do not compile again.
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start(out: pathlib.Path) -> subprocess.Popen[str]:
+        what = [
+            "--config",
+            str(tmp_path / "c.py"),
+            "--source",
+            "digits",
+            "--weights",
+            str(tiny.weights),
+            "--out",
+            str(out),
+        ]
+        command = [sys.executable, "-m", "rar_jax", "tokenize", *what, "--shard-records", "10", "--batch-size", "2"]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finish(out: pathlib.Path) -> str:
+        process = start(out)
+        told, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+        return told
+
+    killed = tmp_path / "killed"
+    process = start(killed)
+    deadline = time.monotonic() + 300
+    while len(list(killed.glob("shard-*.json"))) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed / "card.json").exists()
+    there = {p.name: p.stat().st_mtime_ns for p in killed.glob("shard-*.npy")}
+    assert 5 <= len(there) < 144
+    finish(killed)
+    assert "1437" in finish(tmp_path / "straight").replace(",", "")
+    assert contents(killed) == contents(tmp_path / "straight")
+    TokenStore(killed).verify()
+    # All but the one that may have been cut off between its two renames were kept.
+    assert sum((killed / name).stat().st_mtime_ns == when for name, when in there.items()) >= len(there) - 1
