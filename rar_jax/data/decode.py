@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from rar_jax.config import require
 
@@ -89,13 +89,16 @@ def _low_bytes(data: bytes, image: Image.Image) -> np.ndarray | None:
 
     Pillow keeps the high bytes only. The samples are big-endian; read as if little-endian, its high bytes are the low.
     """
-    rawmode = image.tile[0].args if image.format == "PNG" and getattr(image, "tile", None) else None
+    tiles: Any = getattr(image, "tile", None)
+    rawmode = tiles[0].args if image.format == "PNG" and tiles else None
     if rawmode == "LA;16B":
         raise DecodeError("grey with alpha in 16 bits, which Pillow cannot read exactly: save it with 8")
     if rawmode not in ("RGB;16B", "RGBA;16B"):
         return None
     again: Any = Image.open(io.BytesIO(data), formats=FORMATS)
-    again.tile = [tile._replace(args=rawmode.replace("B;16B", "B;16L").replace("A;16B", "A;16L")) for tile in again.tile]
+    again.tile = [
+        tile._replace(args=rawmode.replace("B;16B", "B;16L").replace("A;16B", "A;16L")) for tile in again.tile
+    ]
     return np.asarray(again)
 
 
@@ -107,6 +110,9 @@ def _opaque(image: Image.Image, low: np.ndarray | None) -> Image.Image:
         return _from_16_bits(np.asarray(image).astype(np.uint32)[..., None], image.info.get("transparency"))
     if image.mode in ("I", "F"):
         raise DecodeError(f"32-bit pixels (mode {image.mode}), which have no agreed white: save it with 8 bits")
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        # Pillow takes every CMYK JPEG for one of Adobe's, which hold the inverse; the standard's hold ink.
+        image = ImageChops.invert(image)
     if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
         return image.convert("RGB") if image.mode not in ("L", "RGB", "1") else image
     pixels = np.asarray(image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA"), np.uint16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import grain
 import numpy as np
@@ -60,10 +60,13 @@ def batches(
     rows = _process_rows(source, global_batch, process_index, process_count)
     require(seed >= 0 and start_step >= 0, f"seed ({seed}) and start_step ({start_step}) must not be negative")
     size = len(source)
+    # A source of random views (an ImageSource says so itself) is told what to draw them from.
+    random_views, gather = getattr(source, "random_views", False), cast(Any, source.gather)
 
     def batch(step: int) -> Batch:
         position = step * global_batch + rows
-        return source.gather(shuffled(position, size=size, seed=seed) if epochs_shuffled else position % size)
+        records = shuffled(position, size=size, seed=seed) if epochs_shuffled else position % size
+        return gather(records, draws=draws(position, seed=seed)) if random_views else gather(records)
 
     # As many steps as keep a position within int64.
     return _stream(grain.MapDataset.range(start_step, sys.maxsize // global_batch - 1).map(batch), num_workers)
@@ -118,6 +121,17 @@ def shuffled(position: np.ndarray, *, size: int, seed: int) -> np.ndarray:
         here = epoch == e
         record[here] = _permute(place[here], size, _round_keys(seed, int(e)))
     return record
+
+
+def draws(position: np.ndarray, *, seed: int) -> np.ndarray:
+    """Random bits, uint64 (b,), of each place of the endless stream, int64 (b,): what a random view is drawn from.
+
+    A function of seed and place alone, so neither processes, workers nor a resumed run change a view; no two places
+    have the same bits. Frozen as `shuffled` is.
+    """
+    # A key of its own: the order of records and their views have nothing to do with each other.
+    keys = np.frombuffer(hashlib.blake2b(f"{seed}/draws".encode(), digest_size=16).digest(), "<u8")
+    return _mix(_mix(position.astype(np.uint64) + keys[0]) ^ keys[1])
 
 
 _ROUNDS = 8
