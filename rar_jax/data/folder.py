@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rar_jax.config import ConfigError, require
-from rar_jax.data.encoded import EncodedSource, Problems
+from rar_jax.data.encoded import EncodedSource, Problems, printable
 from rar_jax.data.image_source import Split, View
 from rar_jax.data.splits import HELDOUT_NAMES, heldout_mask
 
@@ -43,7 +43,9 @@ class FolderSource(EncodedSource):
             known = set(classes)
             for name in _classes(self._root, problems):
                 if name not in known:
-                    raise ConfigError(f"{spec}: {_text(name)} of {self._root} is no class of {train_root}")
+                    raise ConfigError(
+                        f"{spec}: {printable(os.fsdecode(name))} of {self._root} is no class of {train_root}"
+                    )
         files, labels = [], []
         for label, name in enumerate(classes):
             here = sorted(_images(self._root, name, problems)) if (self._root / os.fsdecode(name)).is_dir() else []
@@ -58,7 +60,7 @@ class FolderSource(EncodedSource):
         # One string for a million names: as objects they would be copied, one by one, into every worker.
         self._ends = np.cumsum([len(f) for f in files], dtype=np.int64)
         self._files = b"".join(files)
-        names = [_text(name) for name in classes]
+        names = [printable(os.fsdecode(name)) for name in classes]
         super().__init__(spec, view, length=len(files), labels=labels, class_names=names, problems=problems)
 
     def _name(self, image: int) -> str:
@@ -73,7 +75,7 @@ def _split_folder(path: pathlib.Path, split: Split) -> tuple[pathlib.Path, bool]
     """The folder of a split's classes, and whether it is all that split's."""
     # A class may be called "train": only a folder of folders is a split.
     train = path / "train"
-    if not (train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))):
+    if not (train.is_dir() and any(entry.is_dir() for entry in list(os.scandir(train)))):
         return path, False
     heldout = next((path / name for name in HELDOUT_NAMES if (path / name).is_dir()), None)
     if heldout is None:
@@ -119,14 +121,10 @@ def _images(root: pathlib.Path, folder: bytes, problems: Problems) -> Iterator[b
         elif not image:
             problems.add(name, "not an image by its suffix")
         else:
-            if _text(path) != name:
+            if path.decode("utf-8", "replace") != name:
                 problems.add(name, "the name is not UTF-8; it is read all the same")
             yield path
 
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _PASSED_OVER
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")

@@ -75,7 +75,7 @@ def _samples(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[_Sam
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     with path.open("rb") as file:
-        for member in _members(spec, path):
+        for member in _members(spec, path, problems):
             folder, _, base = member.name.rpartition("/")
             key, _, extension = base.partition(".")
             key, extension = f"{folder}/{key}".removeprefix("/"), f".{extension.lower()}"
@@ -104,7 +104,7 @@ def _samples(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[_Sam
         problems.add(f"{path.name}:{key}", "a class without its image")
 
 
-def _members(spec: str, path: pathlib.Path) -> Iterator[tarfile.TarInfo]:
+def _members(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar.
 
     Raises: ConfigError if it is not whole. tarfile ends quietly at a damaged header, so where it ended is looked at.
@@ -123,6 +123,9 @@ def _members(spec: str, path: pathlib.Path) -> Iterator[tarfile.TarInfo]:
     except (tarfile.TarError, EOFError) as error:
         raise ConfigError(f"{spec}: {path.name} is no plain, whole .tar ({error}): fetch or decompress it") from None
     with path.open("rb") as file:
-        file.seek(end - tarfile.BLOCKSIZE if end == size else end)
-        if any(file.read(tarfile.BLOCKSIZE)) and end < size:
-            raise ConfigError(f"{spec}: {path.name} has a damaged header at byte {end}: fetch it again")
+        file.seek(end)
+        rest = file.read(tarfile.BLOCKSIZE)
+    if any(rest):
+        raise ConfigError(f"{spec}: {path.name} has a damaged header at byte {end}: fetch it again")
+    if not rest:
+        problems.add(path.name, "no end marker: the file may have been cut short between two members")
