@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -87,9 +88,11 @@ def split_files(
 
     Raises: ConfigError if some names say a split, and none "train".
     """
-    train = tuple(f for f in files if _says(f, _TRAIN))
+    # Only folders below the one that holds all: the data itself may lie in a folder called "test".
+    top = pathlib.Path(os.path.commonpath([f.parent for f in files]))
+    train = tuple(f for f in files if _says(f.relative_to(top), _TRAIN))
     for pattern in _HELDOUT:
-        heldout = tuple(f for f in files if _says(f, pattern) and f not in train)
+        heldout = tuple(f for f in files if _says(f.relative_to(top), pattern))
         if heldout:
             if not train:
                 raise ConfigError(f"{spec}: {heldout[0].name} is held out, and no file's name says 'train': add those")

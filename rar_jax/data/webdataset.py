@@ -119,6 +119,8 @@ def _members(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[tarf
                     raise ConfigError(f"{spec}: {path.name} ends within {member.name}: fetch it again")
                 if member.isreg():
                     yield member
+                elif not member.isdir():
+                    problems.add(f"{path.name}:{member.name}", "not a file: links in a tar are not followed")
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         raise ConfigError(f"{spec}: {path.name} is no plain, whole .tar ({error}): fetch or decompress it") from None

