@@ -68,7 +68,8 @@ class FolderSource(EncodedSource):
         return os.fsdecode(self._files[start : self._ends[image]])
 
     def _record(self, image: int) -> tuple[bytes, int]:
-        return (self._root / self._name(image)).read_bytes(), self.label(image)
+        with open(f"{self._root}/{self._name(image)}", "rb") as file:
+            return file.read(), self.label(image)
 
 
 def _split_folder(path: pathlib.Path, split: Split) -> tuple[pathlib.Path, bool]:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from rar_jax.config import ConfigError
-from rar_jax.data import crops, encoded
+from rar_jax.data import crops, encoded, folder
 from rar_jax.data.encoded import EncodedSource, scan
 from rar_jax.data.sources import load_source
 
@@ -60,14 +60,13 @@ def test_a_folder_holds_a_zoo(files: Any, tmp_path: pathlib.Path, monkeypatch: p
     (first / "empty.jpg").write_bytes(b"")
     (first / "page.png").write_text("<html>")
     (first / "secret.jpg").write_bytes(good)
-    read = pathlib.Path.read_bytes
 
-    def read_bytes(path: pathlib.Path) -> bytes:
-        if path.name == "secret.jpg":
+    def open_file(path: str, *args: Any) -> Any:
+        if path.endswith("secret.jpg"):
             raise PermissionError(13, "Permission denied")  # the tests may be root, whom nothing is denied
-        return read(path)
+        return open(path, *args)
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(folder, "open", open_file, raising=False)
     (tmp_path / "val").mkdir()
     files.write_folder(tmp_path / "val", files.image_set((0, 1, 0), seed=5))
 
