@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import grain
 import numpy as np
@@ -70,14 +70,18 @@ def batches(
     rows = _process_rows(source, global_batch, process_index, process_count)
     require(seed >= 0 and start_step >= 0, f"seed ({seed}) and start_step ({start_step}) must not be negative")
     size = len(source)
+    # A source of random views (an ImageSource says so itself) is told what to draw them from.
+    random_views, gather = getattr(source, "random_views", False), cast(Any, source.gather)
 
     def batch(step: int) -> Batch:
         position = step * global_batch + rows
         if not epochs_shuffled:
-            return source.gather(position % size)
-        if isinstance(source, OrderedSource):
-            return source.gather(source.places(position, seed=seed))
-        return source.gather(shuffled(position, size=size, seed=seed))
+            records = position % size
+        elif isinstance(source, OrderedSource):
+            records = source.places(position, seed=seed)
+        else:
+            records = shuffled(position, size=size, seed=seed)
+        return gather(records, draws=draws(position, seed=seed)) if random_views else gather(records)
 
     # As many steps as keep a position within int64.
     return _stream(grain.MapDataset.range(start_step, sys.maxsize // global_batch - 1).map(batch), num_workers)
@@ -145,6 +149,17 @@ def shuffled(position: np.ndarray, *, size: int, seed: int) -> np.ndarray:
         here = epoch == e
         record[here] = _permute(place[here], size, _round_keys(seed, int(e)))
     return record
+
+
+def draws(position: np.ndarray, *, seed: int) -> np.ndarray:
+    """Random bits, uint64 (b,), of each place of the endless stream, int64 (b,): what a random view is drawn from.
+
+    A function of seed and place alone, so neither processes, workers nor a resumed run change a view; no two places
+    have the same bits. Frozen as `shuffled` is.
+    """
+    # A key of its own: the order of records and their views have nothing to do with each other.
+    keys = np.frombuffer(hashlib.blake2b(f"{seed}/draws".encode(), digest_size=16).digest(), "<u8")
+    return _mix(_mix(position.astype(np.uint64) + keys[0]) ^ keys[1])
 
 
 _ROUNDS = 8

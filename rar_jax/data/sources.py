@@ -9,132 +9,33 @@ from __future__ import annotations
 import gzip
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from rar_jax.config import ConfigError, nearest, require
-
-Split = Literal["train", "heldout"]
-Record = dict[str, Any]
-Batch = dict[str, np.ndarray]
-
-
-class ImageSource:
-    """Random access to labelled images; also a source for `grain.MapDataset.source`.
-
-    A record is {"images": uint8 (h, w, c), "labels": int32, "ids": int64}; ids are unique in a split.
-    Subclasses offer `__len__` and `__getitem__`, and `gather` where a batch can be had at once.
-    """
-
-    def __init__(self, *, image_shape: tuple[int, int, int], class_names: Sequence[str]) -> None:
-        self.image_shape = image_shape
-        self.class_names = tuple(class_names)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Record:
-        raise NotImplementedError
-
-    def gather(self, indices: np.ndarray) -> Batch:
-        """Records at `indices` (int64 (b,)): "images" uint8 (b, h, w, c), "labels" int32 (b,), "ids" int64 (b,)."""
-        records = [self[int(i)] for i in indices]
-        return {key: np.stack([r[key] for r in records]) for key in ("images", "labels", "ids")}
+from rar_jax.data.array_record import ArrayRecordSource
+from rar_jax.data.folder import FolderSource
+from rar_jax.data.image_source import ArraySource, ImageSource, Split, View, pad_images
+from rar_jax.data.parquet import ParquetSource
+from rar_jax.data.tfds_source import open_tfds
+from rar_jax.data.webdataset import WebDatasetSource
 
 
-class ArraySource(ImageSource):
-    """Images held in memory.
-
-    Args:
-      images: uint8 (n, h, w, c).  labels: ints (n,) in [0, len(class_names)).  ids: ints (n,), default 0..n-1.
-
-    Raises: ConfigError if the arrays do not fit each other or a label has no class.
-    """
-
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], ids: np.ndarray | None = None
-    ) -> None:
-        require(
-            images.ndim == 4 and images.dtype == np.uint8, f"images are {images.dtype} {images.shape}, not uint8 4-D"
-        )
-        require(len(images) > 0, "the source holds no images")
-        require(len(images) == len(labels), f"{len(images)} images but {len(labels)} labels")
-        bad = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
-        if bad.size:
-            raise ConfigError(f"label {labels[bad[0]]} of record {bad[0]} is outside the {len(class_names)} classes")
-        super().__init__(image_shape=images.shape[1:], class_names=class_names)
-        self._arrays: Batch = {
-            "images": images,
-            "labels": labels.astype(np.int32),
-            "ids": (np.arange(len(images)) if ids is None else ids).astype(np.int64),
-        }
-
-    def __len__(self) -> int:
-        return len(self._arrays["labels"])
-
-    def __getitem__(self, index: int) -> Record:
-        return {key: array[index] for key, array in self._arrays.items()}
-
-    def gather(self, indices: np.ndarray) -> Batch:
-        return {key: array[indices] for key, array in self._arrays.items()}
-
-
-class TfdsSource(ImageSource):
-    """A prepared TensorFlow Datasets image set, read without TensorFlow; one decode a record.
-
-    Raises: ConfigError if the name is unknown, not prepared on this machine, or not fixed-size labelled images.
-    """
-
-    def __init__(self, name: str, split: Split, *, image_size: int | None = None) -> None:
-        # Imported here because it takes a second and only this source needs it.
-        import tensorflow_datasets as tfds
-
-        tfds_split = {"train": "train", "heldout": "test"}[split]
-        try:
-            # Never download here: on a pod every process would, and into its own disk.
-            self._data: Any = tfds.data_source(name, split=tfds_split, download=False)
-            features: Any = tfds.builder(name).info.features
-        except tfds.core.DatasetNotFoundError:
-            raise ConfigError(f"tfds:{name}: no such dataset in TFDS.{nearest(name, _few_builders(name))}") from None
-        except (KeyError, ValueError, NotImplementedError, FileNotFoundError) as error:
-            reason = str(error.args[0] if error.args else error).split("\n")[0]
-            command = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
-            raise ConfigError(
-                f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}): prepare it once, in Python: "
-                f"import tensorflow_datasets as tfds; {command} "
-                "(preparing most datasets needs TensorFlow, in any environment; reading does not; idx:FOLDER needs neither)"
-            ) from None
-        if features is None or not {"image", "label"} <= set(features):
-            raise ConfigError(f"tfds:{name} has no 'image' and 'label': only labelled image datasets can be used")
-        shape = features["image"].shape
-        if None in shape:
-            raise ConfigError(f"tfds:{name} has images of many sizes {shape}: they need a crop, give one size")
-        self._image_size = image_size
-        super().__init__(image_shape=_padded_shape(shape, image_size), class_names=features["label"].names)
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._data[index]
-        image = pad_images(record["image"][None], self._image_size)[0]
-        return {"images": image, "labels": np.int32(record["label"]), "ids": np.int64(index)}
-
-
-def load_source(spec: str, split: Split, *, image_size: int | None = None) -> ImageSource:
+def load_source(
+    spec: str, split: Split, *, image_size: int | None = None, crop: str | None = None, channels: int | None = None
+) -> ImageSource:
     """Opens a source of images.
 
     Args:
-      spec: "digits" (scikit-learn's 8x8 digits, nothing to download), "idx:FOLDER" (files as MNIST's) or
-        "tfds:NAME" (a prepared TFDS dataset).
-      split: "train", or "heldout" (t10k files, TFDS's "test", 360 of the digits).
-      image_size: pad images with zeros, symmetrically, to this height and width; None leaves them.
+      spec: "digits" (scikit-learn's 8x8 digits, nothing to download), "idx:FOLDER" (files as MNIST's), "tfds:NAME" (a
+        prepared TFDS dataset), "folder:PATH" (a folder a class), "parquet:PATH" (Hugging Face's layout),
+        "webdataset:PATH" (tar files) or "array_record:PATH" (our own simple records).
+      split: "train", or "heldout" (t10k files, TFDS's "test", 360 of the digits, the other files' own or 5 %).
+      image_size: height and width. Images of one size are padded with zeros to it, None leaves them; others need it.
+      crop: "pad" (default for images of one size), "center" (default otherwise), "ten" or "random"; see EncodedSource.
+      channels: 3 (default) or 1, for encoded images, which become colour or grey.
 
     Raises: ConfigError, one line, for a wrong spec, missing or corrupt files, or images larger than image_size.
     """
@@ -142,37 +43,22 @@ def load_source(spec: str, split: Split, *, image_size: int | None = None) -> Im
     require(split in ("train", "heldout"), f"split '{split}' is neither 'train' nor 'heldout'")
     if kind not in _KINDS:
         raise ConfigError(f"no source '{spec}'.{nearest(kind, _KINDS)}")
-    require(bool(argument) == (kind != "digits"), f"source '{spec}': write one of digits, idx:FOLDER, tfds:NAME")
-    return _KINDS[kind](argument, split, image_size)
-
-
-def pad_images(images: np.ndarray, image_size: int | None) -> np.ndarray:
-    """Zero-pads uint8 (n, h, w, c) to (n, image_size, image_size, c); an odd rest goes below and right."""
-    target = _padded_shape(images.shape[1:], image_size)
-    rest = [0, *(t - n for t, n in zip(target, images.shape[1:], strict=True))]
-    return np.pad(images, [(r // 2, r - r // 2) for r in rest]) if any(rest) else images
-
-
-def _padded_shape(shape: Sequence[int], image_size: int | None) -> tuple[int, int, int]:
-    height, width, channels = shape
-    if image_size is None:
-        return height, width, channels
-    if max(height, width) > image_size:
-        raise ConfigError(f"images are {height}x{width}, larger than image_size={image_size}: raise image_size")
-    return image_size, image_size, channels
+    known = ", ".join("digits" if name == "digits" else f"{name}:{_ARGUMENTS.get(name, 'PATH')}" for name in _KINDS)
+    require(bool(argument) == (kind != "digits"), f"source '{spec}': write one of {known}")
+    return _KINDS[kind](argument, split, View(image_size, crop, channels))
 
 
 # ---------------------------------------------------------------- digits
 
 
-def _digits(_: str, split: Split, image_size: int | None) -> ImageSource:
+def _digits(_: str, split: Split, view: View) -> ImageSource:
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     ids = digits_split(bunch.target)[split]
     names = [str(name) for name in bunch.target_names]
-    return ArraySource(pad_images(images[ids], image_size), bunch.target[ids], class_names=names, ids=ids)
+    return ArraySource(pad_images(images[ids], view.only_pad("digits")), bunch.target[ids], class_names=names, ids=ids)
 
 
 def digits_split(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndarray]:
@@ -194,8 +80,8 @@ def digits_split(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndar
 # ---------------------------------------------------------------- IDX files
 
 
-def _idx(argument: str, split: Split, image_size: int | None) -> ImageSource:
-    folder = pathlib.Path(argument).expanduser()
+def _idx(argument: str, split: Split, view: View) -> ImageSource:
+    image_size, folder = view.only_pad(f"idx:{argument}"), pathlib.Path(argument).expanduser()
     if not folder.is_dir():
         raise ConfigError(
             f"idx:{argument}: no such folder; Fashion-MNIST is Debian's package dataset-fashion-mnist "
@@ -247,18 +133,13 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-# ---------------------------------------------------------------- TFDS
-
-
-def _tfds(argument: str, split: Split, image_size: int | None) -> ImageSource:
-    return TfdsSource(argument, split, image_size=image_size)
-
-
-def _few_builders(name: str) -> list[str]:
-    """Names that begin alike, so that the message stays one line though TFDS knows a thousand."""
-    import tensorflow_datasets as tfds
-
-    return [known for known in tfds.list_builders(with_community_datasets=False) if known[:3] == name[:3]]
-
-
-_KINDS: dict[str, Callable[[str, Split, int | None], ImageSource]] = {"digits": _digits, "idx": _idx, "tfds": _tfds}
+_KINDS: dict[str, Callable[[str, Split, View], ImageSource]] = {
+    "digits": _digits,
+    "idx": _idx,
+    "tfds": open_tfds,
+    "folder": FolderSource,
+    "parquet": ParquetSource,
+    "webdataset": WebDatasetSource,
+    "array_record": ArrayRecordSource,
+}
+_ARGUMENTS = {"idx": "FOLDER", "tfds": "NAME"}

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from rar_jax.config import ConfigError, build, find_module, nearest, require, resolve_steps, steps_fields, to_dict
 from rar_jax.data import imagenet
+from rar_jax.data.image_source import ImageSource, Split, View
 from rar_jax.data.loader import steps_per_epoch
 from rar_jax.data.mixing import period_shares
-from rar_jax.data.sources import ImageSource, Split, load_source
+from rar_jax.data.sources import load_source
 from rar_jax.evaluation import classifier
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
@@ -30,10 +31,12 @@ SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "class
 class Data:
     """Where images come from and what they are.
 
-    source: "digits", "idx:FOLDER" or "tfds:NAME". image_size: images are padded with zeros to it.
-    class_names: default, the numbers; "imagenet" stands for its 1000 names. train_records: what an epoch is; checked
-    against the source. tokens, tokens_heldout: token stores made elsewhere, used instead of the work directory's;
-    mix: several for training, each with its weight (("DIR1", 0.7), ("DIR2", 0.3)).
+    source: as `data.sources.load_source` takes it: "digits", "tfds:NAME", "folder:PATH", ... image_size: what images
+    are padded or cropped to. crop: "pad", "center", "ten" or "random"; default, the source's own. What is held out is
+    cropped at the centre where training images are at random.
+    class_names: default, the numbers; "imagenet" stands for its 1000 names. train_records: images of an epoch (with ten
+    crops, too); checked against the source. tokens, tokens_heldout: token stores made elsewhere, used instead of the
+    work directory's; mix: several for training, each with its weight (("DIR1", 0.7), ("DIR2", 0.3)).
     """
 
     source: str
@@ -43,11 +46,13 @@ class Data:
     train_records: int
     class_names: tuple[str, ...] = ()
     workers: int = 0
+    crop: str | None = None
     tokens: str | None = None
     tokens_heldout: str | None = None
     mix: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        View(crop=self.crop)
         for name in ("image_size", "num_classes", "train_records"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         require(self.workers >= 0, f"workers is {self.workers}: it must be 0 (a thread) or more (processes)")
@@ -149,6 +154,8 @@ class Experiment:
             out[kind] = {"name": _short_name(model.module), **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
+        if self.data.crop is None:
+            del out["data"]["crop"]  # or directories made before there were crops would be refused
         return {key: value for key, value in out.items() if value is not None}
 
     @property
@@ -326,7 +333,8 @@ def open_source(experiment: Experiment, split: Split) -> ImageSource:
     Raises: ConfigError where the source is not what config.data says.
     """
     data = experiment.data
-    source = load_source(data.source, split, image_size=data.image_size)
+    crop = "center" if split == "heldout" and data.crop == "random" else data.crop
+    source = load_source(data.source, split, image_size=data.image_size, crop=crop, channels=data.channels)
     shape = (data.image_size, data.image_size, data.channels)
     require(
         source.image_shape == shape,
@@ -337,8 +345,8 @@ def open_source(experiment: Experiment, split: Split) -> ImageSource:
         f"{data.source} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
     )
     require(
-        split != "train" or len(source) == data.train_records,
-        f"{data.source} has {len(source)} training images, config.data.train_records is {data.train_records}: "
+        split != "train" or source.num_images == data.train_records,
+        f"{data.source} has {source.num_images} training images, config.data.train_records is {data.train_records}: "
         "set it to that number, epochs are counted by it",
     )
     return source

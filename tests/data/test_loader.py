@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from rar_jax.config import ConfigError
 from rar_jax.data import loader
-from rar_jax.data.loader import Batch, batch_digest, batches, sequential_batches, shuffled
+from rar_jax.data.loader import Batch, batch_digest, batches, draws, sequential_batches, shuffled
 from rar_jax.data.sources import ImageSource, load_source
 from rar_jax.data.token_store import TokenStore
 from rar_jax.data.token_writer import TokenStoreWriter
@@ -192,3 +193,56 @@ def test_wrong_sizes_are_refused(source: ImageSource) -> None:
 
 def test_steps_per_epoch() -> None:
     assert loader.steps_per_epoch(360, 48) == 7.5
+
+
+class Draws(ImageSource):
+    """A source of random views that shows what it was told to draw from."""
+
+    random_views = True
+
+    def __init__(self) -> None:
+        super().__init__(image_shape=(1, 1, 1), class_names=("x",))
+
+    def __len__(self) -> int:
+        return 100
+
+    def gather(self, indices: np.ndarray, *, draws: np.ndarray | None = None) -> Batch:
+        assert draws is not None and draws.dtype == np.uint64
+        return {"ids": indices, "draws": draws}
+
+
+def murmur(value: int) -> int:
+    """MurmurHash3's finaliser for 64 bits, in Python's integers."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53, 1):
+        value = (value ^ value >> 33) * factor % 2**64
+    return value
+
+
+def test_draws_are_frozen_and_a_function_of_seed_and_place() -> None:
+    """A run resumed by a newer version must see the same views: never update these numbers."""
+    keys = hashlib.blake2b(b"7/draws", digest_size=16).digest()
+    first, second = int.from_bytes(keys[:8], "little"), int.from_bytes(keys[8:], "little")
+    places = [0, 1, 2, 10**15]
+    expected = [murmur(murmur((place + first) % 2**64) ^ second) for place in places]
+    assert draws(np.array(places), seed=7).tolist() == expected
+    assert expected == [12697684617053300935, 1330543431561303779, 5780856732798935061, 17953029480037002238]
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_draws_are_the_same_for_any_number_of_processes(process_count: int) -> None:
+    source = Draws()
+    parts = [
+        stream(source, 6, start_step=2, process_index=p, process_count=process_count) for p in range(process_count)
+    ]
+    for k in range(6):
+        found = np.concatenate([part[k]["draws"] for part in parts])
+        place = (2 + k) * BATCH + np.arange(BATCH)
+        np.testing.assert_array_equal(found, draws(place, seed=3))
+        np.testing.assert_array_equal(np.concatenate([p[k]["ids"] for p in parts]), shuffled(place, size=100, seed=3))
+
+
+def test_a_record_is_drawn_differently_each_epoch_and_by_each_seed() -> None:
+    every = np.concatenate([batch["draws"] for seed in (3, 4) for batch in stream(Draws(), 50, seed=seed)])
+    assert len(np.unique(every)) == 2 * 50 * BATCH
+    high = np.histogram(every.astype(np.float64) / 2**64, bins=10, range=(0, 1))[0] / len(every)
+    assert np.abs(high - 0.1).max() < 0.02

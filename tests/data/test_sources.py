@@ -164,6 +164,14 @@ def test_tfds_without_tensorflow() -> None:
             load_source("tfds:imagenet2012", "train")
 
 
+def test_images_of_one_size_are_padded_not_cropped(idx_folder: pathlib.Path) -> None:
+    padded = load_source("digits", "train", image_size=12, crop="pad")
+    assert padded.image_shape == (12, 12, 1)
+    for spec in ("digits", f"idx:{idx_folder}"):
+        with pytest.raises(ConfigError, match="padded and not cropped: leave crop='ten' out"):
+            load_source(spec, "train", image_size=6, crop="ten")
+
+
 def test_tfds_errors_say_what_to_do(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tfds = pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))

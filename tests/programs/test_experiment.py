@@ -7,16 +7,19 @@ import functools
 import json
 import os
 import pathlib
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from PIL import Image
 
 from rar_jax.config import ConfigError, build, load_experiment
+from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.interop.released import GENERATORS, preset
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.experiment import Experiment, resolve
+from rar_jax.programs.experiment import Data, Experiment, open_source, resolve
 from rar_jax.sampling.sampler import load_model, sample_images, sample_keys
 from rar_jax.training.recipe import Recipe
 
@@ -277,6 +280,29 @@ def test_the_imagenet_recipes_are_the_papers(name: str) -> None:
     assert (train.weight_decay, train.eps, train.clip_norm, train.ema_decay) == (0.03, 1e-8, 1.0, 0)
     assert (config.dropout, config.attention_dropout, config.label_dropout, config.dtype) == (0.1, 0.1, 0.1, "bfloat16")
     assert experiment.data.class_names[207] == "golden retriever" and experiment.data.train_records == 1_281_167
+
+
+def test_the_crop_reaches_the_source(tmp_path: pathlib.Path) -> None:
+    """Ten crops of 4 images are an epoch of 4; what is held out is never cropped at random."""
+    for i, split in enumerate(["train"] * 4 + ["val"] * 2):
+        (tmp_path / split / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12 + i, 9), (i, 0, 0)).save(tmp_path / split / f"class {i % 2}" / f"{i}.png")
+
+    def opened(crop: str | None, split: Split, **changes: Any) -> ImageSource:
+        data = {"source": f"folder:{tmp_path}", "image_size": 8, "channels": 3, "num_classes": 2, "train_records": 4}
+        return open_source(replace(experiment_of("digits"), data=Data(**data | changes, crop=crop)), split)
+
+    assert {crop: len(opened(crop, "train")) for crop in (None, "center", "random", "ten")} == {
+        None: 4, "center": 4, "random": 4, "ten": 40,
+    }  # fmt: skip
+    assert opened("random", "train").random_views and not opened("random", "heldout").random_views
+    assert (len(opened("ten", "heldout")), opened("ten", "train").num_images) == (20, 4)
+    assert opened(None, "train", channels=1).image_shape == (8, 8, 1)
+    with pytest.raises(ConfigError, match=r"has 4 training images, config.data.train_records is 40"):
+        opened("ten", "train", train_records=40)
+    assert "no crop 'tenn': one of pad, center, ten, random. Did you mean 'ten'" in refusal("data.crop=tenn")
+    kept = resolve(load_experiment("digits", ["data.crop=pad"]), "digits").resolved()["data"]
+    assert kept["crop"] == "pad" and "crop" not in experiment_of("digits").resolved()["data"]
 
 
 def test_a_misspelt_section() -> None:

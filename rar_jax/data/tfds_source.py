@@ -1,0 +1,97 @@
+"""tfds:NAME, image sets prepared by TensorFlow Datasets, read without TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from rar_jax.config import ConfigError, nearest
+from rar_jax.data.encoded import EncodedSource
+from rar_jax.data.image_source import ImageSource, Record, Split, View, pad_images, padded_shape
+
+# In this order, where a set has several; the labels of a "test" may be withheld (-1).
+_HELDOUT_OF_MANY_SIZES = ("validation", "test")
+
+
+def open_tfds(name: str, split: Split, view: View) -> ImageSource:
+    """Opens a prepared dataset: of one size without a crop as it is and padded, otherwise encoded, decoded by us.
+
+    The held-out split is TFDS's "test"; for images of many sizes "validation" if there is one.
+
+    Raises: ConfigError if the name is unknown, not prepared on this machine, or not labelled images.
+    """
+    # Imported here because it takes a second and only this source needs it.
+    import tensorflow_datasets as tfds
+
+    tfds_split = {"train": "train", "heldout": "test"}[split]
+    try:
+        builder: Any = tfds.builder(name)
+        features = builder.info.features
+        if features is None or not {"image", "label"} <= set(features):
+            raise ConfigError(f"tfds:{name} has no 'image' and 'label': only labelled image datasets can be used")
+        shape = features["image"].shape
+        fixed = None not in shape and view.crop in (None, "pad")
+        if not fixed and split == "heldout":
+            tfds_split = next((s for s in _HELDOUT_OF_MANY_SIZES if s in builder.info.splits), "test")
+        # Never download here: on a pod every process would, and into its own disk.
+        data: Any = tfds.data_source(
+            name,
+            split=tfds_split,
+            download=False,
+            decoders=None if fixed else {"image": tfds.decode.SkipDecoding()},
+        )
+    except tfds.core.DatasetNotFoundError:
+        raise ConfigError(f"tfds:{name}: no such dataset in TFDS.{nearest(name, _few_builders(name))}") from None
+    except ConfigError:
+        raise
+    except (KeyError, ValueError, NotImplementedError, FileNotFoundError) as error:
+        reason = str(error.args[0] if error.args else error).split("\n")[0]
+        command = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+        raise ConfigError(
+            f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}): prepare it once, in Python: "
+            f"import tensorflow_datasets as tfds; {command} "
+            "(preparing most datasets needs TensorFlow, in any environment; reading does not; idx:FOLDER needs neither)"
+        ) from None
+    names = tuple(features["label"].names)
+    view = dataclasses.replace(view, channels=view.channels or shape[-1])
+    return TfdsSource(data, shape, names, view) if fixed else TfdsEncodedSource(name, data, names, view)
+
+
+class TfdsSource(ImageSource):
+    """Images of one size, decoded by TFDS; one decode a record."""
+
+    def __init__(self, data: Any, shape: tuple[int, int, int], class_names: tuple[str, ...], view: View) -> None:
+        self._data, self._image_size = data, view.image_size
+        super().__init__(image_shape=padded_shape(shape, view.image_size), class_names=class_names)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._data[index]
+        image = pad_images(record["image"][None], self._image_size)[0]
+        return {"images": image, "labels": np.int32(record["label"]), "ids": np.int64(index)}
+
+
+class TfdsEncodedSource(EncodedSource):
+    """Images of any size, of which TFDS gives the encoded bytes. Labels are known only by reading."""
+
+    def __init__(self, name: str, data: Any, class_names: tuple[str, ...], view: View) -> None:
+        self._data = data
+        super().__init__(f"tfds:{name}", view, length=len(data), labels=None, class_names=class_names)
+
+    def _name(self, image: int) -> str:
+        return f"record {image}"
+
+    def _record(self, image: int) -> tuple[bytes, int]:
+        record = self._data[image]
+        return record["image"], int(record["label"])
+
+
+def _few_builders(name: str) -> list[str]:
+    """Names that begin alike, so that the message stays one line though TFDS knows a thousand."""
+    import tensorflow_datasets as tfds
+
+    return [known for known in tfds.list_builders(with_community_datasets=False) if known[:3] == name[:3]]
