@@ -34,7 +34,9 @@ def ten_crop(image: Image.Image, *, size: int) -> np.ndarray:
 
 
 def ten_crop_one(image: Image.Image, *, size: int, crop: int) -> np.ndarray:
-    """One of the ten crops, uint8 (size, size, c), cut from the image with its shorter side at int(1.1 * size).
+    """One of the ten crops, uint8 (size, size, c), cut from the centre crop of int(1.1 * size).
+
+    From its square, and not from the whole image: RAR's released tokens were made so.
 
     crop: 0 upper left, 1 upper right, 2 lower left, 3 lower right, 4 centre; 5..9 are 0..4 mirrored left to right.
     """
@@ -42,8 +44,8 @@ def ten_crop_one(image: Image.Image, *, size: int, crop: int) -> np.ndarray:
 
 
 def resize_for_ten(image: Image.Image, *, size: int) -> np.ndarray:
-    """What ten crops are cut from, uint8 (y, x, c): ADM's resize of the shorter side to int(1.1 * size)."""
-    return _resize_shorter(image, int(1.1 * size))
+    """What ten crops are cut from, uint8 (m, m, c): the centre crop of m = int(1.1 * size)."""
+    return center_crop(image, size=int(1.1 * size))
 
 
 def cut_one_of_ten(resized_yxc: np.ndarray, *, size: int, crop: int) -> np.ndarray:

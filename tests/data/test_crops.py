@@ -112,9 +112,11 @@ def test_ten_crops(width: int, height: int, size: int) -> None:
     image = picture(width, height)
     ten = crops.ten_crop(image, size=size)
     assert (ten.shape, ten.dtype) == ((10, size, size, 3), np.uint8)
-    full = adm_resized(image, {32: 35, 27: 29, 256: 281}[size])
-    down, right = full.shape[0] - size, full.shape[1] - size
-    corners = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
+    square = {32: 35, 27: 29, 256: 281}[size]
+    full = adm_resized(image, square)
+    top, left = math.floor((full.shape[0] - square) / 2), math.floor((full.shape[1] - square) / 2)
+    full, rest = full[top : top + square, left : left + square], square - size
+    corners = [(0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2)]
     for i, (y, x) in enumerate(corners):
         check_near(ten[i], full[y : y + size, x : x + size])
         np.testing.assert_array_equal(ten[i + 5], np.fliplr(ten[i]))
