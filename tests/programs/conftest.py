@@ -1,4 +1,5 @@
-"""A tokenizer file for the digits, experiments that use it, and a store that it made."""
+"""Stand-ins for Inception, which takes half a minute to compile; a tokenizer file for the digits, experiments that use it,
+and a store that it made."""
 
 from __future__ import annotations
 
@@ -6,17 +7,58 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from rar_jax.config import load_experiment
+from rar_jax.evaluation import sums
+from rar_jax.evaluation.reference import read_reference
 from rar_jax.interop import maskgit_vq
 from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs import evaluate, evaluate_steps, live, reconstruct, scoring
 from rar_jax.programs.experiment import Experiment, resolve
+from rar_jax.programs.scoring import Network
 from rar_jax.programs.tokenize import tokenize_source
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
+
+WIDTHS = {"pool3": ("POOL3", 12), "spatial": ("SPATIAL", 8), "logits": ("CLASSES", 10)}
+
+
+# ---------------------------------------------------------------- Inception
+
+
+def projection(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Array]:
+    """16 averages of the pixels times random numbers."""
+    b, y, x, c = images.shape
+    pixels = images.astype(jnp.float32).reshape(b, 4, y // 4, 4, x // 4, c).mean(axis=(2, 4, 5)).reshape(b, 16) / 255
+    random = np.random.default_rng(5)
+    out = {}
+    for name, (_, width) in WIDTHS.items():
+        weights = jnp.asarray(random.standard_normal((16, width), np.float32))
+        out[name] = jnp.matmul(pixels, weights, precision=jax.lax.Precision.HIGHEST)
+    return out
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Few features instead of Inception's, fewer than images: everything else is as it is. The function that makes them."""
+    for constant, width in WIDTHS.values():
+        monkeypatch.setattr(sums, constant, width)
+    monkeypatch.setattr(scoring, "features", projection)
+    network = Network({"fc": {"kernel": jnp.zeros((1, 1))}}, "0" * 64)
+    for module in (evaluate, evaluate_steps, live, reconstruct):
+        monkeypatch.setattr(
+            module, "read_reference", lambda path: read_reference(path, feature_dims=12, spatial_dims=8)
+        )
+        monkeypatch.setattr(module, "load_network", lambda path, mesh, settings: network)
+    return projection
+
+
+# ---------------------------------------------------------------- tokens
 
 
 class TinyTokens(NamedTuple):
