@@ -202,6 +202,8 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError("--samples-npz and --shares are of one checkpoint: leave --steps out")
     if args.steps and not args.workdir:
         raise ConfigError("--steps needs --workdir, whose checkpoints it means")
+    if args.image_size is not None and not (args.images or args.make_reference):
+        raise ConfigError("--image-size is of a source in --images or --make-reference")
     out = args.out or (args.workdir and args.workdir / "evaluation")
     if out is None:
         raise ConfigError("give --out: where the result shall be written")
@@ -214,16 +216,15 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         section: Any = load_experiment(args.config, overrides).guidance
         guidance = build(Guidance, section, where="config.guidance")
     common: dict[str, Any] = {"settings": settings, "quiet": args.quiet}
+    theirs = {"split": args.split, "image_size": args.image_size}
     compared = {"reference_path": args.reference, **common}
     drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, **compared}
     if args.make_reference:
-        result = reference_of(args.make_reference, args.inception, out, split=args.split, **common)
+        result = reference_of(args.make_reference, args.inception, out, **theirs, **common)
     elif args.reconstruction:
-        result = reconstruct(
-            weights, args.images, args.inception, out, split=args.split, download=args.download, **compared
-        )
+        result = reconstruct(weights, args.images, args.inception, out, download=args.download, **theirs, **compared)
     elif args.images:
-        result = score_images(args.images, args.inception, out, split=args.split, **compared)
+        result = score_images(args.images, args.inception, out, **theirs, **compared)
     elif args.steps:
         print(steps_table(score_steps(args.workdir, args.inception, out, steps=args.steps, **drawn)))
         return

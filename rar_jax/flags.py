@@ -86,10 +86,11 @@ def parser() -> argparse.ArgumentParser:
         "--reference", type=pathlib.Path, help="statistics to compare with, ADM's .npz or --make-reference's"
     )
     sub.add_argument("--samples", type=int, default=50_000, help="images to draw (default 50000)")
-    sub.add_argument("--images", help="score these instead: a folder, an .npz with arr_0, or a source (tfds:NAME)")
+    sub.add_argument("--images", help="score these instead: a folder, an .npz with arr_0, or a source (folder:PATH)")
     sub.add_argument("--make-reference", help="write statistics of these images to --out FILE.npz")
     sub.add_argument("--out", type=pathlib.Path, help="folder for result.json (default: WORKDIR/evaluation)")
     sub.add_argument("--split", default="train", choices=("train", "heldout"), help="of a source (default train)")
+    sub.add_argument("--image-size", type=int, help="of a source with images of many sizes: ADM's centre crop to it")
     sub.add_argument("--steps", help="with --workdir: score these checkpoints (1000,2000 or all) and mark the best")
     sub.add_argument(
         "--reconstruction",
@@ -149,6 +150,7 @@ _EVALUATE = """\
   rar-jax evaluate --workdir runs/mine --inception INCEPTION.pth --reference mine.npz
   rar-jax evaluate --images FOLDER --inception INCEPTION.pth --reference mine.npz --out scores
   rar-jax evaluate --make-reference FOLDER --inception INCEPTION.pth --out mine.npz
+  rar-jax evaluate --make-reference folder:PATH --image-size 256 --inception INCEPTION.pth --out mine.npz     cropped
   rar-jax evaluate --workdir runs/mine --steps all --inception INCEPTION.pth --reference mine.npz --samples 5000
   rar-jax evaluate --reconstruction --tokenizer TOKENIZER.bin --images FOLDER --inception INCEPTION.pth --out scores
 FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. The same command resumes.

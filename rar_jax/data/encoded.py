@@ -80,7 +80,7 @@ class EncodedSource(ImageSource):
         listed = f" ({len(self.problems)} problems, the first: {first_of(self.problems)})" if self.problems else ""
         require(length > 0, f"{spec} holds no images{listed}")
         if view.image_size is None:
-            raise ConfigError(f"{spec} has images of many sizes: give image_size, to crop them to")
+            raise ConfigError(f"{spec} has images of many sizes: give image_size (--image-size N), to crop them to")
         if labels is not None:
             require(len(labels) == length, f"{spec}: {length} images but {len(labels)} labels")
             check_labels(labels, len(class_names))

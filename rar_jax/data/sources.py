@@ -133,6 +133,8 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
+# Kinds whose images are arrays of one size, which are padded; the others' are files, which are cropped.
+ARRAYS = ("digits", "idx")
 _KINDS: dict[str, Callable[[str, Split, View], ImageSource]] = {
     "digits": _digits,
     "idx": _idx,

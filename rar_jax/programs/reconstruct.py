@@ -34,13 +34,14 @@ def reconstruct(
     settings: Settings,
     reference_path: pathlib.Path | None = None,
     split: Split = "train",
+    image_size: int | None = None,
     download: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores the reconstructions of images; resumes where it was stopped, and writes out/result.json.
 
     Args:
-      weights: a tokenizer's file or released name, or a directory. images: folder, ADM's .npz, or a source.
+      weights: a tokenizer's file or released name, or a directory. images, image_size: as `open_images` takes them.
       reference_path: statistics that rFID is to; default those of the images themselves.
 
     Returns: {"rfid", "psnr" (dB, mean over images), "ssim" (of images of 11 pixels and more), "codebook_usage" (share of
@@ -49,7 +50,7 @@ def reconstruct(
     """
     began, mesh = time.monotonic(), make_mesh(MeshConfig())
     opened = open_weights(released.locate(weights, download=download), "tokenizers")
-    tokenizer, source = opened.model, open_images(images, split)
+    tokenizer, source = opened.model, open_images(images, split, image_size=image_size)
     takes, given = tokenizer.module.image_spec(tokenizer.config).shape, source.read(0, 1).shape[1:]
     require(given == takes, f"{images} has images {list(given)}, the tokenizer takes {list(takes)}: crop them first")
     require(source.num >= 2, f"{images} has {source.num} images: a covariance needs at least 2")
