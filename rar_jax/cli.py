@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rar_jax.training.checkpoint import CheckpointError
 
     try:
+        if args.verb == "inspect":
+            return _inspect(args, overrides)
         _dispatch(args, overrides)
     except (ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError) as error:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
@@ -166,6 +168,20 @@ def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
             raise ConfigError("tokenize --source needs --config (what the images are) and --weights (the tokenizer)")
         keywords = {name: getattr(args, name) for name in ("source", "weights", "out", "crops", "split", "batch_size")}
         tokenize_source(experiment, make_mesh(experiment.mesh), **keywords, download=args.download, **common)
+
+
+def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
+    import json
+
+    from rar_jax.config import ConfigError
+    from rar_jax.programs.inspect import inspect, tell
+
+    if overrides:
+        raise ConfigError("inspect takes no --config.* arguments")
+    names = ("split", "image_size", "limit", "problems", "out", "quiet")
+    report = inspect(args.what, **{name: getattr(args, name) for name in names})
+    print(json.dumps(report, indent=1) if args.json else tell(report))
+    return 1 if report["problems"]["total"] else 0
 
 
 def _guidance(text: str | None) -> Any:

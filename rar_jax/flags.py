@@ -14,7 +14,7 @@ Train and sample autoregressive image generators in JAX.
 """
 
 # Verbs of the design that are not built yet.
-LATER = ("plan", "bench", "inspect", "report", "doctor")
+LATER = ("plan", "bench", "report", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,6 +119,14 @@ def parser() -> argparse.ArgumentParser:
     weights_flags(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors, .bin, .pth")
     sub.add_argument("--part", choices=("generator", "tokenizer"), help="what to take out of a directory (generator)")
+    sub = verb("inspect", "Say what a token store or a source of images holds, and what is wrong with it.", _INSPECT)
+    sub.add_argument("what", metavar="WHAT", help="folder of a token store, source, or folder with a folder a class")
+    sub.add_argument("--split", choices=("train", "heldout"), help="of a source (default train)")
+    sub.add_argument("--image-size", type=int, help="count the images that are smaller (default 256)")
+    sub.add_argument("--limit", type=int, help="look into so many images, spread evenly (default: all)")
+    sub.add_argument("--problems", type=int, help="how many to list (default 20)")
+    sub.add_argument("--out", type=pathlib.Path, help="the picture of some images of each class (default inspect.png)")
+    sub.add_argument("--json", action="store_true", help="the same as JSON, of all classes")
     for name in LATER:
         verbs.add_parser(name, help="(not built yet)", add_help=False)
     return whole
@@ -163,6 +171,12 @@ _SAMPLE = """\
   rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
   rar-jax sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --classes 207 --out pictures
   rar-jax sample --weights rar_b --download --classes "golden retriever,tench" --out pictures
+"""
+_INSPECT = """\
+  rar-jax inspect tokens/train
+  rar-jax inspect folder:imagenet --limit 10000
+  rar-jax inspect tfds:imagenet2012 --split heldout --out validation.png
+The exit code is 1 if there are problems. A source is read and decoded whole, where --limit does not say otherwise.
 """
 _CONVERT = """\
   rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b

@@ -116,6 +116,11 @@ class EncodedSource(ImageSource):
         """The bytes of image 0..num_images-1. Raises: OSError, ValueError."""
         return self._record(image)[0]
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 (num_images,), classes of the images; None where they are known only by reading."""
+        return self._labels
+
     def label(self, image: int) -> int:
         """Class of an image. Raises: OSError, ValueError where it is known only by reading."""
         return int(self._labels[image]) if self._labels is not None else self._record(image)[1]

@@ -11,7 +11,7 @@ import numpy as np
 from rar_jax.config import require
 from rar_jax.data.sources import Split
 from rar_jax.evaluation import frechet, moments
-from rar_jax.evaluation.reconstruction import WINDOW
+from rar_jax.evaluation.reconstruction import WINDOW, code_usage
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights
@@ -88,7 +88,8 @@ def reconstruct(
     numbers["psnr"] = float(np.minimum(np.concatenate(list(store.kept("psnr"))), PSNR_OF_EQUAL).mean(dtype=np.float64))
     if ssim := list(store.kept("ssim")):
         numbers["ssim"] = float(np.concatenate(ssim).mean(dtype=np.float64))
-    numbers |= _usage(np.concatenate(list(store.kept("tokens"))), tokenizer.config.codebook_size)
+    tokens = np.concatenate(list(store.kept("tokens"))).reshape(-1)
+    numbers |= code_usage(np.bincount(tokens, minlength=tokenizer.config.codebook_size))
     said = remarks(source.num, None, reference, network.sha256)
     if reference is None:
         said.append("rfid is to the images themselves")
@@ -103,9 +104,3 @@ def reconstruct(
     }
     write_json(out / "result.json", result)
     return result
-
-
-def _usage(tokens: np.ndarray, codebook_size: int) -> dict[str, float]:
-    counts = np.bincount(tokens.reshape(-1), minlength=codebook_size)
-    p = counts[counts > 0] / counts.sum()
-    return {"codebook_usage": float((counts > 0).mean()), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}
