@@ -286,7 +286,7 @@ def tell_tokens(report: Report) -> list[str]:
         f"  records    {report['records']:,} of a grid {report['grid']} of tokens, {report['codebook_size']:,} codes",
     ]
     if report["images"] is not None:
-        crops = f"{len(report['crops'])} crop(s): {', '.join(report['crops'])}"
+        crops = f"{len(report['crops'])} crop(s): {'; '.join(report['crops'])}"
         lines.append(f"  images     {report['images']:,}; {report['bad_images']:,} more could not be decoded")
         lines.append(f"  crops      {crops}")
     lines.append(f"  shards     {report['shards']:,}, {_readable(report['bytes'])}")

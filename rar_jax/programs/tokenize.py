@@ -265,9 +265,11 @@ def _tell(writer: TokenStoreWriter, source: ImageSource, written: Written, name:
     card = TokenStore(writer.folder).card
     if card["num_bad_images"]:
         print(f"{card['num_bad_images']} images could not be decoded and were left out:")
-        # Those that this process met; the card has the numbers of all their records.
+        # Those that this process met; the card has the numbers of all their records. What was wrong when the source was
+        # listed comes first, and is no image.
         problems: Iterable[tuple[str, str]] = getattr(source, "problems", ())
-        for name, reason in itertools.islice(problems, 10):
+        listed = len(getattr(source, "listed", ()))
+        for name, reason in itertools.islice(problems, listed, listed + 10):
             print(f"  {name}: {reason}")
 
 

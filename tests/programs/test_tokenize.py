@@ -120,7 +120,8 @@ class TenOfSome(ArraySource):
     """Ten "crops" of each of 20 images; images 3 and 11 could not be decoded, and the next image stands in."""
 
     crop = "ten"
-    problems = (("img3.jpg", "truncated"), ("img11.jpg", "no JPEG"))
+    listed = (("README.md", "not an image by its suffix"),)
+    problems = (*listed, ("img3.jpg", "truncated"), ("img11.jpg", "no JPEG"))
 
     def __len__(self) -> int:
         return 200
@@ -145,6 +146,7 @@ def test_crops_and_bad_images(
     assert tiny.make(tmp_path / "s", shard_records=34, quiet=False)
     out = capsys.readouterr().out
     assert "2 images could not be decoded" in out and "img3.jpg: truncated" in out and "images" in out
+    assert "README.md" not in out, "which is no image that was left out"
     store = TokenStore(tmp_path / "s")
     store.verify()
     records = np.concatenate([np.load(tmp_path / "s" / shard["name"]) for shard in store.card["shards"]])
