@@ -2,7 +2,7 @@
 
 Writes JPEGs of 500x375 pixels (ImageNet's commonest size) of gradients and noise, and tokenizes their ten crops with a
 MaskGIT-VQ of the released size (random weights: they change no time) by the same function as `rar-jax tokenize`. Before and after
-that, the loader alone reads the same records. Writes tokenizing.md beside this file. About ten minutes on two cores.
+that, the loader alone reads the same records. Writes tokenizing.md beside this file. About fifteen minutes on two shared cores.
 (A program called tokenize.py would stand before Python's own module of that name.)
 """
 
