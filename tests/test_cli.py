@@ -28,6 +28,7 @@ FLAGS = {
         "--quiet",
     ),
     "convert": ("--weights", "--tokenizer", "--download", "--out", "--part", "--quiet"),
+    "inspect": ("--split", "--image-size", "--limit", "--problems", "--out", "--json", "--quiet"),
 }
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -69,7 +70,7 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert err == ""
     for flag in FLAGS[verb]:
         assert flag in out, flag
-    assert ("--config.train.steps=10" in out) == (verb not in ("sample", "convert"))
+    assert ("--config.train.steps=10" in out) == (verb not in ("sample", "convert", "inspect"))
 
 
 def test_every_verb_is_listed_here() -> None:

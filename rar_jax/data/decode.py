@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
@@ -65,6 +65,26 @@ def open_image(data: bytes, *, channels: int = 3) -> Image.Image:
     except Exception as error:  # damaged files make Pillow raise nearly anything: SyntaxError, IndexError, struct.error
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DecodeError(f"damaged image: {reason}") from error
+
+
+class Header(NamedTuple):
+    """What a file says of its image: Pillow's names of its kind ("JPEG") and mode ("RGB"), its pixels as they are stored, and
+    whether EXIF says to turn or mirror it."""
+
+    kind: str
+    mode: str
+    width: int
+    height: int
+    turned: bool
+
+
+def read_header(data: bytes) -> Header:
+    """The header of an encoded image that `open_image` takes; only of a PNG are the pixels decoded, EXIF may follow them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `open_image` takes it all the same
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        kind, mode = str(image.format), image.mode
+        return Header(kind, mode, image.width, image.height, image.getexif().get(_ORIENTATION) in _UPRIGHT)
 
 
 def _open(data: bytes, channels: int) -> Image.Image:

@@ -80,7 +80,7 @@ class EncodedSource(ImageSource):
         listed = f" ({len(self.problems)} problems, the first: {first_of(self.problems)})" if self.problems else ""
         require(length > 0, f"{spec} holds no images{listed}")
         if view.image_size is None:
-            raise ConfigError(f"{spec} has images of many sizes: give image_size, to crop them to")
+            raise ConfigError(f"{spec} has images of many sizes: give image_size (--image-size N), to crop them to")
         if labels is not None:
             require(len(labels) == length, f"{spec}: {length} images but {len(labels)} labels")
             check_labels(labels, len(class_names))
@@ -115,6 +115,11 @@ class EncodedSource(ImageSource):
     def encoded(self, image: int) -> bytes:
         """The bytes of image 0..num_images-1. Raises: OSError, ValueError."""
         return self._record(image)[0]
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 (num_images,), classes of the images; None where they are known only by reading."""
+        return self._labels
 
     def label(self, image: int) -> int:
         """Class of an image. Raises: OSError, ValueError where it is known only by reading."""

@@ -43,8 +43,7 @@ def load_source(
     require(split in ("train", "heldout"), f"split '{split}' is neither 'train' nor 'heldout'")
     if kind not in _KINDS:
         raise ConfigError(f"no source '{spec}'.{nearest(kind, _KINDS)}")
-    known = ", ".join("digits" if name == "digits" else f"{name}:{_ARGUMENTS.get(name, 'PATH')}" for name in _KINDS)
-    require(bool(argument) == (kind != "digits"), f"source '{spec}': write one of {known}")
+    require(bool(argument) == (kind != "digits"), f"source '{spec}': write one of {', '.join(SPECS)}")
     return _KINDS[kind](argument, split, View(image_size, crop, channels))
 
 
@@ -133,6 +132,8 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
+# Kinds whose images are arrays of one size, which are padded; the others' are files, which are cropped.
+ARRAYS = ("digits", "idx")
 _KINDS: dict[str, Callable[[str, Split, View], ImageSource]] = {
     "digits": _digits,
     "idx": _idx,
@@ -142,4 +143,5 @@ _KINDS: dict[str, Callable[[str, Split, View], ImageSource]] = {
     "webdataset": WebDatasetSource,
     "array_record": ArrayRecordSource,
 }
-_ARGUMENTS = {"idx": "FOLDER", "tfds": "NAME"}
+_ARGUMENTS = {"digits": "", "idx": ":FOLDER", "tfds": ":NAME"}
+SPECS = tuple(kind + _ARGUMENTS.get(kind, ":PATH") for kind in _KINDS)  # as they are written

@@ -96,14 +96,16 @@ class TokenStore:
             "ids": records["source_id"].astype(np.int64),
         }
 
-    def verify(self) -> None:
+    def verify(self, *, seen: Any = iter) -> None:
         """Reads the whole store: checksums, ranges, and the card's counts against the records.
+
+        seen: what the list of shards is passed through, to show progress.
 
         Raises: StoreError naming the file of a wrong checksum or count, or the file and record of a token outside
           the codebook, a label outside the classes or a crop that the card does not have.
         """
         counted = Counts(self.num_classes)
-        for shard, records in zip(self.card["shards"], self._shards, strict=True):
+        for shard, records in zip(seen(self.card["shards"]), self._shards, strict=True):
             path = self.folder / shard["name"]
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()

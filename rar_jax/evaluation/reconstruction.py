@@ -87,3 +87,12 @@ def _checked(a: jax.Array, b: jax.Array, data_range: float) -> tuple[jax.Array, 
     if a.ndim != 4 or a.shape != b.shape:
         raise ValueError(f"images are {a.shape} and {b.shape}: both must be (b, y, x, c) and alike")
     return a.astype(jnp.float32) / data_range, b.astype(jnp.float32) / data_range
+
+
+def code_usage(counts_v: np.ndarray) -> dict[str, float]:
+    """How a codebook is used, of how often each code was seen, ints (v,).
+
+    Returns: {"codebook_usage": share of the codes seen at all, "perplexity": exp of their entropy in nats}.
+    """
+    p = counts_v[counts_v > 0] / counts_v.sum()
+    return {"codebook_usage": float((counts_v > 0).mean()), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}

@@ -90,11 +90,12 @@ def score_images(
     settings: Settings,
     reference_path: pathlib.Path | None = None,
     split: Split = "train",
+    image_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Scores images made elsewhere (folder, ADM's .npz, or a source); see `evaluate`."""
+    """Scores images made elsewhere (folder, ADM's .npz, or a source); see `open_images` and `evaluate`."""
     mesh = make_mesh(MeshConfig())
-    source = open_images(images, split)
+    source = open_images(images, split, image_size=image_size)
     reference = read_reference(reference_path) if reference_path else None
     network = load_network(inception_path, mesh, settings)
     given = {"images_from": source.name, "images_sha256": source.fingerprint()}
@@ -109,15 +110,16 @@ def reference_of(
     *,
     settings: Settings,
     split: Split = "train",
+    image_size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes statistics of one's own images (folder, .npz or source) as a reference file; see `make_reference`."""
+    """Writes statistics of one's own images as a reference file; see `open_images` and `make_reference`."""
     require(out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
     mesh = make_mesh(MeshConfig())
-    source = open_images(images, split)
+    source = open_images(images, split, image_size=image_size)
     network = load_network(inception_path, mesh, settings)
     program = Program(network, mesh, settings, near_the_mean(network, mesh, settings, source))
-    return make_reference(program, network, source, out, source=images, quiet=quiet)
+    return make_reference(program, network, source, out, source=source.name, quiet=quiet)
 
 
 def near_the_mean(network: Network, mesh: Mesh, settings: Settings, images: ImageSet) -> Shift:

@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rar_jax.config import ConfigError
-from rar_jax.data.sources import ImageSource, Split, load_source
+from rar_jax.config import ConfigError, require
+from rar_jax.data.encoded import EncodedSource
+from rar_jax.data.sources import ARRAYS, ImageSource, Split, load_source
 from rar_jax.evaluation.reference import ImageFile, read_samples
 from rar_jax.training.checkpoint import file_sha256
 
@@ -19,7 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class ImageSet(Protocol):
-    """Images of one size in a fixed order. name: for messages and the record. num: how many."""
+    """Images of one size in a fixed order. name: for messages and the record, with the crop. num: how many."""
 
     name: str
     num: int
@@ -33,19 +34,30 @@ class ImageSet(Protocol):
         ...
 
 
-def open_images(spec: str, split: Split = "train") -> ImageSet:
-    """FOLDER of image files (sorted by path, subfolders too), FILE.npz with `arr_0`, or a split of a source (tfds:NAME).
+def open_images(spec: str, split: Split = "train", *, image_size: int | None = None) -> ImageSet:
+    """FOLDER of image files (sorted by path, subfolders too), FILE.npz with `arr_0`, or a split of a source (folder:PATH).
 
-    Raises: ConfigError if there is none; ReferenceFileError for a damaged .npz.
+    image_size: ADM's centre crop of a source's images to it. The others are read as they are, and so are sources
+      whose images have one size.
+
+    Raises: ConfigError if there is none, or image_size is missing or too much; ReferenceFileError for a damaged .npz.
     """
     path = pathlib.Path(spec)
+    plain = path.is_dir() or path.suffix == ".npz" or spec.partition(":")[0] in ARRAYS
+    require(
+        not (plain and image_size is not None),
+        f"{spec} is read as it is: leave --image-size out (images of many sizes in a folder a class: folder:PATH)",
+    )
     if path.is_dir():
         return FolderImages(path)
     if path.suffix == ".npz":
         return NpzImages(read_samples(path))
     if path.exists():
-        raise ConfigError(f"{spec}: give a folder of images, a .npz, or a source such as tfds:NAME or idx:FOLDER")
-    return SourceImages(f"{spec} ({split})", load_source(spec, split))
+        raise ConfigError(f"{spec}: give a folder of images, a .npz, or a source such as folder:PATH or tfds:NAME")
+    if image_size is None:
+        return SourceImages(f"{spec} ({split})", load_source(spec, split))
+    source = load_source(spec, split, image_size=image_size, crop="center")
+    return SourceImages(f"{spec} ({split}), centre crop to {image_size}", source)
 
 
 class FolderImages:
@@ -80,7 +92,8 @@ class FolderImages:
         if pixels.shape[:2] != self._size:
             raise ConfigError(
                 f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first image {self._size[1]}x{self._size[0]}: "
-                "crop all to one size first, the score depends on how"
+                "crop all to one size first, the score depends on how; or, in a folder a class, give folder:PATH and "
+                "--image-size N for ADM's centre crop"
             )
         return pixels
 
@@ -108,15 +121,27 @@ class NpzImages:
 
 
 class SourceImages:
-    """The training images of a source of data/."""
+    """The images of a split of a source of data/. Reading one that cannot be decoded is a ConfigError."""
 
     def __init__(self, name: str, source: ImageSource) -> None:
         self.name, self.num, self._source = name, len(source), source
 
     def read(self, start: int, count: int) -> np.ndarray:
         """uint8 (count, y, x, c)."""
-        return self._source.gather(np.arange(start, start + count))["images"]
+        rows = self._source.gather(np.arange(start, start + count))
+        if isinstance(self._source, EncodedSource) and rows["bad"].any():
+            # The source would put another image in its place, which would count twice.
+            bad = start + int(np.argmax(rows["bad"]))
+            raise ConfigError(
+                f"{self.name}: {self._source.name(bad)} cannot be used ({self._source.problem(bad)}): remove or replace it"
+            )
+        return rows["images"]
 
     def fingerprint(self) -> str:
-        """The source's name and number: sources are fixed datasets."""
-        return f"{self.name} ({self.num})"
+        """The source's name, with the crop, and number: sources are fixed datasets. Of files, also sha256 of their names."""
+        if not isinstance(self._source, EncodedSource):
+            return f"{self.name} ({self.num})"
+        names = hashlib.sha256()
+        for image in range(self.num):
+            names.update(f"{self._source.name(image)}\n".encode())
+        return f"{self.name} ({self.num}, names {names.hexdigest()})"

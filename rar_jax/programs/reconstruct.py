@@ -11,7 +11,7 @@ import numpy as np
 from rar_jax.config import require
 from rar_jax.data.sources import Split
 from rar_jax.evaluation import frechet, moments
-from rar_jax.evaluation.reconstruction import WINDOW
+from rar_jax.evaluation.reconstruction import WINDOW, code_usage
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights
@@ -34,13 +34,14 @@ def reconstruct(
     settings: Settings,
     reference_path: pathlib.Path | None = None,
     split: Split = "train",
+    image_size: int | None = None,
     download: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores the reconstructions of images; resumes where it was stopped, and writes out/result.json.
 
     Args:
-      weights: a tokenizer's file or released name, or a directory. images: folder, ADM's .npz, or a source.
+      weights: a tokenizer's file or released name, or a directory. images, image_size: as `open_images` takes them.
       reference_path: statistics that rFID is to; default those of the images themselves.
 
     Returns: {"rfid", "psnr" (dB, mean over images), "ssim" (of images of 11 pixels and more), "codebook_usage" (share of
@@ -49,7 +50,7 @@ def reconstruct(
     """
     began, mesh = time.monotonic(), make_mesh(MeshConfig())
     opened = open_weights(released.locate(weights, download=download), "tokenizers")
-    tokenizer, source = opened.model, open_images(images, split)
+    tokenizer, source = opened.model, open_images(images, split, image_size=image_size)
     takes, given = tokenizer.module.image_spec(tokenizer.config).shape, source.read(0, 1).shape[1:]
     require(given == takes, f"{images} has images {list(given)}, the tokenizer takes {list(takes)}: crop them first")
     require(source.num >= 2, f"{images} has {source.num} images: a covariance needs at least 2")
@@ -87,7 +88,8 @@ def reconstruct(
     numbers["psnr"] = float(np.minimum(np.concatenate(list(store.kept("psnr"))), PSNR_OF_EQUAL).mean(dtype=np.float64))
     if ssim := list(store.kept("ssim")):
         numbers["ssim"] = float(np.concatenate(ssim).mean(dtype=np.float64))
-    numbers |= _usage(np.concatenate(list(store.kept("tokens"))), tokenizer.config.codebook_size)
+    tokens = np.concatenate(list(store.kept("tokens"))).reshape(-1)
+    numbers |= code_usage(np.bincount(tokens, minlength=tokenizer.config.codebook_size))
     said = remarks(source.num, None, reference, network.sha256)
     if reference is None:
         said.append("rfid is to the images themselves")
@@ -102,9 +104,3 @@ def reconstruct(
     }
     write_json(out / "result.json", result)
     return result
-
-
-def _usage(tokens: np.ndarray, codebook_size: int) -> dict[str, float]:
-    counts = np.bincount(tokens.reshape(-1), minlength=codebook_size)
-    p = counts[counts > 0] / counts.sum()
-    return {"codebook_usage": float((counts > 0).mean()), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}

@@ -12,8 +12,10 @@ import itertools
 import json
 import pathlib
 import shutil
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -136,7 +138,7 @@ def tokenize_source(
         num_workers=experiment.data.workers,
         name=f"tokenize {source}",
         quiet=quiet,
-    )
+    ).finished
 
 
 def tokenized(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
@@ -155,6 +157,16 @@ def tokenized(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
 # ---------------------------------------------------------------- the one path
 
 
+class Written(NamedTuple):
+    """What `write_store` did. finished: whether the store is. records: of the source, that it encoded or left out as bad.
+    seconds: of the loop, compilation included. waited: those of them in which it stood and waited for the loader."""
+
+    finished: bool
+    records: int
+    seconds: float
+    waited: float
+
+
 def write_store(
     writer: TokenStoreWriter,
     source: ImageSource,
@@ -166,13 +178,11 @@ def write_store(
     num_workers: int = 0,
     name: str = "tokenize",
     quiet: bool = False,
-) -> bool:
+) -> Written:
     """Encodes the records of the writer's missing shards and finishes the store if all shards are then there.
 
     Batches do not reach over the end of a shard, so that a record's batch, and with it every bit of its tokens, does not
     depend on where a run was interrupted.
-
-    Returns: whether the store is finished.
     """
     size = -(-batch_size // batch_divisor(mesh)) * batch_divisor(mesh)
     encode = jax.jit(functools.partial(tokenizer.module.encode, tokenizer.config), out_shardings=replicated(mesh))
@@ -180,10 +190,11 @@ def write_store(
     spans = [writer.span(j) for j in missing]
     sizes = [min(size, end - at) for begin, end in spans for at in range(begin, end, size)]
     stream = sequential_batches(source, global_batch=size, num_workers=num_workers, spans=spans)
+    began, batches = time.perf_counter(), _Timed(stream)
     with sharded(mesh), contextlib.closing(stream):
         done = writer.source_records - sum(sizes)
         rows = progress(
-            _encoded(stream, lambda images: encode(params, global_batch({"images": images}, mesh)["images"])),
+            _encoded(batches, lambda images: encode(params, global_batch({"images": images}, mesh)["images"])),
             total=writer.source_records,
             description=name,
             unit="images",
@@ -200,10 +211,30 @@ def write_store(
                     crops, bad = batch.get("crops", none), batch.get("bad", none > 0)
                     shard.append(tokens[real], batch["labels"][real], batch["ids"][real], crops[real], bad[real])
         assert next(rows, None) is None  # and the progress line shows the end
-    finished = writer.finish()
+    written = Written(writer.finish(), sum(sizes), time.perf_counter() - began, batches.waited)
     if not quiet:
-        _tell(writer, source, finished)
-    return finished
+        _tell(writer, source, written, name)
+    return written
+
+
+class _Timed:
+    """The batches of a stream. waited: the seconds that passed in asking for them.
+
+    While one is asked for, the device encodes the one before: it stands still for less than this.
+    """
+
+    def __init__(self, stream: Iterator[Batch]) -> None:
+        self._stream, self.waited = stream, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        try:
+            return next(self._stream)
+        finally:
+            self.waited += time.perf_counter() - began
 
 
 def _encoded(stream: Iterable[Batch], encode: Any) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -218,8 +249,15 @@ def _encoded(stream: Iterable[Batch], encode: Any) -> Iterator[tuple[Batch, np.n
         yield before[0], np.asarray(before[1])
 
 
-def _tell(writer: TokenStoreWriter, source: ImageSource, finished: bool) -> None:
-    if not finished:
+def _tell(writer: TokenStoreWriter, source: ImageSource, written: Written, name: str) -> None:
+    if written.records:  # with the progress, which it closes: nobody reads it from a pipe
+        rate, share = written.records / written.seconds, written.waited / written.seconds
+        print(
+            f"{name}: {written.records:,} records in {written.seconds:,.1f} s, {rate:.3g} records/s, "
+            f"loader wait {share:.1%}",
+            file=sys.stderr,
+        )
+    if not written.finished:
         print(
             f"{writer.folder}: shards of other processes are missing; process 0 finishes the store when they are there"
         )
@@ -227,9 +265,11 @@ def _tell(writer: TokenStoreWriter, source: ImageSource, finished: bool) -> None
     card = TokenStore(writer.folder).card
     if card["num_bad_images"]:
         print(f"{card['num_bad_images']} images could not be decoded and were left out:")
-        # Those that this process met; the card has the numbers of all their records.
+        # Those that this process met; the card has the numbers of all their records. What was wrong when the source was
+        # listed comes first, and is no image.
         problems: Iterable[tuple[str, str]] = getattr(source, "problems", ())
-        for name, reason in itertools.islice(problems, 10):
+        listed = len(getattr(source, "listed", ()))
+        for name, reason in itertools.islice(problems, listed, listed + 10):
             print(f"  {name}: {reason}")
 
 

@@ -6,7 +6,6 @@ import collections
 import copy
 import hashlib
 import io
-import os
 import pathlib
 from typing import Any
 
@@ -34,32 +33,8 @@ def names(source: EncodedSource) -> list[str]:
 
 def test_a_folder_holds_a_zoo(files: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that people's folders hold, in one: each thing is read, or listed, or hidden on purpose."""
-    root = tmp_path / "train"
-    files.write_folder(root, files.image_set((3, 2, 0)))
-    good, first = files.jpeg(77), root / CLASSES[0]
-    (root / CLASSES[2]).mkdir()  # empty: label 2 all the same
-    (first / "deeper" / "still").mkdir(parents=True)
-    (first / "deeper" / "still" / "a.png").write_bytes(good)  # a JPEG under another name: read
-    (first / "folder.jpg").mkdir()
-    (first / "folder.jpg" / "inside.jpeg").write_bytes(good)
-    (first / "dangling.jpg").symlink_to(tmp_path / "nowhere")
-    (first / "linked.jpg").symlink_to(first / f"{CLASSES[0]}_000.JPEG")
-    (first / "circle").symlink_to(first, target_is_directory=True)
-    os.mkfifo(first / "pipe.jpg")
-    (first / "new\nline.jpg").write_bytes(good)
-    (first / "README.md").write_text("hello")
-    for hidden in (".DS_Store", "Thumbs.db", "._a.jpg", "desktop.ini"):
-        (first / hidden).write_bytes(b"x")
-        (root / hidden).write_bytes(b"x")
-    (root / "stray.jpg").write_bytes(good)
-    (root / ".git").mkdir()
-    (root / "n09999999").symlink_to(first / "deeper", target_is_directory=True)  # a linked class folder: followed
-    with open(os.fsencode(first) + b"/caf\xe9.jpg", "wb") as file:
-        file.write(good)
-    # Listed as images, and bad when read.
-    (first / "empty.jpg").write_bytes(b"")
-    (first / "page.png").write_text("<html>")
-    (first / "secret.jpg").write_bytes(good)
+    files.write_zoo(tmp_path / "train")
+    good = files.jpeg(77)
 
     def open_file(path: str, *args: Any) -> Any:
         if path.endswith("secret.jpg"):

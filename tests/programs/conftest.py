@@ -1,4 +1,5 @@
-"""Stand-ins for Inception, which takes half a minute to compile; a tokenizer file for the digits, and a store of it."""
+"""Stand-ins for Inception, which takes half a minute to compile; a tokenizer file for the digits, experiments that use it,
+and a store that it made."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from rar_jax.programs.scoring import Network
 from rar_jax.programs.tokenize import tokenize_source
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 
+TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
+
 WIDTHS = {"pool3": ("POOL3", 12), "spatial": ("SPATIAL", 8), "logits": ("CLASSES", 10)}
+
+
+# ---------------------------------------------------------------- Inception
 
 
 def projection(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Array]:
@@ -52,7 +58,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> Any:
     return projection
 
 
-TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
+# ---------------------------------------------------------------- tokens
 
 
 class TinyTokens(NamedTuple):

@@ -3,12 +3,14 @@
 Inception, with random weights, runs in test_scoring only; here a projection of the pixels stands for it (conftest.py).
 """
 
+import json
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from image_files import ImageFiles
 from PIL import Image
 
 from rar_jax import cli, load
@@ -249,7 +251,7 @@ def test_grey_images_become_a_reference_of_three_channels(tmp_path: pathlib.Path
     made = evaluate.reference_of("digits", pathlib.Path("i"), tmp_path / "r.npz", settings=settings, quiet=True)
     source = load_source("digits", "train")
     reference = evaluate.read_reference(tmp_path / "r.npz")
-    assert made["n"] == reference.n == made["images_kept"] == len(source) and reference.source == "digits"
+    assert made["n"] == reference.n == made["images_kept"] == len(source) and reference.source == "digits (train)"
     assert reference.images is not None
     np.testing.assert_array_equal(
         next(reference.images.batches(3)), np.repeat(source.gather(np.arange(3))["images"], 3, axis=-1)
@@ -294,6 +296,8 @@ def test_one_line_for_a_wrong_command(
         ((*network, *weights, "--out", out, "--guidance", "a"), "--guidance a: give SCALE"),
         ((*network, "--make-reference", tmp_path / "x.npz", "--out", tmp_path / "r"), "a reference is a .npz file"),
         ((*network, "--images", tmp_path / "none", "--out", out), "none"),
+        ((*network, *weights, "--out", out, "--image-size", "16"), "--image-size is of a source in --images"),
+        ((*network, *images, "--out", out, "--image-size", "16"), "is read as it is: leave --image-size out"),
     ):
         assert text in problem(capsys, 2, *argv), argv
     assert set(tmp_path.iterdir()) == before, "a failure leaves nothing"
@@ -348,6 +352,15 @@ def test_the_commands_from_images_to_numbers(
     assert {p.name for p in out.iterdir()} == {"result.json", "grid.png", "chunks"}
     alone = run("--images", tmp_path / "x.npz", "--out", tmp_path / "alone", "--no-neighbours")
     assert "inception_score" in alone and "fid" not in alone and "kid" not in alone
+    files = ImageFiles()
+    files.write_folder(tmp_path / "data" / "train", files.image_set())
+    files.write_folder(tmp_path / "data" / "val", files.image_set((1, 0, 0)))
+    cropped = ("--image-size", "16", "--out")
+    assert "n 18\n" in run("--images", f"folder:{tmp_path}/data", *cropped, tmp_path / "cropped", "--no-neighbours")
+    made_from = json.loads((tmp_path / "cropped" / "result.json").read_text())["made_from"]
+    assert made_from["images_from"] == f"folder:{tmp_path}/data (train), centre crop to 16"
+    assert "n 18\n" in run("--make-reference", f"folder:{tmp_path}/data", *cropped, tmp_path / "cropped.npz")
+    assert evaluate.read_reference(tmp_path / "cropped.npz").source == made_from["images_from"]
     without = run(*argv[:-1], tmp_path / "without", "--no-neighbours")
     assert "fid" in without and "kid" not in without and "precision" not in without
     with pytest.raises(SystemExit):

@@ -1,12 +1,15 @@
 """Images made elsewhere: in order, of one size, and clear errors for what is not."""
 
+import io
 import pathlib
 
 import numpy as np
 import pytest
+from image_files import ImageFiles
 from PIL import Image
 
 from rar_jax.config import ConfigError
+from rar_jax.data import crops
 from rar_jax.data.sources import load_source
 from rar_jax.evaluation.reference import ReferenceFileError
 from rar_jax.programs.image_sets import open_images
@@ -90,3 +93,57 @@ def test_a_source_is_its_training_images() -> None:
     assert found.num == len(source)
     np.testing.assert_array_equal(found.read(7, 5), source.gather(np.arange(7, 12))["images"])
     assert found.read(0, 2).shape == (2, 8, 8, 1) and found.read(0, 2).dtype == np.uint8
+
+
+# ---------------------------------------------------------------- images of many sizes
+
+
+@pytest.fixture
+def many_sizes(tmp_path: pathlib.Path) -> pathlib.Path:
+    """18 JPEGs of three classes in train/, and 2 in val/."""
+    files = ImageFiles()
+    files.write_folder(tmp_path / "data" / "train", files.image_set())
+    files.write_folder(tmp_path / "data" / "val", files.image_set((1, 1, 0), seed=5))
+    return tmp_path / "data"
+
+
+def test_a_source_of_many_sizes_is_cropped_as_adm_does(many_sizes: pathlib.Path) -> None:
+    found, images = open_images(f"folder:{many_sizes}", image_size=16), ImageFiles().image_set()
+    assert found.num == 18
+    for i, got in enumerate(found.read(4, 9), start=4):
+        expected = crops.center_crop(Image.open(io.BytesIO(images[i][0])), size=16)
+        np.testing.assert_array_equal(got, expected)
+    assert open_images(f"folder:{many_sizes}", "heldout", image_size=16).num == 2
+
+
+def test_the_crop_is_in_the_record(many_sizes: pathlib.Path) -> None:
+    spec = f"folder:{many_sizes}"
+    found = open_images(spec, image_size=16)
+    assert found.name == f"{spec} (train), centre crop to 16"
+    prints = [found.fingerprint(), open_images(spec, image_size=17).fingerprint()]
+    prints.append(open_images(spec, "heldout", image_size=16).fingerprint())
+    assert open_images(spec, image_size=16).fingerprint() == prints[0]
+    first = many_sizes / "train" / ImageFiles.CLASSES[0]
+    (first / f"{ImageFiles.CLASSES[0]}_003.JPEG").rename(first / f"{ImageFiles.CLASSES[0]}_103.JPEG")
+    prints.append(open_images(spec, image_size=16).fingerprint())
+    assert len(set(prints)) == 4
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_not_replaced(many_sizes: pathlib.Path) -> None:
+    path = many_sizes / "train" / ImageFiles.CLASSES[1] / f"{ImageFiles.CLASSES[1]}_002.JPEG"
+    path.write_bytes(b"")
+    found = open_images(f"folder:{many_sizes}", image_size=16)
+    assert len(found.read(0, 9)) == 9
+    with pytest.raises(ConfigError, match=rf"{path.stem}\.JPEG cannot be used \(0 bytes\): remove or replace it"):
+        found.read(8, 3)
+
+
+def test_image_size_is_asked_for_where_it_is_needed_and_only_there(many_sizes: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"images of many sizes: give image_size \(--image-size N\)"):
+        open_images(f"folder:{many_sizes}")
+    np.savez(many_sizes.parent / "x.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
+    for plain in (str(many_sizes), str(many_sizes.parent / "x.npz"), "digits"):
+        with pytest.raises(ConfigError, match="is read as it is: leave --image-size out"):
+            open_images(plain, image_size=16)
+    with pytest.raises(ConfigError, match=r"give folder:PATH and --image-size N for ADM's centre crop"):
+        open_images(str(many_sizes)).read(0, 5)

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from image_files import ImageFiles
 from PIL import Image
 
 from rar_jax import cli
@@ -93,3 +94,11 @@ def test_the_command(
     assert cli.main([*command, *arguments]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("rfid", "psnr", "ssim", "codebook_usage", "perplexity", "n 30"))
+    files = ImageFiles()
+    files.write_folder(tmp_path / "data" / "train", files.image_set())
+    files.write_folder(tmp_path / "data" / "val", files.image_set((1, 0, 0)))
+    arguments = ["--images", f"folder:{tmp_path}/data", "--tokenizer", str(released_pair.tokenizer)]
+    assert cli.main([*command, *arguments, "--image-size", "16"]) == 0
+    assert "n 18" in capsys.readouterr().out
+    assert cli.main([*command, *arguments, "--image-size", "20"]) == 2
+    assert "the tokenizer takes [16, 16, 3]" in capsys.readouterr().err

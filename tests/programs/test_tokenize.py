@@ -22,6 +22,7 @@ from rar_jax.interop import maskgit_vq
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import tokenize as program
 from rar_jax.programs.tokenize import write_store
+from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.checkpoint import file_sha256
 
@@ -119,7 +120,8 @@ class TenOfSome(ArraySource):
     """Ten "crops" of each of 20 images; images 3 and 11 could not be decoded, and the next image stands in."""
 
     crop = "ten"
-    problems = (("img3.jpg", "truncated"), ("img11.jpg", "no JPEG"))
+    listed = (("README.md", "not an image by its suffix"),)
+    problems = (*listed, ("img3.jpg", "truncated"), ("img11.jpg", "no JPEG"))
 
     def __len__(self) -> int:
         return 200
@@ -144,6 +146,7 @@ def test_crops_and_bad_images(
     assert tiny.make(tmp_path / "s", shard_records=34, quiet=False)
     out = capsys.readouterr().out
     assert "2 images could not be decoded" in out and "img3.jpg: truncated" in out and "images" in out
+    assert "README.md" not in out, "which is no image that was left out"
     store = TokenStore(tmp_path / "s")
     store.verify()
     records = np.concatenate([np.load(tmp_path / "s" / shard["name"]) for shard in store.card["shards"]])
@@ -175,12 +178,12 @@ def test_batches_do_not_reach_over_a_shard(tiny: Any, tmp_path: pathlib.Path) ->
         def encode(_: Any, params: Any, images: jax.Array) -> jax.Array:
             return jax.numpy.broadcast_to(images.astype("int32").sum() % 32 + params, (len(images), 16))
 
-    from rar_jax.sampling.sampler import Model
-
     mesh = make_mesh(tiny.experiment().mesh)
     card = tiny.card()
     writer = TokenStoreWriter(tmp_path / "s", card, source_records=360, shard_records=50)
-    assert write_store(writer, source, Model(Telltale, None), np.int32(0), mesh, batch_size=16, quiet=True)  # pyright: ignore
+    model: Any = Model(Telltale, None)  # pyright: ignore
+    written = write_store(writer, source, model, np.int32(0), mesh, batch_size=16, quiet=True)
+    assert written.finished and written.records == 360
     tokens = TokenStore(tmp_path / "s").gather(np.arange(360))["tokens"][:, 0]
     images = source.gather(np.arange(360))["images"].astype(np.int64)
     for begin in range(0, 360, 50):
@@ -189,6 +192,44 @@ def test_batches_do_not_reach_over_a_shard(tiny: Any, tmp_path: pathlib.Path) ->
             last = min(at + 16, end)
             filled = images[at:last].sum() + (16 - (last - at)) * images[0].sum()
             np.testing.assert_array_equal(tokens[at:last], filled % 32)
+
+
+class Slow(ArraySource):
+    """Takes 50 ms a batch."""
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        time.sleep(0.05)
+        return super().gather(indices)
+
+
+@pytest.mark.parametrize(("slow", "least", "most"), [("loader", 0.6, 2.0), ("encoder", 0.0, 0.4)])
+def test_the_wait_for_the_loader_is_told(
+    slow: str, least: float, most: float, tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """20 batches of 50 ms each, of the loader or of the encoder: of the former all are waited for but those that it had
+    ready when the encoder was compiled, of the latter none."""
+    digits = load_source("digits", "heldout").gather(np.arange(80))
+    kind = Slow if slow == "loader" else ArraySource
+    source = kind(digits["images"], digits["labels"], class_names=[str(i) for i in range(10)])
+
+    class Sleeper:
+        @staticmethod
+        def encode(_: Any, params: Any, images: jax.Array) -> jax.Array:
+            def tokens(images: np.ndarray) -> np.ndarray:
+                time.sleep(0.05 * (slow == "encoder"))
+                return np.zeros((len(images), 16), np.int32)
+
+            return jax.pure_callback(tokens, jax.ShapeDtypeStruct((len(images), 16), np.int32), images)
+
+    mesh = make_mesh(tiny.experiment().mesh)
+    writer = TokenStoreWriter(tmp_path / "s", tiny.card(), source_records=80, shard_records=80)
+    model: Any = Model(Sleeper, None)  # pyright: ignore
+    written = write_store(writer, source, model, np.int32(0), mesh, batch_size=4, name="tokenize it")
+    assert written.records == 80 and written.seconds > written.waited > 0
+    assert least < written.waited < most, written
+    told = capsys.readouterr().err
+    assert f"tokenize it: 80 records in {written.seconds:.1f} s" in told
+    assert f"loader wait {written.waited / written.seconds:.1%}" in told
 
 
 # ---------------------------------------------------------------- the real command

@@ -1,0 +1,186 @@
+"""The verbs of `rar-jax` and their flags, and what --help says. What they do is cli.py's."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+DESCRIPTION = """\
+Train and sample autoregressive image generators in JAX.
+
+  rar-jax run --config experiments/digits.py --workdir runs/digits     the whole job, pixels to distance
+  rar-jax sample --weights runs/digits --classes 3,7 --out pictures    images of the classes 3 and 7
+  rar-jax sample --weights rar_b --download --classes "golden retriever" --out pictures    from the released weights
+"""
+
+# Verbs of the design that are not built yet.
+LATER = ("plan", "bench", "report", "doctor")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line: `verb`, and the flags of each."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser(prog="rar-jax", description=DESCRIPTION, formatter_class=formatter)
+    verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=short, description=f"{short}\n\n{text}", formatter_class=formatter)
+        sub.add_argument("--quiet", action="store_true", help="no progress and no summary, only results and errors")
+        return sub
+
+    def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
+        sub = verb(name, short, text + _OVERRIDES)
+        sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
+        sub.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything is written and resumed")
+        return sub
+
+    def weights_flags(sub: argparse.ArgumentParser, required: bool = True) -> None:
+        sub.add_argument(
+            "--weights",
+            required=required,
+            help="directory of a run or of convert, generator file, or a released name (rar_b)",
+        )
+        sub.add_argument("--tokenizer", help="the tokenizer's file, with a generator file")
+        sub.add_argument(
+            "--download", action="store_true", help="fetch released files that are not here, and check them"
+        )
+
+    def sampling_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
+        sub.add_argument(
+            "--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's, or the released model's)"
+        )
+        sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
+
+    experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
+    sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", _TRAIN)
+    sub.add_argument("--stage", default="generator", choices=("tokenizer", "classifier", "generator"))
+    sub = verb("tokenize", "Turn images into token stores; check, import and export those.", _TOKENIZE + _OVERRIDES)
+    sub.add_argument("--config", help="experiment file, or its bare name: says what the images and the tokenizer are")
+    sub.add_argument("--workdir", type=pathlib.Path, help="tokenize the experiment's splits with its trained tokenizer")
+    sub.add_argument("--source", help="instead: tokenize these images (digits, idx:FOLDER, tfds:NAME)")
+    sub.add_argument("--weights", help="the tokenizer: file, directory or released name")
+    sub.add_argument(
+        "--out", type=pathlib.Path, help="folder of the store; with --verify a PNG, with --export the file"
+    )
+    sub.add_argument("--crops", help="pad, center or ten: what is cut out of each image (default: the source's own)")
+    sub.add_argument("--split", default="train", choices=("train", "heldout"))
+    sub.add_argument(
+        "--shard-records", type=int, help="records a shard, which is what a killed run loses (default 65536)"
+    )
+    sub.add_argument("--batch-size", type=int, default=256, help="images at a time over all devices (default 256)")
+    sub.add_argument("--download", action="store_true", help="fetch a released tokenizer that is not here")
+    sub.add_argument("--verify", type=pathlib.Path, metavar="DIR", help="check a store; with --weights also draw it")
+    sub.add_argument("--import", type=pathlib.Path, metavar="FILE", dest="import_", help="make a store of a JSONL file")
+    sub.add_argument("--export", type=pathlib.Path, metavar="DIR", help="write a store as a JSONL file")
+    sub.add_argument("--codebook-size", type=int, help="of --import (default: of --config, or 1024)")
+    sub.add_argument("--num-classes", type=int, help="of --import (default: of --config, or 1000)")
+    sub = verb("evaluate", "Score samples, or images made elsewhere.", _EVALUATE + _OVERRIDES)
+    weights_flags(sub, required=False)
+    sub.add_argument("--config", help="with --workdir and without --inception: fd_classifier of this experiment")
+    sub.add_argument("--workdir", type=pathlib.Path, help="work directory to score")
+    sub.add_argument(
+        "--inception", type=pathlib.Path, help="Inception's weights (pt_inception-2015-12-05-6726825d.pth)"
+    )
+    sub.add_argument(
+        "--reference", type=pathlib.Path, help="statistics to compare with, ADM's .npz or --make-reference's"
+    )
+    sub.add_argument("--samples", type=int, default=50_000, help="images to draw (default 50000)")
+    sub.add_argument("--images", help="score these instead: a folder, an .npz with arr_0, or a source (folder:PATH)")
+    sub.add_argument("--make-reference", help="write statistics of these images to --out FILE.npz")
+    sub.add_argument("--out", type=pathlib.Path, help="folder for result.json (default: WORKDIR/evaluation)")
+    sub.add_argument("--split", default="train", choices=("train", "heldout"), help="of a source (default train)")
+    sub.add_argument("--image-size", type=int, help="of a source with images of many sizes: ADM's centre crop to it")
+    sub.add_argument("--steps", help="with --workdir: score these checkpoints (1000,2000 or all) and mark the best")
+    sub.add_argument(
+        "--reconstruction",
+        action="store_true",
+        help="score the tokenizer's reconstructions of --images (rFID, PSNR, SSIM)",
+    )
+    sub.add_argument("--samples-npz", action="store_true", help="also write the samples as ADM's evaluator reads them")
+    sub.add_argument("--protocol", default="adm", help="adm (default) or pytorch_fid: how images are resized")
+    sub.add_argument("--rounding", default="truncate", help="truncate (default) or round: of samples to uint8")
+    sub.add_argument("--batch-size", type=int, default=64, help="images at a time over all devices (default 64)")
+    sub.add_argument("--features", default="float32", help="float32 (default) or float64: what Inception computes in")
+    sub.add_argument("--chunk", type=int, default=1000, help="images between two saves (default 1000)")
+    sub.add_argument(
+        "--shares", action="store_true", help="also time one batch: sampling, decoding, Inception, moments"
+    )
+    sub.add_argument("--no-neighbours", action="store_true", help="leave out precision, recall and KID")
+    sampling_flags(sub)
+    sub = verb("sample", "Sample images of given classes into PNG files.", _SAMPLE)
+    weights_flags(sub)
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="folder for the images")
+    sub.add_argument("--classes", help="numbers, ranges or names: 3,7-9,sneaker (default: all)")
+    sub.add_argument("--per-class", type=int, default=4, help="images a class (default 4)")
+    sampling_flags(sub)
+    sub.add_argument("--batch-size", type=int, help="images at a time (default: all, at most 64)")
+    sub = verb("convert", "Convert weights: released files to a directory of ours, and back.", _CONVERT)
+    weights_flags(sub)
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors, .bin, .pth")
+    sub.add_argument("--part", choices=("generator", "tokenizer"), help="what to take out of a directory (generator)")
+    sub = verb("inspect", "Say what a token store or a source of images holds, and what is wrong with it.", _INSPECT)
+    sub.add_argument("what", metavar="WHAT", help="folder of a token store, source, or folder with a folder a class")
+    sub.add_argument("--split", choices=("train", "heldout"), help="of a source (default train)")
+    sub.add_argument("--image-size", type=int, help="count the images that are smaller (default 256)")
+    sub.add_argument("--limit", type=int, help="look into so many images, spread evenly (default: all)")
+    sub.add_argument("--problems", type=int, help="how many to list (default 20)")
+    sub.add_argument("--out", type=pathlib.Path, help="the picture of some images of each class (default inspect.png)")
+    sub.add_argument("--json", action="store_true", help="the same as JSON, of all classes")
+    for name in LATER:
+        verbs.add_parser(name, help="(not built yet)", add_help=False)
+    return whole
+
+
+_OVERRIDES = """
+Any number of the experiment can be changed:
+  --config.train.steps=10 --config.mesh.fsdp=4 --config.generator.dropout=0.0
+Durations are steps (1000), a share of the training ('50%') or epochs ('200ep').
+An experiment file is code: use only those that you trust.
+"""
+_RUN = """\
+Trains the tokenizer and the classifier, tokenizes, trains the generator, samples and scores it, and draws pictures. A
+stage whose output exists and verifies is skipped: the same command again resumes after a crash, or does nothing.
+"""
+_TRAIN = """\
+The stages lean on one another: tokenizer, then (tokenize), then generator; the generator's live distance also needs the
+classifier.
+"""
+_TOKENIZE = """\
+  rar-jax tokenize --config digits --workdir runs/digits           tokens/train and tokens/heldout there
+  rar-jax tokenize --config rar_b --source tfds:imagenet2012 --weights TOKENIZER.bin --out tokens
+  rar-jax tokenize --verify tokens --weights TOKENIZER.bin         checksums, counts, and a picture of a sample
+  rar-jax tokenize --import maskgitvq.jsonl --out tokens           the authors' file, and back: --export tokens --out FILE
+The same command goes on where a killed one was. Train on a store with --config.data.tokens=DIR.
+"""
+_EVALUATE = """\
+  rar-jax evaluate --weights rar_b --inception INCEPTION.pth --reference VIRTUAL_imagenet256_labeled.npz --out scores
+  rar-jax evaluate --workdir runs/mine --inception INCEPTION.pth --reference mine.npz
+  rar-jax evaluate --images FOLDER --inception INCEPTION.pth --reference mine.npz --out scores
+  rar-jax evaluate --make-reference FOLDER --inception INCEPTION.pth --out mine.npz
+  rar-jax evaluate --make-reference folder:PATH --image-size 256 --inception INCEPTION.pth --out mine.npz     cropped
+  rar-jax evaluate --workdir runs/mine --steps all --inception INCEPTION.pth --reference mine.npz --samples 5000
+  rar-jax evaluate --reconstruction --tokenizer TOKENIZER.bin --images FOLDER --inception INCEPTION.pth --out scores
+FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. The same command resumes.
+
+  rar-jax evaluate --config digits --workdir runs/digits
+Without Inception's weights: the Frechet distance on classifier features (fd_classifier, not FID) of samples, held-out images
+and an untrained generator.
+"""
+_SAMPLE = """\
+  rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
+  rar-jax sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --classes 207 --out pictures
+  rar-jax sample --weights rar_b --download --classes "golden retriever,tench" --out pictures
+"""
+_INSPECT = """\
+  rar-jax inspect tokens/train
+  rar-jax inspect folder:imagenet --limit 10000
+  rar-jax inspect tfds:imagenet2012 --split heldout --out validation.png
+The exit code is 1 if there are problems. A source is read and decoded whole, where --limit does not say otherwise.
+"""
+_CONVERT = """\
+  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b
+  rar-jax convert --weights rar_b.bin --out rar_b.safetensors
+  rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
+Records the sha256 of what was read and written.
+"""
