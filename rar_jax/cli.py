@@ -9,21 +9,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-DESCRIPTION = """\
-Train and sample autoregressive image generators in JAX.
-
-  rar-jax run --config experiments/digits.py --workdir runs/digits     the whole job, pixels to distance
-  rar-jax sample --weights runs/digits --classes 3,7 --out pictures    images of the classes 3 and 7
-  rar-jax sample --weights rar_b --download --classes "golden retriever" --out pictures    from the released weights
-"""
+from rar_jax import cli_texts
 
 # Verbs of the design that are not built yet.
-LATER = ("plan", "bench", "inspect", "report", "doctor")
+LATER = ("plan", "inspect", "report", "doctor")
 
 
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="rar-jax", description=DESCRIPTION, formatter_class=formatter)
+    parser = argparse.ArgumentParser(prog="rar-jax", description=cli_texts.DESCRIPTION, formatter_class=formatter)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
@@ -32,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
-        sub = verb(name, short, text + _OVERRIDES)
+        sub = verb(name, short, text + cli_texts.OVERRIDES)
         sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
         sub.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything is written and resumed")
         return sub
@@ -55,10 +49,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
 
-    experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
-    sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", _TRAIN)
+    experiment_verb("run", "Do the whole job of an experiment, or resume it.", cli_texts.RUN)
+    sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", cli_texts.TRAIN)
     sub.add_argument("--stage", default="generator", choices=("tokenizer", "classifier", "generator"))
-    sub = verb("tokenize", "Turn images into token stores; check, import and export those.", _TOKENIZE + _OVERRIDES)
+    sub = verb(
+        "tokenize",
+        "Turn images into token stores; check, import and export those.",
+        cli_texts.TOKENIZE + cli_texts.OVERRIDES,
+    )
     sub.add_argument("--config", help="experiment file, or its bare name: says what the images and the tokenizer are")
     sub.add_argument("--workdir", type=pathlib.Path, help="tokenize the experiment's splits with its trained tokenizer")
     sub.add_argument("--source", help="instead: tokenize these images (digits, idx:FOLDER, tfds:NAME)")
@@ -78,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--export", type=pathlib.Path, metavar="DIR", help="write a store as a JSONL file")
     sub.add_argument("--codebook-size", type=int, help="of --import (default: of --config, or 1024)")
     sub.add_argument("--num-classes", type=int, help="of --import (default: of --config, or 1000)")
-    sub = verb("evaluate", "Score samples, or images made elsewhere.", _EVALUATE + _OVERRIDES)
+    sub = verb("evaluate", "Score samples, or images made elsewhere.", cli_texts.EVALUATE + cli_texts.OVERRIDES)
     weights_flags(sub, required=False)
     sub.add_argument("--config", help="with --workdir and without --inception: fd_classifier of this experiment")
     sub.add_argument("--workdir", type=pathlib.Path, help="work directory to score")
@@ -110,67 +108,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--no-neighbours", action="store_true", help="leave out precision, recall and KID")
     sampling_flags(sub)
-    sub = verb("sample", "Sample images of given classes into PNG files.", _SAMPLE)
+    sub = verb("sample", "Sample images of given classes into PNG files.", cli_texts.SAMPLE)
     weights_flags(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="folder for the images")
     sub.add_argument("--classes", help="numbers, ranges or names: 3,7-9,sneaker (default: all)")
     sub.add_argument("--per-class", type=int, default=4, help="images a class (default 4)")
     sampling_flags(sub)
     sub.add_argument("--batch-size", type=int, help="images at a time (default: all, at most 64)")
-    sub = verb("convert", "Convert weights: released files to a directory of ours, and back.", _CONVERT)
+    sub = verb("convert", "Convert weights: released files to a directory of ours, and back.", cli_texts.CONVERT)
     weights_flags(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors, .bin, .pth")
     sub.add_argument("--part", choices=("generator", "tokenizer"), help="what to take out of a directory (generator)")
+    sub = verb(
+        "bench", "Time a part of an experiment against what this machine can do.", cli_texts.BENCH + cli_texts.OVERRIDES
+    )
+    sub.add_argument("what", choices=("sample", "train", "evaluate", "loader", "tokenize"))
+    sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
+    sub.add_argument("--batch-size", help="N[,N...]: images at a time over all devices (default: the experiment's)")
+    sub.add_argument("--repeats", type=int, default=5, help="timed runs after one to warm up (default 5)")
+    sub.add_argument("--dtype", help="float32 or bfloat16, of matmuls (default: what the verb computes in)")
+    sub.add_argument("--decode", action="store_true", help="sample: to images; tokenize: decode instead of encoding")
+    sub.add_argument("--whole", action="store_true", help="evaluate: sampling, decoding and Inception in one program")
+    sub.add_argument("--records", type=int, default=1_000_000, help="loader: of the store it reads (default 1000000)")
+    sub.add_argument("--json", action="store_true", help="JSON on stdout, the table on stderr")
+    sub.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="also write a profiler trace of one run")
     for name in LATER:
         verbs.add_parser(name, help="(not built yet)", add_help=False)
     return parser
-
-
-_OVERRIDES = """
-Any number of the experiment can be changed:
-  --config.train.steps=10 --config.mesh.fsdp=4 --config.generator.dropout=0.0
-Durations are steps (1000), a share of the training ('50%') or epochs ('200ep').
-An experiment file is code: use only those that you trust.
-"""
-_RUN = """\
-Trains the tokenizer and the classifier, tokenizes, trains the generator, samples and scores it, and draws pictures. A
-stage whose output exists and verifies is skipped: the same command again resumes after a crash, or does nothing.
-"""
-_TRAIN = """\
-The stages lean on one another: tokenizer, then (tokenize), then generator; the generator's live distance also needs the
-classifier.
-"""
-_TOKENIZE = """\
-  rar-jax tokenize --config digits --workdir runs/digits           tokens/train and tokens/heldout there
-  rar-jax tokenize --config rar_b --source tfds:imagenet2012 --weights TOKENIZER.bin --out tokens
-  rar-jax tokenize --verify tokens --weights TOKENIZER.bin         checksums, counts, and a picture of a sample
-  rar-jax tokenize --import maskgitvq.jsonl --out tokens           the authors' file, and back: --export tokens --out FILE
-The same command goes on where a killed one was. Train on a store with --config.data.tokens=DIR.
-"""
-_EVALUATE = """\
-  rar-jax evaluate --weights rar_b --inception INCEPTION.pth --reference VIRTUAL_imagenet256_labeled.npz --out scores
-  rar-jax evaluate --workdir runs/mine --inception INCEPTION.pth --reference mine.npz
-  rar-jax evaluate --images FOLDER --inception INCEPTION.pth --reference mine.npz --out scores
-  rar-jax evaluate --make-reference FOLDER --inception INCEPTION.pth --out mine.npz
-  rar-jax evaluate --workdir runs/mine --steps all --inception INCEPTION.pth --reference mine.npz --samples 5000
-  rar-jax evaluate --reconstruction --tokenizer TOKENIZER.bin --images FOLDER --inception INCEPTION.pth --out scores
-FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. The same command resumes.
-
-  rar-jax evaluate --config digits --workdir runs/digits
-Without Inception's weights: the Frechet distance on classifier features (fd_classifier, not FID) of samples, held-out images
-and an untrained generator.
-"""
-_SAMPLE = """\
-  rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
-  rar-jax sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --classes 207 --out pictures
-  rar-jax sample --weights rar_b --download --classes "golden retriever,tench" --out pictures
-"""
-_CONVERT = """\
-  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b
-  rar-jax convert --weights rar_b.bin --out rar_b.safetensors
-  rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
-Records the sha256 of what was read and written.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,6 +199,10 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
             download=args.download,
             quiet=args.quiet,
         )
+        return
+
+    if args.verb == "bench":
+        _bench(args, overrides)
         return
 
     elsewhere = ("source", "verify", "import_", "export", "weights", "out")
@@ -327,6 +295,28 @@ def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
             raise ConfigError("tokenize --source needs --config (what the images are) and --weights (the tokenizer)")
         keywords = {name: getattr(args, name) for name in ("source", "weights", "out", "crops", "split", "batch_size")}
         tokenize_source(experiment, make_mesh(experiment.mesh), **keywords, download=args.download, **common)
+
+
+def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
+    import json
+
+    from rar_jax.config import ConfigError, load_experiment
+    from rar_jax.programs.bench import bench, table
+    from rar_jax.programs.bench_cases import Options
+    from rar_jax.programs.experiment import resolve
+
+    try:
+        sizes = tuple(int(x) for x in args.batch_size.split(",")) if args.batch_size else ()
+    except ValueError:
+        raise ConfigError(f"--batch-size {args.batch_size}: give a number, or several as 1,8,64") from None
+    keywords = {name: getattr(args, name) for name in ("what", "repeats", "dtype", "decode", "whole", "records")}
+    options = Options(batch_sizes=sizes, **keywords)
+    experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+    report = bench(experiment, options, profile=args.profile, quiet=args.quiet)
+    if not (args.json and args.quiet):
+        print(table(report), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(report, indent=1))
 
 
 def _guidance(text: str | None) -> Any:
