@@ -27,6 +27,23 @@ FLAGS = {
         "--batch-size",
         "--quiet",
     ),
+    "bench": (
+        "--config",
+        "--batch-size",
+        "--repeats",
+        "--dtype",
+        "--decode",
+        "--whole",
+        "--records",
+        "--json",
+        "--profile",
+        "--quiet",
+        "sample",
+        "train",
+        "evaluate",
+        "loader",
+        "tokenize",
+    ),
     "convert": ("--weights", "--tokenizer", "--download", "--out", "--part", "--quiet"),
 }
 ROOT = pathlib.Path(__file__).parents[1]
