@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from rar_jax.config import require
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import bench_cases
 from rar_jax.programs.bench_cases import Case, Cases, Options
@@ -39,10 +40,12 @@ def bench(
     Returns: what --json prints. {"bench", "config", "platform", "device_kind", "devices", "jax_version", "dtype", "guided",
       "ceilings": {"flops_per_second", "bytes_per_second"}, "results": a dict for each batch size, see `_result`}. The dtype
       and the ceilings of the loader are None.
-    Raises: ConfigError for sizes that do not fit the mesh.
+    Raises: ConfigError for sizes that do not fit the mesh, or a `profile` that is no folder.
     """
+    # What cannot be is refused before anything is measured.
+    require(profile is None or profile.is_dir() or not profile.exists(), f"--profile {profile} is not a folder")
     mesh = make_mesh(experiment.mesh)
-    bench_cases.batch_sizes(experiment, mesh, options)  # refused before anything is measured
+    bench_cases.batch_sizes(experiment, mesh, options)
     quiet = quiet or not sys.stderr.isatty()
     dtype = None if options.what == "loader" else bench_cases.computes_in(experiment, options)
     ceilings = None if dtype is None else measure_ceilings(mesh, dtype)

@@ -203,6 +203,7 @@ def test_json_on_stdout_the_table_on_stderr_and_a_trace(
         (["sample", "--dtype", "float16"], "--dtype is float16: it must be float32 or bfloat16"),
         (["train", "--decode"], "--decode is of bench sample and tokenize, not of train: leave it out"),
         (["evaluate", "--dtype", "bfloat16"], "--dtype is of bench sample and train and tokenize, not of evaluate"),
+        (["sample", "--profile", str(TINY)], f"--profile {TINY} is not a folder"),
         (["loader", "--records", "0"], "--records is 0: it must be at least 1"),
         (["sample", "--config.train.stesp=1"], "config.train has no key 'stesp'. Did you mean 'steps'?"),
     ],
