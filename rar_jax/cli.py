@@ -78,6 +78,10 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         return
 
+    if args.verb == "bench":
+        _bench(args, overrides)
+        return
+
     elsewhere = ("source", "verify", "import_", "export", "weights", "out")
     if args.verb == "tokenize" and (not args.workdir or any(getattr(args, name) for name in elsewhere)):
         _tokenize(args, overrides)
@@ -182,6 +186,28 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     report = inspect(args.what, **{name: getattr(args, name) for name in names})
     print(json.dumps(report, indent=1) if args.json else tell(report))
     return 1 if report["problems"]["total"] else 0
+
+
+def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
+    import json
+
+    from rar_jax.config import ConfigError, load_experiment
+    from rar_jax.programs.bench import bench, table
+    from rar_jax.programs.bench_cases import Options
+    from rar_jax.programs.experiment import resolve
+
+    try:
+        sizes = tuple(int(x) for x in args.batch_size.split(",")) if args.batch_size else ()
+    except ValueError:
+        raise ConfigError(f"--batch-size {args.batch_size}: give a number, or several as 1,8,64") from None
+    keywords = {name: getattr(args, name) for name in ("what", "repeats", "dtype", "decode", "whole", "records")}
+    options = Options(batch_sizes=sizes, **keywords)
+    experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+    report = bench(experiment, options, profile=args.profile, quiet=args.quiet)
+    if not (args.json and args.quiet):
+        print(table(report), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(report, indent=1))
 
 
 def _guidance(text: str | None) -> Any:

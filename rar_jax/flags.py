@@ -14,7 +14,7 @@ Train and sample autoregressive image generators in JAX.
 """
 
 # Verbs of the design that are not built yet.
-LATER = ("plan", "bench", "report", "doctor")
+LATER = ("plan", "report", "doctor")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,6 +127,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--problems", type=int, help="how many to list (default 20)")
     sub.add_argument("--out", type=pathlib.Path, help="the picture of some images of each class (default inspect.png)")
     sub.add_argument("--json", action="store_true", help="the same as JSON, of all classes")
+    sub = verb("bench", "Time a part of an experiment against what this machine can do.", _BENCH + _OVERRIDES)
+    sub.add_argument("what", choices=("sample", "train", "evaluate", "loader", "tokenize"))
+    sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
+    sub.add_argument("--batch-size", help="N[,N...]: images at a time over all devices (default: the experiment's)")
+    sub.add_argument("--repeats", type=int, default=5, help="timed runs after one to warm up (default 5)")
+    sub.add_argument("--dtype", help="float32 or bfloat16, of matmuls (default: what the verb computes in)")
+    sub.add_argument("--decode", action="store_true", help="sample: to images; tokenize: decode instead of encoding")
+    sub.add_argument("--whole", action="store_true", help="evaluate: sampling, decoding and Inception in one program")
+    sub.add_argument("--records", type=int, default=1_000_000, help="loader: of the store it reads (default 1000000)")
+    sub.add_argument("--json", action="store_true", help="JSON on stdout, the table on stderr")
+    sub.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="also write a profiler trace of one run")
     for name in LATER:
         verbs.add_parser(name, help="(not built yet)", add_help=False)
     return whole
@@ -183,4 +194,13 @@ _CONVERT = """\
   rar-jax convert --weights rar_b.bin --out rar_b.safetensors
   rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
 Records the sha256 of what was read and written.
+"""
+_BENCH = """\
+  rar-jax bench sample --config rar_b --batch-size 1,8 --repeats 3      labels to tokens; with --decode to images
+  rar-jax bench train --config rar_b --batch-size 8 --dtype float32     the training step
+  rar-jax bench evaluate --config rar_b --batch-size 16                 Inception; with --whole sampling and decoding too
+  rar-jax bench tokenize --config rar_b --batch-size 8                  images to tokens; with --decode tokens to images
+  rar-jax bench loader --config rar_b                                   records/s from a store made for it
+Weights are random and no files are needed. The ceilings (a large matmul, memory) are measured in the same run; the share is
+the time that arithmetic or memory traffic must take at those rates, whichever is longer, over the time measured.
 """

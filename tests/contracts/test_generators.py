@@ -86,3 +86,17 @@ def test_samples_are_within_the_spec(generator: ModuleType, guidance: Guidance) 
     prepared = generator.prepare(config, params)
     again = generator.sample(config, prepared, labels, keys=keys, guidance=guidance)
     np.testing.assert_array_equal(tokens, again)
+
+
+def test_counts_for_bench_grow_with_the_batch(generator: ModuleType) -> None:
+    if not hasattr(generator, "sample_flops"):
+        pytest.skip("optional")
+    counts = [
+        (
+            generator.train_flops(generator.TINY, batch_size=size),
+            generator.sample_flops(generator.TINY, batch_size=size, guided=guided),
+            generator.sample_bytes(generator.TINY, batch_size=size, guided=guided, dtype=dtype),
+        )
+        for size, guided, dtype in ((2, False, "bfloat16"), (4, True, "float32"))
+    ]
+    assert all(0 < small < large for small, large in zip(*counts, strict=True))

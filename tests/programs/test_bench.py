@@ -1,0 +1,220 @@
+"""`rar-jax bench`: every bench runs, its numbers agree with one another and with counts made elsewhere."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rar_jax import cli
+from rar_jax.config import ConfigError, load_experiment
+from rar_jax.generators import rar
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.programs import bench_cases, ceilings
+from rar_jax.programs.bench import _result, _time, bench, table
+from rar_jax.programs.bench_cases import Case, Options
+from rar_jax.programs.ceilings import Ceilings, Cost
+from rar_jax.programs.experiment import Experiment, resolve
+
+TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
+KEYS = {
+    "batch_size", "unit", "rate", "repeats", "seconds", "compile_seconds", "flops", "bytes", "flops_per_second",
+    "bytes_per_second", "share_of_ceiling", "limited_by",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large matmul and 4 GB of memory are not for tests."""
+    monkeypatch.setattr(ceilings, "MATMUL_SIZES", (64, 64))
+    monkeypatch.setattr(ceilings, "MEMORY_SIZES", (2**16, 2**16))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Experiment:
+    return resolve(load_experiment(str(TINY)), "tiny")
+
+
+def check(report: dict[str, Any], unit: str, items: int, sizes: tuple[int, ...] = (4, 8)) -> None:
+    """That the numbers of a report follow from one another. items: units in a step, as a multiple of the batch; 0: one."""
+    assert json.loads(json.dumps(report)) == report
+    assert (report["platform"], report["devices"], report["jax_version"]) == ("cpu", 4, jax.__version__)
+    assert report["device_kind"] == jax.devices()[0].device_kind
+    assert [r["batch_size"] for r in report["results"]] == list(sizes)
+    for r in report["results"]:
+        assert set(r) >= KEYS and r["unit"] == unit and r["repeats"] == 2
+        low, median, high = (r["seconds"][name] for name in ("min", "median", "max"))
+        assert 0 < low <= median <= high and median == pytest.approx((low + high) / 2)
+        assert r["rate"] * median == pytest.approx(items * r["batch_size"] or 1)
+        if r["flops"] is None:
+            continue
+        assert r["flops_per_second"] * median == pytest.approx(r["flops"])
+        assert r["bytes_per_second"] * median == pytest.approx(r["bytes"])
+        most = report["ceilings"]
+        shares = {name: r[f"{name}_per_second"] / most[f"{name}_per_second"] for name in ("flops", "bytes")}
+        assert r["share_of_ceiling"] == pytest.approx(max(shares.values()))
+        assert r["limited_by"] == max(shares, key=lambda name: shares[name])
+
+
+# ---------------------------------------------------------------- each bench
+
+
+def test_sample(tiny: Experiment) -> None:
+    report = bench(tiny, Options("sample", batch_sizes=(4, 8), repeats=2))
+    check(report, "images", 1)
+    assert report["guided"] and report["dtype"] == "float32"
+    four, eight = (r["flops"] for r in report["results"])
+    # 17 slots; 2 layers of width 32 and an MLP of 64; adaLN of 14 x 32 outputs for each label and once for the null class;
+    # 153 pairs of slots.
+    by_hand = [
+        2 * (17 * (2 * b * (2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 32) + (b + 1) * 14 * 32 * 32) + 2 * b * 2 * 64 * 153)
+        for b in (4, 8)
+    ]
+    assert [four, eight] == by_hand
+    assert "images/s" in table(report) and "guided" in table(report)
+
+
+def test_sample_to_images_costs_the_decoder_too(tiny: Experiment) -> None:
+    plain, decoded = (
+        bench(tiny, Options("sample", batch_sizes=(4,), repeats=2, dtype="bfloat16", decode=decode))
+        for decode in (False, True)
+    )
+    check(decoded, "images", 1, (4,))
+    assert decoded["dtype"] == "bfloat16"
+    alone = bench(tiny, Options("tokenize", batch_sizes=(4,), repeats=2, decode=True))
+    check(alone, "images", 1, (4,))
+    for name in ("flops", "bytes"):
+        assert decoded["results"][0][name] == plain["results"][0][name] + alone["results"][0][name]
+
+
+def test_train(tiny: Experiment) -> None:
+    report = bench(tiny, Options("train", batch_sizes=(4, 8), repeats=2))
+    check(report, "steps", 0)
+    parameters = sum(x.size for x in jax.tree.leaves(rar.init(tiny.generator.config, jax.random.key(0))))
+    for r in report["results"]:
+        assert r["images_a_step"] == r["batch_size"]
+        # Parameters and Adam's two moments, there and back; and three int32 counters (the step, Adam's, the schedule's).
+        assert r["bytes"] == 2 * 4 * (3 * parameters + 3)
+        assert r["flops"] == rar.train_flops(tiny.generator.config, batch_size=r["batch_size"])
+
+
+def test_the_training_step_trains(tiny: Experiment) -> None:
+    recipe = dataclasses.replace(tiny.train, warmup=0, learning_rate=1e-2, steps=100)
+    experiment = dataclasses.replace(tiny, train=recipe)
+    mesh = make_mesh(tiny.mesh)
+    (case,) = bench_cases.train_cases(experiment, mesh, Options("train", batch_sizes=(16,)))
+    losses = [float(case.run()) for _ in range(60)]
+    assert losses[0] == pytest.approx(math.log(32), abs=0.1), "random tokens of 32 codes"
+    assert np.mean(losses[-5:]) < losses[0] - 0.1, "it is the same batch every time"
+
+
+def test_evaluate(tiny: Experiment) -> None:
+    report = bench(tiny, Options("evaluate", batch_sizes=(4,), repeats=2))
+    check(report, "images", 1, (4,))
+    # torchvision's documentation gives 5.71 G multiply-adds for an Inception v3 of 299 pixels. XLA does not count those with
+    # the zeros of the padding.
+    assert report["results"][0]["flops"] / 4 == pytest.approx(2 * 5.7e9, rel=0.05)
+
+
+def test_tokenize(tiny: Experiment) -> None:
+    report = bench(tiny, Options("tokenize", batch_sizes=(4, 8), repeats=2))
+    check(report, "images", 1)
+    four, eight = (r["flops"] for r in report["results"])
+    assert eight == pytest.approx(2 * four, rel=0.01)
+
+
+def test_loader(tiny: Experiment) -> None:
+    report = bench(tiny, Options("loader", batch_sizes=(4, 8), repeats=2, records=5000))
+    check(report, "records", 1)
+    assert report["ceilings"] is None and report["dtype"] is None
+    for r in report["results"]:
+        assert r["longest_wait_seconds"] >= r["seconds"]["min"]
+    assert "longest wait" in table(report)
+
+
+def test_a_generator_without_counts_is_timed_all_the_same(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sample_flops", "sample_bytes", "train_flops"):
+        monkeypatch.delattr(rar, name)
+    for what, unit, items in (("sample", "images", 1), ("train", "steps", 0)):
+        report = bench(tiny, Options(what, batch_sizes=(4,), repeats=2))
+        check(report, unit, items, (4,))
+        (r,) = report["results"]
+        assert r["flops"] is r["bytes"] is r["share_of_ceiling"] is r["limited_by"] is r["bytes_per_second"] is None
+        assert f" {r['rate']:.4g} {unit}/s" in table(report)
+
+
+# ---------------------------------------------------------------- times and ceilings
+
+
+def test_seconds_are_of_a_step_and_the_first_run_does_not_count() -> None:
+    runs: list[int] = []
+
+    def run() -> None:
+        time.sleep(0.02 if runs else 0.5)
+        runs.append(1)
+
+    case = Case(3, 6, "records", run, steps=4, cost=Cost(30.0, 10.0))
+    seconds = _time(case, Options("loader", repeats=3), True)
+    assert len(runs) == 4 and len(seconds) == 3 and all(0.005 <= s < 0.1 for s in seconds)
+    result = _result(case, [1.0, 4.0, 2.0], Ceilings(flops_per_second=60.0, bytes_per_second=10.0))
+    assert result["rate"] == 3.0 and result["seconds"] == {"min": 1.0, "median": 2.0, "max": 4.0}
+    # 0.5 s of arithmetic, 1 s of memory: half of the 2 s.
+    assert (result["share_of_ceiling"], result["limited_by"]) == (0.5, "bytes")
+    assert (result["flops_per_second"], result["bytes_per_second"]) == (15.0, 5.0)
+
+
+def test_ceilings_are_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = ceilings.measure_ceilings(make_mesh(MeshConfig()), "bfloat16")
+    assert measured.flops_per_second > 0 and measured.bytes_per_second > 0
+    monkeypatch.setattr(ceilings, "MATMUL_SIZES", (64, 128))  # doubled once, since 1 ms is too short
+    monkeypatch.setattr(ceilings, "_fastest", lambda function, array: 1e-3)
+    rates = ceilings.measure_ceilings(make_mesh(MeshConfig()), "float32")
+    assert rates.flops_per_second == pytest.approx(4 * 2 * 128**3 / 1e-3)
+    assert rates.bytes_per_second == pytest.approx(4 * 2 * 2**16 / 1e-3), "a copy reads and writes"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_json_on_stdout_the_table_on_stderr_and_a_trace(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "tokenize", "--config", str(TINY), "--batch-size", "4", "--repeats", "1"]
+    assert cli.main([*command, "--json", "--profile", str(tmp_path / "trace")]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["bench"] == "tokenize" and report["config"] == "tiny" and len(report["results"]) == 1
+    assert err == table(report) + "\n", "no progress where there is no terminal"
+    assert list((tmp_path / "trace" / "batch_4").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["sample", "--batch-size", "6"], "batch size 6 is not divisible by the 4 devices: give --batch-size"),
+        (["sample", "--batch-size", "4,many"], "--batch-size 4,many: give a number, or several as 1,8,64"),
+        (["sample", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
+        (["sample", "--repeats", "0"], "--repeats is 0: it must be at least 1"),
+        (["sample", "--dtype", "float16"], "--dtype is float16: it must be float32 or bfloat16"),
+        (["train", "--decode"], "--decode is of bench sample and tokenize, not of train: leave it out"),
+        (["evaluate", "--dtype", "bfloat16"], "--dtype is of bench sample and train and tokenize, not of evaluate"),
+        (["sample", "--profile", str(TINY)], f"--profile {TINY} is not a folder"),
+        (["loader", "--records", "0"], "--records is 0: it must be at least 1"),
+        (["sample", "--config.train.stesp=1"], "config.train has no key 'stesp'. Did you mean 'steps'?"),
+    ],
+)
+def test_what_cannot_be(argv: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *argv, "--config", str(TINY)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"rar-jax bench: {problem}") and err.count("\n") == 1
+
+
+def test_the_loader_reads_codes_only(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rar, "token_spec", lambda config: jax.ShapeDtypeStruct((16, 8), np.dtype(np.float32)))
+    with pytest.raises(ConfigError, match="bench loader reads stores of codes, the generator has float32 tokens"):
+        next(bench_cases.loader_cases(tiny, make_mesh(tiny.mesh), Options("loader", records=10)))
