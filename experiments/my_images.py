@@ -1,18 +1,27 @@
-"""RAR on a folder of your own images, in colour, cut to 64x64 pixels: from zero, in hours on a laptop.
+r"""RAR on a folder of your own images, in colour, cut to 64x64 pixels: from zero, in hours on a laptop.
 
     rar-jax run --config my_images --config.data.source=folder:PATH --workdir runs/mine
 
-PATH/CLASS/IMAGE, a folder a class, as ImageNet is unpacked; images without class folders are one class. Classes, their
-names and the images are counted there. 5 % of each class is held out, or PATH/val if there is PATH/train.
+PATH/CLASS/IMAGE, a folder a class, as ImageNet is unpacked; images that lie in PATH itself are one class. Classes and
+images are counted there, and noted in runs/mine/config.json: with other images the same command asks for another
+--workdir. 5 % of each class is held out, or PATH/val if there is PATH/train. A quarter of the pixels, a quarter of the time:
 
-Or from released weights, in 256x256 pixels and on an accelerator: experiments/my_images_rar_b.py.
+    --config.data.image_size=32 --config.tokenizer.image_size=32 "--config.tokenizer.width_multipliers=(1,2,4)"
+
+Of few images (less than some thousands) expect samples that resemble them closely; a new random crop each time it is
+drawn makes more of each: --config.data.on_the_fly=True --config.data.crop=random
+
+Or fine-tuned from released weights, 256x256 pixels, on an accelerator (experiments/my_images_rar_b.py):
+
+    rar-jax run --config my_images_rar_b --config.data.source=folder:PATH --workdir runs/mine_rar_b \
+        --config.tokenizer.weights=maskgit-vqgan-imagenet-f16-256.bin --config.init_from=rar_b.bin
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Everything that the run is made of; data.source is left to the command line."""
+    """Everything that the run is made of, but for data.source. There is no classifier to judge by: one class needs none."""
     config = ConfigDict()
     config.data = ConfigDict(dict(image_size=64, channels=3, num_classes=None, class_names=None, train_records=None))
     config.tokenizer = ConfigDict(
@@ -27,7 +36,6 @@ def get_config() -> ConfigDict:
             eval_every=500, eval_records=512, checkpoint_every=250,
         )
     )  # fmt: skip
-    # num_classes is the data's.
     config.generator = ConfigDict(
         dict(
             name="rar", num_tokens=64, codebook_size=512, width=128, depth=6, num_heads=4, mlp_width=512,
@@ -41,5 +49,4 @@ def get_config() -> ConfigDict:
         )
     )  # fmt: skip
     config.guidance = ConfigDict(dict(scale=2.0, power=1.0, temperature=1.0))
-    config.evaluate = ConfigDict(dict(grid_per_class=10, grid_classes=10))
     return config

@@ -276,7 +276,7 @@ def _data(section: dict[str, Any]) -> Data:
     )
     listed = getattr(source, "listed", ())
     if listed:
-        log.warning("%s: %d things are passed over, the first: %s: %s", checked.source, len(listed), *listed[0])
+        log.warning("%s: %d thing(s) passed over, the first: %s: %s", checked.source, len(listed), *listed[0])
     has: dict[str, Any] = {"num_classes": source.num_classes, "train_records": source.num_images}
     if "num_classes" not in given:
         has["class_names"] = source.class_names
