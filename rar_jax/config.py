@@ -159,7 +159,10 @@ def build(
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in values
     ]
     if required:
-        raise ConfigError(f"{where} lacks {', '.join(required)}: set {where}.{required[0]} in the experiment file")
+        raise ConfigError(
+            f"{where} lacks {', '.join(required)}: set {where}.{required[0]} in the experiment file, or with "
+            f"--{where}.{required[0]}=... on the command line"
+        )
     try:
         return cls(**values)
     except ConfigError as error:

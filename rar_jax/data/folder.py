@@ -22,11 +22,13 @@ class FolderSource(EncodedSource):
     """PATH/CLASS/.../IMAGE, classes sorted by the bytes of their names (WNIDs: in the order of ImageNet's labels).
 
     If PATH/train holds folders it is the training split, and the first of PATH/val, validation, valid, heldout, test
-    is held out; else 5 % of each class is (`splits.heldout_mask`). A class without images keeps its label. Links to
-    files and to class folders are followed. Everything that is not an image by its suffix is one of `problems`, but for
-    hidden files and those of systems.
+    is held out; else 5 % of each class is (`splits.heldout_mask`). A class without images keeps its label. Images that
+    lie in PATH itself, without any class folder, are one class, called like the folder. Links to files and to class
+    folders are followed. Everything that is not an image by its suffix is one of `problems`, but for hidden files and
+    those of systems.
 
-    Raises: ConfigError if there is no such folder, it has no class folders, or the held-out part has another class.
+    Raises: ConfigError if there is no such folder, it holds no images, none can be held out, or the held-out part has
+    another class.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
@@ -38,14 +40,13 @@ class FolderSource(EncodedSource):
         train_root = _split_folder(path, "train")[0]
         # A folder in both splits is listed once, with the held-out part's own problems.
         classes = _classes(train_root, problems if train_root == self._root else Problems())
-        require(bool(classes), f"{spec}: {train_root} has no class folders: put the images into one folder a class")
+        require(bool(classes), f"{spec}: {train_root} holds no images: put them into it, or into one folder a class")
         if train_root != self._root:
             known = set(classes)
             for name in _classes(self._root, problems):
                 if name not in known:
-                    raise ConfigError(
-                        f"{spec}: {printable(os.fsdecode(name))} of {self._root} is no class of {train_root}"
-                    )
+                    what = printable(os.fsdecode(name)) or "an image without a class folder"
+                    raise ConfigError(f"{spec}: {what} of {self._root} is no class of {train_root}")
         files, labels = [], []
         for label, name in enumerate(classes):
             here = sorted(_images(self._root, name, problems)) if (self._root / os.fsdecode(name)).is_dir() else []
@@ -56,11 +57,15 @@ class FolderSource(EncodedSource):
         labels = np.array(labels, np.int32)
         if not own_split:
             mask = heldout_mask(labels, files) == (split == "heldout")
+            require(
+                not files or bool(mask.any()),
+                f"{spec}: no class has two images, so that one could be held out: add images, or a folder val of classes",
+            )
             files, labels = [f for f, take in zip(files, mask, strict=True) if take], labels[mask]
         # One string for a million names: as objects they would be copied, one by one, into every worker.
         self._ends = np.cumsum([len(f) for f in files], dtype=np.int64)
         self._files = b"".join(files)
-        names = [printable(os.fsdecode(name)) for name in classes]
+        names = [printable(os.fsdecode(name) if name else path.resolve().name) for name in classes]
         super().__init__(spec, view, length=len(files), labels=labels, class_names=names, problems=problems)
 
     def _name(self, image: int) -> str:
@@ -85,15 +90,16 @@ def _split_folder(path: pathlib.Path, split: Split) -> tuple[pathlib.Path, bool]
 
 
 def _classes(root: pathlib.Path, problems: Problems) -> list[bytes]:
-    """Names of the class folders, sorted."""
-    names = []
+    """Names of the class folders, sorted; the empty name, of the folder itself, if it holds images and no folders."""
+    names, files = [], []
     for entry in os.scandir(root):
-        if _hidden(entry.name):
-            continue
-        if entry.is_dir():
-            names.append(os.fsencode(entry.name))
-        elif entry.name != "classes.txt":
-            problems.add(entry.name, "not in a class folder")
+        if not _hidden(entry.name):
+            (names if entry.is_dir() else files).append(os.fsencode(entry.name))
+    if not names and any(_is_image(name) for name in files):
+        return [b""]
+    for name in files:
+        if name != b"classes.txt":
+            problems.add(os.fsdecode(name), "not in a class folder")
     return sorted(names)
 
 
@@ -105,11 +111,11 @@ def _images(root: pathlib.Path, folder: bytes, problems: Problems) -> Iterator[b
         problems.add(os.fsdecode(folder), error.strerror or "unreadable folder")
         return
     for entry in entries:
-        path = folder + b"/" + entry.name
+        path = os.path.join(folder, entry.name)
         name = os.fsdecode(path)
         if _hidden(os.fsdecode(entry.name)):
             continue
-        image = os.path.splitext(os.fsdecode(entry.name))[1].lower() in SUFFIXES
+        image = _is_image(entry.name)
         if entry.is_dir():
             if image:
                 problems.add(name, "a folder named like an image")
@@ -125,6 +131,10 @@ def _images(root: pathlib.Path, folder: bytes, problems: Problems) -> Iterator[b
             if path.decode("utf-8", "replace") != name:
                 problems.add(name, "the name is not UTF-8; it is read all the same")
             yield path
+
+
+def _is_image(name: bytes) -> bool:
+    return os.path.splitext(os.fsdecode(name))[1].lower() in SUFFIXES
 
 
 def _hidden(name: str) -> bool:

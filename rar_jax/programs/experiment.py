@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, check_pair
 from rar_jax.training.recipe import Recipe
 
+log = logging.getLogger(__name__)
+
 SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "guidance", "evaluate", "mesh")
 
 
@@ -34,9 +37,14 @@ class Data:
     source: as `data.sources.load_source` takes it: "digits", "tfds:NAME", "folder:PATH", ... image_size: what images
     are padded or cropped to. crop: "pad", "center", "ten" or "random"; default, the source's own. What is held out is
     cropped at the centre where training images are at random.
-    class_names: default, the numbers; "imagenet" stands for its 1000 names. train_records: images of an epoch (with ten
-    crops, too); checked against the source. tokens, tokens_heldout: token stores made elsewhere, used instead of the
-    work directory's; mix: several for training, each with its weight (("DIR1", 0.7), ("DIR2", 0.3)).
+    num_classes, train_records: left out or None, as many as the source has (`resolve` counts them). train_records:
+    images of an epoch (with ten crops, too); checked against the source. class_names: default, the source's if
+    num_classes is left out, else the numbers; "imagenet" stands for its 1000 names.
+    on_the_fly: the generator is trained on images, which the training step encodes, and not on tokens that were made
+    before: slower steps, but nothing to store, and crops may be "random". Otherwise the same training, but for images
+    that cannot be decoded: those are replaced by others of their class, where a token store leaves them out.
+    tokens, tokens_heldout: token stores made elsewhere, used instead of the work directory's; mix: several for training,
+    each with its weight (("DIR1", 0.7), ("DIR2", 0.3)).
     """
 
     source: str
@@ -47,6 +55,7 @@ class Data:
     class_names: tuple[str, ...] = ()
     workers: int = 0
     crop: str | None = None
+    on_the_fly: bool = False
     tokens: str | None = None
     tokens_heldout: str | None = None
     mix: tuple[tuple[str, float], ...] = ()
@@ -63,6 +72,11 @@ class Data:
             f"class_names has {len(self.class_names)} names for {self.num_classes} classes",
         )
         require(not (self.tokens and self.mix), "tokens and mix both say what to train on: give one of them")
+        for name in ("tokens", "tokens_heldout", "mix"):
+            require(
+                not (self.on_the_fly and getattr(self, name)),
+                f"on_the_fly trains on images, {name} on tokens: give one of them",
+            )
         if self.mix:
             period_shares([weight for _, weight in self.mix])
 
@@ -142,11 +156,8 @@ class Experiment:
     def resolved(self) -> dict[str, Any]:
         """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None."""
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        for key in (
-            "tokens",
-            "tokens_heldout",
-            "mix",
-        ):  # so that a directory made before they were there is still this run's
+        # Left out at their defaults, so that a directory made before they were there is still this run's.
+        for key in ("crop", "on_the_fly", "tokens", "tokens_heldout", "mix"):
             if not out["data"][key]:
                 del out["data"][key]
         for kind in ("tokenizer", "generator"):
@@ -154,8 +165,6 @@ class Experiment:
             out[kind] = {"name": _short_name(model.module), **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
-        if self.data.crop is None:
-            del out["data"]["crop"]  # or directories made before there were crops would be refused
         return {key: value for key, value in out.items() if value is not None}
 
     @property
@@ -205,7 +214,7 @@ class Experiment:
 
 
 def resolve(config: Any, name: str) -> Experiment:
-    """Checks an experiment's ConfigDict and fills in its defaults.
+    """Checks an experiment's ConfigDict and fills in its defaults; the source is opened only for what is left out.
 
     Raises: ConfigError, one line, for a wrong key, type or combination.
     """
@@ -224,7 +233,7 @@ def resolve(config: Any, name: str) -> Experiment:
     data_section = dict(config.data)
     if data_section.get("class_names") == "imagenet":
         data_section["class_names"] = imagenet.class_names()
-    data = build(Data, data_section, where="config.data")
+    data = _data(data_section)
     train = _recipe(config.train, "config.train", data)
     tokenizer_train, tokenizer_weights = _of_tokenizer(config, data)
     tokenizer = _model(config.tokenizer, "tokenizers", everywhere.precision, tokenizer_train or train, data)
@@ -252,6 +261,26 @@ def resolve(config: Any, name: str) -> Experiment:
         mesh=build(MeshConfig, config.get("mesh", {}), where="config.mesh"),
         seed=everywhere.seed,
     )
+
+
+def _data(section: dict[str, Any]) -> Data:
+    """The section with what is left out counted in the source, before anything that is measured in epochs or classes."""
+    counted = ("num_classes", "train_records")
+    given = {key: value for key, value in section.items() if key not in (*counted, "class_names") or value is not None}
+    if all(key in given for key in counted):
+        return build(Data, given, where="config.data")
+    known = {**given, **dict.fromkeys(counted, 1), "class_names": ()}
+    checked = build(Data, known, where="config.data")  # so that the source is asked for nothing wrong
+    source = load_source(
+        checked.source, "train", image_size=checked.image_size, crop=checked.crop, channels=checked.channels
+    )
+    listed = getattr(source, "listed", ())
+    if listed:
+        log.warning("%s: %d thing(s) passed over, the first: %s: %s", checked.source, len(listed), *listed[0])
+    has: dict[str, Any] = {"num_classes": source.num_classes, "train_records": source.num_images}
+    if "num_classes" not in given:
+        has["class_names"] = source.class_names
+    return build(Data, {**has, **given}, where="config.data")
 
 
 def _of_tokenizer(config: Any, data: Data) -> tuple[Recipe | None, str | None]:
@@ -293,9 +322,10 @@ def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) 
     where = f"config.{kind[:-1]}"
     require("name" in section, f"{where} lacks name: it is the file in rar_jax/{kind}/ to use")
     module = find_module(kind, section.name)
+    classes = {"num_classes": data.num_classes} if kind == "generators" else {}
     config = build(
         module.Config,
-        {"dtype": precision, **section},
+        {"dtype": precision, **classes, **section},
         where=where,
         total_steps=recipe.steps,
         steps_per_epoch=steps_per_epoch(data.train_records, recipe.batch_size),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 import rar_jax
-from rar_jax.config import steps_fields
+from rar_jax.config import require, steps_fields
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.pipeline import Pipeline, load
@@ -41,6 +41,11 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
 
     Raises: ConfigError if the directory belongs to another experiment, and whatever a stage raises.
     """
+    data = experiment.data
+    require(
+        data.crop != "random" or data.on_the_fly or bool(data.given_tokens("train")),
+        "data.crop is 'random', but tokens are made once: set data.on_the_fly=True, or another crop",
+    )
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_weights(experiment, workdir)
@@ -56,8 +61,11 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     # ---- weights and tokens
     for stage in experiment.stages[:-1]:
         _stage(experiment, stage, workdir, mesh, say, quiet)
-    for split in ("train", "heldout"):
-        tokenize(experiment, workdir, mesh, split, quiet=quiet)
+    if data.on_the_fly:
+        say("tokens: encoded on the fly, none are stored")
+    else:
+        for split in ("train", "heldout"):
+            tokenize(experiment, workdir, mesh, split, quiet=quiet)
     _stage(experiment, "generator", workdir, mesh, say, quiet)
 
     # ---- what came of it
@@ -158,6 +166,9 @@ def headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:
     """What will be done, with every duration resolved to steps."""
     axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
     lines = [f"{experiment.name} in {workdir.path} on {mesh.size} {jax.default_backend()} device(s): {axes}"]
+    names = [name.split(",")[0] for name in experiment.data.class_names]
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    lines.append(f"  {'data':10} {experiment.data.train_records} training images in {len(names)} class(es): {shown}")
     for stage in experiment.stages:
         recipe, model = experiment.recipe(stage), experiment.model(stage)
         shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
@@ -195,11 +206,12 @@ def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], s
         if (value := result["last_validation"].get(stage, {}).get(f"validation/{name}")) is not None:
             lines.append(f"{text:38} {value:9.3f}")
     path = workdir.path
+    folders = [path / name for name in ("checkpoints", "tokens") if (path / name).is_dir()]
     lines += [
         "",
         f"Everything is in {path}, after {seconds:.0f} s:",
         f"  {path / 'samples.png'}, reconstructions.png, curves.png, result.json, metrics.jsonl",
-        f"  {path / 'checkpoints'}, {path / 'tokens'}",
+        "  " + ", ".join(map(str, folders)),
         f"  tensorboard --logdir {path / 'tensorboard'}    (after pip install tensorboard)",
         "Try next:",
         f"  rar-jax sample --weights {path} --classes 0,1,2 --per-class 8 --seed 1 --out {path / 'more'}",

@@ -56,8 +56,12 @@ def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split,
 
     A split whose tokens are given (config.data.tokens) is passed over.
 
-    Raises: CheckpointError if the tokenizer is not trained to its end; ConfigError if the source does not fit.
+    Raises: CheckpointError if the tokenizer is not trained to its end; ConfigError if the source does not fit, or the
+      experiment encodes its images on the fly.
     """
+    require(
+        not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training, there are no tokens"
+    )
     if experiment.data.given_tokens(split):
         return
     params, manifest = trained_params(experiment, "tokenizer", workdir, mesh)

@@ -22,15 +22,16 @@ from jax.sharding import Mesh
 from rar_jax.data.loader import Source, batches
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import global_batch, on_devices
-from rar_jax.parallel.rules import param_shardings, replicated, sharded
+from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.live import best_by, live_scorers
-from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer
+from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer, trained_params
 from rar_jax.programs.tokens import open_tokens
+from rar_jax.sampling.sampler import Model
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
 from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
-from rar_jax.training.state import State, evaluated_params, make_init, make_train_step, state_shardings
+from rar_jax.training.state import Batch, State, evaluated_params, make_init, make_train_step, state_shardings
 from rar_jax.training.workdir import Workdir
 
 
@@ -46,6 +47,7 @@ class Objective:
     """What the loop needs to know of a stage. `model` is a module with the contract functions init, axes, loss, ...
 
     variants: held-out losses to watch, each a name and what it adds to a batch. meta: what each checkpoint says of itself.
+    encoder: the tokenizer, if the sources hold images and the loss takes tokens.
     """
 
     model: Any
@@ -54,35 +56,57 @@ class Objective:
     heldout: Source
     variants: Callable[[int], dict[str, dict[str, np.ndarray]]]
     meta: dict[str, Any]
+    encoder: Model | None = None
 
 
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
     """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
     module, config = experiment.model(stage).module, experiment.model(stage).config
     meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
-    if stage == "generator":
+    on_the_fly = stage == "generator" and experiment.data.on_the_fly
+    if stage == "generator" and not on_the_fly:
         train, heldout = (open_tokens(experiment, workdir, split) for split in ("train", "heldout"))
-        meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
     else:
         train, heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
+    if stage == "generator":
+        meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
     plain: Callable[[int], dict[str, dict[str, np.ndarray]]] = lambda size: {"": {}}  # noqa: E731
     offered = getattr(module, "validation_variants", None)
-    return Objective(module, config, train, heldout, functools.partial(offered, config) if offered else plain, meta)
+    variants = functools.partial(offered, config) if offered else plain
+    return Objective(module, config, train, heldout, variants, meta, experiment.tokenizer if on_the_fly else None)
+
+
+def encoded(encoder: Model | None, params: Any, batch: Batch) -> Batch:
+    """The batch with its images as tokens, as a token store would have them; without an encoder, the batch. Traceable."""
+    if encoder is None:
+        return batch
+    tokens = encoder.module.encode(encoder.config, params, batch["images"])
+    return {**{name: x for name, x in batch.items() if name != "images"}, "tokens": tokens}
 
 
 # ---------------------------------------------------------------- validation
 
 
-def make_validation(objective: Objective, records: int, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
-    """Function params -> mean metrics over the first held-out `records` (rounded down to divide over the mesh)."""
+def make_validation(
+    objective: Objective, records: int, mesh: Mesh, frozen: Any = None
+) -> Callable[[Any], dict[str, float]]:
+    """Function params -> mean metrics over the first held-out `records` (rounded down to divide over the mesh).
+
+    frozen: parameters of the objective's encoder, if it has one: held-out images are encoded once, here.
+    """
     parts, records = batch_divisor(mesh), min(records, len(objective.heldout))
     count = math.ceil(records / 512)
     size = max(records // count // parts, 1) * parts
-    batches_by_variant: list[tuple[str, dict[str, jax.Array]]] = []
+    batches_by_variant: list[tuple[str, Batch]] = []
+    encode = jax.jit(functools.partial(encoded, objective.encoder), out_shardings=batch_sharding(mesh))
     for i in range(count):
         rows = objective.heldout.gather(np.arange(i * size, (i + 1) * size, dtype=np.int64) % len(objective.heldout))
+        batch = global_batch(_local_rows(rows), mesh)
+        if objective.encoder is not None:
+            with sharded(mesh):
+                batch = encode(frozen, batch)
         for name, extra in objective.variants(size).items():
-            batches_by_variant.append((name and f"{name}_", global_batch(_local_rows(rows | extra), mesh)))
+            batches_by_variant.append((name and f"{name}_", {**batch, **global_batch(_local_rows(extra), mesh)}))
     loss = jax.jit(
         lambda params, batch: objective.model.loss(objective.config, params, batch, key=None, step=0)[1],
         out_shardings=replicated(mesh),
@@ -108,16 +132,19 @@ def _local_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Setup(NamedTuple):
-    """A training, sharded over a mesh: `init` (key -> state) and `step` ((state, batch, root key) -> (state, metrics)),
-    both jitted, the step with the state donated; `abstract_state` has the shapes and shardings."""
+    """A training, sharded over a mesh: `init` (key -> state) and `step` ((state, batch, root key, parameters of the
+    encoder, if there is one) -> (state, metrics)), both jitted, the step with the state donated; `abstract_state` has the
+    shapes and shardings."""
 
     abstract_state: State
     init: Callable[[jax.Array], State]
-    step: Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
+    step: Callable[..., tuple[State, dict[str, jax.Array]]]
 
 
-def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh) -> Setup:
+def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh, encoder: Model | None = None) -> Setup:
     """Sets up the training of a contract module: parameters and optimizer lie as its axes and rules.py say.
+
+    encoder: a tokenizer that makes tokens of the images in a batch, inside the step.
 
     Raises: ConfigError if a parameter does not divide over the mesh.
     """
@@ -127,9 +154,15 @@ def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh) -> Set
     params_at = param_shardings(model.axes(config), shapes["params"], mesh)
     at = state_shardings(shapes, params_at, replicated(mesh), tx)
     after_step = getattr(model, "after_step", None)
-    step = make_train_step(
-        functools.partial(model.loss, config), tx, recipe, after_step and functools.partial(after_step, config)
-    )
+
+    def step(state: State, batch: Batch, root: jax.Array, frozen: Any = None) -> tuple[State, dict[str, jax.Array]]:
+        # Each encodes for itself, so that of an accumulated batch only a part's activations are there at a time.
+        def on_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda params, batch, **rest: function(config, params, encoded(encoder, frozen, batch), **rest)
+
+        train_step = make_train_step(on_tokens(model.loss), tx, recipe, after_step and on_tokens(after_step))
+        return train_step(state, batch, root)
+
     return Setup(
         jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, at),
         jax.jit(init_state, out_shardings=at),
@@ -164,6 +197,8 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         take_over_tokenizer(experiment, workdir, mesh)
         return
     objective = make_objective(experiment, stage, workdir)
+    # The encoder's parameters, an argument of the step: neither donated nor saved.
+    frozen = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.encoder else None
     assert recipe is not None  # a classifier that is not there has been refused by now
     folder = workdir.checkpoints(stage)
     _refuse_other_tokens(folder, objective)
@@ -174,7 +209,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
 
     with contextlib.ExitStack() as stack:
         # ---- the state, restored or created where it shall live
-        setup = compile_training(objective.model, objective.config, recipe, mesh)
+        setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(folder, keep=recipe.keep_checkpoints)))
         state = checkpointer.restore(setup.abstract_state)
         if state is None:
@@ -196,7 +231,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
             num_workers=experiment.data.workers,
         )
         stack.callback(getattr(stream, "close", lambda: None))
-        validate = make_validation(objective, recipe.eval_records, mesh)
+        validate = make_validation(objective, recipe.eval_records, mesh, frozen)
         scorers = live_scorers(experiment, workdir, mesh) if stage == "generator" else []
 
         # ---- what is told
@@ -222,7 +257,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         pending: tuple[int, dict[str, Any]] | None = None
         told: dict[str, float] = {}
         for step in range(start + 1, recipe.steps + 1):
-            state, metrics = setup.step(state, next(on_device), step_key)
+            state, metrics = setup.step(state, next(on_device), step_key, frozen)
             # The metrics of the step before are fetched while this one runs: the device never waits for the host.
             if pending is not None:
                 record(*pending)

@@ -17,6 +17,8 @@ from rar_jax.training.checkpoint import write_json
 
 # What may differ between the starts of one run: where it runs, and what is done with the finished weights.
 FREE_SECTIONS = ("mesh", "guidance", "evaluate")
+# What config.data says of its source, which may be counted there.
+_COUNTED = ("num_classes", "train_records", "class_names")
 
 
 class Workdir:
@@ -53,11 +55,22 @@ class Workdir:
                 f"{self.path} has no config.json but is not empty (it holds {made[0]}): choose another --workdir"
             )
         if made and (lines := differences(_bound(self.read_config()), _bound(config))):
+            self._refuse_other_images(config)
             raise ConfigError(
                 f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: "
                 + "; ".join(lines)
             )
         write_json(self.config, config)
+
+    def _refuse_other_images(self, config: dict[str, Any]) -> None:
+        """Says it plainly where the images changed and not the config: durations in epochs differ with them."""
+        old, new = self.read_config().get("data", {}), config.get("data", {})
+        changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in _COUNTED if old.get(key) != new.get(key)]
+        if changed and old.get("source") == new.get("source"):
+            raise ConfigError(
+                f"{self.path} was begun with other images of {new.get('source')}: {'; '.join(changed)}. "
+                "Bring back what it held then, or choose another --workdir"
+            )
 
     def read_config(self) -> dict[str, Any]:
         """The resolved experiment. Raises ConfigError if this is not a work directory or config.json is damaged."""

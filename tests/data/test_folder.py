@@ -248,7 +248,7 @@ def test_a_source_goes_to_another_process(files: Any, tmp_path: pathlib.Path) ->
 def test_wrong_folders_are_refused(files: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         open_folder(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="no class folders"):
+    with pytest.raises(ConfigError, match="holds no images: put them into it, or into one folder a class"):
         open_folder(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("x")
@@ -265,6 +265,37 @@ def test_wrong_folders_are_refused(files: Any, tmp_path: pathlib.Path) -> None:
     files.write_folder(tmp_path / "both" / "validation", files.image_set((1, 1, 0)))
     with pytest.raises(ConfigError, match=f"{CLASSES[1]} of .*validation is no class of .*train"):
         open_folder(tmp_path / "both", "heldout")
+    (tmp_path / "flat" / "train" / "a").mkdir(parents=True)
+    (tmp_path / "flat" / "train" / "a" / "0.jpg").write_bytes(files.jpeg(0))
+    with pytest.raises(ConfigError, match="no class has two images, so that one could be held out"):
+        open_folder(tmp_path / "flat", "heldout")
+    (tmp_path / "flat" / "val").mkdir()
+    (tmp_path / "flat" / "val" / "0.jpg").write_bytes(files.jpeg(0))
+    with pytest.raises(ConfigError, match=r"an image without a class folder of .*val is no class of .*train"):
+        open_folder(tmp_path / "flat", "heldout")
+
+
+def test_images_without_class_folders_are_one_class(files: Any, tmp_path: pathlib.Path) -> None:
+    """Called like their folder; what is no image among them is told."""
+    root = tmp_path / "holiday"
+    root.mkdir()
+    for i in range(40):
+        (root / f"{i:02d}.jpg").write_bytes(files.jpeg(i))
+    (root / "notes.txt").write_text("x")
+    (root / ".DS_Store").write_bytes(b"x")
+    train, heldout = open_folder(root), open_folder(root, "heldout")
+    assert train.class_names == heldout.class_names == ("holiday",)
+    assert (len(train), len(heldout)) == (38, 2)  # 5 %
+    assert sorted(names(train) + names(heldout)) == [f"{i:02d}.jpg" for i in range(40)]
+    assert dict(train.problems) == {"notes.txt": "not an image by its suffix"}
+    batch = train.gather(np.arange(38))
+    np.testing.assert_array_equal(batch["labels"], np.zeros(38))
+    expected = crops.center_crop(Image.open(root / names(train)[7]), size=SIZE)
+    np.testing.assert_array_equal(batch["images"][7], expected)
+    (root / "beach").mkdir()  # with one class folder the others are in none, and told
+    (root / "beach" / "a.jpg").write_bytes(files.jpeg(50))
+    assert open_folder(root).class_names == ("beach",)
+    assert dict(open_folder(root).problems)["07.jpg"] == "not in a class folder"
 
 
 def test_a_class_may_be_called_train(files: Any, tmp_path: pathlib.Path) -> None:

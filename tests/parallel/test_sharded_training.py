@@ -1,5 +1,6 @@
 """The same training on one device and on four, whatever the mesh; and each device holds only what sharding promises."""
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from rar_jax.config import find_module
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import global_batch
-from rar_jax.parallel.rules import sharded
+from rar_jax.parallel.rules import param_shardings, sharded
 from rar_jax.programs.train import compile_training
+from rar_jax.sampling.sampler import Model
 from rar_jax.training.recipe import Recipe
 
 RECIPE = Recipe(steps=4, batch_size=8, accumulation=1, learning_rate=1e-2, ema_decay=0.9)
@@ -77,3 +79,62 @@ def promised_bytes(module: ModuleType, state: Any, sizes: tuple[int, int, int]) 
     )
     counters = [x for x in jax.tree.leaves((state["step"], state["opt_state"])) if jnp.ndim(x) == 0]
     return 4 * one_copy + sum(x.nbytes for x in counters)
+
+
+# ---------------------------------------------------------------- a tokenizer inside the step
+
+
+def train_on_images(sizes: tuple[int, int, int]) -> tuple[list[float], Any, Any]:
+    """Losses of three steps on images that a tokenizer encodes, in two parts a batch; the state; the tokenizer's parameters."""
+    generator, tokenizer = find_module("generators", "rar"), find_module("tokenizers", "maskgit_vq")
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    recipe = dataclasses.replace(RECIPE, accumulation=2)
+    setup = compile_training(generator, generator.TINY, recipe, mesh, Model(tokenizer, tokenizer.TINY))
+    frozen = tokenizer.init(tokenizer.TINY, jax.random.key(5))
+    frozen = jax.device_put(frozen, param_shardings(tokenizer.axes(tokenizer.TINY), frozen, mesh))
+    with sharded(mesh):
+        state, losses = setup.init(jax.random.key(0)), []
+        for batch in batches(tokenizer):
+            state, metrics = setup.step(state, global_batch(batch, mesh), jax.random.key(1), frozen)
+            losses.append(float(metrics["loss"]))
+    return losses, state, frozen
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> tuple[list[float], Any, Any]:
+    return train_on_images((1, 1, 1))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_encoding_inside_the_step_does_not_depend_on_the_mesh(on_one_device: Any, name: str) -> None:
+    losses, state, frozen = train_on_images(MESHES[name])
+    np.testing.assert_allclose(losses, on_one_device[0], rtol=0, atol=1e-5)
+    assert bytes_on_device(state) == promised_bytes(find_module("generators", "rar"), state, MESHES[name])
+    # Neither donated nor trained, and a share of it on each device where rules.py says so.
+    jax.tree.map(np.testing.assert_array_equal, frozen, on_one_device[2])
+    assert (bytes_on_device(frozen) < 0.6 * bytes_on_device(on_one_device[2])) == (MESHES[name][1] == 4)
+
+
+def test_the_step_trains_on_the_tokens_of_its_argument(on_one_device: Any) -> None:
+    """Against the same step fed with tokens; with another tokenizer's parameters, the same program gives another loss."""
+    generator, tokenizer = find_module("generators", "rar"), find_module("tokenizers", "maskgit_vq")
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    recipe = dataclasses.replace(RECIPE, accumulation=2)
+    plain = compile_training(generator, generator.TINY, recipe, mesh)
+    direct = compile_training(generator, generator.TINY, recipe, mesh, Model(tokenizer, tokenizer.TINY))
+    batch = batches(tokenizer)[0]
+    losses = []
+    for key in (5, 6):
+        frozen = tokenizer.init(tokenizer.TINY, jax.random.key(key))
+        tokens = tokenizer.encode(tokenizer.TINY, frozen, batch["images"])
+        of_tokens = {"tokens": np.asarray(tokens), "labels": batch["labels"]}
+        steps = ((plain, of_tokens, ()), (direct, batch, (frozen,)))
+        with sharded(mesh):
+            both = [
+                setup.step(setup.init(jax.random.key(0)), global_batch(rows, mesh), jax.random.key(1), *extra)[1]
+                for setup, rows, extra in steps
+            ]
+        np.testing.assert_allclose(*(float(metrics["loss"]) for metrics in both), rtol=1e-6)
+        losses.append(float(both[1]["loss"]))
+    assert losses[0] == on_one_device[0][0] != losses[1]
+    assert direct.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]

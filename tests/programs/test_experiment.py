@@ -29,7 +29,11 @@ NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[!_]*.py"))
 
 @functools.cache
 def experiment_of(name: str) -> Experiment:
-    return resolve(load_experiment(str(ROOT / "experiments" / f"{name}.py")), name)
+    config = load_experiment(str(ROOT / "experiments" / f"{name}.py"))
+    if "source" not in config.data:  # left to the command line: the digits stand in for somebody's images
+        config.data.source = "digits"
+        config.data.crop = None
+    return resolve(config, name)
 
 
 def refusal(*overrides: str) -> str:
@@ -70,7 +74,7 @@ def test_a_resolved_config_has_nothing_left_to_resolve(name: str) -> None:
     assert load_model(resolved, "tokenizers") == experiment.tokenizer
     assert build(Recipe, resolved["train"], where="train") == experiment.train
     assert (
-        resolved["train"]["steps"] >= resolved["generator"]["anneal_end"] >= resolved["generator"]["anneal_start"] > 0
+        resolved["train"]["steps"] >= resolved["generator"]["anneal_end"] >= resolved["generator"]["anneal_start"] >= 0
     )
 
 

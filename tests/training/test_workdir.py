@@ -77,6 +77,23 @@ def test_another_config_is_refused_with_the_differences(begun: Workdir) -> None:
     )
 
 
+def test_other_images_of_the_same_source_are_named(tmp_path: pathlib.Path) -> None:
+    """Where the numbers are counted, nobody has changed the config: it is the folder."""
+    images = {"source": "folder:a", "num_classes": 2, "train_records": 9, "class_names": ["cat", "dog"], "crop": "ten"}
+    workdir, config = Workdir(tmp_path), {**CONFIG, "data": images}
+    workdir.claim(config)
+    workdir.checkpoints("tokenizer").mkdir(parents=True)
+    workdir.claim(config)
+    more = {**images, "num_classes": 3, "train_records": 12, "class_names": ["cat", "cow", "dog"]}
+    assert refusal(workdir, {**config, "data": more, "train": {"steps": 133, "warmup": 5}}) == (
+        f"{tmp_path} was begun with other images of folder:a: num_classes 2 -> 3; train_records 9 -> 12; "
+        "class_names ['cat', 'dog'] -> ['cat', 'cow', 'dog']. Bring back what it held then, or choose another --workdir"
+    )
+    elsewhere = refusal(workdir, {**config, "data": {**more, "source": "folder:b"}})
+    assert "another config" in elsewhere and "data.source: folder:a -> folder:b" in elsewhere
+    assert "undo: data.crop: ten -> center" in refusal(workdir, {**config, "data": {**images, "crop": "center"}})
+
+
 def test_free_sections_may_change_and_are_written(begun: Workdir) -> None:
     assert FREE_SECTIONS == ("mesh", "guidance", "evaluate")
     other = changed(mesh={"fsdp": 4}, guidance={"scale": 4.0, "power": 1.0}, evaluate={"samples": 50})

@@ -1,0 +1,36 @@
+r"""RAR-B (261 M parameters), fine-tuned from the released weights on a folder of your own images, in 256x256 pixels.
+
+    rar-jax run --config my_images_rar_b --config.data.source=folder:PATH --workdir runs/mine_rar_b \
+        --config.tokenizer.weights=maskgit-vqgan-imagenet-f16-256.bin --config.init_from=rar_b.bin
+
+PATH as for experiments/my_images.py. Without the two files named, those that were downloaded before are used (any
+`rar-jax sample --weights rar_b --download ...`). The tokenizer is taken as it is; of the generator all is taken over
+but the rows of the classes, which start anew. A step costs what one of experiments/rar_b.py does, image by image: this is
+for an accelerator, and no number has been measured with it yet.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Everything that the run is made of, but for data.source."""
+    config = ConfigDict()
+    config.precision = "bfloat16"
+    config.init_from = "rar_b"
+    # The paper's ten crops of each image; data.on_the_fly=True and crop="random" make still more of few images.
+    config.data = ConfigDict(
+        dict(image_size=256, channels=3, num_classes=None, class_names=None, train_records=None, crop="ten")
+    )
+    config.tokenizer = ConfigDict(
+        dict(name="maskgit_vq", image_size=256, dtype="float32", weights="maskgit-vqgan-imagenet-f16-256")
+    )
+    # In raster order from the start: that is how the released weights ended.
+    config.generator = ConfigDict(
+        dict(name="rar", width=768, depth=24, num_heads=16, mlp_width=3072, anneal_start=0, anneal_end=0)
+    )
+    config.train = ConfigDict(
+        dict(steps=5000, batch_size=64, learning_rate=1e-4, warmup="10%", eval_every=500, checkpoint_every=500)
+    )
+    config.guidance = ConfigDict(dict(scale=4.0, power=1.0, temperature=1.0))
+    config.evaluate = ConfigDict(dict(grid_per_class=4))
+    return config
