@@ -6,6 +6,7 @@ import argparse
 import logging
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.error(f"unknown argument {wrong[0]}; see rar-jax {args.verb} --help")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # Images that large are refused and listed by name (data/decode.py): Pillow's own warning has none.
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
 
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError

@@ -94,6 +94,9 @@ def _open(data: bytes, channels: int) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         # Before decoding: a bomb is small until then.
         raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} in all: shrink it")
+    if image.format == "PNG":
+        # Pillow does not look at the checksums of what it decodes, and damage may still decode, to other pixels.
+        Image.open(io.BytesIO(data), formats=FORMATS).verify()
     low = _low_bytes(data, image)
     image.load()
     orientation = image.getexif().get(_ORIENTATION)

@@ -195,6 +195,8 @@ def broken_crc(data: bytes) -> bytes:
         (encoded(NOISE, "GIF")[:-60], "damaged image: "),
         (encoded(NOISE, "WEBP", lossless=True)[:-40], "no image|damaged image: "),
         (broken_crc(encoded(NOISE, "PNG")), "damaged image: "),
+        # One that decodes all the same: only the checksum tells.
+        (encoded(NOISE, "PNG")[:-16] + b"\0\0\0\0" + encoded(NOISE, "PNG")[-12:], "damaged image: .*checksum"),
         (encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"), "32-bit pixels .mode F"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
     ],
