@@ -61,8 +61,11 @@ def center(paths: list[pathlib.Path]) -> np.ndarray:
 def ten(paths: list[pathlib.Path]) -> np.ndarray:
     out = []
     for path in paths:
-        image = shorter(path, int(1.1 * SIZE))
-        right, down = image.width - SIZE, image.height - SIZE
+        size = int(1.1 * SIZE)
+        image = shorter(path, size)
+        x, y = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((x, y, x + size, y + size))
+        right = down = size - SIZE
         places = [(0, 0), (right, 0), (0, down), (right, down), (right // 2, down // 2)]
         crops = [cut(image, x, y) for x, y in places]
         crops += [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
