@@ -205,7 +205,7 @@ def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], s
     ):
         if (value := result["last_validation"].get(stage, {}).get(f"validation/{name}")) is not None:
             lines.append(f"{text:38} {value:9.3f}")
-    path = workdir.path
+    path, some = workdir.path, list(range(min(3, experiment.data.num_classes)))
     folders = [path / name for name in ("checkpoints", "tokens") if (path / name).is_dir()]
     lines += [
         "",
@@ -214,7 +214,7 @@ def _closing(experiment: Experiment, workdir: Workdir, result: dict[str, Any], s
         "  " + ", ".join(map(str, folders)),
         f"  tensorboard --logdir {path / 'tensorboard'}    (after pip install tensorboard)",
         "Try next:",
-        f"  rar-jax sample --weights {path} --classes 0,1,2 --per-class 8 --seed 1 --out {path / 'more'}",
-        f"  python -c \"import rar_jax; print(rar_jax.load('{path}').sample([0, 1, 2], seed=0).shape)\"",
+        f"  rar-jax sample --weights {path} --classes {','.join(map(str, some))} --per-class 8 --seed 1 --out {path / 'more'}",
+        f"  python -c \"import rar_jax; print(rar_jax.load('{path}').sample({some}, seed=0).shape)\"",
     ]
     return "\n".join(lines)

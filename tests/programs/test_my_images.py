@@ -80,16 +80,19 @@ def test_from_zero_to_samples(images: pathlib.Path, tmp_path: pathlib.Path, caps
     )
 
 
-def test_from_released_weights(released_pair: Any, images: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """All is taken over but the rows of the classes: the learning rate of the first update is 0."""
+def test_from_released_weights(
+    released_pair: Any, images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one class. All is taken over but the rows of the classes: the learning rate of the first update is 0."""
     weights = (f"tokenizer.weights={released_pair.tokenizer}", f"init_from={released_pair.generator}")
-    words = command("my_images_rar_b", images, tmp_path / "w", *TINY_MODELS, *weights)
-    assert main([*words, "--quiet"]) == 0
+    assert main(command("my_images_rar_b", images / "beach", tmp_path / "w", *TINY_MODELS, *weights)) == 0
+    out = capsys.readouterr().out
+    assert "6 training images in 1 class(es): beach" in out and "--classes 0 --per" in out and ".sample([0], s" in out
     folder = tmp_path / "w" / "checkpoints" / "generator"
     assert read_meta(folder, 4)["init_from"]["sha256"] == file_sha256(released_pair.generator)
     _, released = rar.load(released_pair.generator)
     ours, codes = load_params(folder, 1), 32 + 1
-    assert ours["embeddings"].shape[0] == codes + 3 + 1 and released["embeddings"].shape[0] == codes + 10 + 1
+    assert ours["embeddings"].shape[0] == codes + 1 + 1 and released["embeddings"].shape[0] == codes + 10 + 1
     np.testing.assert_array_equal(ours["embeddings"][:codes], released["embeddings"][:codes])
     np.testing.assert_array_equal(ours["embeddings"][-1], released["embeddings"][-1])
     np.testing.assert_array_equal(ours["pos_embed"], released["pos_embed"])
