@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from rar_jax.guidance import Guidance
 from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights, read_directory
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.rules import batch_sharding
+from rar_jax.parallel.rules import batch_sharding, sharded
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
 
 
@@ -111,7 +112,9 @@ class Pipeline:
             batch = labels_b[ids_b].astype(np.int32), sample_keys(seed, jnp.asarray(ids_b))
             if self.mesh is not None:
                 batch = jax.device_put(batch, batch_sharding(self.mesh))
-            yield np.asarray(self._jitted(self.params, *batch, guidance))[: len(labels_b) - start]
+            with contextlib.nullcontext() if self.mesh is None else sharded(self.mesh):
+                images = self._jitted(self.params, *batch, guidance)
+            yield np.asarray(images)[: len(labels_b) - start]
 
     def batch_count(self, images: int, batch_size: int | None = None) -> int:
         """How many batches `sample_batches` takes for so many images."""

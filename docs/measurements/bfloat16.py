@@ -34,21 +34,7 @@ def random_params(gate: float) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, spec: one([*path[:1], *path], spec), shapes)
 
 
-@jax.jit
-def cached_logits(params: Any, tokens_bn: jax.Array, labels_b: jax.Array) -> jax.Array:
-    """(n, b, v)."""
-    model, variables = rar.RAR(config), {"params": params}
-    dtype = params["transformer"]["blocks"]["attn"]["qkv"]["kernel"].dtype
-    shape = (config.depth, len(labels_b), config.num_tokens + 1, config.num_heads, config.width // config.num_heads)
-    first, cache = model.apply(variables, labels_b, (jnp.zeros(shape, dtype),) * 2, method="start")
-
-    def step(cache: Any, place: jax.Array) -> Any:
-        logits, cache = model.apply(variables, tokens_bn[:, place], labels_b, place, cache, method="step")
-        return cache, logits
-
-    return jnp.concatenate([first[None], jax.lax.scan(step, cache, jnp.arange(config.num_tokens - 1))[1]])
-
-
+cached_logits = jax.jit(functools.partial(rar.cached_logits, config))
 tokens_bn = jax.random.randint(jax.random.key(1), (args.images, config.num_tokens), 0, config.codebook_size)
 labels_b = jax.random.randint(jax.random.key(2), (args.images,), 0, config.num_classes)
 print("| gate | what is bfloat16 | greedy agreement | max change of a logit | rms change | std of the logits |")
@@ -57,7 +43,7 @@ for gate in args.gate:
     params = random_params(gate)
     exact = cached_logits(params, tokens_bn, labels_b)
     prepared = rar.prepare(config, params, dtype="bfloat16")
-    tables = {name: x for name, x in params.items() if name != "transformer"}
+    tables = {name: x for name, x in prepared.items() if name != "layers"}
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tables)
     for name, narrow in (
         ("the blocks' kernels and the cache (`prepare`)", prepared),

@@ -24,6 +24,7 @@ from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.config import Steps, require
 from rar_jax.guidance import Guidance
+from rar_jax.networks import decoding
 from rar_jax.networks.boxes import logical_axes, unbox
 
 # What bench compares times with: part of what this file offers (docs/contracts.md).
@@ -31,7 +32,7 @@ from rar_jax.networks.costs import sample_bytes as sample_bytes
 from rar_jax.networks.costs import sample_flops as sample_flops
 from rar_jax.networks.costs import train_flops as train_flops
 from rar_jax.networks.layers import INIT, Dense, layer_norm, modulate
-from rar_jax.networks.transformer import Cache, Transformer
+from rar_jax.networks.transformer import Transformer
 
 Params = dict[str, Any]
 
@@ -126,40 +127,16 @@ class RAR(nn.Module):
         later_bnd = self.embeddings[ordered_bn] + self.pos_embed[orders_bn + 2]
         x_bsd = jnp.concatenate([cls_b1d, first_b1d, later_bnd[:, :-1] + targets_bnd[:, 1:]], axis=1)
         x_bsd = with_logical_constraint(x_bsd, ("batch", None, None))
-        logits_bsv, _ = self._run(x_bsd, class_b1d + self.timesteps_embeddings[: n + 1][None])
-        return logits_bsv[:, 1:]
-
-    def start(self, labels_b: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Fills the slots cls and class; returns the logits (b, v) of the first token."""
-        class_b1d = self.embed_labels(labels_b)[:, None]
-        cls_b1d = jnp.broadcast_to((self.cls_token + self.pos_embed[:1])[None], class_b1d.shape)
-        first_b1d = class_b1d + (self.pos_embed[1] + self.target_aware_pos_embed[2])[None, None]
-        x_b2d = jnp.concatenate([cls_b1d, first_b1d], axis=1)
-        logits_b2v, cache = self._run(x_b2d, class_b1d + self.timesteps_embeddings[:2][None], cache, 0)
-        return logits_b2v[:, 1], cache
-
-    def step(self, tokens_b: jax.Array, labels_b: jax.Array, place: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Takes in the token at raster `place` (0-based); returns the logits (b, v) of the one after it."""
-        slot = place + 2
-        position_d = self.pos_embed[slot] + self.target_aware_pos_embed[slot + 1]
-        x_b1d = (self.embeddings[tokens_b] + position_d[None])[:, None]
-        c_b1d = (self.embed_labels(labels_b) + self.timesteps_embeddings[slot][None])[:, None]
-        logits_b1v, cache = self._run(x_b1d, c_b1d, cache, slot)
-        return logits_b1v[:, 0], cache
+        c_bsd = nn.silu(class_b1d + self.timesteps_embeddings[: n + 1][None]).astype(self.dtype)
+        x_bsd = self.transformer(x_bsd.astype(self.dtype), c_bsd)
+        # The final modulation gives (scale, shift), in the opposite order to the blocks.
+        scale_bsd, shift_bsd = jnp.unstack(self.final_adaln(c_bsd), axis=2)
+        x_bsd = modulate(self.final_norm(x_bsd), shift_bsd, scale_bsd)
+        return self.lm_head(x_bsd.astype(jnp.float32))[:, 1:]
 
     def embed_labels(self, labels_b: jax.Array) -> jax.Array:
         """Rows of the token table that stand for classes, (b, d)."""
         return self.embeddings[self.config.codebook_size + 1 + labels_b]
-
-    def _run(
-        self, x_bsd: jax.Array, c_bsd: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0
-    ) -> tuple[jax.Array, Any]:
-        c_bsd = nn.silu(c_bsd).astype(self.dtype)
-        x_bsd, cache = self.transformer(x_bsd.astype(self.dtype), c_bsd, cache, start)
-        # The final modulation gives (scale, shift), in the opposite order to the blocks.
-        scale_bsd, shift_bsd = jnp.unstack(self.final_adaln(c_bsd), axis=2)
-        x_bsd = modulate(self.final_norm(x_bsd), shift_bsd, scale_bsd)
-        return self.lm_head(x_bsd.astype(jnp.float32)), cache
 
 
 # ---------------------------------------------------------------- parameters
@@ -300,17 +277,21 @@ def logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array,
 
 
 def prepare(config: Config, params: Params, *, dtype: Any = None) -> Params:
-    """Parameters for decoding, float32 or with the blocks' kernels (97 % of all parameters) in `dtype`.
+    """Parameters in the layout that `sample` decodes in, float32 or with the blocks' kernels (97 % of all) in `dtype`.
 
     With "bfloat16" the blocks multiply in bfloat16 and keep the cache in it; sums, activations, norms, tables and the head
     stay float32: all in bfloat16 would change one greedy choice in 30 (docs/measurements/bfloat16.md).
     """
     del config
-
-    def cast(path: Any, x: jax.Array) -> jax.Array:
-        return jnp.asarray(x, dtype if path[0].key == "transformer" and path[-1].key == "kernel" else None)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    if "layers" in params:
+        return params
+    tables: Params = {name: jnp.asarray(x) for name, x in params.items() if not isinstance(x, dict)}
+    outer: Params = {
+        name: {**params[name], "kernel": decoding.outputs_first(jnp.asarray(params[name]["kernel"]))}
+        for name in ("final_adaln", "lm_head")
+    }
+    blocks = jax.tree.map(jnp.asarray, params["transformer"]["blocks"])
+    return {**tables, **outer, "layers": decoding.prepare_blocks(blocks, dtype=dtype)}
 
 
 def sample(
@@ -334,39 +315,59 @@ def sample(
 
     Returns: int32 (b, n).
     """
-    n, cache_dtype = config.num_tokens, params["transformer"]["blocks"]["attn"]["qkv"]["kernel"].dtype
-    model, variables = RAR(config), {"params": prepare(config, params)}
+    n, params = config.num_tokens, prepare(config, params)
     labels_b = jnp.asarray(labels, jnp.int32)
     batch, given = labels_b.shape[0], 0 if prefix is None else prefix.shape[1]
     require(given <= n, f"the prefix has {given} tokens, an image has {n}")
     given_bn = jnp.zeros((batch, n), jnp.int32)
     if prefix is not None:
         given_bn = given_bn.at[:, :given].set(jnp.asarray(prefix, jnp.int32))
-    # c rows: the class branch and, below it, the null-class branch.
-    labels_c = (
-        jnp.concatenate([labels_b, jnp.full_like(labels_b, config.num_classes)]) if guidance.enabled else labels_b
-    )
 
-    def draw(logits_cv: jax.Array, place: jax.Array | int) -> jax.Array:
-        logits_bv = logits_cv[:batch]
+    def draw(slot: jax.Array, logits_vbg: jax.Array) -> tuple[jax.Array, jax.Array]:
+        place = jnp.maximum(slot - 1, 0)  # what slot 0 draws is not used
+        logits_gbv = logits_vbg.transpose(2, 1, 0)
+        logits_bv = logits_gbv[0]
         if guidance.enabled:
-            null_bv = logits_cv[batch:]
-            logits_bv = null_bv + guidance.weight(place, n) * (logits_bv - null_bv)
+            logits_bv = logits_gbv[1] + guidance.weight(place, n) * (logits_gbv[0] - logits_gbv[1])
         if greedy:
             tokens_b = jnp.argmax(logits_bv, axis=-1)
         else:
             keys_b = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
             tokens_b = jax.vmap(jax.random.categorical)(keys_b, logits_bv / guidance.temperature)
-        return jnp.where(place < given, given_bn[:, place], tokens_b.astype(jnp.int32))
+        tokens_b = jnp.where(place < given, given_bn[:, place], tokens_b.astype(jnp.int32))
+        return tokens_b, tokens_b
 
-    def advance(carry: tuple[jax.Array, Cache], place: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
-        logits_cv, cache = carry
-        tokens_b = draw(logits_cv, place)
-        tokens_c = jnp.concatenate([tokens_b, tokens_b]) if guidance.enabled else tokens_b
-        return model.apply(variables, tokens_c, labels_c, place, cache, method="step"), tokens_b  # pyright: ignore[reportReturnType]
+    return _slot_by_slot(config, params, labels_b, draw, guided=guidance.enabled).T
 
-    shape = (config.depth, labels_c.shape[0], n + 1, config.num_heads, config.width // config.num_heads)
-    cache = (jnp.zeros(shape, cache_dtype), jnp.zeros(shape, cache_dtype))
-    carry: Any = model.apply(variables, labels_c, cache, method="start")
-    (logits_cv, _), tokens_nb = jax.lax.scan(advance, carry, jnp.arange(n - 1))
-    return jnp.concatenate([tokens_nb.T, draw(logits_cv, n - 1)[:, None]], axis=1)
+
+def cached_logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array) -> jax.Array:
+    """Teacher-forced logits in raster order as `sample` computes them, float32 (b, n, v): with the cache, in its precision.
+
+    Args:
+      params: of `init` or `prepare`. tokens: int (b, n). labels: int (b,); `num_classes` is the null class.
+    """
+
+    def draw(slot: jax.Array, logits_vbg: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tokens[:, jnp.maximum(slot - 1, 0)].astype(jnp.int32), logits_vbg[..., 0].T
+
+    labels_b = jnp.asarray(labels, jnp.int32)
+    return _slot_by_slot(config, prepare(config, params), labels_b, draw, guided=False).swapaxes(0, 1)
+
+
+def _slot_by_slot(config: Config, params: Params, labels_b: jax.Array, draw: Any, *, guided: bool) -> jax.Array:
+    """What `draw` (see decoding.generate) keeps of each token, (n, ...)."""
+    table_cd, null = params["embeddings"][config.codebook_size + 1 :], config.num_classes
+    # g branches: the class, and with guidance the null class.
+    labels_gb = jnp.stack([labels_b, jnp.full_like(labels_b, null)] if guided else [labels_b])
+    class_dbg = table_cd[labels_gb].transpose(2, 1, 0)
+
+    def embed(slot: jax.Array, token_b: jax.Array) -> jax.Array:
+        # The embedding of the target's place is on every slot but the first.
+        positions_d = params["pos_embed"][slot] + params["target_aware_pos_embed"][slot + 1] * (slot > 0)
+        token_db1 = params["embeddings"][token_b].T[..., None]
+        x_dbg = jnp.where(slot == 1, class_dbg, jnp.broadcast_to(token_db1, class_dbg.shape))
+        return jnp.where(slot == 0, params["cls_token"].T[..., None], x_dbg) + positions_d[:, None, None]
+
+    conditions = decoding.conditions(labels_b, table_cd, table_cd[null:] if guided else None)
+    slots = config.num_tokens + 1  # nothing is predicted from the last token
+    return decoding.generate(params, conditions, slots=slots, embed=embed, draw=draw)[1:]

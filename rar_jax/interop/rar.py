@@ -101,8 +101,10 @@ def open_params(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
 def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> None:
     """Writes .safetensors, or a torch file (.bin, .pth), with the released names and shapes, float32; tables are padded with zeros.
 
-    Raises: WeightsError for another suffix.
+    Raises: WeightsError for another suffix, or parameters that `prepare` has laid out for decoding.
     """
+    if "layers" in params:
+        raise WeightsError(f"{path}: these parameters are prepared for decoding; save those that they were made of")
     write(path, {name: np.asarray(value, np.float32) for name, value in to_released(config, params).items()})
 
 

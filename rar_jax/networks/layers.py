@@ -128,11 +128,8 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with LayerNorm on q and k (over the head dim, shared by all heads).
-
-    Without a cache, slot i attends to slots 0..i. With one, the n new slots stand at `start`, `start`+1, ... and attend
-    to themselves and all before; the new keys and values are returned, and the caller writes them to the cache.
-    """
+    """Causal multi-head self-attention with LayerNorm on q and k (over the head dim, shared by all heads): slot i attends to
+    slots 0..i."""
 
     num_heads: int
     attention_dropout: float
@@ -141,37 +138,29 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x_bnd: jax.Array, cache: tuple[jax.Array, jax.Array] | None, start: jax.Array | int
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x_bnd: jax.Array) -> jax.Array:
         n, d = x_bnd.shape[1:]
         shape = (3, self.num_heads, d // self.num_heads)
         qkv_bn3hk = Dense(shape, ("width", None, "heads", None), self.dtype, name="qkv")(x_bnd)
         q_bnhk = layer_norm(self.dtype, "q_norm")(qkv_bn3hk[:, :, 0])
         k_bnhk = layer_norm(self.dtype, "k_norm")(qkv_bn3hk[:, :, 1])
-        v_bnhk = qkv_bn3hk[:, :, 2]
-        new = (k_bnhk, v_bnhk)
-        if cache is not None:
-            new = (k_bnhk.astype(cache[0].dtype), v_bnhk.astype(cache[1].dtype))
-            k_bnhk, v_bnhk = (
-                jax.lax.dynamic_update_slice_in_dim(old, part, start, axis=1)
-                for old, part in zip(cache, new, strict=True)
-            )
-        visible_nm = jnp.arange(k_bnhk.shape[1])[None, :] <= start + jnp.arange(n)[:, None]
-        out_bnhk = self._attend(q_bnhk, k_bnhk, v_bnhk, visible_nm)
-        out_bnd = Dense((d,), ("heads", None, "width"), self.dtype, name="proj")(out_bnhk)
-        return Dropout(self.dropout, self.deterministic)(out_bnd), new
-
-    def _attend(self, q_bnhk: jax.Array, k_bmhk: jax.Array, v_bmhk: jax.Array, visible_nm: jax.Array) -> jax.Array:
-        factors = k_bmhk.dtype  # a cache in bfloat16 is not widened, only the sums are
-        precision = matmul_precision(factors)
-        q_bnhk = (q_bnhk * q_bnhk.shape[-1] ** -0.5).astype(factors)
+        precision = matmul_precision(self.dtype)
         scores_bhnm = jnp.einsum(
-            "bnhk,bmhk->bhnm", q_bnhk, k_bmhk, precision=precision, preferred_element_type=jnp.float32
+            "bnhk,bmhk->bhnm",
+            q_bnhk * q_bnhk.shape[-1] ** -0.5,
+            k_bnhk,
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
-        scores_bhnm = jnp.where(visible_nm[None, None], scores_bhnm, -jnp.inf)
-        weights_bhnm = jax.nn.softmax(scores_bhnm).astype(factors)
+        scores_bhnm = jnp.where(jnp.tri(n, dtype=bool)[None, None], scores_bhnm, -jnp.inf)
+        weights_bhnm = jax.nn.softmax(scores_bhnm).astype(self.dtype)
         weights_bhnm = Dropout(self.attention_dropout, self.deterministic)(weights_bhnm)
-        return jnp.einsum(
-            "bhnm,bmhk->bnhk", weights_bhnm, v_bmhk, precision=precision, preferred_element_type=self.dtype
+        out_bnhk = jnp.einsum(
+            "bhnm,bmhk->bnhk",
+            weights_bhnm,
+            qkv_bn3hk[:, :, 2],
+            precision=precision,
+            preferred_element_type=self.dtype,
         )
+        out_bnd = Dense((d,), ("heads", None, "width"), self.dtype, name="proj")(out_bnhk)
+        return Dropout(self.dropout, self.deterministic)(out_bnd)

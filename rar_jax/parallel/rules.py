@@ -71,3 +71,9 @@ def sharded(mesh: Mesh) -> Iterator[None]:
     """Context in which the logical constraints inside the networks take effect on this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
+
+
+def is_sharded() -> bool:
+    """Whether code is traced in the context of `sharded` on a mesh of more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1

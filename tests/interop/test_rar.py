@@ -57,14 +57,19 @@ def test_released_to_ours_to_released_is_the_same_to_the_bit(
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_ours_to_released_and_back(tmp_path: pathlib.Path, dtype: str | None, parity: Any) -> None:
-    """Also of parameters that were prepared for decoding: a released file is float32."""
-    params = prepare(TINY, init(TINY, jax.random.key(0)), dtype=dtype)
+    """Also of parameters in bfloat16: a released file is float32."""
+    params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), init(TINY, jax.random.key(0)))
     rar.save(tmp_path / "ours.bin", TINY, params)
     assert {x.dtype for x in read(tmp_path / "ours.bin").values()} == {np.dtype(np.float32)}
     config, again = rar.load(tmp_path / "ours.bin")
     assert (config.num_heads, config.num_tokens) == (TINY.num_heads, TINY.num_tokens)
     for ours, back in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         parity.check_same("ours -> saved -> loaded, numbers that differ", back, ours)
+
+
+def test_parameters_for_decoding_are_not_saved(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(WeightsError, match="prepared for decoding; save those that they were made of"):
+        rar.save(tmp_path / "ours.bin", TINY, prepare(TINY, init(TINY, jax.random.key(0))))
 
 
 def test_torch_reads_our_file(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:

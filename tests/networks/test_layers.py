@@ -57,9 +57,9 @@ def test_attention_against_numpy(scale: float) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 7, 12)) * scale
     import flax.linen as nn
 
-    params: Any = nn.meta.unbox(layer.init(jax.random.key(1), x, None, 0))["params"]
+    params: Any = nn.meta.unbox(layer.init(jax.random.key(1), x))["params"]
     params = jax.tree.map(lambda v: v + 0.3 * jax.random.normal(jax.random.key(v.size), v.shape), params)
-    ours, _ = layer.apply({"params": params}, x, None, 0)
+    ours: Any = layer.apply({"params": params}, x)
     wide = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
     for i in range(2):
         np.testing.assert_allclose(ours[i], numpy_attention(np.asarray(x[i], np.float64), wide), atol=1e-4 * scale)

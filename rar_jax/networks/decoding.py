@@ -1,0 +1,289 @@
+"""The transformer of transformer.py one slot at a time, with a KV cache: the same arithmetic in the layout that is fast for it.
+
+What makes it another file (docs/measurements/sampling.md has what each is worth):
+* products are weights (out, in) times features (in, rows), with the features first: for few rows XLA's CPU product is 2 to 4
+  times faster than in the layout of training, and other platforms do not mind;
+* layers are separate arrays and the loop over them is unrolled: a scan would copy the weights of each layer first;
+* the modulation depends on class and slot only, and not on tokens: it is computed for many slots at a time, once for each
+  distinct class, so that its weights, a third of all, are not read at every slot;
+* the cache is made in stages of slots, and attention reads those that are begun.
+
+Shape suffixes: d width, f hidden width of the MLP, h heads, k head dim, b batch, g branches of guidance (class, null),
+m cached slots, e distinct classes, s slots that are modulated at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
+
+from rar_jax.networks.layers import matmul_precision, modulate
+from rar_jax.parallel.rules import is_sharded
+
+Params = dict[str, Any]
+KeysValues = tuple[jax.Array, jax.Array]  # each (*r, m, k) with rows r = b, g, h, or one dimension of them all
+
+# ---------------------------------------------------------------- parameters
+
+
+def prepare_blocks(blocks: Params, *, dtype: Any = None) -> tuple[Params, ...]:
+    """The stacked parameters of Transformer's blocks as one tree a layer, kernels (*out, *in) and in `dtype`."""
+    (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(blocks)}
+
+    def arrange(path: Any, x: jax.Array, layer: int) -> jax.Array:
+        if path[-1].key != "kernel":
+            return x[layer]
+        return outputs_first(x[layer], inputs=2 if path[-2].key == "proj" else 1, dtype=dtype)
+
+    return tuple(
+        jax.tree_util.tree_map_with_path(lambda path, x, layer=layer: arrange(path, x, layer), blocks)
+        for layer in range(depth)
+    )
+
+
+def outputs_first(kernel: jax.Array, *, inputs: int = 1, dtype: Any = None) -> jax.Array:
+    """A kernel (*in, *out) as (*out, *in), in `dtype`."""
+    kernel = jnp.moveaxis(kernel, range(inputs), range(-inputs, 0))
+    return kernel if dtype is None else kernel.astype(dtype)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def dense(params: Params, x: jax.Array) -> jax.Array:
+    """Linear layer: kernel (*out, *in) times x (*in, ...), summed in float32; (*out, ...)."""
+    kernel, bias = params["kernel"], params["bias"]
+    ins = kernel.ndim - bias.ndim
+    contracted = tuple(range(bias.ndim, kernel.ndim)), tuple(range(ins))
+    y = jax.lax.dot_general(
+        kernel,
+        x.astype(kernel.dtype),
+        (contracted, ((), ())),
+        precision=matmul_precision(kernel.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return y + bias.reshape(bias.shape + (1,) * (y.ndim - bias.ndim))
+
+
+def normalize(x: jax.Array, *, axis: int) -> jax.Array:
+    """LayerNorm without affine over an axis, eps 1e-6, in two passes."""
+    x = x - jnp.mean(x, axis=axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + 1e-6)
+
+
+def layer_norm(params: Params, x: jax.Array, *, axis: int = 0) -> jax.Array:
+    """LayerNorm with scale and bias over an axis."""
+    shape = tuple(-1 if i == axis else 1 for i in range(x.ndim))
+    return normalize(x, axis=axis) * params["scale"].reshape(shape) + params["bias"].reshape(shape)
+
+
+def attend(q_rk: jax.Array, cache: Sequence[KeysValues], visible_m: jax.Array) -> jax.Array:
+    """One query a row against the stages of the cache, of whose last one `visible_m` is; float32 (*r, k)."""
+    factors = cache[0][0].dtype  # a cache in bfloat16 is not widened, only the sums are
+
+    def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, a, b, precision=matmul_precision(factors), preferred_element_type=jnp.float32)
+
+    q_rk = (q_rk * q_rk.shape[-1] ** -0.5).astype(factors)
+    scores = [product("...k,...mk->...m", q_rk, keys) for keys, _ in cache]
+    scores[-1] = jnp.where(visible_m.reshape((1,) * (q_rk.ndim - 1) + (-1,)), scores[-1], -jnp.inf)
+    weights_rm = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(factors)
+    ends = list(itertools.accumulate(part.shape[-1] for part in scores))
+    weights = jnp.split(weights_rm, ends[:-1], axis=-1)
+    parts = [product("...m,...mk->...k", w, values) for w, (_, values) in zip(weights, cache, strict=True)]
+    return functools.reduce(jnp.add, parts)
+
+
+def block(
+    params: Params,
+    x_dbg: jax.Array,
+    modulation_6dbg: jax.Array,
+    cache: Sequence[KeysValues],
+    place: jax.Array,
+) -> tuple[jax.Array, KeysValues]:
+    """transformer.Block for one slot, which is `place` of the last stage of the cache; also that stage with it written."""
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.unstack(modulation_6dbg)
+    attn, mlp = params["attn"], params["mlp"]
+    qkv_3hkbg = dense(attn["qkv"], modulate(layer_norm(params["norm1"], x_dbg), shift_a, scale_a))
+    q_hkbg = layer_norm(attn["q_norm"], qkv_3hkbg[0], axis=1)
+    k_hkbg = layer_norm(attn["k_norm"], qkv_3hkbg[1], axis=1)
+    old = cache[-1]
+    rows, (h, k, b, g) = old[0].shape[:-2], q_hkbg.shape
+    q_rk, k_rk, v_rk = (x.transpose(2, 3, 0, 1).reshape(*rows, k) for x in (q_hkbg, k_hkbg, qkv_3hkbg[2]))
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(stage, new[..., None, :].astype(stage.dtype), place, axis=new.ndim - 1)
+        for stage, new in zip(old, (k_rk, v_rk), strict=True)
+    )
+    visible_m = jnp.arange(keys.shape[-2]) <= place
+    out_hkbg = attend(q_rk, [*cache[:-1], (keys, values)], visible_m).reshape(b, g, h, k).transpose(2, 3, 0, 1)
+    x_dbg = x_dbg + gate_a * dense(attn["proj"], out_hkbg)
+    h_fbg = dense(mlp["fc1"], modulate(layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
+    x_dbg = x_dbg + gate_m * dense(mlp["fc2"], jax.nn.gelu(h_fbg, approximate=False))
+    return with_logical_constraint(x_dbg, (None, "batch", None)), (keys, values)
+
+
+# ---------------------------------------------------------------- modulation, slots at a time
+
+
+class Conditions(NamedTuple):
+    """What the samples of a batch are conditioned on.
+
+    Attributes:
+      embedded_ed: embeddings of classes; null_1d: of the null class, None without guidance.
+      places_b: which of the classes each sample has; None if sample i has class i.
+      distinct: int32, how many of the classes are wanted; None if all.
+    """
+
+    embedded_ed: jax.Array
+    null_1d: jax.Array | None
+    places_b: jax.Array | None = None
+    distinct: jax.Array | None = None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(b, g)."""
+        batch = len(self.embedded_ed if self.places_b is None else self.places_b)
+        return batch, 1 if self.null_1d is None else 2
+
+    def slots_at_a_time(self, slots: int) -> int:
+        """For how many of so many slots modulations are kept: about 1024 vectors, at most 64 and at least 8 slots, and such
+        that they divide evenly."""
+        most = min(64, max(8, 1024 // len(self.embedded_ed)))
+        return -(-slots // -(-slots // most))
+
+    def modulations(self, params: Sequence[Params], steps_sd: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:
+        """What linear layers, kernels (*out, d), make of SiLU(class + step) at each of s steps.
+
+        Returns: a function of the place of a step in `steps_sd` that gives for each layer (*out, b, g).
+        """
+        classes = _modulations(params, self.embedded_ed, steps_sd, distinct=self.distinct)
+        null = None if self.null_1d is None else _modulations(params, self.null_1d, steps_sd)
+
+        def at(step: jax.Array) -> list[jax.Array]:
+            out = [jax.lax.dynamic_index_in_dim(m, step, keepdims=False) for m in classes]
+            out = out if self.places_b is None else [jnp.take(m, self.places_b, axis=-1) for m in out]
+            if null is None:
+                return [m[..., None] for m in out]
+            nulls = [jax.lax.dynamic_index_in_dim(m, step, keepdims=False) for m in null]
+            return [jnp.stack([m, jnp.broadcast_to(n, m.shape)], axis=-1) for m, n in zip(out, nulls, strict=True)]
+
+        return at
+
+
+def conditions(labels_b: jax.Array, table_cd: jax.Array, null_1d: jax.Array | None) -> Conditions:
+    """Samples of one class share a modulation; over a mesh each has its own, on its device."""
+    if is_sharded():
+        return Conditions(table_cd[labels_b], null_1d)
+    size = min(len(labels_b), len(table_cd))
+    labels_e, places_b, counts_e = jnp.unique(labels_b, return_inverse=True, return_counts=True, size=size)
+    return Conditions(table_cd[labels_e], null_1d, places_b, jnp.count_nonzero(counts_e))
+
+
+def _modulations(
+    params: Sequence[Params], embedded_ed: jax.Array, steps_sd: jax.Array, *, distinct: jax.Array | None = None
+) -> list[jax.Array]:
+    """Of each layer (s, *out, e); of classes beyond `distinct`, rounded up to a tile, nothing is computed."""
+
+    def of_classes(part_ed: jax.Array) -> list[jax.Array]:
+        c_dse = jax.nn.silu((steps_sd[:, None] + part_ed[None]).transpose(2, 0, 1))
+        return [jnp.moveaxis(dense(p, c_dse), -2, 0) for p in params]
+
+    if distinct is None:
+        return of_classes(embedded_ed)
+    classes, slots = len(embedded_ed), len(steps_sd)
+    tile = min(classes, max(1, 128 // slots))  # 128 columns are enough for a fast product
+    padded_ed = jnp.pad(embedded_ed, ((0, -classes % tile), (0, 0)))
+
+    def one_tile(i: jax.Array, outs: list[jax.Array]) -> list[jax.Array]:
+        parts = of_classes(jax.lax.dynamic_slice_in_dim(padded_ed, i * tile, tile))
+        return [
+            jax.lax.dynamic_update_slice_in_dim(out, part, i * tile, axis=out.ndim - 1)
+            for out, part in zip(outs, parts, strict=True)
+        ]
+
+    empty = [jnp.zeros((slots, *p["bias"].shape, len(padded_ed)), jnp.float32) for p in params]
+    return jax.lax.fori_loop(0, -(-distinct // tile), one_tile, empty)
+
+
+# ---------------------------------------------------------------- the loop over the slots
+
+
+def generate(
+    params: Params,
+    given: Conditions,
+    *,
+    slots: int,
+    embed: Callable[[jax.Array, jax.Array], jax.Array],
+    draw: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """Goes through the slots one by one; what is drawn at one is the token that the next one takes in.
+
+    Args:
+      params: "layers" of `prepare_blocks`; "final_adaln" and "lm_head", kernels (*out, *in); "timesteps_embeddings".
+      embed: (slot, tokens int32 (b,)) -> inputs (d, b, g).
+      draw: (slot, logits (v, b, g) float32) -> tokens int32 (b,), and what to keep of the slot.
+
+    Returns: what was kept, (slots, ...).
+    """
+    layers = params["layers"]
+    adalns = [*(layer["adaln"] for layer in layers), params["final_adaln"]]
+    kernel_3hkd = layers[0]["attn"]["qkv"]["kernel"]
+    token_b = jnp.zeros(given.rows[0], jnp.int32)
+    logits_vbg = jax.ShapeDtypeStruct((len(params["lm_head"]["bias"]), *given.rows), jnp.float32)
+    of_slot = jax.eval_shape(draw, jax.ShapeDtypeStruct((), jnp.int32), logits_vbg)[1]
+    kept_s = jnp.zeros((slots, *of_slot.shape), of_slot.dtype)
+    done: list[list[KeysValues]] = []  # of each stage that is over, of each layer
+
+    def one_slot(slot: jax.Array, carry: Any, place: jax.Array, modulations: list[jax.Array]) -> Any:
+        stage, token_b, kept_s = carry
+        x_dbg, written = embed(slot, token_b), []
+        for i, layer in enumerate(layers):
+            cache = [*(before[i] for before in done), stage[i]]
+            x_dbg, new = block(layer, x_dbg, modulations[i], cache, place)
+            written.append(new)
+        scale_dbg, shift_dbg = modulations[-1]  # the opposite order to the blocks
+        x_dbg = modulate(normalize(x_dbg, axis=0), shift_dbg, scale_dbg)
+        token_b, keep = draw(slot, dense(params["lm_head"], x_dbg))
+        return written, token_b, kept_s.at[slot].set(keep)
+
+    def one_stage(begin: int, end: int, token_b: jax.Array, kept_s: jax.Array) -> Any:
+        period = given.slots_at_a_time(end - begin)
+
+        def some_slots(i: jax.Array, carry: Any) -> Any:
+            first = begin + i * period
+            steps_sd = jnp.take(params["timesteps_embeddings"], first + jnp.arange(period), axis=0, mode="clip")
+            modulations_at = given.modulations(adalns, steps_sd)
+
+            def body(slot: jax.Array, carry: Any) -> Any:
+                return one_slot(slot, carry, slot - begin, modulations_at(slot - first))
+
+            return jax.lax.fori_loop(first, jnp.minimum(first + period, end), body, carry)
+
+        _, heads, head_dim, _ = kernel_3hkd.shape
+        # XLA's CPU product makes one dimension of the rows; were they more, it would copy the cache at every slot.
+        rows = (*given.rows, heads) if is_sharded() else (math.prod(given.rows) * heads,)
+        empty = jnp.zeros((*rows, end - begin, head_dim), kernel_3hkd.dtype)
+        carry = [(empty, empty) for _ in layers], token_b, kept_s
+        return jax.lax.fori_loop(0, -(-(end - begin) // period), some_slots, carry)
+
+    for begin, end in itertools.pairwise(_stage_ends(params, slots, math.prod(given.rows))):
+        stage, token_b, kept_s = one_stage(begin, end, token_b, kept_s)
+        done.append(stage)
+    return kept_s
+
+
+def _stage_ends(params: Params, slots: int, rows: int) -> list[int]:
+    """Where the stages of the cache begin and end. Each is one more loop to compile (and 4 s of it for 24 layers on a CPU),
+    which pays where reading the cache takes as long as reading the weights does."""
+    kernels = [x for x in jax.tree.leaves({k: v for k, v in params["layers"][0].items() if k != "adaln"}) if x.ndim > 1]
+    width = params["layers"][0]["attn"]["qkv"]["kernel"].shape[-1]
+    share = 2 * width * slots * rows / sum(x.size for x in kernels)  # of the cache to the weights
+    stages = 1 if share < 0.25 else 2 if share < 1 else 4
+    return [slots * i // stages for i in range(stages + 1)]

@@ -1,0 +1,97 @@
+"""Decoding a slot at a time, in parts: against NumPy in float64, and against the same without the shortcut."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rar_jax.generators import rar
+from rar_jax.guidance import Guidance
+from rar_jax.networks import decoding
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.rules import batch_sharding, sharded
+
+
+def layer(out: tuple[int, ...], width: int, seed: int) -> dict[str, jax.Array]:
+    """A linear layer, kernel (*out, width)."""
+    keys = jax.random.split(jax.random.key(seed))
+    return {"kernel": jax.random.normal(keys[0], (*out, width)), "bias": jax.random.normal(keys[1], out)}
+
+
+@pytest.mark.parametrize("labels", [[4], [1, 1, 1], [7, 0, 7, 3, 0], list(range(8)) * 3])
+@pytest.mark.parametrize("slots", [1, 5, 40])
+def test_modulations_by_distinct_classes(labels: list[int], slots: int) -> None:
+    """Each sample gets that of its own class, in float64, however many share it; and those of classes that are not there are
+    not computed."""
+    rng, layers = np.random.default_rng(0), [layer((6, 5), 5, 1), layer((2, 5), 5, 2)]
+    table, null, steps = (rng.standard_normal((n, 5)).astype(np.float32) for n in (9, 1, slots))
+    given = decoding.conditions(jnp.asarray(labels), jnp.asarray(table), jnp.asarray(null))
+    assert given.distinct is not None and int(given.distinct) == len(set(labels))
+    at = given.modulations(layers, jnp.asarray(steps))
+    for slot in {0, slots // 2, slots - 1}:
+        ours = at(jnp.int32(slot))
+        for p, out in zip(layers, ours, strict=True):
+            kernel, bias = (np.asarray(p[name], np.float64) for name in ("kernel", "bias"))
+            for i, label in enumerate(labels):
+                for branch, embedding in enumerate((table[label], null[0])):
+                    c = embedding.astype(np.float64) + steps[slot]
+                    expected = kernel @ (c / (1 + np.exp(-c))) + bias
+                    np.testing.assert_allclose(out[..., i, branch], expected, atol=2e-5)
+
+
+def test_attention_over_stages_is_attention_over_all() -> None:
+    rng = np.random.default_rng(0)
+    q, keys, values = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 8), (6, 11, 8), (6, 11, 8)))
+    seen = 9  # 4 + 3 slots of stages that are over, and two of the four of the last
+    stages = [(jnp.asarray(keys[:, a:b]), jnp.asarray(values[:, a:b])) for a, b in ((0, 4), (4, 7), (7, 11))]
+    ours = decoding.attend(jnp.asarray(q), stages, jnp.arange(4) < 2)
+    scores = np.einsum("rk,rmk->rm", q.astype(np.float64), keys[:, :seen]) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(ours, np.einsum("rm,rmk->rk", weights, values[:, :seen]), atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 16, 33, 500])
+@pytest.mark.parametrize("slots", [1, 17, 64, 257, 1025])
+def test_slots_at_a_time(classes: int, slots: int) -> None:
+    """They cover all slots, the last time too for the most part; memory is bounded."""
+    period = decoding.Conditions(jnp.zeros((classes, 2)), None).slots_at_a_time(slots)
+    times = -(-slots // period)
+    assert 1 <= period <= 64 and (period - 1) * times < slots
+    assert period * classes <= 1024 or period <= 8
+
+
+def random_params(seed: int) -> Any:
+    shapes = jax.eval_shape(lambda: rar.init(rar.TINY, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.parametrize("stages", [1, 3, 4])
+def test_stages_change_nothing(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two stages, as this size has by itself, or others."""
+    params, labels = random_params(0), jnp.asarray([3, 1, 3])
+    keywords: Any = {"keys": jax.random.split(jax.random.key(1), 3), "guidance": Guidance(2.0, 1.0)}
+    expected = rar.sample(rar.TINY, params, labels, **keywords)
+    monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [17 * i // stages for i in range(stages + 1)])
+    np.testing.assert_array_equal(rar.sample(rar.TINY, params, labels, **keywords), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
+def test_on_a_mesh(shape: tuple[int, int, int]) -> None:
+    """Rows are cut over the devices and parameters by rules.py: the logits of one device."""
+    config, params = rar.TINY, random_params(0)
+    labels, keys = jnp.asarray([3, 1, 3, 10, 0, 2, 5, 5]), jax.random.split(jax.random.key(1), 8)
+    tokens = jax.random.randint(jax.random.key(2), (8, 16), 0, 32)
+    expected = rar.cached_logits(config, params, tokens, labels)
+    drawn = rar.sample(config, params, labels, keys=keys, guidance=Guidance(2.0))
+    mesh = make_mesh(MeshConfig(*shape))
+    tokens, labels, keys = jax.device_put((tokens, labels, keys), batch_sharding(mesh))
+    with sharded(mesh):
+        ours = jax.jit(lambda p, t, c: rar.cached_logits(config, p, t, c))(params, tokens, labels)
+        again = jax.jit(lambda p, c, k: rar.sample(config, p, c, keys=k, guidance=Guidance(2.0)))(params, labels, keys)
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+    np.testing.assert_array_equal(again, drawn)
