@@ -22,7 +22,7 @@ class FolderSource(EncodedSource):
     """PATH/CLASS/.../IMAGE, classes sorted by the bytes of their names (WNIDs: in the order of ImageNet's labels).
 
     If PATH/train holds folders it is the training split, and the first of PATH/val, validation, valid, heldout, test
-    is held out; else 5 % of each class is (`splits.heldout_mask`). A class without images keeps its label. Images that
+    is held out, also if PATH is that train itself; else 5 % of each class is (`splits.heldout_mask`). A class without images keeps its label. Images that
     lie in PATH itself, without any class folder, are one class, called like the folder. Links to files and to class
     folders are followed. Everything that is not an image by its suffix is one of `problems`, but for hidden files and
     those of systems.
@@ -79,6 +79,9 @@ class FolderSource(EncodedSource):
 
 def _split_folder(path: pathlib.Path, split: Split) -> tuple[pathlib.Path, bool]:
     """The folder of a split's classes, and whether it is all that split's."""
+    path = path.resolve()
+    if path.name == "train" and any((path.parent / name).is_dir() for name in HELDOUT_NAMES):
+        path = path.parent  # "folder:imagenet/train" beside its val is all for training
     # A class may be called "train": only a folder of folders is a split.
     train = path / "train"
     if not (train.is_dir() and any(entry.is_dir() for entry in list(os.scandir(train)))):

@@ -134,6 +134,18 @@ def test_ten_views(files: Any, tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(source.gather(np.array([27, 4]))["images"], batch["images"][[27, 4]])
 
 
+def test_the_train_folder_of_imagenet_is_all_for_training(files: Any, tmp_path: pathlib.Path) -> None:
+    """`--source folder:imagenet/train` holds nothing back that val is there for; without a val a share is."""
+    files.write_folder(tmp_path / "train", files.image_set())
+    for split, count in (("train", 15), ("heldout", 3)):
+        assert open_folder(tmp_path / "train", split).num_images == count
+    files.write_folder(tmp_path / "val", files.image_set((1, 1, 1), seed=5))
+    for path in (tmp_path / "train", tmp_path):
+        train, heldout = (open_folder(path, split) for split in ("train", "heldout"))
+        assert (train.num_images, heldout.num_images) == (18, 3)
+        assert train.encoded(0) == files.image_set()[0][0] and heldout.encoded(0) == files.image_set(seed=5)[0][0]
+
+
 def test_random_views_are_functions_of_their_draw(files: Any, tmp_path: pathlib.Path) -> None:
     files.write_folder(tmp_path / "train", files.image_set())
     source = open_folder(tmp_path, crop="random")
