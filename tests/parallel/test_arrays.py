@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.parallel.processes import on_devices
 from rar_jax.parallel.rules import batch_sharding
 
 

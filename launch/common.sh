@@ -1,0 +1,39 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it.
+
+# The one place that says it: a process that was preempted has saved and leaves with this exit code (EX_TEMPFAIL of sysexits.h,
+# "try again later"). Only then is it started again; any other failure would only be repeated.
+# shellcheck disable=SC2034
+PREEMPTED=75
+
+dry_run=
+
+# The comment at the head of a script is its help.
+usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
+
+die() {
+    echo "${0##*/}: $*" >&2
+    exit 2
+}
+
+# Runs a command, or only prints it.
+run() {
+    if [ -n "$dry_run" ]; then show "$@"; else "$@"; fi
+}
+
+# A command as it could be typed: quoted only where it must be.
+show() {
+    local word text=()
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then text+=("$word"); else text+=("'${word//\'/\'\\\'\'}'"); fi
+    done
+    echo "${text[*]}"
+}
+
+# One line of shell for a machine elsewhere: what the caller gives, ending in `python -m rar_jax run ...`.
+rar_jax_run() { show python -m rar_jax run "$@"; }
+
+# Every script ends in `rar_jax run`, which needs both.
+need_experiment() {
+    [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] || die "give --config and --workdir; see --help"
+}
