@@ -23,7 +23,7 @@ def place(tree: Any, sharding: Sharding) -> Any:
 
     def one(array: Any) -> jax.Array:
         array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__, dtype=array.dtype)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree.map(one, tree)
 
@@ -54,7 +54,7 @@ def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
             begin = int(np.searchsorted(here, (index[0].start or 0) // size)) * size
             return given[begin : begin + size][(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback((parts * size, *given.shape[1:]), sharding, part, dtype=given.dtype)
+        return jax.make_array_from_callback((parts * size, *given.shape[1:]), sharding, part)
 
     return {name: one(array) for name, array in rows.items()}
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -98,11 +99,22 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         return
     initialization, heartbeat, shutdown = (_number(os.environ, name, default) for name, default in TIMEOUTS.items())
     common: dict[str, Any] = {
-        "initialization_timeout": initialization,
+        "initialization_timeout": initialization + 60,
         "heartbeat_timeout_seconds": heartbeat,
         "shutdown_timeout_seconds": shutdown,
     }
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read only where the devices are CPUs
+    asked = (
+        f"process {place.index} of {place.count} at {place.coordinator}" if isinstance(place, Place) else "this process"
+    )
+    missing = (
+        f"{asked} did not find the other processes within {initialization} s: start all of them, see that the coordinator's "
+        f"address is process 0's and its port free and open, or set {COUNT}=1 for one process"
+    )
+    # JAX ends a process that found no others by a stack trace of its own; this comes before it.
+    alarm = threading.Timer(initialization, _give_up, [missing])
+    alarm.daemon = True
+    alarm.start()
     try:
         if isinstance(place, Place):
             # "deactivate": else JAX looks for a cluster all the same, and on Slurm would take one local device for each.
@@ -118,12 +130,15 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     except RuntimeError as error:
         if place is None and "before any JAX" in str(error):
             return
-        asked = f"process {place.index} of {place.count} at {place.coordinator}" if isinstance(place, Place) else "JAX"
-        raise ProcessError(
-            f"{asked} did not find the other processes within {initialization} s: start all of them, see that the coordinator's "
-            f"address is process 0's and its port free and open, or set {COUNT}=1 for one process ({_first_line(error)})"
-        ) from error
+        raise ProcessError(f"{missing} ({_first_line(error)})") from error
+    finally:
+        alarm.cancel()
     barrier("start")
+
+
+def _give_up(message: str) -> None:
+    print(f"rar-jax: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def together(verb: str, function: Callable[[], int]) -> int:

@@ -9,7 +9,7 @@ import socket
 
 import jax
 
-from rar_jax.parallel.processes import barrier, from_all, from_main, is_main
+from rar_jax.parallel.processes import from_all, from_main, is_main
 
 
 class StorageError(RuntimeError):
@@ -26,29 +26,31 @@ def check_shared(folder: pathlib.Path) -> None:
         return
     nonce = from_main(lambda: secrets.token_hex(8))
     shared = folder / f".preflight-{nonce}"
-    own = folder / f"{shared.name}-{jax.process_index()}"
-    wrong = ""
+    renamed = [folder / f"{shared.name}-{k}" for k in range(jax.process_count())]
+
+    def look() -> None:
+        if lost := [k for k, path in enumerate(renamed) if not path.is_file()]:
+            raise _not_shared(folder, f"process 0 does not see what process {lost[0]} renamed there")
+
     try:
+        from_main(lambda: _create(shared, nonce))
+        trouble = _trouble(shared, renamed[jax.process_index()], nonce)
+        said = from_all(trouble and f"process {jax.process_index()} on {socket.gethostname()} {trouble}")
+        if wrong := [text for text in said if text]:
+            more = f" ({len(wrong)} of {len(said)} processes have trouble)" if len(wrong) > 1 else ""
+            raise _not_shared(folder, wrong[0] + more)
+        from_main(look)
+    finally:
+        renamed[jax.process_index()].unlink(missing_ok=True)
         if is_main():
-            _create(shared, nonce)
-    except OSError as error:
-        wrong = f"cannot write there ({error})"
-    barrier("preflight: written")
-    wrong = wrong or _trouble(shared, own, nonce)
-    barrier("preflight: renamed")
-    if is_main() and not wrong:
-        lost = [k for k in range(jax.process_count()) if not shared.with_name(f"{shared.name}-{k}").is_file()]
-        wrong = f"does not see what process {lost[0]} renamed there" if lost else ""
-    said = from_all(wrong and f"process {jax.process_index()} on {socket.gethostname()} {wrong}")
-    own.unlink(missing_ok=True)
-    if is_main():
-        shared.unlink(missing_ok=True)
-    if wrong := [text for text in said if text]:
-        more = f" ({len(wrong)} of {len(said)} processes have trouble)" if len(wrong) > 1 else ""
-        raise StorageError(
-            f"{folder.absolute()} is not the same directory for all processes: {wrong[0]}{more}. Give a path on storage that all "
-            "hosts mount, such as NFS, Lustre or Filestore"
-        )
+            shared.unlink(missing_ok=True)
+
+
+def _not_shared(folder: pathlib.Path, what: str) -> StorageError:
+    return StorageError(
+        f"{folder.absolute()} is not the same directory for all processes: {what}. Give a path on storage that all hosts mount, "
+        "such as NFS, Lustre or Filestore"
+    )
 
 
 def _create(path: pathlib.Path, text: str) -> None:
