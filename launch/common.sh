@@ -9,7 +9,7 @@ PREEMPTED=75
 dry_run=
 
 # The comment at the head of a script is its help.
-usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }
+usage() { sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "$0"; }
 
 die() {
     echo "${0##*/}: $*" >&2
@@ -23,17 +23,26 @@ run() {
 
 # A command as it could be typed: quoted only where it must be.
 show() {
-    local word text=()
+    local word quote="'\\''" text=()
     for word in "$@"; do
-        if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then text+=("$word"); else text+=("'${word//\'/\'\\\'\'}'"); fi
+        if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then text+=("$word"); else text+=("'${word//\'/$quote}'"); fi
     done
     echo "${text[*]}"
 }
 
-# One line of shell for a machine elsewhere: what the caller gives, ending in `python -m rar_jax run ...`.
-rar_jax_run() { show python -m rar_jax run "$@"; }
-
-# Every script ends in `rar_jax run`, which needs both.
+# `rar_jax run` needs both.
 need_experiment() {
     [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] || die "give --config and --workdir; see --help"
+}
+
+# Each of these variables, which have the names of options, has a value.
+need() {
+    local name
+    for name in "$@"; do [ -n "${!name}" ] || die "give --$name; see --help"; done
+}
+
+# The value of an option, $1 being the option and $2 what follows it.
+value() {
+    [ $# -ge 2 ] || die "$1 needs a value; see --help"
+    echo "$2"
 }

@@ -50,7 +50,7 @@ fi
 
 logs=$(mktemp -d)
 pids=() stopped=''
-# shellcheck disable=SC2317  # traps call it
+# shellcheck disable=SC2317,SC2329  # traps call it
 stop() { kill "${pids[@]}" 2>/dev/null || true; }
 trap 'stopped=1; stop' INT TERM
 trap 'stop; rm -rf "$logs"' EXIT
