@@ -133,7 +133,7 @@ def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) ->
 
 def test_one_process_goes_on_from_what_two_saved(one: pathlib.Path, two: pathlib.Path, tmp_path: pathlib.Path) -> None:
     workdir = cut_back(two, tmp_path / "run", 16)
-    out = rar_jax(1, "run", workdir, *FSDP, "--config.mesh.fsdp=4")
+    out = rar_jax(1, "train", workdir, *FSDP, "--config.mesh.fsdp=4")
     assert "generator: goes on from step 16 of 24" in out
     check_rows(workdir, one, "generator")
 
