@@ -155,7 +155,7 @@ def test_pipeline(workdir: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="dtype is 'bf16'"):
         rar_jax.load(workdir, dtype="bf16")
     low = rar_jax.load(workdir, dtype="bfloat16")
-    kernels = low.generator_params["transformer"]["blocks"]["mlp"]
+    kernels = low.generator_params["layers"][0]["mlp"]
     assert kernels["fc1"]["kernel"].dtype == "bfloat16"
     assert low.sample([1]).shape == (1, 8, 8, 1)
 
