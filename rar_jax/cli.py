@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from rar_jax.flags import LATER, parser
+from rar_jax.flags import LATER, MANY, parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,17 +30,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError
+    from rar_jax.parallel import processes
+
+    if args.verb not in MANY:
+        return _guarded(args, overrides)
+    try:
+        processes.start(args.coordinator_address, args.process_count, args.process_index)
+    except (ConfigError, processes.ProcessError) as error:
+        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return processes.together(args.verb, lambda: _guarded(args, overrides))
+
+
+def _guarded(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Does the verb; errors that people can mend are one line."""
+    from rar_jax.config import ConfigError
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.interop.torch_zip import WeightsError
+    from rar_jax.parallel.processes import ProcessError
+    from rar_jax.parallel.storage import StorageError
     from rar_jax.programs.train import TrainingError
     from rar_jax.training.checkpoint import CheckpointError
 
+    ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError
     try:
         if args.verb == "inspect":
             return _inspect(args, overrides)
         _dispatch(args, overrides)
-    except (ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError) as error:
+    except (*ours, ProcessError, StorageError) as error:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:  # a full disk, a file where a folder should be, no permission
@@ -125,7 +143,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         from rar_jax.programs.train import train
 
         if not args.quiet:
-            print(headline(experiment, workdir, mesh))
+            _say(headline(experiment, workdir, mesh))
         train(experiment, args.stage, workdir, mesh, quiet=args.quiet)
     elif args.verb == "tokenize":
         from rar_jax.programs.tokenize import tokenize
@@ -137,16 +155,27 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
 
         from rar_jax.programs.fd_classifier import evaluate
 
-        print(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
+        _say(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
+
+
+def _say(text: str) -> None:
+    """Prints once, however many processes there are."""
+    from rar_jax.parallel.processes import is_main
+
+    if is_main():
+        print(text)
 
 
 def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import ConfigError, load_experiment
     from rar_jax.data.token_writer import SHARD_RECORDS
+    from rar_jax.parallel.processes import is_main
     from rar_jax.programs.experiment import resolve
 
     if args.workdir or sum(x is not None for x in (args.verify, args.import_, args.export, args.source)) != 1:
         raise ConfigError("give one of --workdir (alone), --source, --verify, --import and --export: see --help")
+    if not args.source and not is_main():
+        return  # files in and out: process 0's work
     if args.verify:
         from rar_jax.programs.verify_tokens import verify_tokens
 
@@ -271,11 +300,11 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     elif args.images:
         result = score_images(args.images, args.inception, out, **theirs, **compared)
     elif args.steps:
-        print(steps_table(score_steps(args.workdir, args.inception, out, steps=args.steps, **drawn)))
+        _say(steps_table(score_steps(args.workdir, args.inception, out, steps=args.steps, **drawn)))
         return
     else:
         result = score_samples(
             args.weights or str(args.workdir), args.inception, out, tokenizer=args.tokenizer, download=args.download,
             samples_npz=args.samples_npz, shares=args.shares, **drawn,
         )  # fmt: skip
-    print(summary(result))
+    _say(summary(result))

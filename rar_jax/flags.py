@@ -15,6 +15,8 @@ Train and sample autoregressive image generators in JAX.
 
 # Verbs of the design that are not built yet.
 LATER = ("plan", "report", "doctor")
+# Verbs that run as one or many processes.
+MANY = ("run", "train", "tokenize", "evaluate", "sample")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +29,12 @@ def parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=short, description=f"{short}\n\n{text}", formatter_class=formatter)
         sub.add_argument("--quiet", action="store_true", help="no progress and no summary, only results and errors")
         return sub
+
+    def process_flags(sub: argparse.ArgumentParser) -> None:
+        many = sub.add_argument_group("several processes", _PROCESSES)
+        many.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 is reached")
+        many.add_argument("--process-count", type=int, metavar="N", help="how many; 1: alone, and look for no cluster")
+        many.add_argument("--process-index", type=int, metavar="K", help="which of them this is, 0..N-1")
 
     def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
         sub = verb(name, short, text + _OVERRIDES)
@@ -138,11 +146,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--records", type=int, default=1_000_000, help="loader: of the store it reads (default 1000000)")
     sub.add_argument("--json", action="store_true", help="JSON on stdout, the table on stderr")
     sub.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="also write a profiler trace of one run")
+    for name in MANY:
+        process_flags(verbs.choices[name])
     for name in LATER:
         verbs.add_parser(name, help="(not built yet)", add_help=False)
     return whole
 
 
+_PROCESSES = """The same command on every host, on storage that all share. TPU pods, GKE and Slurm are found without flags; by hand give
+all three, or RAR_JAX_COORDINATOR_ADDRESS, RAR_JAX_PROCESS_COUNT and RAR_JAX_PROCESS_INDEX."""
 _OVERRIDES = """
 Any number of the experiment can be changed:
   --config.train.steps=10 --config.mesh.fsdp=4 --config.generator.dropout=0.0

@@ -17,8 +17,9 @@ from rar_jax.data import imagenet
 from rar_jax.guidance import Guidance
 from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights, read_directory
+from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.rules import batch_sharding, sharded
+from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
 
 
@@ -50,7 +51,10 @@ class Pipeline:
         self.class_names = tuple(class_names) or tuple(str(i) for i in range(generator.config.num_classes))
         prepared = generator.module.prepare(generator.config, generator_params, dtype=dtype)
         self.params = {"generator": prepared, "tokenizer": tokenizer_params}
-        self._jitted = jax.jit(self.sample_fn)
+        # On a mesh every process gets all images.
+        self._at = replicated(mesh) if mesh is not None else None
+        self._jitted = jax.jit(self.sample_fn, out_shardings=self._at)
+        self._keys = jax.jit(sample_keys)
 
     @property
     def generator_params(self) -> Any:
@@ -109,11 +113,12 @@ class Pipeline:
     def _batches(self, labels_b: np.ndarray, seed: int, guidance: Guidance, size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(labels_b), size):
             ids_b = np.arange(start, start + size) % len(labels_b)  # the last batch is filled up, and cut again
-            batch = labels_b[ids_b].astype(np.int32), sample_keys(seed, jnp.asarray(ids_b))
+            rows: Any = labels_b[ids_b].astype(np.int32), ids_b.astype(np.int32)
             if self.mesh is not None:
-                batch = jax.device_put(batch, batch_sharding(self.mesh))
+                rows = place(rows, batch_sharding(self.mesh))
+            labels, ids = rows
             with contextlib.nullcontext() if self.mesh is None else sharded(self.mesh):
-                images = self._jitted(self.params, *batch, guidance)
+                images = self._jitted(self.params, labels, self._keys(np.uint32(seed), ids), guidance)
             yield np.asarray(images)[: len(labels_b) - start]
 
     def batch_count(self, images: int, batch_size: int | None = None) -> int:
@@ -152,7 +157,7 @@ class Pipeline:
         def through(params: Any, images_byxc: jax.Array) -> jax.Array:
             return to_uint8(module.decode(config, params, module.encode(config, params, images_byxc)))
 
-        return np.asarray(jax.jit(through)(self.tokenizer_params, jnp.asarray(images)))
+        return np.asarray(jax.jit(through, out_shardings=self._at)(self.tokenizer_params, np.asarray(images)))
 
 
 def load(

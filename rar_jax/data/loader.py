@@ -47,27 +47,27 @@ def batches(
     global_batch: int,
     seed: int,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     num_workers: int = 0,
     epochs_shuffled: bool = True,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless batches k = start_step, start_step + 1, ...: rows [p*B/P, (p+1)*B/P) of global batch k.
+    """Endless batches k = start_step, start_step + 1, ...: these rows of global batch k.
 
     Epoch after epoch is laid end to end, each in an order of its own that holds every record once, and cut
     into batches: one may straddle two epochs, and no record is dropped.
 
-    Returns: an iterator of {name: array (B/P, ...)}. With workers, `close()` it when done: they end with it.
+    Returns: an iterator of {name: array (r, ...)}. With workers, `close()` it when done: they end with it.
 
     Args:
-      global_batch: B, rows over all processes; process_count must divide it.
+      global_batch: B, rows over all processes.
+      rows: which of them this process takes, ints (r,) in [0, B); by default all.
       seed, start_step: what the stream is a function of. To resume, give the step: there is no other state.
       num_workers: 0 prefetches in a thread; more start that many processes, for sources slow to decode.
       epochs_shuffled: False takes the records in the source's order in every epoch.
 
     Raises: ConfigError for sizes that do not fit.
     """
-    rows = _process_rows(source, global_batch, process_index, process_count)
+    rows = _rows(source, global_batch, rows)
     require(seed >= 0 and start_step >= 0, f"seed ({seed}) and start_step ({start_step}) must not be negative")
     size = len(source)
     # A source of random views (an ImageSource says so itself) is told what to draw them from.
@@ -198,6 +198,18 @@ def _mix(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     value = (value ^ (value >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return value ^ (value >> np.uint64(33))
+
+
+def _rows(source: Source, global_batch: int, rows: np.ndarray | None) -> np.ndarray:
+    everything = _process_rows(source, global_batch, 0, 1)
+    if rows is None:
+        return everything
+    rows = np.asarray(rows, np.int64)
+    require(
+        rows.size > 0 and rows.min() >= 0 and rows.max() < global_batch,
+        f"rows {rows.min(initial=0)}..{rows.max(initial=0)} of a global batch of {global_batch} cannot be: they are 0..{global_batch - 1}",
+    )
+    return rows
 
 
 def _process_rows(source: Source, global_batch: int, process_index: int, process_count: int) -> np.ndarray:

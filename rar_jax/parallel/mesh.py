@@ -49,6 +49,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def own_mesh(mesh: Mesh) -> Mesh:
+    """The mesh itself if it is this process's alone, else one of this process's devices, each with a copy of the model.
+
+    For work that the processes share out among themselves and do at their own pace.
+    """
+    if mesh.is_multi_process:
+        return make_mesh(MeshConfig(), jax.local_devices())
+    return mesh
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """What the global batch must be divisible by: the devices along which it is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

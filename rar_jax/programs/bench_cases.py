@@ -23,8 +23,8 @@ from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.evaluation.features import features
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
+from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import on_devices
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.programs.ceilings import Cost
 from rar_jax.programs.experiment import Experiment

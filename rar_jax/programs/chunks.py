@@ -1,7 +1,7 @@
 """The chunks of an evaluation: computed one after the other, added up in float64, and kept on disk.
 
 A killed evaluation goes on behind its last chunk and ends in the same bits, since everything that the sums depend on is in
-the name of the folder: what is measured, and how it is cut into chunks and batches.
+the name of the folder: what is measured, and how it is cut into chunks and batches. Every process has the sums; process 0 writes.
 
     <folder>/<hash>/evaluation.json     what the hash is of, for a person
     <folder>/<hash>/totals.npz          sums of the chunks that are done
@@ -20,9 +20,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rar_jax.evaluation.sums import Sums, Totals
+from rar_jax.parallel.processes import ProcessError, barrier, from_main, is_main
 from rar_jax.training.checkpoint import write_json
 from rar_jax.training.report import progress
 
@@ -42,8 +44,12 @@ class ChunkStore:
         self.keep = keep
         text = json.dumps({**what, "keep": keep}, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "evaluation.json", what)
+
+        def make() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "evaluation.json", what)
+
+        from_main(make)
 
     def load(self, split_size: int) -> Totals:
         """The sums so far; empty if there are none, or the file is damaged."""
@@ -104,12 +110,20 @@ def accumulate(
       compute: function (start, count) -> Chunk of the images start .. start + count - 1.
     """
     totals = store.load(split_size)
-    if not store.whole(images, chunk, totals.done):
+    done = from_main(lambda: totals.done if store.whole(images, chunk, totals.done) else 0)
+    if not done:
         totals = Totals(split_size)
+    if totals.done != done:
+        raise ProcessError(
+            f"{store.folder}: process 0 finds {done} images done, process {jax.process_index()} {totals.done}: give a path on "
+            "storage that all hosts share"
+        )
     spans = [(start, min(chunk, images - start)) for start in range(totals.done, images, chunk)]
     sizes = [count for _, count in spans]
     for start, count in progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):
         sums, kept = compute(start, count)
         totals.add(sums, count)
-        store.save(totals, start, {name: np.asarray(array)[:count] for name, array in kept.items()})
+        if is_main():
+            store.save(totals, start, {name: np.asarray(array)[:count] for name, array in kept.items()})
+    barrier(f"{description}: all chunks written")  # what is kept is read by all
     return totals

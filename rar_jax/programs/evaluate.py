@@ -7,6 +7,7 @@ Inception's weights.) Killed anywhere, the same command goes on behind the last 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import pathlib
 import sys
@@ -26,7 +27,9 @@ from rar_jax.evaluation.sums import Shift
 from rar_jax.guidance import Guidance
 from rar_jax.interop import inception, released
 from rar_jax.interop.weights import open_weights
+from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.chunks import ChunkStore, accumulate
@@ -65,7 +68,7 @@ def score_samples(
     if shares:
         models = pipeline.generator, pipeline.tokenizer
         result["seconds_a_batch"] = program.time_shares(models, pipeline.params, guidance or pipeline.guidance)
-        write_json(out / "result.json", result)
+        from_main(lambda: write_json(out / "result.json", result))
     return result
 
 
@@ -131,7 +134,7 @@ def near_the_mean(network: Network, mesh: Mesh, settings: Settings, images: Imag
 def load_network(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Network:
     """Inception's weights on every device. Raises: WeightsError that says where to get them."""
     with jax.enable_x64(settings.features == "float64"):
-        params = jax.device_put(inception.load(path, dtype=settings.features), replicated(mesh))
+        params = place(inception.load(path, dtype=settings.features), replicated(mesh))
     return Network(params, file_sha256(path))
 
 
@@ -189,7 +192,7 @@ def evaluate(
     else:
         compute = program.images(source, keep)
     said = remarks(images, classes, reference, network.sha256)
-    for remark in [] if quiet else said:  # before hours of work, and in the result again
+    for remark in said if is_main() and not quiet else []:  # before hours of work, and in the result again
         print(f"note: {remark}", file=sys.stderr)
     store = ChunkStore(out / "chunks", {**what, **cut(program)}, keep)
     totals = accumulate(
@@ -200,7 +203,7 @@ def evaluate(
     if neighbours and reference is not None:
         pool3 = (_reference_pool3(program, network, reference, out, quiet), np.concatenate(list(store.kept("pool3"))))
     numbers = metrics(totals, program, reference, pool3)
-    if "images" in keep:
+    if "images" in keep and is_main():
         _write_samples(store, out / "samples.npz", images)
     if sampled:
         _draw(source, guidance, settings, out / "grid.png")
@@ -213,7 +216,7 @@ def evaluate(
         "remarks": said,
         "seconds": time.monotonic() - began,
     }
-    write_json(out / "result.json", result)
+    from_main(lambda: write_json(out / "result.json", result))
     return result
 
 
@@ -242,11 +245,12 @@ def make_reference(
     mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
     spatial_mean, spatial_cov = moments.finalize(totals.spatial, program.shift.spatial)
     kept = _spread(images, 10_000)
-    write_reference(
-        path, mean=mean, cov=cov, n=images.num, protocol=settings.protocol, weights_sha256=network.sha256, source=source,
+    write = functools.partial(
+        write_reference, path, mean=mean, cov=cov, n=images.num, protocol=settings.protocol, weights_sha256=network.sha256, source=source,
         spatial_mean=spatial_mean, spatial_cov=spatial_cov,
         images=np.repeat(kept, 3, axis=-1) if kept.shape[-1] == 1 else kept,
     )  # fmt: skip
+    from_main(write)
     return {
         "reference": str(path),
         "n": images.num,
@@ -302,7 +306,8 @@ def _draw(pipeline: Any, guidance: Guidance | None, settings: Settings, path: pa
     """The first samples, of up to 8 classes: the same images that were scored (but for the rounding)."""
     classes = min(pipeline.generator.config.num_classes, 8)
     images = pipeline.sample(np.arange(classes), seed=settings.seed, guidance=guidance)
-    grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], path)
+    if is_main():
+        grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], path)
 
 
 def cut(program: Program) -> dict[str, Any]:

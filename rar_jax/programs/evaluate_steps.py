@@ -9,6 +9,7 @@ from rar_jax.config import ConfigError, require
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.processes import from_main
 from rar_jax.pipeline import load
 from rar_jax.programs.evaluate import evaluate, load_network, made_from
 from rar_jax.programs.scoring import Program, Settings, shift_of
@@ -58,17 +59,21 @@ def score_steps(
         remarks = result["remarks"]
     best = (min if reference else max)(wanted, key=lambda step: numbers[step][metric])
     name, value = f"evaluate/{metric}_n{samples}", numbers[best][metric]
-    known = best_steps(folder).get(name)
-    # Of a few steps the best may be worse than the one that was marked before.
-    if known is None or known["step"] in wanted or (value < known["value"]) == (reference is not None):
-        mark_best(folder, best, name, value)
     told = {"steps": numbers, "best": best, "metric": metric, "n": samples, "remarks": remarks}
-    write_json(out / "steps.json", told)
+
+    def write() -> None:
+        known = best_steps(folder).get(name)
+        # Of a few steps the best may be worse than the one that was marked before.
+        if known is None or known["step"] in wanted or (value < known["value"]) == (reference is not None):
+            mark_best(folder, best, name, value)
+        write_json(out / "steps.json", told)
+
+    from_main(write)
     return told
 
 
 def _wanted(folder: pathlib.Path, steps: str) -> list[int]:
-    there = [step for step, _ in good_steps(folder)][::-1]
+    there: list[int] = from_main(lambda: [step for step, _ in good_steps(folder)])[::-1]
     require(bool(there), f"{folder} has no good checkpoint")
     if steps == "all":
         return there

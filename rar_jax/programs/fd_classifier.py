@@ -19,6 +19,7 @@ from rar_jax.data.sources import ImageSource
 from rar_jax.evaluation import classifier, frechet, moments
 from rar_jax.evaluation.moments import Moments
 from rar_jax.guidance import Guidance
+from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
@@ -52,8 +53,10 @@ class Scorer:
             trained_params(experiment, stage, workdir, mesh)[0] for stage in ("tokenizer", "classifier")
         )
         self.train, self.heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
-        self._train_images = jax.device_put(_all_images(self.train), replicated(mesh))
-        features = jax.jit(lambda p, x: classifier.features(self.judge, p, x)["features"])
+        self._train_images = place(_all_images(self.train), replicated(mesh))
+        features = jax.jit(
+            lambda p, x: classifier.features(self.judge, p, x)["features"], out_shardings=replicated(mesh)
+        )
         train_nf = np.concatenate(
             [
                 np.asarray(features(self.classifier_params, self._train_images[i : i + 1000]))
@@ -168,7 +171,7 @@ class Scorer:
 
     def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         at = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(None, *batch_sharding(self.mesh).spec))
-        return tuple(jax.device_put(array, at) for array in arrays)
+        return place(arrays, at)
 
 
 def _all_images(source: ImageSource) -> np.ndarray:

@@ -16,6 +16,7 @@ from rar_jax.evaluation.reference import read_reference
 from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.processes import from_main
 from rar_jax.programs.chunks import ChunkStore, accumulate
 from rar_jax.programs.evaluate import cut, load_network, near_the_mean
 from rar_jax.programs.image_sets import open_images
@@ -102,5 +103,5 @@ def reconstruct(
         "remarks": said,
         "seconds": time.monotonic() - began,
     }
-    write_json(out / "result.json", result)
+    from_main(lambda: write_json(out / "result.json", result))
     return result

@@ -19,7 +19,7 @@ from PIL import Image
 import rar_jax
 from rar_jax.config import require, steps_fields
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.parallel.processes import is_main
+from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.evaluate import score_samples
 from rar_jax.programs.experiment import Experiment, open_source
@@ -70,19 +70,14 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
 
     # ---- what came of it
     inputs = _inputs(experiment, workdir)
-    if _result_of(workdir, inputs) is None:
+    if from_main(lambda: _result_of(workdir, inputs)) is None:
         metrics = evaluate(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
         metrics |= _inception_scores(experiment, workdir, quiet) if experiment.evaluate.inception else {}
         pipeline = load(workdir.path, mesh=mesh)
         draw_pictures(experiment, workdir, pipeline)
-        last = {
-            row["stage"]: row for row in read_metrics(workdir.path) if any(k.startswith("validation/") for k in row)
-        }
-        trained = {stage: {k: v for k, v in row.items() if k not in ("stage", "time")} for stage, row in last.items()}
-        write_json(
-            workdir.result, {**metrics, "last_validation": trained, "made_from": inputs, "made_on": _where(mesh)}
-        )
-    result = _result_of(workdir, inputs)
+        made = {"made_from": inputs, "made_on": _where(mesh)}
+        from_main(lambda: write_json(workdir.result, {**metrics, "last_validation": _trained(workdir), **made}))
+    result = from_main(lambda: _result_of(workdir, inputs))
     assert result is not None
     say(_closing(experiment, workdir, result, time.monotonic() - began))
 
@@ -95,6 +90,12 @@ def _stage(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, say
     train(experiment, stage, workdir, mesh, quiet=quiet)
     how = "trained" if experiment.recipe(stage) else f"taken over from {experiment.tokenizer_weights}"
     say(f"{stage}: {how} in {time.monotonic() - began:.0f} s")
+
+
+def _trained(workdir: Workdir) -> dict[str, dict[str, Any]]:
+    """The last validation of each stage."""
+    last = {row["stage"]: row for row in read_metrics(workdir.path) if any(k.startswith("validation/") for k in row)}
+    return {stage: {k: v for k, v in row.items() if k not in ("stage", "time")} for stage, row in last.items()}
 
 
 def _inception_scores(experiment: Experiment, workdir: Workdir, quiet: bool) -> dict[str, Any]:
@@ -115,15 +116,21 @@ def _inception_scores(experiment: Experiment, workdir: Workdir, quiet: bool) -> 
 
 
 def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) -> None:
-    """samples.png (a row a class), reconstructions.png (held-out images and what the tokenizer keeps), curves.png."""
+    """samples.png (a row a class), reconstructions.png (held-out images and what the tokenizer keeps), curves.png.
+
+    All processes draw the images, process 0 the pictures.
+    """
     data, columns = experiment.data, experiment.evaluate.grid_per_class
     shown = np.unique(np.linspace(0, data.num_classes - 1, experiment.evaluate.grid_classes).astype(int))
     images = pipeline.sample(np.repeat(shown, columns), seed=experiment.seed)
-    names = [data.class_names[label].split(",")[0] for label in shown]
-    grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
     heldout = open_source(experiment, "heldout")
     originals = heldout.gather(np.arange(min(24, len(heldout))))["images"]
-    pairs(originals, pipeline.reconstruct(originals), workdir.path / "reconstructions.png")
+    reconstructed = pipeline.reconstruct(originals)
+    if not is_main():
+        return
+    names = [data.class_names[label].split(",")[0] for label in shown]
+    grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
+    pairs(originals, reconstructed, workdir.path / "reconstructions.png")
     curves(read_metrics(workdir.path), workdir.path / "curves.png")
     with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True) as reporter:
         for name in PICTURES:

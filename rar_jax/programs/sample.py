@@ -9,6 +9,8 @@ from PIL import Image
 
 from rar_jax.config import ConfigError, nearest, require
 from rar_jax.guidance import Guidance
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
 from rar_jax.training.pictures import grid
 from rar_jax.training.report import progress
@@ -71,10 +73,14 @@ def sample(
     download: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Writes out/<class>_<n>.png and out/grid.png, a row a class; all classes if `classes` is None."""
+    """Writes out/<class>_<n>.png and out/grid.png, a row a class; all classes if `classes` is None.
+
+    Drawn on all devices of all processes; process 0 writes.
+    """
     require(per_class >= 1, f"--per-class is {per_class}: it must be at least 1")
     require(not out.exists() or out.is_dir(), f"--out {out} is not a folder: choose another")
-    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, download=download)
+    mesh = make_mesh(MeshConfig())
+    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, download=download, mesh=mesh)
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)
     labels = list(dict.fromkeys(labels))  # "3,2-4" names 3 twice; its files would overwrite each other
@@ -83,15 +89,18 @@ def sample(
     each = np.repeat(labels, per_class)
     batches = pipeline.sample_batches(each, seed=seed, guidance=guidance, batch_size=batch_size)
     count = pipeline.batch_count(len(each), batch_size)
-    out.mkdir(parents=True, exist_ok=True)
+    from_main(lambda: out.mkdir(parents=True, exist_ok=True))
     done, shown = 0, []
     for batch in progress(batches, count, f"sample {total} images", "batches", quiet):
         for image in batch:  # written as they come, so that nothing is lost when it is stopped
             row, n = divmod(done, per_class)
             squeezed = image[..., 0] if image.shape[-1] == 1 else image
-            Image.fromarray(squeezed).save(out / f"{labels[row]:04d}_{n:03d}.png")
+            if is_main():
+                Image.fromarray(squeezed).save(out / f"{labels[row]:04d}_{n:03d}.png")
             shown += [image] if row < ROWS and n < COLUMNS else []
             done += 1
+    if not is_main():
+        return
     grid(np.stack(shown), [names[label].split(",")[0] for label in labels[:ROWS]], out / "grid.png")
     if not quiet:
         print(f"{done} images in {out}, {'all' if done == len(shown) else len(shown)} of them in {out / 'grid.png'}")

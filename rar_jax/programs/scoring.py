@@ -24,6 +24,7 @@ from rar_jax.evaluation.features import features
 from rar_jax.evaluation.reference import Reference
 from rar_jax.evaluation.sums import Shift, Totals
 from rar_jax.guidance import Guidance
+from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.programs.chunks import Chunk
@@ -92,7 +93,7 @@ class Program:
         self.shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift or zero)
         at = replicated(mesh)
         self._dtype = np.dtype(settings.features)
-        self._params = {"inception": network.params, "shift": jax.device_put(self.shift, at)}
+        self._params = {"inception": network.params, "shift": place(self.shift, at)}
         self._score_samples = jax.jit(self._scan_samples, static_argnames=("models", "keep"), out_shardings=at)
         self._score_images = jax.jit(self._scan_images, static_argnames="keep", out_shardings=at)
         self._score_reconstructions = jax.jit(self._scan_reconstructions, static_argnames="tokenizer", out_shardings=at)
@@ -243,7 +244,7 @@ class Program:
 
     def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         at = NamedSharding(self.mesh, PartitionSpec(None, *batch_sharding(self.mesh).spec))
-        return tuple(jax.device_put(array, at) for array in arrays)
+        return place(arrays, at)
 
 
 def _flat(chunk: Chunk) -> Chunk:

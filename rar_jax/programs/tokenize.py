@@ -1,7 +1,8 @@
 """Turns images into a token store: those of an experiment, for its work directory, or of any source, into a folder.
 
 One code path for both, and for one or many processes: each shard of the store is made by itself from its records of the
-source, so that a run that was killed goes on with the first shard that is missing.
+source, so that a run that was killed goes on with the first shard that is missing. Each process makes its own shards on its own
+devices, at its own pace.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import SHARD_RECORDS, TokenStoreWriter, sweep
 from rar_jax.interop.released import locate
 from rar_jax.interop.weights import open_weights
-from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import global_batch, is_main
+from rar_jax.parallel.arrays import global_batch
+from rar_jax.parallel.mesh import batch_divisor, own_mesh
+from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
@@ -64,21 +66,26 @@ def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split,
     )
     if experiment.data.given_tokens(split):
         return
-    params, manifest = trained_params(experiment, "tokenizer", workdir, mesh)
+    params, manifest = trained_params(experiment, "tokenizer", workdir, own_mesh(mesh))
     origin = stage_origin_sha256(experiment, workdir)
     if tokenized(workdir, split, (manifest, origin)):
         return
     source = open_source(experiment, split)
     card = _card(experiment, source, f"{experiment.data.source} ({split})", origin)
     folder = workdir.tokens(split)
-    if (folder / "card.json").exists() and is_main():
-        shutil.rmtree(folder)  # damaged, or of another tokenizer
+
+    def make_way() -> None:
+        if (folder / "card.json").exists():
+            shutil.rmtree(folder)  # damaged, or of another tokenizer
+        try:
+            TokenStoreWriter(folder, card, source_records=len(source))
+        except StoreError:  # the beginning of another one
+            shutil.rmtree(folder)
+            TokenStoreWriter(folder, card, source_records=len(source))
+
+    from_main(make_way)
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    try:
-        writer = TokenStoreWriter(folder, card, source_records=len(source), **processes)
-    except StoreError:  # the beginning of another one
-        shutil.rmtree(folder)
-        writer = TokenStoreWriter(folder, card, source_records=len(source), **processes)
+    writer = TokenStoreWriter(folder, card, source_records=len(source), **processes)
     workers = experiment.data.workers
     write_store(
         writer, source, experiment.tokenizer, params, mesh, num_workers=workers, name=f"tokenize {split}", quiet=quiet
@@ -121,8 +128,13 @@ def tokenize_source(
     check_tokenizer(experiment, given, f"--weights {given.path}")
     images = _open(source, split, crops, experiment)
     card = _card(experiment, images, f"{source} ({split})", origin_sha256(given))
-    if (out / "card.json").exists():
-        _check_finished(out, card, len(images))
+
+    def finished() -> bool:
+        if there := (out / "card.json").exists():
+            _check_finished(out, card, len(images))
+        return there
+
+    if from_main(finished):
         return True
     writer = TokenStoreWriter(
         out,
@@ -136,7 +148,7 @@ def tokenize_source(
         writer,
         images,
         experiment.tokenizer,
-        given.place(mesh),
+        given.place(own_mesh(mesh)),
         mesh,
         batch_size=batch_size,
         num_workers=experiment.data.workers,
@@ -146,16 +158,20 @@ def tokenize_source(
 
 
 def tokenized(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
-    """Whether the split's store is whole, undamaged and of the tokenizer that goes by these sha256s."""
-    try:
-        store = TokenStore(workdir.tokens(split))
-        store.verify()
-    except StoreError:
-        return False
-    if store.card["tokenizer_sha256"] not in hashes:
-        return False
-    sweep(store.folder, store.card)  # what a kill between the card and the last removal left
-    return True
+    """Whether the split's store is whole, undamaged and of the tokenizer that goes by these sha256s. All processes call this."""
+
+    def look() -> bool:
+        try:
+            store = TokenStore(workdir.tokens(split))
+            store.verify()
+        except StoreError:
+            return False
+        if store.card["tokenizer_sha256"] not in hashes:
+            return False
+        sweep(store.folder, store.card)  # what a kill between the card and the last removal left
+        return True
+
+    return from_main(look)
 
 
 # ---------------------------------------------------------------- the one path
@@ -187,8 +203,15 @@ def write_store(
 
     Batches do not reach over the end of a shard, so that a record's batch, and with it every bit of its tokens, does not
     depend on where a run was interrupted.
+
+    Args:
+      params: the tokenizer's, on `own_mesh(mesh)`.
+      mesh: of all processes; `batch_size` is over its devices, so that each has as many images at a time however they are
+        shared out.
     """
-    size = -(-batch_size // batch_divisor(mesh)) * batch_divisor(mesh)
+    share = own_mesh(mesh).size / mesh.size
+    mesh = own_mesh(mesh)
+    size = -(-round(batch_size * share) // batch_divisor(mesh)) * batch_divisor(mesh)
     encode = jax.jit(functools.partial(tokenizer.module.encode, tokenizer.config), out_shardings=replicated(mesh))
     missing = writer.missing()
     spans = [writer.span(j) for j in missing]
@@ -215,8 +238,10 @@ def write_store(
                     crops, bad = batch.get("crops", none), batch.get("bad", none > 0)
                     shard.append(tokens[real], batch["labels"][real], batch["ids"][real], crops[real], bad[real])
         assert next(rows, None) is None  # and the progress line shows the end
-    written = Written(writer.finish(), sum(sizes), time.perf_counter() - began, batches.waited)
-    if not quiet:
+    barrier(f"{name}: all shards written")
+    finished = from_main(writer.finish)
+    written = Written(finished, sum(sizes), time.perf_counter() - began, batches.waited)
+    if not quiet and is_main():
         _tell(writer, source, written, name)
     return written
 

@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
+from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import global_batch, on_devices
+from rar_jax.parallel.processes import is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.live import best_by, live_scorers
@@ -100,13 +101,13 @@ def make_validation(
     batches_by_variant: list[tuple[str, Batch]] = []
     encode = jax.jit(functools.partial(encoded, objective.encoder), out_shardings=batch_sharding(mesh))
     for i in range(count):
-        rows = objective.heldout.gather(np.arange(i * size, (i + 1) * size, dtype=np.int64) % len(objective.heldout))
-        batch = global_batch(_local_rows(rows), mesh)
+        places = (i * size + local_rows(mesh, size)) % len(objective.heldout)
+        batch = global_batch(for_devices(objective.heldout.gather(places)), mesh)
         if objective.encoder is not None:
             with sharded(mesh):
                 batch = encode(frozen, batch)
         for name, extra in objective.variants(size).items():
-            batches_by_variant.append((name and f"{name}_", {**batch, **global_batch(_local_rows(extra), mesh)}))
+            batches_by_variant.append((name and f"{name}_", {**batch, **place(extra, batch_sharding(mesh))}))
     loss = jax.jit(
         lambda params, batch: objective.model.loss(objective.config, params, batch, key=None, step=0)[1],
         out_shardings=replicated(mesh),
@@ -121,11 +122,6 @@ def make_validation(
         return totals
 
     return validate
-
-
-def _local_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    index, processes = jax.process_index(), jax.process_count()
-    return {key: np.array_split(value, processes)[index] for key, value in batch.items() if key != "ids"}
 
 
 # ---------------------------------------------------------------- state and step
@@ -217,7 +213,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
             if stage == "generator" and experiment.init_from:
                 state, objective.meta["init_from"] = start_from(experiment, state, setup, mesh)
         start = int(state["step"])
-        if start and not quiet:
+        if start and not quiet and is_main():
             print(f"{stage}: goes on from step {start} of {recipe.steps}")
 
         # ---- the data: a function of (seed, step)
@@ -226,8 +222,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
             global_batch=recipe.batch_size,
             seed=experiment.seed,
             start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(mesh, recipe.batch_size),
             num_workers=experiment.data.workers,
         )
         stack.callback(getattr(stream, "close", lambda: None))

@@ -27,6 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rar_jax.parallel.processes import from_main, is_main
+
 MANIFEST = "manifest.json"
 BEST = "best.json"
 log = logging.getLogger(__name__)
@@ -105,13 +107,15 @@ def verify_manifest(folder: pathlib.Path) -> str:
 def good_step(folder: pathlib.Path) -> tuple[int, str] | None:
     """The newest step of a checkpoint folder that verifies, and its manifest's hash; None if there is none.
 
-    Newer steps that do not verify are reported by log warnings that name the bad file.
+    Newer steps that do not verify are reported by log warnings that name the bad file. Process 0 looks, and all go by what
+    it finds: all processes call this.
     """
-    return next(good_steps(folder), None)
+    found = from_main(lambda: next(good_steps(folder), None))
+    return None if found is None else (found[0], found[1])
 
 
 def good_steps(folder: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """Every step that verifies and its manifest's hash, the newest first; log warnings name what is bad."""
+    """Every step that verifies and its manifest's hash, the newest first; log warnings name what is bad. As this process sees it."""
     steps = sorted((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), reverse=True)
     for step in steps:
         try:
@@ -217,7 +221,7 @@ class Checkpointer:
         if self._unfinished is not None and not self._manager.is_saving_in_progress():
             self._manager.wait_until_finished()  # raises what the background save raised
             step, self._unfinished = self._unfinished, None
-            if jax.process_index() == 0:
+            if is_main():  # orbax's save is in progress until every process has written
                 self._manifest = self._threads.submit(_finish, self.folder, step, self._score)
         if self._manifest is not None and self._manifest.done():
             manifest, self._manifest = self._manifest, None
@@ -240,18 +244,7 @@ class Checkpointer:
         Raises: CheckpointError if there are damaged steps and no good one.
         """
         good = good_step(self.folder)
-        newer = sorted(step for step in self._manager.all_steps() if good is None or step > good[0])
-        damaged = [step for step in newer if (self.folder / str(step) / MANIFEST).exists()]
-        if good is None and damaged:
-            raise CheckpointError(
-                f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
-                "copy, or move the folder away to start this stage again"
-            )
-        for step in newer if jax.process_index() == 0 else []:
-            aside = self.folder / f"{step}.{'damaged' if step in damaged else 'unfinished'}"
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-            (self.folder / str(step)).rename(aside)
-        if newer:
+        if from_main(lambda: self._set_aside(good)):
             self._manager.reload()
         if good is None:
             return None
@@ -259,6 +252,21 @@ class Checkpointer:
             good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         )
         return restored["state"]
+
+    def _set_aside(self, good: tuple[int, str] | None) -> list[int]:
+        """Renames the steps that are newer than the good one. Process 0 does it."""
+        newer = sorted(step for step in self._manager.all_steps() if good is None or step > good[0])
+        damaged = [step for step in newer if (self.folder / str(step) / MANIFEST).exists()]
+        if good is None and damaged:
+            raise CheckpointError(
+                f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
+                "copy, or move the folder away to start this stage again"
+            )
+        for step in newer:
+            aside = self.folder / f"{step}.{'damaged' if step in damaged else 'unfinished'}"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            (self.folder / str(step)).rename(aside)
+        return newer
 
     def close(self) -> None:
         """Finishes what is under way and frees the threads."""

@@ -1,6 +1,6 @@
 """What a run tells: metrics.jsonl and TensorBoard for later, one progress line for now.
 
-Only one process of a run makes a Reporter. Rows of metrics.jsonl are {"stage", "step", "time", ...}: time
+Process 0 of a run tells; a Reporter of another process does nothing. Rows of metrics.jsonl are {"stage", "step", "time", ...}: time
 is seconds since 1970, every other value a finite number or null.
 """
 
@@ -22,6 +22,8 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from rar_jax.parallel.processes import is_main
+
 T = TypeVar("T")
 Row = dict[str, Any]
 
@@ -41,6 +43,7 @@ class Reporter:
 
     def __init__(self, workdir: str | os.PathLike[str], stage: str, *, total_steps: int, quiet: bool = False) -> None:
         self.stage = stage
+        self._tells = is_main()
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._jsonl = self._workdir / "metrics.jsonl"
@@ -71,6 +74,8 @@ class Reporter:
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one row; values are numbers or 0-d arrays, and NaN or infinity becomes null."""
+        if not self._tells:
+            return
         finite = {name: x if math.isfinite(x := float(value)) else None for name, value in values.items()}
         row = {"stage": self.stage, "step": int(step), "time": round(time.time(), 3), **finite}
         with open(self._jsonl, "a", encoding="utf-8") as file:  # closing flushes: a killed run keeps its rows
@@ -81,7 +86,8 @@ class Reporter:
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Shows a uint8 (height, width, 1 or 3) image in TensorBoard."""
-        self._tensorboard().add_image(name, image, int(step), dataformats="HWC")
+        if self._tells:
+            self._tensorboard().add_image(name, image, int(step), dataformats="HWC")
 
     def progress(self, step: int, **shown: float) -> None:
         """Redraws the progress line: `step` of the total are done, and these numbers are the last known."""
@@ -95,7 +101,7 @@ class Reporter:
 
     def _rewrite(self, keep: Callable[[Row], bool]) -> None:
         """Keeps these rows and whole lines only; readers see the old file or the new one."""
-        if not self._jsonl.exists():
+        if not self._tells or not self._jsonl.exists():
             return
         text = "".join(json.dumps(row) + "\n" for row in read_metrics(self._workdir) if keep(row))
         if text.encode() == self._jsonl.read_bytes():
@@ -165,7 +171,8 @@ class _Line:
     """One line that moves on a terminal; elsewhere a plain line at the start, every 10 s, and at the end."""
 
     def __init__(self, description: str, total: int, unit: str, quiet: bool) -> None:
-        self._description, self._total, self._unit, self._quiet = description, total, unit, quiet
+        self._description, self._total, self._unit = description, total, unit
+        self._quiet = quiet or not is_main()
         # (time, done) of the last calls. The first call is the zero point, so what comes before it (the
         # compilation, where the loop reports after its first step) does not spoil the rate.
         self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=RATE_WINDOW)

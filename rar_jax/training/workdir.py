@@ -13,6 +13,8 @@ import pathlib
 from typing import Any
 
 from rar_jax.config import ConfigError, differences
+from rar_jax.parallel.processes import from_main
+from rar_jax.parallel.storage import check_shared
 from rar_jax.training.checkpoint import write_json
 
 # What may differ between the starts of one run: where it runs, and what is done with the finished weights.
@@ -40,15 +42,24 @@ class Workdir:
     def claim(self, config: dict[str, Any]) -> None:
         """Makes the directory this experiment's, or checks that it is. Until something was made, it can change hands.
 
-        Raises: ConfigError with the differences if it belongs to another experiment.
+        All processes call this: it is where they find out whether they share the directory.
+
+        Raises: ConfigError with the differences if it belongs to another experiment; StorageError if the processes do not see
+          the same directory.
         """
+        from_main(self._make)
+        check_shared(self.path)
+        from_main(lambda: self._claim(json.loads(json.dumps(config))))
+
+    def _make(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is not a folder: choose another --workdir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be made ({error.strerror}): choose another --workdir") from None
-        config = json.loads(json.dumps(config))
+
+    def _claim(self, config: dict[str, Any]) -> None:
         made = sorted(p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json")))
         if made and not self.config.exists():
             raise ConfigError(

@@ -35,17 +35,29 @@ def stream(source: ImageSource, count: int, **changes: Any) -> list[Batch]:
     return take(batches(source, **{"global_batch": BATCH, "seed": 3, "start_step": 0, **changes}), count)
 
 
+def shares(process_count: int) -> np.ndarray:
+    """The rows of each process where they are neighbours."""
+    return np.arange(BATCH).reshape(process_count, -1)
+
+
 def ids(stream: list[Batch]) -> np.ndarray:
     return np.concatenate([batch["ids"] for batch in stream])
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_global_batch_is_the_same_for_any_number_of_processes(source: ImageSource, process_count: int) -> None:
-    parts = [stream(source, 10, process_index=p, process_count=process_count) for p in range(process_count)]
+    parts = [stream(source, 10, rows=rows) for rows in shares(process_count)]
     for k, whole in enumerate(stream(source, 10)):
         assert all(len(part[k]["ids"]) == BATCH // process_count for part in parts)
         joined = {key: np.concatenate([part[k][key] for part in parts]) for key in whole}
         assert batch_digest(joined) == batch_digest(whole), f"global batch {k}"
+
+
+def test_any_rows_of_the_batch(source: ImageSource) -> None:
+    """A process need not hold neighbours: those of every other device, and some that another process holds too."""
+    rows = np.array([1, 2, 9, 30, 47])
+    for part, whole in zip(stream(source, 9, rows=rows, start_step=3), stream(source, 9, start_step=3), strict=True):
+        assert batch_digest(part) == batch_digest({key: value[rows] for key, value in whole.items()})
 
 
 def test_global_batch_is_the_same_for_any_number_of_workers(source: ImageSource) -> None:
@@ -77,8 +89,8 @@ def test_tokens_are_the_same_for_any_number_of_processes_and_workers(
     def streams(**changes: Any) -> list[Batch]:
         return take(batches(tokens, global_batch=BATCH, seed=3, start_step=6, **changes), 9)
 
-    whole, count = streams(), {"process_count": process_count, "num_workers": num_workers}
-    parts = [streams(process_index=p, **count) for p in range(process_count)]
+    whole = streams()
+    parts = [streams(rows=rows, num_workers=num_workers) for rows in shares(process_count)]
     joined = [{key: np.concatenate([part[k][key] for part in parts]) for key in whole[0]} for k in range(9)]
     assert [batch_digest(batch) for batch in joined] == [batch_digest(batch) for batch in whole]
     assert len(tokens) == 371 and not np.any(ids(whole) % 5 == 0)
@@ -183,8 +195,11 @@ def test_digest_sees_everything() -> None:
 
 
 def test_wrong_sizes_are_refused(source: ImageSource) -> None:
+    for wrong in ([0, 48], [-1], []):
+        with pytest.raises(ConfigError, match=r"of a global batch of 48 cannot be: they are 0\.\.47"):
+            batches(source, global_batch=48, seed=0, start_step=0, rows=np.array(wrong))
     with pytest.raises(ConfigError, match="48 cannot be shared evenly by 5"):
-        batches(source, global_batch=48, seed=0, start_step=0, process_count=5)
+        sequential_batches(source, global_batch=48, process_count=5)
     with pytest.raises(ConfigError, match="process 2 of 2"):
         sequential_batches(source, global_batch=48, process_index=2, process_count=2)
     with pytest.raises(ConfigError, match="negative"):
@@ -231,9 +246,7 @@ def test_draws_are_frozen_and_a_function_of_seed_and_place() -> None:
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_draws_are_the_same_for_any_number_of_processes(process_count: int) -> None:
     source = Draws()
-    parts = [
-        stream(source, 6, start_step=2, process_index=p, process_count=process_count) for p in range(process_count)
-    ]
+    parts = [stream(source, 6, start_step=2, rows=rows) for rows in shares(process_count)]
     for k in range(6):
         found = np.concatenate([part[k]["draws"] for part in parts])
         place = (2 + k) * BATCH + np.arange(BATCH)

@@ -126,7 +126,8 @@ def digests(rows: list[Batch]) -> list[str]:
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_digest_is_the_same_for_any_number_of_processes(process_count: int) -> None:
     source = mixed(0.6, 0.1, 0.3)
-    parts = [take(source, 10, process_index=p, process_count=process_count) for p in range(process_count)]
+    shares = np.arange(BATCH).reshape(process_count, -1)
+    parts = [take(source, 10, rows=rows) for rows in shares]
     joined = [{k: np.concatenate([part[i][k] for part in parts]) for k in parts[0][0]} for i in range(10)]
     assert digests(joined) == digests(take(source, 10))
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rar_jax.config import find_module
+from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.parallel.processes import global_batch
 from rar_jax.parallel.rules import param_shardings, sharded
 from rar_jax.programs.train import compile_training
 from rar_jax.sampling.sampler import Model

@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it.
+
+# The one place that says it: a process that was preempted has saved and leaves with this exit code (EX_TEMPFAIL of sysexits.h,
+# "try again later"). Only then is it started again; any other failure would only be repeated.
+# shellcheck disable=SC2034
+PREEMPTED=75
+
+dry_run=
+
+# The comment at the head of a script is its help.
+usage() { sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "$0"; }
+
+die() {
+    echo "${0##*/}: $*" >&2
+    exit 2
+}
+
+# Runs a command, or only prints it.
+run() {
+    if [ -n "$dry_run" ]; then show "$@"; else "$@"; fi
+}
+
+# A command as it could be typed: quoted only where it must be.
+show() {
+    local word quote="'\\''" text=()
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then text+=("$word"); else text+=("'${word//\'/$quote}'"); fi
+    done
+    echo "${text[*]}"
+}
+
+# `rar_jax run` needs both.
+need_experiment() {
+    [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] || die "give --config and --workdir; see --help"
+}
+
+# Each of these variables, which have the names of options, has a value.
+need() {
+    local name
+    for name in "$@"; do [ -n "${!name}" ] || die "give --$name; see --help"; done
+}
+
+# The value of an option, $1 being the option and $2 what follows it.
+value() {
+    [ $# -ge 2 ] || die "$1 needs a value; see --help"
+    echo "$2"
+}
