@@ -30,40 +30,33 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="no progress and no summary, only results and errors")
         return sub
 
-    def process_flags(sub: argparse.ArgumentParser) -> None:
-        many = sub.add_argument_group("several processes", _PROCESSES)
-        many.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 is reached")
-        many.add_argument("--process-count", type=int, metavar="N", help="how many; 1: alone, and look for no cluster")
-        many.add_argument("--process-index", type=int, metavar="K", help="which of them this is, 0..N-1")
-
     def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
         sub = verb(name, short, text + _OVERRIDES)
         sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
         sub.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything is written and resumed")
         return sub
 
-    def weights_flags(sub: argparse.ArgumentParser, required: bool = True) -> None:
-        sub.add_argument(
-            "--weights",
-            required=required,
-            help="directory of a run or of convert, generator file, or a released name (rar_b)",
-        )
-        sub.add_argument("--tokenizer", help="the tokenizer's file, with a generator file")
-        sub.add_argument(
-            "--download", action="store_true", help="fetch released files that are not here, and check them"
-        )
-
-    def sampling_flags(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
-        sub.add_argument(
-            "--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's, or the released model's)"
-        )
-        sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
-
     experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
     sub = experiment_verb("train", "Train one stage of an experiment, or resume it.", _TRAIN)
     sub.add_argument("--stage", default="generator", choices=("tokenizer", "classifier", "generator"))
-    sub = verb("tokenize", "Turn images into token stores; check, import and export those.", _TOKENIZE + _OVERRIDES)
+    _tokenize_flags(
+        verb("tokenize", "Turn images into token stores; check, import and export those.", _TOKENIZE + _OVERRIDES)
+    )
+    _evaluate_flags(verb("evaluate", "Score samples, or images made elsewhere.", _EVALUATE + _OVERRIDES))
+    _sample_flags(verb("sample", "Sample images of given classes into PNG files.", _SAMPLE))
+    _convert_flags(verb("convert", "Convert weights: released files to a directory of ours, and back.", _CONVERT))
+    _inspect_flags(
+        verb("inspect", "Say what a token store or a source of images holds, and what is wrong with it.", _INSPECT)
+    )
+    _bench_flags(verb("bench", "Time a part of an experiment against what this machine can do.", _BENCH + _OVERRIDES))
+    for name in MANY:
+        _process_flags(verbs.choices[name])
+    for name in LATER:
+        verbs.add_parser(name, help="(not built yet)", add_help=False)
+    return whole
+
+
+def _tokenize_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", help="experiment file, or its bare name: says what the images and the tokenizer are")
     sub.add_argument("--workdir", type=pathlib.Path, help="tokenize the experiment's splits with its trained tokenizer")
     sub.add_argument("--source", help="instead: tokenize these images (digits, idx:FOLDER, tfds:NAME)")
@@ -83,8 +76,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--export", type=pathlib.Path, metavar="DIR", help="write a store as a JSONL file")
     sub.add_argument("--codebook-size", type=int, help="of --import (default: of --config, or 1024)")
     sub.add_argument("--num-classes", type=int, help="of --import (default: of --config, or 1000)")
-    sub = verb("evaluate", "Score samples, or images made elsewhere.", _EVALUATE + _OVERRIDES)
-    weights_flags(sub, required=False)
+
+
+def _evaluate_flags(sub: argparse.ArgumentParser) -> None:
+    _weights_flags(sub, required=False)
     sub.add_argument("--config", help="with --workdir and without --inception: fd_classifier of this experiment")
     sub.add_argument("--workdir", type=pathlib.Path, help="work directory to score")
     sub.add_argument(
@@ -115,19 +110,25 @@ def parser() -> argparse.ArgumentParser:
         "--shares", action="store_true", help="also time one batch: sampling, decoding, Inception, moments"
     )
     sub.add_argument("--no-neighbours", action="store_true", help="leave out precision, recall and KID")
-    sampling_flags(sub)
-    sub = verb("sample", "Sample images of given classes into PNG files.", _SAMPLE)
-    weights_flags(sub)
+    _sampling_flags(sub)
+
+
+def _sample_flags(sub: argparse.ArgumentParser) -> None:
+    _weights_flags(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="folder for the images")
     sub.add_argument("--classes", help="numbers, ranges or names: 3,7-9,sneaker (default: all)")
     sub.add_argument("--per-class", type=int, default=4, help="images a class (default 4)")
-    sampling_flags(sub)
+    _sampling_flags(sub)
     sub.add_argument("--batch-size", type=int, help="images at a time (default: all, at most 64)")
-    sub = verb("convert", "Convert weights: released files to a directory of ours, and back.", _CONVERT)
-    weights_flags(sub)
+
+
+def _convert_flags(sub: argparse.ArgumentParser) -> None:
+    _weights_flags(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors, .bin, .pth")
     sub.add_argument("--part", choices=("generator", "tokenizer"), help="what to take out of a directory (generator)")
-    sub = verb("inspect", "Say what a token store or a source of images holds, and what is wrong with it.", _INSPECT)
+
+
+def _inspect_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("what", metavar="WHAT", help="folder of a token store, source, or folder with a folder a class")
     sub.add_argument("--split", choices=("train", "heldout"), help="of a source (default train)")
     sub.add_argument("--image-size", type=int, help="count the images that are smaller (default 256)")
@@ -135,7 +136,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--problems", type=int, help="how many to list (default 20)")
     sub.add_argument("--out", type=pathlib.Path, help="the picture of some images of each class (default inspect.png)")
     sub.add_argument("--json", action="store_true", help="the same as JSON, of all classes")
-    sub = verb("bench", "Time a part of an experiment against what this machine can do.", _BENCH + _OVERRIDES)
+
+
+def _bench_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("what", choices=("sample", "train", "evaluate", "loader", "tokenize"))
     sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
     sub.add_argument("--batch-size", help="N[,N...]: images at a time over all devices (default: the experiment's)")
@@ -146,21 +149,41 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--records", type=int, default=1_000_000, help="loader: of the store it reads (default 1000000)")
     sub.add_argument("--json", action="store_true", help="JSON on stdout, the table on stderr")
     sub.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="also write a profiler trace of one run")
-    for name in MANY:
-        process_flags(verbs.choices[name])
-    for name in LATER:
-        verbs.add_parser(name, help="(not built yet)", add_help=False)
-    return whole
 
 
-_PROCESSES = """The same command on every host, on storage that all share. TPU pods, GKE and Slurm are found without flags; by hand give
-all three, or RAR_JAX_COORDINATOR_ADDRESS, RAR_JAX_PROCESS_COUNT and RAR_JAX_PROCESS_INDEX."""
+def _process_flags(sub: argparse.ArgumentParser) -> None:
+    many = sub.add_argument_group("several processes", _PROCESSES)
+    many.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 is reached")
+    many.add_argument("--process-count", type=int, metavar="N", help="how many; 1: alone, and look for no cluster")
+    many.add_argument("--process-index", type=int, metavar="K", help="which of them this is, 0..N-1")
+
+
+def _weights_flags(sub: argparse.ArgumentParser, required: bool = True) -> None:
+    sub.add_argument(
+        "--weights",
+        required=required,
+        help="directory of a run or of convert, generator file, or a released name (rar_b)",
+    )
+    sub.add_argument("--tokenizer", help="the tokenizer's file, with a generator file")
+    sub.add_argument("--download", action="store_true", help="fetch released files that are not here, and check them")
+
+
+def _sampling_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
+    sub.add_argument(
+        "--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's, or the released model's)"
+    )
+    sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
+
+
 _OVERRIDES = """
 Any number of the experiment can be changed:
   --config.train.steps=10 --config.mesh.fsdp=4 --config.generator.dropout=0.0
 Durations are steps (1000), a share of the training ('50%') or epochs ('200ep').
 An experiment file is code: use only those that you trust.
 """
+_PROCESSES = """The same command on every host, on storage that all share. TPU pods, GKE and Slurm are found without flags; by hand give
+all three, or RAR_JAX_COORDINATOR_ADDRESS, RAR_JAX_PROCESS_COUNT and RAR_JAX_PROCESS_INDEX."""
 _RUN = """\
 Trains the tokenizer and the classifier, tokenizes, trains the generator, samples and scores it, and draws pictures. A
 stage whose output exists and verifies is skipped: the same command again resumes after a crash, or does nothing.

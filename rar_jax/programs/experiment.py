@@ -364,20 +364,29 @@ def open_source(experiment: Experiment, split: Split) -> ImageSource:
     """
     data = experiment.data
     crop = "center" if split == "heldout" and data.crop == "random" else data.crop
-    source = load_source(data.source, split, image_size=data.image_size, crop=crop, channels=data.channels)
-    shape = (data.image_size, data.image_size, data.channels)
-    require(
-        source.image_shape == shape,
-        f"{data.source} has images {list(source.image_shape)}, config.data says {list(shape)}: make them equal",
-    )
-    require(
-        source.num_classes == data.num_classes,
-        f"{data.source} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
-    )
+    source = open_images(data, data.source, split, crop=crop)
     require(
         split != "train" or source.num_images == data.train_records,
         f"{data.source} has {source.num_images} training images, config.data.train_records is {data.train_records}: "
         "set it to that number, epochs are counted by it",
+    )
+    return source
+
+
+def open_images(data: Data, spec: str, split: Split, *, crop: str | None) -> ImageSource:
+    """A source of any images that are made to look as those of config.data do.
+
+    Raises: ConfigError where they cannot be, or are of other classes.
+    """
+    source = load_source(spec, split, image_size=data.image_size, crop=crop, channels=data.channels)
+    shape = (data.image_size, data.image_size, data.channels)
+    require(
+        source.image_shape == shape,
+        f"{spec} has images {list(source.image_shape)}, config.data says {list(shape)}: make them equal",
+    )
+    require(
+        source.num_classes == data.num_classes,
+        f"{spec} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
     )
     return source
 

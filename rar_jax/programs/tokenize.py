@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from rar_jax.config import require, to_dict
 from rar_jax.data.loader import Batch, sequential_batches
-from rar_jax.data.sources import ImageSource, Split, load_source
+from rar_jax.data.sources import ImageSource, Split
 from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import SHARD_RECORDS, TokenStoreWriter, sweep
 from rar_jax.interop.released import locate
@@ -33,7 +33,7 @@ from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import batch_divisor, own_mesh
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
-from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.experiment import Experiment, open_images, open_source
 from rar_jax.programs.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
 from rar_jax.sampling.sampler import Model
 from rar_jax.training.report import progress
@@ -126,7 +126,7 @@ def tokenize_source(
     num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
     given = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
     check_tokenizer(experiment, given, f"--weights {given.path}")
-    images = _open(source, split, crops, experiment)
+    images = open_images(experiment.data, source, split, crop=crops)
     card = _card(experiment, images, f"{source} ({split})", origin_sha256(given))
 
     def finished() -> bool:
@@ -316,25 +316,6 @@ def _card(experiment: Experiment, source: ImageSource, what: str, tokenizer_sha2
         "tokenizer_sha256": tokenizer_sha256,
         "tokenizer": {"name": module.__name__.rpartition(".")[2], **to_dict(config)},
     }
-
-
-def _open(spec: str, split: Split, crop: str | None, experiment: Experiment) -> ImageSource:
-    """A source of `--source`, cut to the experiment's images. Raises: ConfigError where it does not fit."""
-    data = experiment.data
-    view: dict[str, Any] = {"image_size": data.image_size}
-    if crop is not None:
-        view["crop"] = crop
-    source = load_source(spec, split, **view)
-    shape = (data.image_size, data.image_size, data.channels)
-    require(
-        source.image_shape == shape,
-        f"{spec} has images {list(source.image_shape)}, config.data says {list(shape)}: make them equal",
-    )
-    require(
-        source.num_classes == data.num_classes,
-        f"{spec} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
-    )
-    return source
 
 
 def _check_finished(out: pathlib.Path, card: dict[str, Any], source_records: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,6 @@ from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import Experiment, resolve
 from rar_jax.programs.run import run
 from rar_jax.programs.train import train
-from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.checkpoint import file_sha256, load_params, read_meta
 from rar_jax.training.workdir import Workdir
 
@@ -25,23 +25,13 @@ TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+def files(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     """A tokenizer of 8x8 grey images with 32 codes on 4x4 tokens, and a generator of other classes on another grid."""
     folder = tmp_path_factory.mktemp("files")
-    vq = tokenizer.Config(
-        image_size=8,
-        channels=1,
-        base_width=8,
-        width_multipliers=(1, 2),
-        blocks_per_level=1,
-        latent_width=8,
-        codebook_size=32,
-    )
-    maskgit_vq.save(folder / "vq.bin", vq, tokenizer.init(vq, jax.random.key(0)))
     other = dataclasses.replace(generator.TINY, num_tokens=9, num_classes=4)
     params = generator.init(other, jax.random.key(1))
     rar.save(folder / "rar.bin", other, jax.tree.map(lambda x: x + 0.05, params))
-    return {"tokenizer": folder / "vq.bin", "generator": folder / "rar.bin"}
+    return {"tokenizer": tiny.weights, "generator": folder / "rar.bin"}
 
 
 def experiment_from(files: dict[str, pathlib.Path], *overrides: str) -> Experiment:

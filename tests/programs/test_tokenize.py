@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from rar_jax.config import ConfigError
 from rar_jax.data.sources import ArraySource, load_source
@@ -20,6 +21,7 @@ from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.interop import maskgit_vq
 from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs import experiment
 from rar_jax.programs import tokenize as program
 from rar_jax.programs.tokenize import write_store
 from rar_jax.sampling.sampler import Model
@@ -142,7 +144,7 @@ def test_crops_and_bad_images(
     """Of 200 records 20 are left out and counted; the others are all there, with image and crop."""
     digits = load_source("digits", "heldout").gather(np.arange(30))
     source = TenOfSome(digits["images"], digits["labels"], class_names=[str(i) for i in range(10)])
-    monkeypatch.setattr(program, "load_source", lambda *_, **__: source)
+    monkeypatch.setattr(experiment, "load_source", lambda *_, **__: source)
     assert tiny.make(tmp_path / "s", shard_records=34, quiet=False)
     out = capsys.readouterr().out
     assert "2 images could not be decoded" in out and "img3.jpg: truncated" in out and "images" in out
@@ -164,7 +166,7 @@ def test_crops_and_bad_images(
 def test_random_crops_are_refused(tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = load_source("digits", "heldout")
     monkeypatch.setattr(source, "crop", "random", raising=False)
-    monkeypatch.setattr(program, "load_source", lambda *_, **__: source)
+    monkeypatch.setattr(experiment, "load_source", lambda *_, **__: source)
     with pytest.raises(ConfigError, match="tokens are made once, random crops cannot be"):
         tiny.make(tmp_path / "s")
 
@@ -282,3 +284,14 @@ def test_kill_9_of_the_command(tiny: Any, tmp_path: pathlib.Path) -> None:
     TokenStore(killed).verify()
     # All but the one that may have been cut off between its two renames were kept.
     assert sum((killed / name).stat().st_mtime_ns == when for name, when in there.items()) >= len(there) - 1
+
+
+def test_colour_files_for_a_grey_experiment(tiny: Any, tmp_path: pathlib.Path) -> None:
+    """They become grey, as in training; asked for without channels they would be refused as of another shape."""
+    for label in range(10):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        for i in range(2):  # of which one is held out
+            pixels = np.full((9, 11, 3), 10 * label + i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{i}.png")
+    assert tiny.make(tmp_path / "store", source=f"folder:{tmp_path / 'images'}", split="train")
+    assert sorted(TokenStore(tmp_path / "store").gather(np.arange(10))["labels"]) == list(range(10))

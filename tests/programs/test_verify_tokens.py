@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,23 +23,12 @@ from rar_jax.training.checkpoint import file_sha256
 from rar_jax.training.pictures import grid
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")
-VQ = tokenizer.Config(
-    image_size=8,
-    channels=1,
-    base_width=8,
-    width_multipliers=(1, 2),
-    blocks_per_level=1,
-    latent_width=8,
-    codebook_size=32,
-)
 NAMES = ["cat, Felis", "dog", "eel", "fox", "gnu"]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("weights") / "vq.bin"
-    maskgit_vq.save(path, VQ, tokenizer.init(VQ, jax.random.key(0)))
-    return path
+@pytest.fixture
+def weights(tiny: Any) -> pathlib.Path:
+    return tiny.weights
 
 
 @pytest.fixture
@@ -112,7 +102,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(store: pathlib.Path, capsys: pyt
 
 
 def test_the_picture_is_the_decoded_tokens(
-    store: pathlib.Path, weights: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    tiny: Any, store: pathlib.Path, weights: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tokenize", "--verify", str(store), "--weights", str(weights)]) == 0
     assert f"picture    {store / 'verify.png'}" in capsys.readouterr().out
@@ -120,7 +110,7 @@ def test_the_picture_is_the_decoded_tokens(
     records = np.concatenate([np.load(path) for path in sorted(store.glob("shard-*.npy"))])
     rows = [np.flatnonzero(records["label"] == label)[:3] for label in (0, 2, 3, 4)]
     _, params = maskgit_vq.load(weights, image_size=8)
-    decoded = tokenizer.decode(VQ, params, records["tokens"][np.concatenate(rows)].astype(np.int32))
+    decoded = tokenizer.decode(tiny.config, params, records["tokens"][np.concatenate(rows)].astype(np.int32))
     expected = (np.asarray(decoded) * 255).astype(np.uint8)
     assert len(np.unique(expected)) > 20
     grid(expected, ["cat", "eel", "fox", "gnu"], tmp_path / "expected.png", title="decoded tokens of store")
@@ -135,10 +125,10 @@ def test_the_picture_is_the_decoded_tokens(
 
 
 def test_another_tokenizer_is_refused(
-    store: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    tiny: Any, store: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.bin"
-    maskgit_vq.save(other, VQ, tokenizer.init(VQ, jax.random.key(1)))
+    maskgit_vq.save(other, tiny.config, tokenizer.init(tiny.config, jax.random.key(1)))
     line = check_fails(capsys, "--verify", str(store), "--weights", str(other))
     assert "was made by the tokenizer with sha256" in line and "Give the tokenizer that made it" in line
     assert not (store / "verify.png").exists()
