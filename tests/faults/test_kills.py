@@ -30,7 +30,7 @@ def committed(workdir: pathlib.Path) -> int:
 
 
 KILLS = [
-    4,
+    3,
     pytest.param(int(os.environ.get("RAR_JAX_TEST_KILLS", "200")), marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
 ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
 import pytest
-from commands import finish, start, terminate, wait_for
+from commands import environment, finish, start, terminate, wait_for
 
 from rar_jax.training import ledger
 from rar_jax.training.checkpoint import good_step
@@ -124,6 +126,31 @@ def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path) -> None:
         return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir)]
 
     assert told(tmp_path / "stopped") == told(tmp_path / "straight")
+
+
+DEAF = """
+import time
+from rar_jax.training.preemption import Watch
+watch = Watch()
+with watch.listening(), watch.saving():
+    print("ready", flush=True)
+    for second in range(600):
+        time.sleep(0.1)
+        if watch.reached():
+            print("asked", flush=True)
+"""
+
+
+@pytest.mark.promise(7, "a second signal ends a process at once that does not answer the first")
+def test_a_second_signal() -> None:
+    command = [sys.executable, "-c", DEAF]
+    process = subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    for word in ("ready\n", "asked\n"):
+        assert process.stdout.readline() == word
+        process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=10)[0]
+    assert process.returncode == PREEMPTED and "a second signal: stopped at once" in out
 
 
 # ---------------------------------------------------------------- without processes
