@@ -344,6 +344,8 @@ def train(
             if step != start:
                 save(step, state)
             raise
+    if session.watch.noticed:  # during the last save
+        raise Preempted
 
 
 def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: Batch) -> str:

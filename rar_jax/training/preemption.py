@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from rar_jax.parallel.processes import GRACE_SECONDS, from_all, is_main
+from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
 
 # The exit code of a process that was preempted and can be started again (EX_TEMPFAIL of sysexits.h, "try again later");
 # launch/common.sh knows it too.
@@ -83,12 +83,14 @@ class Watch:
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Within it a signal is answered by `reached`. All processes enter and ask together."""
-        if self._many:  # from here on all ask for the same numbers
-            meeting = max(int(text) for text in from_all(str(self._asked + 2)))
-            while self._asked < meeting:
-                self._ask()
+        if self._many:
+            barrier("saving")  # until all are here the thread asks; then it stands still, and all go on from one number
         with self._lock:
             self._saving = True
+        if self._many:
+            meeting = max(int(text) for text in from_all(str(self._asked)))
+            while self._asked < meeting:
+                self._ask()
         try:
             yield
         finally:

@@ -11,12 +11,19 @@ import time
 from typing import Any
 
 import pytest
-from commands import environment, finish, start, terminate, wait_for
+from commands import TINY, environment, finish, start, terminate, wait_for
 
+from rar_jax.config import load_experiment
+from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs.experiment import resolve
+from rar_jax.programs.session import Session
+from rar_jax.programs.train import train
 from rar_jax.training import ledger
-from rar_jax.training.checkpoint import good_step
-from rar_jax.training.preemption import PREEMPTED, Watch
+from rar_jax.training.checkpoint import Checkpointer, good_step
+from rar_jax.training.ledger import Ledger
+from rar_jax.training.preemption import PREEMPTED, Preempted, Watch
 from rar_jax.training.report import read_metrics
+from rar_jax.training.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLASSIFIER = ("--stage=classifier", "--quiet")
@@ -154,6 +161,21 @@ def test_a_second_signal() -> None:
 
 
 # ---------------------------------------------------------------- without processes
+
+
+@pytest.mark.promise(7, "SIGTERM during the last save of a stage: the save is finished, then the process leaves")
+def test_the_last_save(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, real = Session(Ledger(tmp_path)), Checkpointer.save
+
+    def save(self: Checkpointer, step: int, *rest: Any) -> None:
+        real(self, step, *rest)
+        session.watch.noticed = step == 8
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    experiment = resolve(load_experiment(str(TINY)), "tiny")
+    with pytest.raises(Preempted):
+        train(experiment, "classifier", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True, session=session)
+    assert saved(tmp_path) == 8
 
 
 def test_listening_ends_as_it_began() -> None:

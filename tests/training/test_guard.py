@@ -40,6 +40,11 @@ def test_not_finite_is_bad_from_the_first_step_and_never_remembered(worst: float
     assert (int(state["skipped"]), int(state["in_a_row"])) == (3, 0)
 
 
+def test_a_spike_right_after_a_nan_is_seen() -> None:
+    """When the history is full, a NaN in it would make NaN of the limit, above which nothing is."""
+    assert judged([*calm(200), (np.nan, 2.0), (1e6, 2.0), (2.0, 2.0)])[0][200:] == [True, True, False]
+
+
 def test_the_limit_is_the_mean_and_deviation_of_the_last_128() -> None:
     values = calm(300)
     last = np.array(values[-guard.WINDOW :], np.float64)
