@@ -29,14 +29,15 @@ from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.programs.session import Session
 from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer, trained_params
+from rar_jax.programs.telling import Telling, evaluated
 from rar_jax.programs.tokens import open_tokens
 from rar_jax.sampling.sampler import Model
 from rar_jax.training import guard
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
 from rar_jax.training.preemption import Preempted
 from rar_jax.training.recipe import Recipe, optimizer
-from rar_jax.training.report import Reporter, read_metrics
-from rar_jax.training.state import Batch, State, evaluated_params, make_init, make_train_step, state_shardings
+from rar_jax.training.report import Reporter
+from rar_jax.training.state import Batch, State, make_init, make_train_step, state_shardings
 from rar_jax.training.workdir import Workdir
 
 
@@ -240,56 +241,14 @@ def train(
             print(f"{stage}: goes on from step {start} of {recipe.steps}")
 
         # ---- the data: a function of (seed, place in the stream); the place is the step and what the guard passed over
-        def batches_after(state: State) -> Iterator[Batch]:
-            stream = batches(
-                objective.train,
-                global_batch=recipe.batch_size,
-                seed=experiment.seed,
-                start_step=int(state["step"]) + int(state["guard"]["data_offset"]),
-                rows=local_rows(mesh, recipe.batch_size),
-                num_workers=experiment.data.workers,
-            )
-            stack.callback(getattr(stream, "close", lambda: None))
-            return on_devices(stream, mesh)
-
-        data = batches_after(state)
+        data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
         validate = make_validation(objective, recipe.eval_records, mesh, frozen)
         scorers = live_scorers(experiment, workdir, mesh) if stage == "generator" else []
 
         # ---- what is told
         reporter = stack.enter_context(Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet))
         reporter.resume_from(start)
-        shown: dict[str, float] = {}
-        bad_in_a_row, skipped = int(state["guard"]["in_a_row"]), int(state["guard"]["skipped"])
-
-        def record(step: int, metrics: dict[str, Any]) -> None:
-            """Fetches and writes the metrics of a finished step."""
-            nonlocal bad_in_a_row, skipped
-            values = {name: float(value) for name, value in metrics.items()}
-            bad_in_a_row, before = int(values.pop("in_a_row")), skipped
-            skipped = int(values["skipped"])
-            if skipped > before:
-                ledger.row(
-                    "skipped", stage=stage, step=step, loss=repr(values["loss"]), grad_norm=repr(values["grad_norm"])
-                )
-            shown["loss"] = values["loss"]
-            if step % recipe.log_every == 0 or step == recipe.steps or skipped > before:
-                reporter.metrics(step, values)
-
-        def evaluate(step: int, state: State) -> dict[str, float]:
-            """Validates and scores; all of it is told."""
-            ledger.lap("training")
-            params = evaluated_params(state)
-            told = validate(params, session.poll)
-            for scorer in scorers:
-                session.poll()
-                told |= scorer(params)
-            reporter.metrics(step, told)
-            watched = {name.removeprefix("validation/"): value for name, value in told.items()}
-            of_note = ("fd_", "fid_", "acc")
-            shown.update({k: v for k, v in watched.items() if k.endswith(("bits", "psnr")) or k.startswith(of_note)})
-            ledger.lap("evaluating")
-            return told
+        telling = Telling(stage, recipe, reporter, session, state, validate, scorers)
 
         def save(step: int, state: State, score: tuple[str, float] | None = None) -> None:
             ledger.lap("training")
@@ -304,48 +263,65 @@ def train(
         ledger.lap("starting")
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
-            if start and start % recipe.eval_every == 0 and not _evaluated(workdir, stage, start):
-                evaluate(start, state)  # it was preempted there
+            if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
+                telling.evaluate(start, state)  # it was preempted there
             while step < recipe.steps:
                 step += 1
                 batch = next(data)
                 state, metrics = setup.step(state, batch, step_key, frozen)
                 # The metrics of the step before are fetched while this one runs: the device never waits for the host.
                 if pending is not None:
-                    record(*pending)
+                    telling.record(*pending)
                 pending = (step, metrics)
-                if bad_in_a_row >= recipe.most_skips:
-                    first_bad = step - bad_in_a_row
+                if telling.bad_in_a_row >= recipe.most_skips:
+                    first_bad = step - telling.bad_in_a_row
                     ledger.lap("training")
                     if int(state["guard"]["rewinds"]) >= recipe.most_rewinds:
                         raise TrainingError(give_up(workdir, stage, recipe, state, batch))
                     back = newest(before=first_bad)
                     back["guard"] = guard.sent_back(back["guard"], state["guard"], steps=step - int(back["step"]))
                     ledger.row("rewind", stage=stage, step=step, to=int(back["step"]))
-                    state, step, pending, bad_in_a_row = back, int(back["step"]), None, 0
-                    data = batches_after(state)
+                    state, step, pending, telling.bad_in_a_row = back, int(back["step"]), None, 0
+                    data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
                     reporter.resume_from(step)
                     continue
-                reporter.progress(step, **shown)
+                reporter.progress(step, **telling.shown)
                 checkpointer.poll()
                 session.poll()
                 last = step == recipe.steps
                 evaluate_now, save_now = (last or step % n == 0 for n in (recipe.eval_every, recipe.checkpoint_every))
                 if evaluate_now or save_now:
-                    record(*pending)
+                    telling.record(*pending)
                     pending = None
-                told = evaluate(step, state) if evaluate_now else {}
+                told = telling.evaluate(step, state) if evaluate_now else {}
                 # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
-                if save_now and (last or not bad_in_a_row):
+                if save_now and (last or not telling.bad_in_a_row):
                     save(step, state, best_by(told) if recipe.keep_best else None)
         except Preempted:
             if pending is not None:
-                record(*pending)
-            if step != start:
+                telling.record(*pending)
+            # The last step is saved when it has been evaluated: the stage would count as finished.
+            if start != step < recipe.steps:
                 save(step, state)
             raise
     if session.watch.noticed:  # during the last save
         raise Preempted
+
+
+def batches_after(
+    state: State, source: Source, experiment: Experiment, recipe: Recipe, mesh: Mesh, stack: contextlib.ExitStack
+) -> Iterator[Batch]:
+    """The batches of the steps that follow, on the devices; the stack ends the workers."""
+    stream = batches(
+        source,
+        global_batch=recipe.batch_size,
+        seed=experiment.seed,
+        start_step=int(state["step"]) + int(state["guard"]["data_offset"]),
+        rows=local_rows(mesh, recipe.batch_size),
+        num_workers=experiment.data.workers,
+    )
+    stack.callback(getattr(stream, "close", lambda: None))
+    return on_devices(stream, mesh)
 
 
 def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: Batch) -> str:
@@ -367,11 +343,6 @@ def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: B
         f"back {seen['rewinds']} time(s); {seen['skipped']} were left out in all. The state and the last batch are in {folder}. Train in "
         "a new --workdir with a lower learning_rate or a longer warmup; this one keeps its last good checkpoint"
     )
-
-
-def _evaluated(workdir: Workdir, stage: str, step: int) -> bool:
-    rows = read_metrics(workdir.path, stage)
-    return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
 
 
 def _refuse_other_tokens(folder: pathlib.Path, objective: Objective) -> None:

@@ -84,11 +84,19 @@ class StopAt(Session):
 @pytest.mark.promise(8, "a NaN batch in the real loop: one update left out and counted, the step after is normal")
 def test_one_bad_batch_is_left_out_and_counted(tmp_path: pathlib.Path, poison: Any) -> None:
     poison(7)
-    stage(tmp_path, steps=12, eval_every=12)
+    stage(tmp_path, steps=12, eval_every=6)
     rows = [row for row in told(tmp_path) if "loss" in row]
     assert [row["step"] for row in rows if row["loss"] is None] == [7]
     assert [row["skipped"] for row in rows] == [0.0] * 6 + [1.0] * 6
     assert events(tmp_path, "skipped", "rewind") == [("skipped", 7, None)]
+    # Stopped within the evaluation of step 6, which is made up for.
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    with pytest.raises(Preempted):
+        stage(stopped, StopAt(stopped, 7), steps=12, eval_every=6)
+    assert [row["step"] for row in told(stopped)] == list(range(1, 7))
+    stage(stopped, steps=12, eval_every=6)
+    assert told(stopped) == told(tmp_path) and state_of(stopped, 12) == state_of(tmp_path, 12)
 
 
 @pytest.mark.promise(
@@ -101,6 +109,9 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
     stage(tmp_path / "one")
     # Steps 10, 11 and 12 are bad, which is known while 13 runs; back to 8, and step 9 trains on batch 14.
     assert events(tmp_path / "one", "rewind") == [("rewind", 13, 8)]
+    assert not list((tmp_path / "one/checkpoints/classifier").glob("*.rewound")), (
+        "nothing is saved on a way that leads back"
+    )
     offset = {
         k: np.frombuffer(v, np.int32)[0]
         for k, v in state_of(tmp_path / "one", 20).items()
