@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import pathlib
+import signal
 import sys
 import threading
 import warnings
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rar-jax`. Returns the exit code: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted."""
+    if argv is None:  # a program of its own: until a verb takes over SIGTERM, and after it, there is nothing to save
+        from rar_jax.config import PREEMPTED
+
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     flags = parser()
     args, rest = flags.parse_known_args(argv)
     if args.verb in LATER:
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> int:
     """Does the verb; errors that people can mend are one line."""
-    from rar_jax.config import ConfigError
+    from rar_jax.config import PREEMPTED, ConfigError
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.interop.torch_zip import WeightsError
@@ -62,7 +68,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.programs.train import TrainingError
     from rar_jax.training.checkpoint import CheckpointError
     from rar_jax.training.lease import LeaseError
-    from rar_jax.training.preemption import PREEMPTED, Preempted
+    from rar_jax.training.preemption import Preempted
 
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import PREEMPTED, ConfigError, require
 
 # The environment variables that stand for the flags --coordinator-address, --process-count and --process-index.
 COORDINATOR, COUNT, INDEX = "RAR_JAX_COORDINATOR_ADDRESS", "RAR_JAX_PROCESS_COUNT", "RAR_JAX_PROCESS_INDEX"
@@ -141,9 +141,6 @@ def _give_up(message: str) -> None:
     os._exit(1)
 
 
-TOGETHER = (0, 75)  # exit codes with which all processes end: done, and preempted (training/preemption.py)
-
-
 def together(verb: str, function: Callable[[], int], failed: Callable[[int], int] = lambda code: code) -> int:
     """The exit code of a program of one or many processes, which end together; an error of one does not leave the others waiting.
 
@@ -156,7 +153,7 @@ def together(verb: str, function: Callable[[], int], failed: Callable[[int], int
         return function()
     try:
         code = function()
-        if code in TOGETHER:
+        if code in (0, PREEMPTED):
             barrier("end")
             jax.distributed.shutdown()
             return code

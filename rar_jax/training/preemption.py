@@ -26,11 +26,9 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from rar_jax.config import PREEMPTED
 from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
 
-# The exit code of a process that was preempted and can be started again (EX_TEMPFAIL of sysexits.h, "try again later");
-# launch/common.sh knows it too.
-PREEMPTED = 75
 TICK_SECONDS = 0.5  # between two numbers that the thread asks for
 
 

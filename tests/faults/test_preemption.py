@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from commands import TINY, environment, finish, start, terminate, wait_for
 
-from rar_jax.config import load_experiment
+from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session
@@ -21,7 +21,7 @@ from rar_jax.programs.train import train
 from rar_jax.training import ledger
 from rar_jax.training.checkpoint import Checkpointer, good_step
 from rar_jax.training.ledger import Ledger
-from rar_jax.training.preemption import PREEMPTED, Preempted, Watch
+from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
 
@@ -120,6 +120,7 @@ def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path) -> None:
         while running[0].poll() is None and time.monotonic() - began < moment + 3:
             time.sleep(0.05)
         if running[0].poll() is not None:
+            finish(running)
             break
         assert terminate(running) < 10
         finish(running, PREEMPTED)
