@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 BEGIN, END = "<!-- table -->\n", "<!-- end -->"
+LONG = " (long form)"
 HEAD = ["| # | what is shown | by | cases | last result |", "|---|---|---|---|---|"]
 
 
@@ -30,7 +31,9 @@ class Promises:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             for mark in item.iter_markers("promise"):
-                item.user_properties.append(("promise", mark.args))
+                number, what = mark.args
+                long = LONG if item.get_closest_marker("slow") else ""
+                item.user_properties.append(("promise", (number, what + long)))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         properties = dict(report.user_properties)
@@ -54,7 +57,10 @@ class Promises:
         text = path.read_text()
         begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
         old = [line.split(" | ") for line in text[begin:end].splitlines()[len(HEAD) :]]
-        rows = {(int(cells[0].strip("| ")), cells[2].strip("`")): " | ".join(cells) for cells in old}
+        rows = {
+            (int(cells[0].strip("| ")), cells[2].strip("`"), cells[1].endswith(LONG)): " | ".join(cells)
+            for cells in old
+        }
         today = datetime.date.today().isoformat()
         for (number, what, test), outcomes in self.outcomes.items():
             passed, skipped = outcomes.count("passed"), outcomes.count("skipped")
@@ -67,6 +73,8 @@ class Promises:
             )
             count = self.counts.get((number, what, test), str(len(outcomes)))
             seconds = self.seconds[(number, what, test)]
-            rows[(number, test)] = f"| {number} | {what} | `{test}` | {count} | {result}, {today}, {seconds:.0f} s |"
+            rows[(number, test, what.endswith(LONG))] = (
+                f"| {number} | {what} | `{test}` | {count} | {result}, {today}, {seconds:.0f} s |"
+            )
         lines = [*HEAD, *(rows[key] for key in sorted(rows))]
         path.write_text(text[:begin] + "\n".join(lines) + "\n" + text[end:])
