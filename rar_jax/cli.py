@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import pathlib
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rar_jax.flags import LATER, MANY, parser
 
+if TYPE_CHECKING:
+    from rar_jax.training.preemption import Watch
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `rar-jax`. Returns the exit code: 0 done, 1 failed, 2 wrong command or experiment."""
+    """Entry point of `rar-jax`. Returns the exit code: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted."""
+    if argv is None:  # a program of its own: until a verb takes over SIGTERM, and after it, there is nothing to save
+        from rar_jax.config import PREEMPTED
+
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     flags = parser()
     args, rest = flags.parse_known_args(argv)
     if args.verb in LATER:
@@ -31,20 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError
     from rar_jax.parallel import processes
+    from rar_jax.training import preemption
 
+    watch = preemption.Watch()
     if args.verb not in MANY:
-        return _guarded(args, overrides)
+        return _guarded(args, overrides, watch)
     try:
         processes.start(args.coordinator_address, args.process_count, args.process_index)
     except (ConfigError, processes.ProcessError) as error:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    return processes.together(args.verb, lambda: _guarded(args, overrides))
+    main_thread = threading.current_thread() is threading.main_thread()  # where alone signals can be taken over
+    with watch.listening() if main_thread else contextlib.nullcontext():
+        return processes.together(args.verb, lambda: _guarded(args, overrides, watch), watch.exit_code)
 
 
-def _guarded(args: argparse.Namespace, overrides: list[str]) -> int:
+def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> int:
     """Does the verb; errors that people can mend are one line."""
-    from rar_jax.config import ConfigError
+    from rar_jax.config import PREEMPTED, ConfigError
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.interop.torch_zip import WeightsError
@@ -52,12 +67,17 @@ def _guarded(args: argparse.Namespace, overrides: list[str]) -> int:
     from rar_jax.parallel.storage import StorageError
     from rar_jax.programs.train import TrainingError
     from rar_jax.training.checkpoint import CheckpointError
+    from rar_jax.training.lease import LeaseError
+    from rar_jax.training.preemption import Preempted
 
-    ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError
+    ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":
             return _inspect(args, overrides)
-        _dispatch(args, overrides)
+        _dispatch(args, overrides, watch)
+    except Preempted:
+        print(f"\nrar-jax {args.verb}: SIGTERM: saved, and stopped; the same command goes on", file=sys.stderr)
+        return PREEMPTED
     except (*ours, ProcessError, StorageError) as error:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -70,7 +90,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
+def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> None:
     from rar_jax.config import ConfigError, load_experiment
 
     if args.verb in ("sample", "convert") and overrides:
@@ -125,7 +145,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verb == "run":
         from rar_jax.programs.run import run
 
-        run(experiment, workdir, quiet=args.quiet)
+        run(experiment, workdir, quiet=args.quiet, watch=watch)
         return
 
     from rar_jax.parallel.mesh import make_mesh
@@ -137,25 +157,29 @@ def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
         workdir.read_config()  # tokenize and evaluate need what another verb has made; they start nothing
     if args.verb == "train":
         check_weights(experiment, workdir)
-    workdir.claim(experiment.resolved())
-    if args.verb == "train":
-        from rar_jax.programs.run import headline
-        from rar_jax.programs.train import train
+    from rar_jax.programs.session import session
 
-        if not args.quiet:
-            _say(headline(experiment, workdir, mesh))
-        train(experiment, args.stage, workdir, mesh, quiet=args.quiet)
-    elif args.verb == "tokenize":
-        from rar_jax.programs.tokenize import tokenize
+    with session(workdir, args.verb, watch, lambda: workdir.claim(experiment.resolved())) as around:
+        if args.verb == "train":
+            from rar_jax.programs.run import headline
+            from rar_jax.programs.train import train
 
-        for split in ("train", "heldout"):
-            tokenize(experiment, workdir, mesh, split, quiet=args.quiet)
-    else:
-        import json
+            if not args.quiet:
+                _say(headline(experiment, workdir, mesh))
+            train(experiment, args.stage, workdir, mesh, quiet=args.quiet, session=around)
+        elif args.verb == "tokenize":
+            from rar_jax.programs.tokenize import tokenize
 
-        from rar_jax.programs.fd_classifier import evaluate
+            for split in ("train", "heldout"):
+                tokenize(experiment, workdir, mesh, split, quiet=args.quiet)
+                around.ledger.lap("tokenizing")
+        else:
+            import json
 
-        _say(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
+            from rar_jax.programs.fd_classifier import evaluate
+
+            _say(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
+            around.ledger.lap("evaluating")
 
 
 def _say(text: str) -> None:

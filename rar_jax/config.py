@@ -30,6 +30,10 @@ T = TypeVar("T")
 Steps = Annotated[int, "steps"]
 
 
+# The exit code of a process that was preempted and can be started again (EX_TEMPFAIL of sysexits.h, "try again later");
+# launch/common.sh knows it too.
+PREEMPTED = 75
+
 # Single values beside the sections; all have a default.
 TOP_LEVEL = ("seed", "precision", "init_from")
 # Sections whose every field has a default.

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _sample_flags(verb("sample", "Sample images of given classes into PNG files.", _SAMPLE))
     _convert_flags(verb("convert", "Convert weights: released files to a directory of ours, and back.", _CONVERT))
     _inspect_flags(
-        verb("inspect", "Say what a token store or a source of images holds, and what is wrong with it.", _INSPECT)
+        verb("inspect", "Say what a work directory, token store or source holds, and what is wrong.", _INSPECT)
     )
     _bench_flags(verb("bench", "Time a part of an experiment against what this machine can do.", _BENCH + _OVERRIDES))
     for name in MANY:
@@ -129,7 +129,9 @@ def _convert_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _inspect_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("what", metavar="WHAT", help="folder of a token store, source, or folder with a folder a class")
+    sub.add_argument(
+        "what", metavar="WHAT", help="work directory, folder of a token store, source, or folder with a folder a class"
+    )
     sub.add_argument("--split", choices=("train", "heldout"), help="of a source (default train)")
     sub.add_argument("--image-size", type=int, help="count the images that are smaller (default 256)")
     sub.add_argument("--limit", type=int, help="look into so many images, spread evenly (default: all)")
@@ -219,6 +221,7 @@ _SAMPLE = """\
   rar-jax sample --weights rar_b --download --classes "golden retriever,tench" --out pictures
 """
 _INSPECT = """\
+  rar-jax inspect runs/digits                    goodput, last losses, checkpoints and their verification, what to do next
   rar-jax inspect tokens/train
   rar-jax inspect folder:imagenet --limit 10000
   rar-jax inspect tfds:imagenet2012 --split heldout --out validation.png

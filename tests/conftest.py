@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from promises import Promises
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The tests compile thousands of tiny programs and run each a few times: without LLVM's optimizations they take half the
@@ -28,6 +29,11 @@ CACHE = os.environ.setdefault("RAR_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="rar
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that prove a promise of docs/reliability.md are collected."""
+    config.pluginmanager.register(Promises())
 
 
 def pytest_unconfigure() -> None:

@@ -82,6 +82,10 @@ def test_the_test_sees_what_it_looks_for(source: str, expected: list[str]) -> No
     assert offences(source) == expected
 
 
+@pytest.mark.promise(
+    9,
+    "syntax trees: no torch.load without weights_only, no pickle.load, no allow_pickle; one file may subclass Unpickler",
+)
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_private_or_dangerous_calls(path: pathlib.Path) -> None:
     name = path.relative_to(ROOT).as_posix()

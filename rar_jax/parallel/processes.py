@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import PREEMPTED, ConfigError, require
 
 # The environment variables that stand for the flags --coordinator-address, --process-count and --process-index.
 COORDINATOR, COUNT, INDEX = "RAR_JAX_COORDINATOR_ADDRESS", "RAR_JAX_PROCESS_COUNT", "RAR_JAX_PROCESS_INDEX"
@@ -141,8 +141,10 @@ def _give_up(message: str) -> None:
     os._exit(1)
 
 
-def together(verb: str, function: Callable[[], int]) -> int:
+def together(verb: str, function: Callable[[], int], failed: Callable[[int], int] = lambda code: code) -> int:
     """The exit code of a program of one or many processes, which end together; an error of one does not leave the others waiting.
+
+    failed: the exit code of this process in the place of that of an error.
 
     Where there are many, an error ends this process at once and nothing is returned: JAX's own way out would first wait for the
     others, which wait for this one.
@@ -151,10 +153,10 @@ def together(verb: str, function: Callable[[], int]) -> int:
         return function()
     try:
         code = function()
-        if code == 0:
+        if code in (0, PREEMPTED):
             barrier("end")
             jax.distributed.shutdown()
-            return 0
+            return code
     except BaseException:
         traceback.print_exc()
         print(
@@ -166,7 +168,7 @@ def together(verb: str, function: Callable[[], int]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(GRACE_SECONDS)
-    os._exit(code)
+    os._exit(failed(code))
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -160,6 +160,10 @@ class Experiment:
         for key in ("crop", "on_the_fly", "tokens", "tokens_heldout", "mix"):
             if not out["data"][key]:
                 del out["data"][key]
+        for name in ("tokenizer_train", "train", "classifier_train"):
+            for key in ("spike_sigmas", "most_skips", "most_rewinds"):
+                if out[name] and out[name][key] == getattr(Recipe, key):
+                    del out[name][key]
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
             out[kind] = {"name": _short_name(model.module), **to_dict(model.config)}

@@ -25,21 +25,24 @@ from rar_jax.programs.evaluate import score_samples
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.fd_classifier import evaluate
 from rar_jax.programs.scoring import Settings
+from rar_jax.programs.session import Session, session
 from rar_jax.programs.stages import check_weights, finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
 from rar_jax.training.checkpoint import write_json
 from rar_jax.training.pictures import curves, grid, pairs
+from rar_jax.training.preemption import Watch
 from rar_jax.training.report import Reporter, read_metrics
 from rar_jax.training.workdir import Workdir
 
 PICTURES = ("samples.png", "reconstructions.png", "curves.png")
 
 
-def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> None:
+def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch: Watch | None = None) -> None:
     """Does or resumes the whole job of an experiment in a work directory.
 
-    Raises: ConfigError if the directory belongs to another experiment, and whatever a stage raises.
+    Raises: ConfigError if the directory belongs to another experiment, LeaseError if another run writes to it, and whatever a
+      stage raises.
     """
     data = experiment.data
     require(
@@ -49,7 +52,12 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_weights(experiment, workdir)
-    workdir.claim(experiment.resolved())
+    with session(workdir, "run", watch or Watch(), lambda: workdir.claim(experiment.resolved())) as around:
+        _run(experiment, workdir, mesh, around, quiet)
+
+
+def _run(experiment: Experiment, workdir: Workdir, mesh: Mesh, around: Session, quiet: bool) -> None:
+    data = experiment.data
 
     def say(text: str) -> None:
         if not quiet and is_main():
@@ -60,13 +68,14 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
 
     # ---- weights and tokens
     for stage in experiment.stages[:-1]:
-        _stage(experiment, stage, workdir, mesh, say, quiet)
+        _stage(experiment, stage, workdir, mesh, say, quiet, around)
     if data.on_the_fly:
         say("tokens: encoded on the fly, none are stored")
     else:
         for split in ("train", "heldout"):
             tokenize(experiment, workdir, mesh, split, quiet=quiet)
-    _stage(experiment, "generator", workdir, mesh, say, quiet)
+            around.ledger.lap("tokenizing")
+    _stage(experiment, "generator", workdir, mesh, say, quiet, around)
 
     # ---- what came of it
     inputs = _inputs(experiment, workdir)
@@ -77,17 +86,20 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> Non
         draw_pictures(experiment, workdir, pipeline)
         made = {"made_from": inputs, "made_on": _where(mesh)}
         from_main(lambda: write_json(workdir.result, {**metrics, "last_validation": _trained(workdir), **made}))
+    around.ledger.lap("evaluating")
     result = from_main(lambda: _result_of(workdir, inputs))
     assert result is not None
     say(_closing(experiment, workdir, result, time.monotonic() - began))
 
 
-def _stage(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, say: Any, quiet: bool) -> None:
+def _stage(
+    experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, say: Any, quiet: bool, around: Session
+) -> None:
     if finished(experiment, stage, workdir):
         say(f"{stage}: done before")
         return
     began = time.monotonic()
-    train(experiment, stage, workdir, mesh, quiet=quiet)
+    train(experiment, stage, workdir, mesh, quiet=quiet, session=around)
     how = "trained" if experiment.recipe(stage) else f"taken over from {experiment.tokenizer_weights}"
     say(f"{stage}: {how} in {time.monotonic() - began:.0f} s")
 

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,17 +23,21 @@ from jax.sharding import Mesh
 from rar_jax.data.loader import Source, batches
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.parallel.processes import is_main
+from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.live import best_by, live_scorers
+from rar_jax.programs.session import Session
 from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer, trained_params
+from rar_jax.programs.telling import Telling, evaluated
 from rar_jax.programs.tokens import open_tokens
 from rar_jax.sampling.sampler import Model
+from rar_jax.training import guard
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
+from rar_jax.training.preemption import Preempted
 from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
-from rar_jax.training.state import Batch, State, evaluated_params, make_init, make_train_step, state_shardings
+from rar_jax.training.state import Batch, State, make_init, make_train_step, state_shardings
 from rar_jax.training.workdir import Workdir
 
 
@@ -90,8 +95,9 @@ def encoded(encoder: Model | None, params: Any, batch: Batch) -> Batch:
 
 def make_validation(
     objective: Objective, records: int, mesh: Mesh, frozen: Any = None
-) -> Callable[[Any], dict[str, float]]:
-    """Function params -> mean metrics over the first held-out `records` (rounded down to divide over the mesh).
+) -> Callable[..., dict[str, float]]:
+    """Function params -> mean metrics over the first held-out `records` (rounded down to divide over the mesh); its second
+    argument is called before each batch.
 
     frozen: parameters of the objective's encoder, if it has one: held-out images are encoded once, here.
     """
@@ -113,9 +119,10 @@ def make_validation(
         out_shardings=replicated(mesh),
     )
 
-    def validate(params: Any) -> dict[str, float]:
+    def validate(params: Any, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
         totals: dict[str, float] = {}
         for prefix, batch in batches_by_variant:
+            poll()
             for name, value in loss(params, batch).items():
                 key = f"validation/{prefix}{name}"
                 totals[key] = totals.get(key, 0.0) + float(value) / count
@@ -182,12 +189,22 @@ def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -
 # ---------------------------------------------------------------- the loop
 
 
-def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, quiet: bool = False) -> None:
+def train(
+    experiment: Experiment,
+    stage: str,
+    workdir: Workdir,
+    mesh: Mesh,
+    *,
+    quiet: bool = False,
+    session: Session | None = None,
+) -> None:
     """Trains a stage to its recipe's last step, from the newest good checkpoint if there is one; a tokenizer whose weights
     are given is taken over.
 
-    Raises: TrainingError if the loss stops being a number; CheckpointError if a stage before is missing.
+    Raises: TrainingError if too many updates are bad (guard.py); CheckpointError if a stage before is missing, or saves keep
+      failing; Preempted after a save.
     """
+    session = session or Session()
     recipe = experiment.recipe(stage)
     if recipe is None and stage == "tokenizer":
         take_over_tokenizer(experiment, workdir, mesh)
@@ -196,7 +213,7 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
     # The encoder's parameters, an argument of the step: neither donated nor saved.
     frozen = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.encoder else None
     assert recipe is not None  # a classifier that is not there has been refused by now
-    folder = workdir.checkpoints(stage)
+    folder, ledger = workdir.checkpoints(stage), session.ledger
     _refuse_other_tokens(folder, objective)
 
     # ---- keys: one for the parameters, one that every step folds its number into
@@ -207,80 +224,125 @@ def train(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, *, q
         # ---- the state, restored or created where it shall live
         setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(folder, keep=recipe.keep_checkpoints)))
-        state = checkpointer.restore(setup.abstract_state)
-        if state is None:
-            state = setup.init(init_key)
-            if stage == "generator" and experiment.init_from:
-                state, objective.meta["init_from"] = start_from(experiment, state, setup, mesh)
-        start = int(state["step"])
+
+        def newest(before: int | None = None) -> State:
+            """The newest good state below a step, or a fresh one."""
+            unguarded = {"guard": place(guard.init(), replicated(mesh))}  # checkpoints from before there was a guard
+            state = checkpointer.restore(setup.abstract_state, before=before, added=unguarded)
+            if state is None:
+                state = setup.init(init_key)
+                if stage == "generator" and experiment.init_from:
+                    state, objective.meta["init_from"] = start_from(experiment, state, setup, mesh)
+            return state
+
+        state = newest()
+        step = start = int(state["step"])
         if start and not quiet and is_main():
             print(f"{stage}: goes on from step {start} of {recipe.steps}")
 
-        # ---- the data: a function of (seed, step)
-        stream = batches(
-            objective.train,
-            global_batch=recipe.batch_size,
-            seed=experiment.seed,
-            start_step=start,
-            rows=local_rows(mesh, recipe.batch_size),
-            num_workers=experiment.data.workers,
-        )
-        stack.callback(getattr(stream, "close", lambda: None))
+        # ---- the data: a function of (seed, place in the stream); the place is the step and what the guard passed over
+        data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
         validate = make_validation(objective, recipe.eval_records, mesh, frozen)
         scorers = live_scorers(experiment, workdir, mesh) if stage == "generator" else []
 
         # ---- what is told
         reporter = stack.enter_context(Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet))
         reporter.resume_from(start)
-        shown: dict[str, float] = {}
+        telling = Telling(stage, recipe, reporter, session, state, validate, scorers)
 
-        def record(step: int, metrics: dict[str, Any]) -> None:
-            """Fetches and writes the metrics of a finished step."""
-            values = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(values["loss"]):
-                raise TrainingError(
-                    f"the loss of {stage} step {step} is {values['loss']}. Train in a new --workdir with a lower "
-                    "learning_rate or a longer warmup; this one keeps its last good checkpoint"
-                )
-            shown["loss"] = values["loss"]
-            if step % recipe.log_every == 0 or step == recipe.steps:
-                reporter.metrics(step, values)
+        def save(step: int, state: State, score: tuple[str, float] | None = None) -> None:
+            ledger.lap("training")
+            checkpointer.save(step, state, objective.meta | {"step": step}, score)
+            ledger.lap("saving")
+            ledger.row("saved", stage=stage, step=step)
 
         # ---- the loop
         stack.enter_context(sharded(mesh))
-        on_device = on_devices(stream, mesh)
+        stack.enter_context(session.watch.saving())
         pending: tuple[int, dict[str, Any]] | None = None
-        told: dict[str, float] = {}
-        for step in range(start + 1, recipe.steps + 1):
-            state, metrics = setup.step(state, next(on_device), step_key, frozen)
-            # The metrics of the step before are fetched while this one runs: the device never waits for the host.
+        ledger.lap("starting")
+        ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
+        try:
+            if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
+                telling.evaluate(start, state)  # it was preempted there
+            while step < recipe.steps:
+                step += 1
+                batch = next(data)
+                state, metrics = setup.step(state, batch, step_key, frozen)
+                # The metrics of the step before are fetched while this one runs: the device never waits for the host.
+                if pending is not None:
+                    telling.record(*pending)
+                pending = (step, metrics)
+                if telling.bad_in_a_row >= recipe.most_skips:
+                    first_bad = step - telling.bad_in_a_row
+                    ledger.lap("training")
+                    if int(state["guard"]["rewinds"]) >= recipe.most_rewinds:
+                        raise TrainingError(give_up(workdir, stage, recipe, state, batch))
+                    back = newest(before=first_bad)
+                    back["guard"] = guard.sent_back(back["guard"], state["guard"], steps=step - int(back["step"]))
+                    ledger.row("rewind", stage=stage, step=step, to=int(back["step"]))
+                    state, step, pending, telling.bad_in_a_row = back, int(back["step"]), None, 0
+                    data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
+                    reporter.resume_from(step)
+                    continue
+                reporter.progress(step, **telling.shown)
+                checkpointer.poll()
+                session.poll()
+                last = step == recipe.steps
+                evaluate_now, save_now = (last or step % n == 0 for n in (recipe.eval_every, recipe.checkpoint_every))
+                if evaluate_now or save_now:
+                    telling.record(*pending)
+                    pending = None
+                told = telling.evaluate(step, state) if evaluate_now else {}
+                # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
+                if save_now and (last or not telling.bad_in_a_row):
+                    save(step, state, best_by(told) if recipe.keep_best else None)
+        except Preempted:
             if pending is not None:
-                record(*pending)
-            pending = (step, metrics)
-            reporter.progress(step, **shown)
-            checkpointer.poll()
-            last = step == recipe.steps
-            evaluate_now, save_now = (last or step % n == 0 for n in (recipe.eval_every, recipe.checkpoint_every))
-            if evaluate_now or save_now:
-                record(*pending)  # first, so that a state whose loss is no number is never saved
-                pending = None
-            if evaluate_now:
-                params = evaluated_params(state)
-                told = validate(params)
-                for scorer in scorers:
-                    told |= scorer(params)
-                reporter.metrics(step, told)
-                watched = {name.removeprefix("validation/"): value for name, value in told.items()}
-                shown.update(
-                    {
-                        k: v
-                        for k, v in watched.items()
-                        if k.endswith(("bits", "psnr")) or k.startswith(("fd_", "fid_", "acc"))
-                    }
-                )
-            if save_now:  # last, so that a resumed run has the rows of this step
-                score = best_by(told) if recipe.keep_best and evaluate_now else None
-                checkpointer.save(step, state, objective.meta | {"step": step}, score)
+                telling.record(*pending)
+            # The last step is saved when it has been evaluated: the stage would count as finished.
+            if start != step < recipe.steps:
+                save(step, state)
+            raise
+    if session.watch.noticed:  # during the last save
+        raise Preempted
+
+
+def batches_after(
+    state: State, source: Source, experiment: Experiment, recipe: Recipe, mesh: Mesh, stack: contextlib.ExitStack
+) -> Iterator[Batch]:
+    """The batches of the steps that follow, on the devices; the stack ends the workers."""
+    stream = batches(
+        source,
+        global_batch=recipe.batch_size,
+        seed=experiment.seed,
+        start_step=int(state["step"]) + int(state["guard"]["data_offset"]),
+        rows=local_rows(mesh, recipe.batch_size),
+        num_workers=experiment.data.workers,
+    )
+    stack.callback(getattr(stream, "close", lambda: None))
+    return on_devices(stream, mesh)
+
+
+def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: Batch) -> str:
+    """Leaves behind what a person needs to see why a training goes nowhere, and says so.
+
+    WORKDIR/dump/<stage>/<step>/ is a checkpoint of the state, which bad updates have not touched; batch.<process>.npz the rows of the
+    last batch on this process.
+    """
+    folder, step = workdir.path / "dump" / stage, int(state["step"])
+    with contextlib.closing(Checkpointer(folder, keep=2)) as checkpointer:
+        from_main(lambda: shutil.rmtree(folder / str(step), ignore_errors=True))
+        checkpointer.save(step, state, {"step": step, "stage": stage})
+    here = {name: [np.asarray(s.data) for s in x.addressable_shards if s.replica_id == 0] for name, x in batch.items()}
+    rows = {name: np.concatenate(parts) for name, parts in here.items() if parts}
+    np.savez(folder / f"batch.{jax.process_index()}.npz", allow_pickle=False, **rows)
+    seen = {name: int(state["guard"][name]) for name in ("skipped", "rewinds", "data_offset")}
+    return (
+        f"{stage}: {recipe.most_skips} updates in a row were bad (loss or gradient not finite, or a spike) by step {step}, after going "
+        f"back {seen['rewinds']} time(s); {seen['skipped']} were left out in all. The state and the last batch are in {folder}. Train in "
+        "a new --workdir with a lower learning_rate or a longer warmup; this one keeps its last good checkpoint"
+    )
 
 
 def _refuse_other_tokens(folder: pathlib.Path, objective: Objective) -> None:

@@ -11,6 +11,8 @@ restores a file with a flipped bit without a word.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -18,7 +20,8 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -31,6 +34,7 @@ from rar_jax.parallel.processes import from_main, is_main
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
+MOST_FAILURES = 3  # saves in a row that a full disk may cost
 log = logging.getLogger(__name__)
 
 
@@ -104,20 +108,20 @@ def verify_manifest(folder: pathlib.Path) -> str:
 # ---------------------------------------------------------------- saving and restoring
 
 
-def good_step(folder: pathlib.Path) -> tuple[int, str] | None:
-    """The newest step of a checkpoint folder that verifies, and its manifest's hash; None if there is none.
+def good_step(folder: pathlib.Path, *, before: int | None = None) -> tuple[int, str] | None:
+    """The newest step of a checkpoint folder (below `before`) that verifies, and its manifest's hash; None if there is none.
 
     Newer steps that do not verify are reported by log warnings that name the bad file. Process 0 looks, and all go by what
     it finds: all processes call this.
     """
-    found = from_main(lambda: next(good_steps(folder), None))
+    found = from_main(lambda: next(good_steps(folder, before=before), None))
     return None if found is None else (found[0], found[1])
 
 
-def good_steps(folder: pathlib.Path) -> Iterator[tuple[int, str]]:
+def good_steps(folder: pathlib.Path, *, before: int | None = None) -> Iterator[tuple[int, str]]:
     """Every step that verifies and its manifest's hash, the newest first; log warnings name what is bad. As this process sees it."""
     steps = sorted((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), reverse=True)
-    for step in steps:
+    for step in (step for step in steps if before is None or step < before):
         try:
             yield step, verify_manifest(folder / str(step))
         except CheckpointError as error:
@@ -139,7 +143,8 @@ def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 class _KeepBest:
-    """Orbax's retention: the newest steps, and those that are marked."""
+    """Orbax's retention: the newest steps, those that are marked, and in any case the newest that has a manifest: of the newer
+    ones nobody knows yet whether they are good."""
 
     def __init__(self, folder: pathlib.Path, newest: int) -> None:
         self._folder, self._newest = folder, newest
@@ -147,6 +152,7 @@ class _KeepBest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         best = {marked["step"] for marked in best_steps(self._folder).values()}
+        best |= set([c.step for c in checkpoints if (self._folder / str(c.step) / MANIFEST).is_file()][-1:])
         first = len(checkpoints) - self._newest
         return [i >= first or c.step in best for i, c in enumerate(checkpoints)]
 
@@ -201,69 +207,117 @@ class Checkpointer:
         )
         self._threads = ThreadPoolExecutor(1)
         self._unfinished: int | None = None
+        self._step, self._failures = 0, 0  # of the last save; in a row, for want of room
         self._score: tuple[str, float] | None = None
         self._manifest: Future[None] | None = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any], score: tuple[str, float] | None = None) -> None:
         """Starts a save; an error of the one before is raised here.
 
+        A full disk is a warning, and the training goes on: what the save had written is removed, older steps stay. After
+        MOST_FAILURES saves in a row it is an error.
+
         Args:
           score: name and value, lower is better: the step is marked as the best once it is on disk, if it is.
         """
         self.wait()
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
-        )
-        self._unfinished, self._score = step, score
+        self._step = step
+        with self._full_disk_is_a_warning():
+            size = sum(x.nbytes for x in jax.tree.leaves(state))
+            if (free := from_main(lambda: shutil.disk_usage(self.folder).free)) < size:
+                raise OSError(
+                    errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({free:,} bytes free of {size:,})", str(self.folder)
+                )
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            self._manager.save(step, args=args, force=True)
+            self._unfinished, self._score = step, score
 
     def poll(self) -> None:
         """Starts the manifest as soon as the files are whole; costs nothing otherwise. Call it every step."""
-        if self._unfinished is not None and not self._manager.is_saving_in_progress():
-            self._manager.wait_until_finished()  # raises what the background save raised
-            step, self._unfinished = self._unfinished, None
-            if is_main():  # orbax's save is in progress until every process has written
-                self._manifest = self._threads.submit(_finish, self.folder, step, self._score)
-        if self._manifest is not None and self._manifest.done():
-            manifest, self._manifest = self._manifest, None
-            manifest.result()
+        with self._full_disk_is_a_warning():
+            if self._unfinished is not None and not self._manager.is_saving_in_progress():
+                step, self._unfinished = self._unfinished, None
+                self._manager.wait_until_finished()  # raises what the background save raised
+                if is_main():  # orbax's save is in progress until every process has written
+                    self._manifest = self._threads.submit(_finish, self.folder, step, self._score)
+                else:
+                    self._failures = 0
+            if self._manifest is not None and self._manifest.done():
+                manifest, self._manifest = self._manifest, None
+                manifest.result()
+                self._failures = 0
 
     def wait(self) -> None:
         """Returns once the last save and its manifest are on disk."""
         if self._unfinished is not None:
-            self._manager.wait_until_finished()
+            with self._full_disk_is_a_warning():
+                self._manager.wait_until_finished()
             self.poll()
         if self._manifest is not None:
-            manifest, self._manifest = self._manifest, None
-            manifest.result()
+            futures.wait([self._manifest])
+            self.poll()
 
-    def restore(self, abstract_state: Any) -> Any | None:
+    @contextlib.contextmanager
+    def _full_disk_is_a_warning(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not _disk_is_full(error):
+                raise
+            self._unfinished = self._manifest = None
+            self._failures += 1
+            if is_main():
+                # Orbax leaves what it had written, which would keep the disk full.
+                for path in [*self.folder.glob(f"{self._step}.orbax-checkpoint-tmp*"), self.folder / str(self._step)]:
+                    shutil.rmtree(path, ignore_errors=True)
+            self._manager.reload()
+            reason = f"step {self._step} could not be saved in {self.folder}: the disk is full"
+            if self._failures >= MOST_FAILURES:
+                raise CheckpointError(
+                    f"{reason}, {self._failures} times in a row. Make room and give the same command again: it goes on from the "
+                    "newest step that is there"
+                ) from error
+            log.warning("%s; the training goes on, and the next save tries again (%s)", reason, str(error)[:200])
+
+    def restore(
+        self, abstract_state: Any, *, before: int | None = None, added: Mapping[str, Any] | None = None
+    ) -> Any | None:
         """The newest good state, placed as `abstract_state`'s shardings say; None if nothing was saved yet.
 
-        Newer steps are set aside as <step>.unfinished (a save that was cut off) or <step>.damaged, so that they can be
-        written again; nothing is deleted.
+        Newer steps are set aside as <step>.unfinished (a save that was cut off), <step>.damaged or <step>.rewound, so that
+        they can be written again; nothing is deleted.
+
+        Args:
+          before: only steps below this one count. added: parts of the state that steps of older versions lack, and what they
+            are then.
+
         Raises: CheckpointError if there are damaged steps and no good one.
         """
-        good = good_step(self.folder)
-        if from_main(lambda: self._set_aside(good)):
+        self.wait()
+        good = good_step(self.folder, before=before)
+        if from_main(lambda: self._set_aside(good, before)):
             self._manager.reload()
         if good is None:
             return None
-        restored = self._manager.restore(
-            good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        )
-        return restored["state"]
+        there = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.folder.absolute()) / str(good[0]) / "state").tree
+        lacking = {name: part for name, part in (added or {}).items() if name not in there}
+        wanted = {name: part for name, part in abstract_state.items() if name not in lacking}
+        restored = self._manager.restore(good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
+        return {**restored["state"], **lacking}
 
-    def _set_aside(self, good: tuple[int, str] | None) -> list[int]:
+    def _set_aside(self, good: tuple[int, str] | None, before: int | None) -> list[int]:
         """Renames the steps that are newer than the good one. Process 0 does it."""
         newer = sorted(step for step in self._manager.all_steps() if good is None or step > good[0])
-        damaged = [step for step in newer if (self.folder / str(step) / MANIFEST).exists()]
+        rewound = [step for step in newer if before is not None and step >= before]
+        damaged = [step for step in newer if step not in rewound and (self.folder / str(step) / MANIFEST).exists()]
         if good is None and damaged:
             raise CheckpointError(
                 f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
                 "copy, or move the folder away to start this stage again"
             )
         for step in newer:
-            aside = self.folder / f"{step}.{'damaged' if step in damaged else 'unfinished'}"
+            why = "rewound" if step in rewound else "damaged" if step in damaged else "unfinished"
+            aside = self.folder / f"{step}.{why}"
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
             (self.folder / str(step)).rename(aside)
         return newer
@@ -272,9 +326,24 @@ class Checkpointer:
         """Finishes what is under way and frees the threads."""
         try:
             self.wait()
+            if self._failures:
+                raise CheckpointError(
+                    f"step {self._step}, the last, could not be saved in {self.folder}: the disk is full"
+                )
         finally:
             self._threads.shutdown()
             self._manager.close()
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Also of an error that wraps it, or has it as text only, as tensorstore's."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None) -> None:

@@ -18,6 +18,9 @@ class Recipe:
     ema_decay: of the parameters that are evaluated and sampled; 0 is none. After k updates at most (1 + k) / (10 + k), so that a
     short training does not average over its random start. eval_records: held-out records a validation. keep_checkpoints: the newest
     ones. keep_best: also the one with the best live distance (where none is measured, the lowest held-out loss).
+    spike_sigmas: an update is left out if its loss or gradient norm is so many standard deviations above the mean of the last 128
+    (guard.py), 0: only if it is not finite. most_skips: after so many in a row the training goes back to its last good checkpoint
+    and passes over the batches in between; most_rewinds: so often, and then it stops with a dump.
     """
 
     steps: int
@@ -38,6 +41,9 @@ class Recipe:
     checkpoint_every: Steps = 1000
     keep_checkpoints: int = 2
     keep_best: bool = False
+    spike_sigmas: float = 10.0
+    most_skips: int = 10
+    most_rewinds: int = 2
 
     def __post_init__(self) -> None:
         for name in (
@@ -48,6 +54,7 @@ class Recipe:
             "eval_every",
             "checkpoint_every",
             "eval_records",
+            "most_skips",
         ):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         require(
@@ -57,7 +64,7 @@ class Recipe:
         require(
             self.warmup < self.steps, f"warmup is {self.warmup} steps, not shorter than the training of {self.steps}"
         )
-        for name in ("end_learning_rate", "weight_decay"):
+        for name in ("end_learning_rate", "weight_decay", "spike_sigmas", "most_rewinds"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it cannot be negative")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")

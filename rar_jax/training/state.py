@@ -1,8 +1,9 @@
 """The train state, a plain tree of arrays, and the step that advances it.
 
-    state = {"step": int32, "params": tree, "opt_state": optax state, "extra": {"ema": tree} or {}}
+    state = {"step": int32, "params": tree, "opt_state": optax state, "extra": {"ema": tree} or {}, "guard": see guard.py}
 
-It is plain so that a checkpoint opens without this code. `extra` is the place for an EMA or, later, a discriminator.
+It is plain so that a checkpoint opens without this code. `extra` is the place for an EMA or, later, a discriminator. The step
+counts the updates that were left out as bad, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rar_jax.training import guard
 from rar_jax.training.recipe import Recipe, schedule
 
 State = dict[str, Any]
@@ -30,7 +32,8 @@ def make_init(
     def init_state(key: jax.Array) -> State:
         params = init(key)
         extra = {"ema": params} if recipe.ema_decay else {}
-        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params), "extra": extra}
+        trained = {"params": params, "opt_state": optimizer.init(params), "extra": extra}
+        return {"step": jnp.zeros((), jnp.int32), **trained, "guard": guard.init()}
 
     return init_state
 
@@ -48,6 +51,7 @@ def state_shardings(shapes: State, params: Any, replicated: Any, optimizer: opta
             transform_non_params=lambda _: replicated,
         ),
         "extra": {name: params for name in shapes["extra"]},
+        "guard": jax.tree.map(lambda _: replicated, shapes["guard"]),
     }
 
 
@@ -64,7 +68,8 @@ def make_train_step(
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """Function (state, batch, root key) -> (state, metrics), to be jitted with the state donated.
 
-    All randomness of step k comes from fold_in(root, k), so a resumed run draws what the first one would have.
+    All randomness of step k comes from fold_in(root, k), so a resumed run draws what the first one would have. An update that
+    the guard calls bad is left out: parameters, optimizer state and extra stay what they were, to the bit.
     """
     learning_rate = schedule(recipe)
 
@@ -100,6 +105,10 @@ def make_train_step(
         if "ema" in extra:
             decay = jnp.minimum(recipe.ema_decay, (1 + step) / (10 + step))
             extra = {"ema": jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, extra["ema"], params)}
-        return {"step": step + 1, "params": params, "opt_state": opt_state, "extra": extra}, metrics
+        trained = {"params": params, "opt_state": opt_state, "extra": extra}
+        bad, guarded = guard.judge(state["guard"], metrics, sigmas=recipe.spike_sigmas)
+        trained = guard.unless(bad, trained, {name: state[name] for name in trained})
+        metrics = metrics | {name: guarded[name] for name in ("skipped", "in_a_row")}
+        return {"step": step + 1, **trained, "guard": guarded}, metrics
 
     return train_step

@@ -3,7 +3,9 @@
 config.json           the resolved experiment that this directory belongs to
 checkpoints/<stage>/  stages: tokenizer, classifier, generator
 tokens/<split>/       token stores: train, heldout
-metrics.jsonl, tensorboard/<stage>/, *.png, result.json
+metrics.jsonl, ledger.jsonl, tensorboard/<stage>/, *.png, result.json
+dump/<stage>/         what a training that gave up leaves for a person
+.lease.json           who writes here now
 """
 
 from __future__ import annotations
@@ -42,14 +44,18 @@ class Workdir:
     def claim(self, config: dict[str, Any]) -> None:
         """Makes the directory this experiment's, or checks that it is. Until something was made, it can change hands.
 
-        All processes call this: it is where they find out whether they share the directory.
+        Raises: ConfigError with the differences if it belongs to another experiment; what `make` raises.
+        """
+        self.make()
+        from_main(lambda: self._claim(json.loads(json.dumps(config))))
 
-        Raises: ConfigError with the differences if it belongs to another experiment; StorageError if the processes do not see
-          the same directory.
+    def make(self) -> None:
+        """Makes the folder. All processes call this: it is where they find out whether they share it.
+
+        Raises: ConfigError if it cannot be made; StorageError if the processes do not see the same directory.
         """
         from_main(self._make)
         check_shared(self.path)
-        from_main(lambda: self._claim(json.loads(json.dumps(config))))
 
     def _make(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -60,7 +66,9 @@ class Workdir:
             raise ConfigError(f"{self.path} cannot be made ({error.strerror}): choose another --workdir") from None
 
     def _claim(self, config: dict[str, Any]) -> None:
-        made = sorted(p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json")))
+        made = sorted(
+            p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json", "ledger.jsonl"))
+        )
         if made and not self.config.exists():
             raise ConfigError(
                 f"{self.path} has no config.json but is not empty (it holds {made[0]}): choose another --workdir"

@@ -189,6 +189,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.promise(9, "malicious pickles refused, and not run")
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("write", [write_zip, write_stream])
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, write, protocol):
@@ -228,6 +229,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
     check_example(read(write_zip(tmp_path / "good", example(), {"0": WEIGHT, "1": COUNTS})))
 
 
+@pytest.mark.promise(9, "pickles that ask for memory or the stack")
 @pytest.mark.parametrize(
     "body",
     [

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rar_jax.cli import main
 from rar_jax.data.token_store import TokenStore
-from rar_jax.programs import inspect as program
+from rar_jax.programs import inspect_tokens
 
 FILES = ImageFiles()
 
@@ -197,7 +197,7 @@ def test_many_classes_are_three_and_the_empty_ones(capsys: pytest.CaptureFixture
 def test_a_token_store(
     straight: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "_BLOCK", 100)  # of 360 records
+    monkeypatch.setattr(inspect_tokens, "_BLOCK", 100)  # of 360 records
     found, store = report(capsys, 0, str(straight)), TokenStore(straight)
     records = np.concatenate([np.load(path) for path in sorted(straight.glob("*.npy"))])
     p = np.bincount(records["tokens"].reshape(-1), minlength=32) / records["tokens"].size

@@ -237,6 +237,7 @@ def test_the_wait_for_the_loader_is_told(
 # ---------------------------------------------------------------- the real command
 
 
+@pytest.mark.promise(2, "tokenize killed: the store of a straight run to the bit, no record lost or doubled")
 def test_kill_9_of_the_command(tiny: Any, tmp_path: pathlib.Path) -> None:
     (tmp_path / "c.py").write_text(
         f"import importlib.util\nspec = importlib.util.spec_from_file_location('t', {str(TINY)!r})\n"

@@ -97,6 +97,7 @@ def folder(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 # ---------------------------------------------------------------- to the bit
 
 
+@pytest.mark.promise(3, "saved on 4 devices, restored on 1 and two meshes of 4: bitwise")
 @pytest.mark.parametrize("config", [None, MeshConfig(2, 1, 2), MeshConfig(1, 2, 2)], ids=str)
 def test_saved_on_four_devices_and_restored_on_other_meshes(saved: pathlib.Path, config: MeshConfig | None) -> None:
     mesh = make_mesh(config) if config else one()
@@ -107,6 +108,7 @@ def test_saved_on_four_devices_and_restored_on_other_meshes(saved: pathlib.Path,
         assert x.sharding.is_equivalent_to(at, x.ndim)
 
 
+@pytest.mark.promise(3, "saved on 1 device, restored on 4: bitwise")
 def test_saved_on_one_device_and_restored_on_four(tmp_path: pathlib.Path) -> None:
     save(tmp_path, range(5, 6))
     state = restore(tmp_path, make_mesh(MeshConfig(1, 4, 1)))
@@ -209,6 +211,7 @@ def test_a_flipped_bit_in_any_file(folder: pathlib.Path, caplog: pytest.LogCaptu
     assert good is not None and good[0] == 2
 
 
+@pytest.mark.promise(5, "each file of a checkpoint deleted or cut: named, the step before used")
 def test_any_file_deleted_or_cut(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in files_of(folder / "2"):
         whole = path.read_bytes()
@@ -280,6 +283,7 @@ def damage_ocdbt(step: pathlib.Path) -> None:
     overwrite(largest, content)
 
 
+@pytest.mark.promise(5, "training goes on from the step before and writes the bad one again")
 @pytest.mark.parametrize(
     ("damage", "aside"),
     [
@@ -375,13 +379,13 @@ def test_a_manifest_that_cannot_be_written_is_raised(
     tmp_path: pathlib.Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(folder: pathlib.Path) -> None:
-        raise OSError(28, "No space left on device", str(folder))
+        raise OSError(5, "Input/output error", str(folder))
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
     checkpointer = Checkpointer(tmp_path, keep=2)
     checkpointer.save(1, put(numbers(1), one()), {})
 
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / '1'}'"):
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path / '1'}'"):
         call(checkpointer, how)
     assert good_step(tmp_path) is None and not (tmp_path / "2").exists()
     monkeypatch.undo()

@@ -184,14 +184,15 @@ def test_after_step_follows_the_update_and_the_ema_sees_it(plain: Run) -> None:
 
 
 def test_moments_and_ema_lie_as_the_parameters_do(averaged: Run) -> None:
-    """Bytes a device: (8 * 12 * 2 kernel elements) / 4 + 12 / 2 of bias, four times over (params, EMA, two moments)."""
+    """Bytes a device: (8 * 12 * 2 kernel elements) / 4 + 12 / 2 of bias, four times over (params, EMA, two moments);
+    and the guard's history of 2 * 128."""
     mesh, state = make_mesh(MeshConfig(1, 2, 2)), averaged.state
     held = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(state):
         if leaf.ndim:
             for shard in leaf.addressable_shards:
                 held[shard.device] += shard.data.size
-    assert set(held.values()) == {4 * (2 * 8 * 12 // 4 + 12 // 2)}
+    assert set(held.values()) == {4 * (2 * 8 * 12 // 4 + 12 // 2) + 256}
     kernel = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     adam = [x for x in jax.tree.leaves(state["opt_state"]) if x.shape == (8, 12)]
     assert len(adam) == 2 and all(x.sharding == kernel for x in [*adam, state["extra"]["ema"]["first"]["kernel"]])

@@ -1,0 +1,159 @@
+"""`inspect` of a work directory: where its time went, how far it is, which checkpoints are good, and what to do next."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Any
+
+from rar_jax.programs.inspect_text import LISTED, Report, problem_lines, readable
+from rar_jax.training import lease, ledger
+from rar_jax.training.checkpoint import CheckpointError, best_steps, verify_manifest
+from rar_jax.training.report import progress, read_metrics
+from rar_jax.training.workdir import Workdir
+
+STAGES = ("tokenizer", "classifier", "generator")
+
+
+def is_workdir(what: str) -> bool:
+    """Whether it is a folder that `run` or `train` has made."""
+    return (pathlib.Path(what) / "config.json").is_file()
+
+
+def inspect_workdir(what: str, *, problems: int = LISTED, quiet: bool = False) -> Report:
+    """Verifies every checkpoint of a work directory, and sums up its ledger and metrics. Nothing is changed.
+
+    Returns: a report; "seconds" is `ledger.goodput`, "stages" for each stage its last rows and checkpoints, "next" what to do.
+    Raises: ConfigError if config.json is damaged.
+    """
+    workdir = Workdir(what)
+    config, rows = workdir.read_config(), ledger.read(workdir.path)
+    holder = lease.read(workdir.path / lease.NAME)
+    running = bool(holder) and lease.alive(workdir.path / lease.NAME, holder)
+    found: list[list[str]] = []
+    metrics = read_metrics(workdir.path)
+    stages = {}
+    for stage in STAGES:
+        if (recipe := _recipe(config, stage)) is None and not workdir.checkpoints(stage).is_dir():
+            continue
+        told = [row for row in metrics if row["stage"] == stage]
+        stages[stage] = {
+            "steps": (recipe or {}).get("steps", 0),
+            "last": _last(told, lambda name: name in ("loss", "grad_norm", "skipped")),
+            "last_validation": _last(
+                told, lambda name: name.startswith("validation/") and name.endswith(("loss", "bits", "psnr"))
+            ),
+            "checkpoints": _checkpoints(workdir.checkpoints(stage), found, quiet),
+        }
+    signs = [row["time"] for row in (*rows, *metrics)]
+    seconds = ledger.goodput(rows, now=time.time() if running else max(signs, default=0.0), running=running)
+    counted = {name: sum(row["event"] == name for row in rows) for name in ("start", "preempted", "skipped", "rewind")}
+    stops = [row for row in rows if row["event"] == "stop"]
+    report = {
+        "kind": "work directory",
+        "name": what,
+        "experiment": config.get("name"),
+        "running": holder if running else None,
+        "seconds": seconds,
+        "goodput": sum(seconds[kind] for kind in ledger.PRODUCTIVE) / seconds["wall"] if seconds["wall"] else None,
+        "events": counted,
+        "last_stop": stops[-1]["reason"] if stops and rows[-1]["event"] == "stop" else None,
+        "stages": stages,
+        "result": workdir.result.is_file(),
+        "problems": {"total": len(found), "first": found[:problems]},
+    }
+    return {**report, "next": _next(report)}
+
+
+def tell_workdir(report: Report) -> list[str]:
+    """The report of `inspect_workdir` as lines."""
+    lines = [f"{report['name']}, a work directory of {report['experiment']}"]
+    if holder := report["running"]:
+        lines.append(
+            f"  running    {holder['verb']}, process {holder['pid']} on {holder['host']} since {holder['since']}"
+        )
+    seconds, wall = report["seconds"], report["seconds"]["wall"]
+    if wall:
+        rest = [
+            (kind, s)
+            for kind, s in sorted(seconds.items(), key=lambda item: -item[1])
+            if kind != "wall" and s >= 0.0005 * wall
+        ]
+        where = ", ".join(f"{kind} {s / wall:.1%}" for kind, s in rest)
+        lines.append(f"  goodput    {report['goodput']:.1%} of {wall:,.0f} s: {where}")
+    events = report["events"]
+    lines.append(f"  runs       {events['start']}, updates left out {events['skipped']}, rewinds {events['rewind']}")
+    for name, stage in report["stages"].items():
+        last = stage["last"]
+        step = f"step {last['step']} of {stage['steps']}" if last else "no steps told"
+        lines.append(f"  {name:10} {step}{_numbers(last)}")
+        if validation := stage["last_validation"]:
+            lines.append(f"    validation at step {validation['step']}{_numbers(validation)}")
+        for found in stage["checkpoints"]:
+            best = f", best by {', '.join(found['best_by'])}" if found["best_by"] else ""
+            lines.append(f"    checkpoint {found['step']}: {found['state']}, {readable(found['bytes'])}{best}")
+    lines += problem_lines(report)
+    return [*lines, f"  next       {report['next']}"]
+
+
+def _recipe(config: dict[str, Any], stage: str) -> dict[str, Any] | None:
+    return config.get({"tokenizer": "tokenizer_train", "classifier": "classifier_train", "generator": "train"}[stage])
+
+
+def _last(rows: list[dict[str, Any]], wanted: Any) -> dict[str, Any]:
+    """The last row that has such numbers, and its step; {} if there is none."""
+    for row in reversed(rows):
+        if numbers := {name: value for name, value in row.items() if wanted(name)}:
+            return {"step": row["step"], **numbers}
+    return {}
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    shown = [
+        f"{name.removeprefix('validation/')} {'none' if x is None else f'{x:.4g}'}"
+        for name, x in values.items()
+        if name != "step"
+    ]
+    return ": " + ", ".join(shown) if shown else ""
+
+
+def _checkpoints(folder: pathlib.Path, found: list[list[str]], quiet: bool) -> list[dict[str, Any]]:
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit())
+    best = best_steps(folder)
+    told = []
+    for step in progress(steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps):
+        state = "verified"
+        try:
+            verify_manifest(folder / str(step))
+        except CheckpointError as error:
+            state = "bad"
+            found.append([f"{folder.name} step {step}", str(error)])
+        size = sum(p.stat().st_size for p in (folder / str(step)).rglob("*") if p.is_file())
+        marked = [name for name, marked in best.items() if marked["step"] == step]
+        told.append({"step": step, "state": state, "bytes": size, "best_by": marked})
+    aside = [p for p in folder.glob("*.*") if p.is_dir()]
+    found += [[f"{folder.name}", f"{p.name} was set aside: look at it, then remove it"] for p in sorted(aside)]
+    return told
+
+
+def _next(report: Report) -> str:
+    """One sentence for a person who has just come."""
+    again = f"rar-jax run --config {report['experiment']} --workdir {report['name']}"
+    if report["running"]:
+        return "it runs: nothing to do"
+    if report["last_stop"] and "updates in a row were bad" in report["last_stop"]:
+        return f"it gave up: look into {report['name']}/dump and {report['name']}/ledger.jsonl, then train in a new --workdir"
+    if report["last_stop"] and "the disk is full" in report["last_stop"]:
+        return f"make room on the disk, then {again}"
+    if report["result"]:
+        return f"it is done: rar-jax sample --weights {report['name']} --out PICTURES"
+    good = [
+        found["step"]
+        for stage in report["stages"].values()
+        for found in stage["checkpoints"]
+        if found["state"] == "verified"
+    ]
+    bad = any(found["state"] == "bad" for stage in report["stages"].values() for found in stage["checkpoints"])
+    if bad and not good:
+        return "no checkpoint is good: bring the files named above back from a copy, or move the folder away"
+    return f"{again} goes on from the newest good checkpoint of each stage"

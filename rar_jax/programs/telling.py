@@ -1,0 +1,70 @@
+"""What a training tells of its steps, evaluations and bad updates while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rar_jax.programs.session import Session
+from rar_jax.training.recipe import Recipe
+from rar_jax.training.report import Reporter, read_metrics
+from rar_jax.training.state import State, evaluated_params
+from rar_jax.training.workdir import Workdir
+
+
+class Telling:
+    """Writes metrics and the ledger. shown: the numbers of the progress line. bad_in_a_row: as of the last step recorded.
+
+    Args:
+      state: where the training begins. validate, scorers: functions of parameters.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        recipe: Recipe,
+        reporter: Reporter,
+        session: Session,
+        state: State,
+        validate: Callable[..., dict[str, float]],
+        scorers: Sequence[Callable[[Any], dict[str, float]]],
+    ) -> None:
+        self._stage, self._recipe, self._reporter, self._session = stage, recipe, reporter, session
+        self._validate, self._scorers = validate, scorers
+        self._skipped = int(state["guard"]["skipped"])
+        self.bad_in_a_row = int(state["guard"]["in_a_row"])
+        self.shown: dict[str, float] = {}
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """Fetches and writes the metrics of a finished step."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self.bad_in_a_row, before = int(values.pop("in_a_row")), self._skipped
+        self._skipped = int(values["skipped"])
+        bad = self._skipped > before
+        if bad:
+            told = {name: repr(values[name]) for name in ("loss", "grad_norm")}
+            self._session.ledger.row("skipped", stage=self._stage, step=step, **told)
+        self.shown["loss"] = values["loss"]
+        if step % self._recipe.log_every == 0 or step == self._recipe.steps or bad:
+            self._reporter.metrics(step, values)
+
+    def evaluate(self, step: int, state: State) -> dict[str, float]:
+        """Validates and scores; all of it is told, and returned. Raises: Preempted between two parts."""
+        self._session.ledger.lap("training")
+        params = evaluated_params(state)
+        told = self._validate(params, self._session.poll)
+        for scorer in self._scorers:
+            self._session.poll()
+            told |= scorer(params)
+        self._reporter.metrics(step, told)
+        of_note, ends = ("fd_", "fid_", "acc"), ("bits", "psnr")
+        watched = {name.removeprefix("validation/"): value for name, value in told.items()}
+        self.shown |= {k: v for k, v in watched.items() if k.endswith(ends) or k.startswith(of_note)}
+        self._session.ledger.lap("evaluating")
+        return told
+
+
+def evaluated(workdir: Workdir, stage: str, step: int) -> bool:
+    """Whether the evaluation of a step was told. A preemption may have come before it."""
+    rows = read_metrics(workdir.path, stage)
+    return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)

@@ -1,0 +1,173 @@
+"""SIGTERM: this machine is about to be taken away. What is worth saving is saved, and the process leaves with PREEMPTED.
+
+Nearly everything that a verb does can be stopped at any moment and goes on with the same command: shards of tokens, chunks of an
+evaluation, a compilation, a save. There a signal ends the process at once. Only a training has steps in memory that no file
+holds: within `saving()` the signal is a note, which the loop asks for by `reached()`, then saves and raises Preempted. A second
+signal ends the process at once anywhere, which does no harm (a kill does none).
+
+One thread hears the signal, since Python's own handlers wait for the main thread, which may compile for minutes.
+
+Of several processes any one may get the signal. JAX tells the others, and finds the next number that none of them has asked
+`reached_preemption_sync_point` for: the place where all stop. It answers by equality, so every process asks for every number:
+within `saving()` all at the same places of the loop, elsewhere a thread by the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from rar_jax.config import PREEMPTED
+from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
+
+TICK_SECONDS = 0.5  # between two numbers that the thread asks for
+
+
+class Preempted(Exception):
+    """The training was asked to stop and has been saved."""
+
+
+class Watch:
+    """Hears SIGTERM within `listening`, in this process or another one of the run.
+
+    on_leave: called before the process ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.on_leave: Callable[[], None] = lambda: None
+        self.noticed = False
+        self._saving = False
+        self._signals = 0
+        self._asked = 0  # the last number that JAX was asked for
+        self._many = False
+        self._tell_jax: Callable[[int], None] | None = None
+        self._lock = threading.RLock()  # around `noticed`, `_saving` and `_asked`
+
+    # ---- for the verbs
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes over SIGTERM. Main thread only, after the processes have found each other."""
+        self._many = jax.process_count() > 1
+        if self._many:
+            self._tell_jax = _handler_of_jax()
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        # A handler of Python's, so that the number of a signal is written into the pipe at once, whatever the main thread does.
+        handler, pipe = (
+            signal.signal(signal.SIGTERM, lambda *_: None),
+            signal.set_wakeup_fd(write, warn_on_full_buffer=False),
+        )
+        os.register_at_fork(after_in_child=_forget)  # a worker that is ended by SIGTERM is none of our business
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
+        if self._many:
+            threading.Thread(target=self._tick, daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(pipe)
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+            os.close(write)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within it a signal is answered by `reached`. All processes enter and ask together."""
+        if self._many:
+            barrier("saving")  # until all are here the thread asks; then it stands still, and all go on from one number
+        with self._lock:
+            self._saving = True
+        if self._many:
+            meeting = max(int(text) for text in from_all(str(self._asked)))
+            while self._asked < meeting:
+                self._ask()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._saving = False
+
+    def reached(self) -> bool:
+        """Whether to save and stop here: the same answer on all processes."""
+        if not self._many:
+            return self.noticed
+        return self._ask()
+
+    def exit_code(self, code: int) -> int:
+        """The code of a process that fails with `code`: what goes wrong after a signal, as connections do, is the preemption."""
+        return PREEMPTED if self.noticed else code
+
+    # ---- the threads
+
+    def _listen(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                if number == signal.SIGTERM:
+                    self._signalled()
+        os.close(pipe)
+
+    def _signalled(self) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            self._leave("a second signal")
+        elif self._tell_jax is not None:
+            self._tell_jax(signal.SIGTERM)
+        else:
+            self._notice()
+
+    def _tick(self) -> None:
+        begun, first = time.monotonic(), self._asked
+        while True:
+            with self._lock:
+                if self._saving:
+                    # Orbax asks JAX as well, for the number of its step: the number that counts is put back.
+                    multihost_utils.reached_preemption_sync_point(self._asked)
+                    begun, first = time.monotonic(), self._asked
+                else:
+                    self._ask()
+                ahead = (self._asked - first) * TICK_SECONDS - (time.monotonic() - begun)
+            time.sleep(TICK_SECONDS if self._saving else max(ahead, 0.01))
+
+    def _ask(self) -> bool:
+        with self._lock:
+            self._asked += 1
+            if multihost_utils.reached_preemption_sync_point(self._asked):
+                self._notice()
+            return self.noticed
+
+    def _notice(self) -> None:
+        with self._lock:
+            self.noticed = True
+            if self._saving:
+                return
+        self._leave("SIGTERM")
+
+    def _leave(self, why: str) -> None:
+        print(f"\nrar-jax: {why}: stopped at once; the same command goes on from what is on disk", file=sys.stderr)
+        sys.stderr.flush()
+        # Process 0 last: with it goes what connects the others, who would be killed without a word.
+        if self._many and is_main() and self._signals < 2:
+            time.sleep(GRACE_SECONDS)
+        self.on_leave()
+        os._exit(PREEMPTED)
+
+
+def _handler_of_jax() -> Callable[[int], None]:
+    """The C function by which JAX's preemption service hears of SIGTERM. It sets a flag; Python's handler would take its place."""
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    address = set_handler(signal.SIGTERM, None)  # None is SIG_DFL, until Python's is set a moment later
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address and address > 1 else lambda number: None
+
+
+def _forget() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,143 @@
+"""A full disk costs saves, never what was saved; the training goes on, and saves again once there is room."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rar_jax.training import checkpoint
+from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, good_steps
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def state(step: int, size: int = 50_000) -> dict[str, Any]:
+    values = np.random.default_rng(step).standard_normal(size).astype(np.float32)
+    return {"step": jnp.int32(step), "params": {"w": jnp.asarray(values)}}
+
+
+def names(folder: pathlib.Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.promise(
+    6, "no room before, during or after a save: older steps stay, nothing is left, the next save succeeds"
+)
+@pytest.mark.parametrize("where", ["before", "during", "manifest"])
+def test_the_disk_is_full_for_a_while(
+    tmp_path: pathlib.Path, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpointer.save(step, state(step), {})
+    checkpointer.wait()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="rar_jax.training.checkpoint"):
+        if where == "before":
+            patch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Usage(0))
+        elif where == "during":
+            patch.setattr(checkpointer._manager, "save", full)
+        else:
+            patch.setattr(checkpoint, "write_manifest", full)
+        for step in (3, 4):
+            checkpointer.save(step, state(step), {})
+            checkpointer.wait()
+            # Retention has let go of step 1 where step 3 was whole but for its manifest.
+            assert names(tmp_path) == (["2"] if where == "manifest" else ["1", "2"]), where
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+        f"step {step} could not be saved in {tmp_path}" for step in (3, 4)
+    ]
+    assert next(good_steps(tmp_path))[0] == 2
+    checkpointer.save(5, state(5), {})
+    checkpointer.close()
+    assert [step for step, _ in good_steps(tmp_path)] == [5, 2] and names(tmp_path) == ["2", "5"]
+
+
+class _Usage:
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+@pytest.mark.promise(6, "a named error after 3 saves in a row, and at the end if the last one failed")
+def test_an_error_in_the_end(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    with pytest.raises(CheckpointError, match=r"step 3 could not be saved in .* 3 times in a row\. Make room"):
+        for step in range(1, 9):
+            checkpointer.save(step, state(step), {})
+            checkpointer.wait()
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    checkpointer.save(1, state(1), {})
+    with pytest.raises(CheckpointError, match=r"step 1, the last, could not be saved"):
+        checkpointer.close()
+
+
+SCRIPT = """
+import pathlib, sys
+sys.path[:0] = [{root!r}, {here!r}]
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+from test_disk_full import state, names
+from rar_jax.training.checkpoint import Checkpointer, good_steps
+from rar_jax.training import checkpoint
+folder = pathlib.Path({folder!r})
+checkpointer = Checkpointer(folder, keep=2)
+checkpointer.save(1, state(1), {{}})
+checkpointer.wait()
+if {blind}:  # what the look at the free space does not see: another program fills the disk during the save
+    real = checkpoint.shutil.disk_usage
+    checkpoint.shutil.disk_usage = lambda path: real("/")
+(folder / "ballast").write_bytes(bytes(600_000))
+checkpointer.save(2, state(2), {{}})
+checkpointer.wait()
+print("full", names(folder), [s for s, _ in good_steps(folder)])
+(folder / "ballast").unlink()
+checkpointer.save(3, state(3), {{}})
+checkpointer.close()
+print("room", names(folder), [s for s, _ in good_steps(folder)])
+"""
+
+
+@pytest.mark.promise(
+    6, "the same on a real disk (tmpfs of 1 MB) that is full when the save begins, or fills up during it"
+)
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_small_disk(tmp_path: pathlib.Path, blind: bool) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', str(disk)]
+    if subprocess.run([*mount, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a tmpfs")
+    script = SCRIPT.format(root=str(ROOT), here=str(pathlib.Path(__file__).parent), folder=str(disk), blind=blind)
+    done = subprocess.run([*mount, sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["full ['1', 'ballast'] [1]", "room ['1', '3'] [3, 1]"], (
+        done.stdout + done.stderr
+    )
+
+
+@pytest.mark.promise(5, "retention keeps the newest step that verified, whatever was written after it")
+def test_retention_keeps_the_newest_good_step(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    checkpointer.save(1, state(1, 100), {})
+    checkpointer.wait()
+    monkeypatch.setattr(checkpoint, "_finish", lambda *_: None)  # killed before each manifest
+    for step in (2, 3, 4, 5):
+        checkpointer.save(step, state(step, 100), {})
+    checkpointer.close()
+    good = good_step(tmp_path)
+    assert good is not None and good[0] == 1 and names(tmp_path) == ["1", "4", "5"]
+    assert jax.tree.leaves(checkpoint.load_params(tmp_path, 1))[0].shape == (100,)

@@ -1,0 +1,144 @@
+"""Bad batches in the real loop: left out, gone back from, given up on; the same way every time."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import state_of
+
+from rar_jax.config import load_experiment
+from rar_jax.evaluation import classifier
+from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs.experiment import resolve
+from rar_jax.programs.session import Session
+from rar_jax.programs.train import TrainingError, train
+from rar_jax.training import ledger as ledgers
+from rar_jax.training.ledger import Ledger
+from rar_jax.training.preemption import Preempted
+from rar_jax.training.report import read_metrics
+from rar_jax.training.workdir import Workdir
+
+TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
+RECIPE = {"steps": 20, "log_every": 1, "eval_every": 10, "checkpoint_every": 4, "most_skips": 3, "keep_checkpoints": 9}
+
+
+def stage(workdir: pathlib.Path, session: Session | None = None, **recipe: Any) -> None:
+    """Trains the tiny classifier, which compiles fastest."""
+    overrides = [f"classifier.train.{name}={value}" for name, value in {**RECIPE, **recipe}.items()]
+    experiment = resolve(load_experiment(str(TINY), overrides), "tiny")
+    session = session or Session(Ledger(workdir))
+    train(experiment, "classifier", Workdir(workdir), make_mesh(experiment.mesh), quiet=True, session=session)
+
+
+def told(workdir: pathlib.Path) -> list[Any]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir, "classifier")]
+
+
+def events(workdir: pathlib.Path, *names: str) -> list[tuple[Any, ...]]:
+    rows = [row for row in ledgers.read(workdir) if row["event"] in names]
+    return [(row["event"], row.get("step"), row.get("to")) for row in rows]
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Function of batch numbers (from 1): from then on the loss of those batches is NaN, at whatever step they come."""
+    from rar_jax.data.loader import batches
+    from rar_jax.data.sources import load_source
+
+    real = classifier.loss
+    source = load_source("digits", "train", image_size=8, channels=1)
+    stream = batches(source, global_batch=64, seed=0, start_step=0)
+    sums = [int(np.asarray(next(stream)["images"], np.int64).sum()) for _ in range(60)]
+
+    def make(*numbers: int) -> None:
+        bad = jnp.array([sums[k - 1] for k in numbers])
+
+        def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
+            value, metrics = real(config, params, batch, key=key, step=step)
+            found = (batch["images"].astype(jnp.int32).sum() == bad).any() & (key is not None)
+            value = jnp.where(found, jnp.nan, 1.0) * value
+            return value, metrics | {"loss": value}
+
+        monkeypatch.setattr(classifier, "loss", loss)
+
+    return make
+
+
+class StopAt(Session):
+    """A session that is preempted at its k-th poll."""
+
+    def __init__(self, workdir: pathlib.Path, poll: int) -> None:
+        super().__init__(Ledger(workdir))
+        self.left = poll
+
+    def poll(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Preempted
+
+
+@pytest.mark.promise(8, "a NaN batch in the real loop: one update left out and counted, the step after is normal")
+def test_one_bad_batch_is_left_out_and_counted(tmp_path: pathlib.Path, poison: Any) -> None:
+    poison(7)
+    stage(tmp_path, steps=12, eval_every=6)
+    rows = [row for row in told(tmp_path) if "loss" in row]
+    assert [row["step"] for row in rows if row["loss"] is None] == [7]
+    assert [row["skipped"] for row in rows] == [0.0] * 6 + [1.0] * 6
+    assert events(tmp_path, "skipped", "rewind") == [("skipped", 7, None)]
+    # Stopped within the evaluation of step 6, which is made up for.
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    with pytest.raises(Preempted):
+        stage(stopped, StopAt(stopped, 7), steps=12, eval_every=6)
+    assert [row["step"] for row in told(stopped)] == list(range(1, 7))
+    stage(stopped, steps=12, eval_every=6)
+    assert told(stopped) == told(tmp_path) and state_of(stopped, 12) == state_of(tmp_path, 12)
+
+
+@pytest.mark.promise(
+    8,
+    "3 in a row: back to the last good step, past the data window; the same, stopped 3 times on the way, ends bitwise the same",
+)
+def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poison: Any) -> None:
+    poison(10, 11, 12, 13)
+    (tmp_path / "one").mkdir()
+    stage(tmp_path / "one")
+    # Steps 10, 11 and 12 are bad, which is known while 13 runs; back to 8, and step 9 trains on batch 14.
+    assert events(tmp_path / "one", "rewind") == [("rewind", 13, 8)]
+    assert not list((tmp_path / "one/checkpoints/classifier").glob("*.rewound")), (
+        "nothing is saved on a way that leads back"
+    )
+    offset = {
+        k: np.frombuffer(v, np.int32)[0]
+        for k, v in state_of(tmp_path / "one", 20).items()
+        if "guard" in k and len(v) == 4
+    }
+    assert offset["['guard']['data_offset']"] == 5 and offset["['guard']['rewinds']"] == 1
+    assert offset["['guard']['skipped']"] == 4 and offset["['guard']['in_a_row']"] == 0
+    # Stopped within the bad steps, in an evaluation, and after it went back.
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    for poll in (11, 2, 12):
+        with pytest.raises(Preempted):
+            stage(stopped, StopAt(stopped, poll))
+    stage(stopped)
+    assert state_of(stopped, 20) == state_of(tmp_path / "one", 20) and told(stopped) == told(tmp_path / "one")
+
+
+@pytest.mark.promise(8, "a fault that stays: gone back from twice, then stopped with a dump of state and batch")
+def test_giving_up_leaves_a_dump(tmp_path: pathlib.Path, poison: Any) -> None:
+    poison(*range(6, 40))
+    with pytest.raises(TrainingError, match=r"3 updates in a row were bad .* by step 8, after going back 2 time"):
+        stage(tmp_path)
+    assert events(tmp_path, "rewind") == [("rewind", 9, 4), ("rewind", 8, 4)]
+    dump = tmp_path / "dump" / "classifier"
+    with np.load(dump / "batch.0.npz") as batch:
+        assert batch["images"].shape[0] == 64
+    ours, kept = state_of(tmp_path, 8, "dump/classifier"), state_of(tmp_path, 4)
+    for name, value in kept.items():
+        if "guard" not in name and name != "['step']":
+            assert ours[name] == value, name

@@ -1,0 +1,65 @@
+"""kill -9 at random moments: the same end to the bit, and never behind the last committed step."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import time
+from typing import Any
+
+import pytest
+from commands import finish, start, state_of, wait_for
+
+from rar_jax.training.checkpoint import good_step
+from rar_jax.training.report import read_metrics
+
+
+def told(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir, "classifier")]
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    rows = told(workdir) if workdir.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def committed(workdir: pathlib.Path) -> int:
+    good = good_step(workdir / "checkpoints" / "classifier")
+    return good[0] if good else 0
+
+
+KILLS = [
+    3,
+    pytest.param(int(os.environ.get("RAR_JAX_TEST_KILLS", "200")), marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+]
+
+
+@pytest.mark.promise(
+    2, "kill -9 at random moments (start, compile, step, save, manifest, evaluation): same state and rows, bitwise"
+)
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_property: Any) -> None:
+    rng, done, steps = random.Random(kills), 0, max(120, 14 * kills)
+    recipe = {"steps": steps, "checkpoint_every": 5, "eval_every": 10, "log_every": 1}
+    flags = ["--stage=classifier", "--quiet", *(f"--config.classifier.train.{k}={v}" for k, v in recipe.items())]
+    finish(start("train", tmp_path / "straight", *flags))
+    killed, newest = tmp_path / "killed", 0
+    for trial in range(kills):
+        running = start("train", killed, *flags)
+        if trial % 5 == 3:
+            time.sleep(rng.uniform(0.2, 4.0))
+        else:
+            ahead = newest + rng.randrange(12)
+            wait_for(lambda ahead=ahead: last_step(killed) > ahead, running)
+            time.sleep(rng.uniform(0, 0.15))
+        running[0].kill()
+        out = running[0].communicate()[0]
+        assert running[0].returncode == -9, out[-3000:]
+        assert committed(killed) >= newest, "what was committed is there"
+        newest, done = committed(killed), done + 1
+    finish(start("train", killed, *flags))
+    assert state_of(killed, steps) == state_of(tmp_path / "straight", steps)
+    assert told(killed) == told(tmp_path / "straight")
+    assert not list((killed / "checkpoints" / "classifier").glob("*tmp*"))
+    record_property("count", f"{done} of {kills} kills")

@@ -1,0 +1,194 @@
+"""SIGTERM to any process at any moment: saved where there is something to save, exit code 75 on all, within 10 seconds."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from commands import TINY, environment, finish, start, terminate, wait_for
+
+from rar_jax.config import PREEMPTED, load_experiment
+from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs.experiment import resolve
+from rar_jax.programs.session import Session
+from rar_jax.programs.train import train
+from rar_jax.training import ledger
+from rar_jax.training.checkpoint import Checkpointer, good_step
+from rar_jax.training.ledger import Ledger
+from rar_jax.training.preemption import Preempted, Watch
+from rar_jax.training.report import read_metrics
+from rar_jax.training.workdir import Workdir
+
+ROOT = pathlib.Path(__file__).parents[2]
+CLASSIFIER = ("--stage=classifier", "--quiet")
+LONG = (
+    "--config.classifier.train.steps=100000",
+    "--config.classifier.train.log_every=1",
+    "--config.classifier.train.eval_every=100000",
+)
+
+
+def step_of(workdir: pathlib.Path) -> int:
+    rows = read_metrics(workdir, "classifier") if workdir.exists() else []
+    return max((row["step"] for row in rows), default=0)
+
+
+def saved(workdir: pathlib.Path) -> int:
+    good = good_step(workdir / "checkpoints" / "classifier")
+    return good[0] if good else 0
+
+
+def reasons(workdir: pathlib.Path) -> list[str]:
+    return [row["reason"] for row in ledger.read(workdir) if row["event"] == "stop"]
+
+
+def test_the_code_is_the_scripts() -> None:
+    assert f"\nPREEMPTED={PREEMPTED}\n" in (ROOT / "launch" / "common.sh").read_text()
+
+
+@pytest.mark.promise(
+    7, "SIGTERM during the steps of one process: the step is saved, code 75, the next start goes on from it"
+)
+def test_a_step(tmp_path: pathlib.Path) -> None:
+    never = "--config.classifier.train.checkpoint_every=100000"
+    for at in (5, 12):
+        running = start("train", tmp_path / "run", *CLASSIFIER, *LONG, never)
+        wait_for(lambda at=at: step_of(tmp_path / "run") >= at, running)
+        assert terminate(running) < 10
+        assert "SIGTERM: saved, and stopped" in finish(running, PREEMPTED)
+        # The step that ran is saved and told; of steps every one is there once.
+        assert at <= saved(tmp_path / "run") == step_of(tmp_path / "run") <= at + 2000
+        steps = [row["step"] for row in read_metrics(tmp_path / "run", "classifier")]
+        assert steps == list(range(1, len(steps) + 1))
+    assert reasons(tmp_path / "run") == ["preempted"] * 2
+    assert not (tmp_path / "run" / ".lease.json").exists()
+
+
+@pytest.mark.promise(
+    7, "SIGTERM to process 1 of 2, and to process 0, during the steps: both save the same step and leave with 75"
+)
+@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_one_of_two_processes(tmp_path: pathlib.Path, which: int) -> None:
+    running = start(
+        "train", tmp_path / "run", *CLASSIFIER, *LONG, "--config.classifier.train.checkpoint_every=7", processes=2
+    )
+    wait_for(lambda: step_of(tmp_path / "run") >= 3, running)
+    assert terminate(running, which) < 10
+    finish(running, PREEMPTED)
+    assert saved(tmp_path / "run") == step_of(tmp_path / "run") >= 3
+    assert reasons(tmp_path / "run") == ["preempted"]
+
+
+@pytest.mark.slow
+@pytest.mark.promise(7, "SIGTERM to one of 2 processes while they start and compile: both leave at once with 75")
+@pytest.mark.parametrize("which", [0, 1])
+def test_two_processes_that_compile(tmp_path: pathlib.Path, which: int) -> None:
+    running = start("run", tmp_path / "run", "--quiet", processes=2, devices=2)
+    wait_for((tmp_path / "run" / "config.json").exists, running)
+    assert terminate(running, which) < 10
+    finish(running, PREEMPTED)
+
+
+@pytest.mark.promise(7, "SIGTERM during a compilation: the process leaves at once")
+def test_a_compilation_leaves_at_once(tmp_path: pathlib.Path) -> None:
+    running = start("train", tmp_path / "run", *CLASSIFIER)
+    wait_for((tmp_path / "run" / "config.json").exists, running)
+    assert terminate(running) < 2
+    assert "stopped at once" in finish(running, PREEMPTED)
+    assert reasons(tmp_path / "run") == ["preempted"] and not (tmp_path / "run" / ".lease.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    7,
+    "SIGTERM at 12 moments of the whole job (tokenizing, evaluation and saves among them): code 75 each time, same end",
+)
+def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path) -> None:
+    finish(start("run", tmp_path / "straight", "--quiet"))
+    expected = json.loads((tmp_path / "straight" / "result.json").read_text())
+    moments = iter([1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0])
+    stops = 0
+    for moment in moments:
+        running = start("run", tmp_path / "stopped", "--quiet")
+        began = time.monotonic()
+        while running[0].poll() is None and time.monotonic() - began < moment + 3:
+            time.sleep(0.05)
+        if running[0].poll() is not None:
+            finish(running)
+            break
+        assert terminate(running) < 10
+        finish(running, PREEMPTED)
+        stops += 1
+    finish(start("run", tmp_path / "stopped", "--quiet"))
+    assert stops >= 6
+    found = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    assert found["fd_classifier"] == expected["fd_classifier"]
+
+    def told(workdir: pathlib.Path) -> list[Any]:
+        return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir)]
+
+    assert told(tmp_path / "stopped") == told(tmp_path / "straight")
+
+
+DEAF = """
+import time
+from rar_jax.training.preemption import Watch
+watch = Watch()
+with watch.listening(), watch.saving():
+    print("ready", flush=True)
+    for second in range(600):
+        time.sleep(0.1)
+        if watch.reached():
+            print("asked", flush=True)
+"""
+
+
+@pytest.mark.promise(7, "a second signal ends a process at once that does not answer the first")
+def test_a_second_signal() -> None:
+    command = [sys.executable, "-c", DEAF]
+    process = subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    for word in ("ready\n", "asked\n"):
+        assert process.stdout.readline() == word
+        process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=10)[0]
+    assert process.returncode == PREEMPTED and "a second signal: stopped at once" in out
+
+
+# ---------------------------------------------------------------- without processes
+
+
+@pytest.mark.promise(7, "SIGTERM during the last save of a stage: the save is finished, then the process leaves")
+def test_the_last_save(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, real = Session(Ledger(tmp_path)), Checkpointer.save
+
+    def save(self: Checkpointer, step: int, *rest: Any) -> None:
+        real(self, step, *rest)
+        session.watch.noticed = step == 8
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    experiment = resolve(load_experiment(str(TINY)), "tiny")
+    with pytest.raises(Preempted):
+        train(experiment, "classifier", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True, session=session)
+    assert saved(tmp_path) == 8
+
+
+def test_listening_ends_as_it_began() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    watch = Watch()
+    with watch.listening(), watch.saving():
+        assert not watch.reached() and watch.exit_code(1) == 1
+        signal.raise_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not watch.reached():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert watch.exit_code(1) == PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
