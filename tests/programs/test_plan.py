@@ -1,16 +1,21 @@
 """`rar-jax plan`: arithmetic against hand counts, the whole way over four fake devices, and what is printed."""
 
 import dataclasses
+import importlib.util
 import json
+import os
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from rar_jax import cli
 from rar_jax.config import load_experiment
 from rar_jax.parallel import hlo
+from rar_jax.parallel.mesh import AXES
 from rar_jax.parallel.topology import parse_topology
 from rar_jax.programs import plan as plan_module
 from rar_jax.programs import plan_programs
@@ -137,6 +142,36 @@ def test_only_a_full_memory_is_no_room() -> None:
         plan_programs.compile_lowered(Lowered("RESOURCE_EXHAUSTED: Ran out of memory on HBM: 93.01G\nmore"))  # pyright: ignore
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         plan_programs.compile_lowered(Lowered("INTERNAL: broken"))  # pyright: ignore
+
+
+# ---------------------------------------------------------------- golden
+
+
+@pytest.mark.parametrize("name", ["rar_b", "rar_l", "rar_xl", "rar_xxl"])
+def test_where_every_parameter_of_the_released_models_lies(name: str, golden: pathlib.Path) -> None:
+    """Over 16 x 4 chips, none of which is here. `UPDATE_GOLDEN=1 pytest tests/programs/test_plan.py` refreshes."""
+    mesh: Any = AbstractMesh((16, 4, 1), AXES)
+    experiment = experiment_of(name)
+    params = jax.tree_util.tree_leaves_with_path(plan_programs.shapes_of(experiment.generator, mesh))
+    ours: dict[str, Any] = {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{list(x.shape)} {x.sharding.spec}"
+        for path, x in params
+    }
+    ours["state, bytes a chip"] = plan_programs.held_bytes(experiment, mesh)
+    path = golden / "sharding" / f"{name}_16x4x1.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(json.dumps(ours, indent=1) + "\n")
+    assert ours == json.loads(path.read_text())
+
+
+def test_the_page_of_topologies_is_made_of_its_numbers() -> None:
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("topologies", docs / "measurements" / "topologies.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    store = json.loads(module.STORE.read_text())
+    assert set(store) <= set(module.cells()) and module.page(store) == module.PAGE.read_text()
 
 
 # ---------------------------------------------------------------- the command
