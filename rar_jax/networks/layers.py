@@ -77,7 +77,7 @@ class Dense(nn.Module):
             "bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[ins:]), self.out, jnp.float32
         )
         factors = kernel.dtype if kernel.dtype == jnp.bfloat16 else self.dtype
-        y = matmul(x.astype(factors), kernel.astype(factors), ins, self.dtype)
+        y: Any = matmul(x.astype(factors), kernel.astype(factors), ins, self.dtype)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
