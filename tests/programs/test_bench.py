@@ -98,8 +98,9 @@ def test_train(tiny: Experiment) -> None:
     parameters = sum(x.size for x in jax.tree.leaves(rar.init(tiny.generator.config, jax.random.key(0))))
     for r in report["results"]:
         assert r["images_a_step"] == r["batch_size"]
-        # Parameters and Adam's two moments, there and back; and three int32 counters (the step, Adam's, the schedule's).
-        assert r["bytes"] == 2 * 4 * (3 * parameters + 3)
+        # Parameters and Adam's two moments, there and back; three int32 counters (the step, Adam's, the schedule's); and the
+        # guard's history of 2 x 128 and its five.
+        assert r["bytes"] == 2 * 4 * (3 * parameters + 3 + 2 * 128 + 5)
         assert r["flops"] == rar.train_flops(tiny.generator.config, batch_size=r["batch_size"])
 
 
