@@ -17,7 +17,7 @@ def needed(compiled: Any) -> int:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
-def free(device: jax.Device) -> int | None:
+def free(device: Any) -> int | None:
     """Bytes that a device has left; None where neither it nor the system says. Devices of a CPU share the machine's: each
     has its part."""
     stats = device.memory_stats() if device.platform != "cpu" else None
