@@ -123,6 +123,10 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         _bench(args, overrides)
         return
 
+    if args.verb == "plan":
+        _plan(args, overrides)
+        return
+
     elsewhere = ("source", "verify", "import_", "export", "weights", "out")
     if args.verb == "tokenize" and (not args.workdir or any(getattr(args, name) for name in elsewhere)):
         _tokenize(args, overrides)
@@ -180,6 +184,31 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
 
             _say(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
             around.ledger.lap("evaluating")
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    import json
+
+    import jax
+
+    from rar_jax.config import load_experiment
+    from rar_jax.parallel.topology import parse_topology
+    from rar_jax.programs.experiment import resolve
+    from rar_jax.programs.plan import plan
+    from rar_jax.programs.plan_text import plan_text
+
+    jax.config.update("jax_platforms", "cpu")  # whatever is here: the chips are elsewhere
+    topology = parse_topology(args.topology, args.slices)
+    experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+    report = plan(
+        experiment,
+        topology,
+        sample_rows=args.sample_rows,
+        parts=(args.only,) if args.only else ("train", "sample"),
+        remedies=not args.as_is,
+        say=(lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr, flush=True)),
+    )
+    print(json.dumps(report, indent=1) if args.json else plan_text(report))
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ Train and sample autoregressive image generators in JAX.
 """
 
 # Verbs of the design that are not built yet.
-LATER = ("plan", "report", "doctor")
+LATER = ("report", "doctor")
 # Verbs that run as one or many processes.
 MANY = ("run", "train", "tokenize", "evaluate", "sample")
 
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         verb("inspect", "Say what a work directory, token store or source holds, and what is wrong.", _INSPECT)
     )
     _bench_flags(verb("bench", "Time a part of an experiment against what this machine can do.", _BENCH + _OVERRIDES))
+    _plan_flags(verb("plan", "Rehearse an experiment on chips that are not here.", _PLAN + _OVERRIDES))
     for name in MANY:
         _process_flags(verbs.choices[name])
     for name in LATER:
@@ -153,6 +154,16 @@ def _bench_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="also write a profiler trace of one run")
 
 
+def _plan_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help="experiment file, or its bare name (rar_xxl)")
+    sub.add_argument("--topology", required=True, help="v5e:4x4, v6e:8x8, v5p:4x4x4; gpu:8xH100, gpu:1x24GB")
+    sub.add_argument("--slices", type=int, default=1, help="so many of them, joined by the data centre's network")
+    sub.add_argument("--only", choices=("train", "sample"), help="compile only this step")
+    sub.add_argument("--sample-rows", type=int, default=16, help="images a chip when sampling (default 16)")
+    sub.add_argument("--as-is", action="store_true", help="where it does not fit, look for nothing that would")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
+
+
 def _process_flags(sub: argparse.ArgumentParser) -> None:
     many = sub.add_argument_group("several processes", _PROCESSES)
     many.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 is reached")
@@ -226,6 +237,13 @@ _INSPECT = """\
   rar-jax inspect folder:imagenet --limit 10000
   rar-jax inspect tfds:imagenet2012 --split heldout --out validation.png
 The exit code is 1 if there are problems. A source is read and decoded whole, where --limit does not say otherwise.
+"""
+_PLAN = """\
+  rar-jax plan --config rar_xxl --topology v5p:4x4x4
+  rar-jax plan --config rar_b --topology v5e:16x16 --slices 4 --only train
+  rar-jax plan --config rar_b --topology gpu:8xH100
+The training step and the sampling and FID step are compiled by TPU's own compiler, on a machine without a TPU (pip install
+'rar_jax[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and cost. GPUs: from arithmetic alone.
 """
 _CONVERT = """\
   rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b

@@ -17,6 +17,7 @@ from rar_jax.data import imagenet
 from rar_jax.guidance import Guidance
 from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights, read_directory
+from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
@@ -55,6 +56,7 @@ class Pipeline:
         self._at = replicated(mesh) if mesh is not None else None
         self._jitted = jax.jit(self.sample_fn, out_shardings=self._at)
         self._keys = jax.jit(sample_keys)
+        self._programs: dict[Any, Any] = {}
 
     @property
     def generator_params(self) -> Any:
@@ -93,7 +95,7 @@ class Pipeline:
           batch_size: images at a time; default all, at most 64.
 
         Returns: uint8 (b, y, x, c).
-        Raises: ConfigError for a label that is no class.
+        Raises: ConfigError for a label that is no class, or a batch that memory does not hold.
         """
         return np.concatenate(list(self.sample_batches(labels, seed=seed, guidance=guidance, batch_size=batch_size)))
 
@@ -117,9 +119,19 @@ class Pipeline:
             if self.mesh is not None:
                 rows = place(rows, batch_sharding(self.mesh))
             labels, ids = rows
-            with contextlib.nullcontext() if self.mesh is None else sharded(self.mesh):
-                images = self._jitted(self.params, labels, self._keys(np.uint32(seed), ids), guidance)
+            args = (self.params, labels, self._keys(np.uint32(seed), ids), guidance)
+            images = self._program(size, args)(*args)
             yield np.asarray(images)[: len(labels_b) - start]
+
+    def _program(self, size: int, args: tuple[Any, ...]) -> Any:
+        """The sampler compiled for such arguments. Raises: ConfigError if it would not fit in memory."""
+        key = jax.tree.structure(args), *(jax.typeof(x) for x in jax.tree.leaves(args))
+        if key not in self._programs:
+            with contextlib.nullcontext() if self.mesh is None else sharded(self.mesh):
+                compiled = self._jitted.lower(*args).compile()
+            memory.check(compiled, size, divisor=1 if self.mesh is None else batch_divisor(self.mesh))
+            self._programs[key] = compiled
+        return self._programs[key]
 
     def batch_count(self, images: int, batch_size: int | None = None) -> int:
         """How many batches `sample_batches` takes for so many images."""

@@ -45,6 +45,7 @@ FLAGS = {
         "tokenize",
     ),
     "convert": ("--weights", "--tokenizer", "--download", "--out", "--part", "--quiet"),
+    "plan": ("--config", "--topology", "--slices", "--only", "--sample-rows", "--as-is", "--json", "--quiet"),
     "inspect": ("--split", "--image-size", "--limit", "--problems", "--out", "--json", "--quiet"),
 }
 ROOT = pathlib.Path(__file__).parents[1]
@@ -214,5 +215,5 @@ def test_the_command_line_does_not_import_jax() -> None:
 
 
 def test_the_module_is_the_program() -> None:
-    done = python("-m", "rar_jax", "plan")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "rar-jax plan: not built yet\n")
+    done = python("-m", "rar_jax", "report")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "rar-jax report: not built yet\n")

@@ -14,6 +14,7 @@ from rar_jax import cli
 from rar_jax.config import ConfigError
 from rar_jax.generators import rar as generator
 from rar_jax.interop import maskgit_vq, rar, released
+from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.checkpoint import CheckpointError
@@ -180,3 +181,12 @@ def test_wrong_calls(released_pair: Any, keywords: dict[str, Any], says: str) ->
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
     with pytest.raises(ConfigError, match=says):
         pipeline.sample(**keywords)
+
+
+def test_a_batch_that_memory_does_not_hold(released_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
+    monkeypatch.setattr(memory, "free", lambda device: 10_000)
+    with pytest.raises(ConfigError, match=r"batch_size 4 takes .* GiB on each device"):
+        pipeline.sample([0, 1, 2, 3])
+    monkeypatch.undo()
+    assert pipeline.sample([0, 1, 2, 3]).shape[0] == 4

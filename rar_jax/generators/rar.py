@@ -42,8 +42,10 @@ class Config:
     """Sizes and recipe of a RAR generator. The defaults are RAR-B on ImageNet-256.
 
     num_classes: label `num_classes` is the null class. anneal_start, anneal_end: the steps between which the share of
-    randomly ordered sequences falls from 1 to 0. dtype: of matmuls and activations in training; parameters, LayerNorm
-    statistics, softmax, logits and loss are float32. Sampling computes in float32 unless `prepare` is told otherwise.
+    randomly ordered sequences falls from 1 to 0. unroll: blocks that are compiled apart in each turn of the loop over
+    them; with all of them a CPU trains faster and compiles longer (docs/measurements/training.md). dtype: of matmuls and
+    activations in training; parameters, LayerNorm statistics, softmax, logits and loss are float32. Sampling computes in
+    float32 unless `prepare` is told otherwise.
     """
 
     num_tokens: int = 256
@@ -59,10 +61,12 @@ class Config:
     anneal_start: Steps = 125_000
     anneal_end: Steps = 187_500
     remat: bool = False
+    unroll: int = 1
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "codebook_size", "num_classes", "width", "depth", "num_heads", "mlp_width"):
+        sizes = ("num_tokens", "codebook_size", "num_classes", "width", "depth", "num_heads", "mlp_width", "unroll")
+        for name in sizes:
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("dropout", "attention_dropout", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
@@ -110,6 +114,7 @@ class RAR(nn.Module):
             c.attention_dropout,
             self.deterministic,
             c.remat,
+            c.unroll,
             self.dtype,
         )
         self.final_adaln = Dense((2, c.width), ("width", None, "modulation"), self.dtype, zero=True)

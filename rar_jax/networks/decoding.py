@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
-from rar_jax.networks.layers import matmul_precision, modulate
+from rar_jax.networks.layers import gelu, matmul_precision, modulate
 from rar_jax.parallel.rules import is_sharded
 
 Params = dict[str, Any]
@@ -125,7 +125,7 @@ def block(
     out_hkbg = attend(q_rk, [*cache[:-1], (keys, values)], visible_m).reshape(b, g, h, k).transpose(2, 3, 0, 1)
     x_dbg = x_dbg + gate_a * dense(attn["proj"], out_hkbg)
     h_fbg = dense(mlp["fc1"], modulate(layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
-    x_dbg = x_dbg + gate_m * dense(mlp["fc2"], jax.nn.gelu(h_fbg, approximate=False))
+    x_dbg = x_dbg + gate_m * dense(mlp["fc2"], gelu(h_fbg))
     return with_logical_constraint(x_dbg, (None, "batch", None)), (keys, values)
 
 

@@ -5,6 +5,7 @@ Logical axis names used on parameters: width, heads, mlp, modulation, codes (see
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,37 @@ INIT = nn.initializers.normal(0.02)
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     """float32 means float32: accelerators would otherwise multiply in TF32 or bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> jax.Array:
+    """x (*rows, *in) times kernel (*in, *out) over the `ins` dimensions of `in`, summed in `dtype`: (*rows, *out).
+
+    Its gradient is written out because XLA's CPU compiler copies a factor into the other order, element by element, to sum
+    over more than one dimension of rows (docs/measurements/training.md); over one it needs no copy.
+    """
+    contracted = tuple(range(x.ndim - ins, x.ndim)), tuple(range(ins))
+    return _dot(x, kernel, contracted, dtype)
+
+
+def _dot(x: jax.Array, y: jax.Array, contracted: Any, dtype: jnp.dtype) -> jax.Array:
+    precision = matmul_precision(x.dtype)
+    return jax.lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+    return matmul(x, kernel, ins, dtype), (x, kernel)
+
+
+def _matmul_backward(ins: int, dtype: jnp.dtype, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del dtype
+    x, kernel = saved
+    x_ri, g_ro = x.reshape(-1, *kernel.shape[:ins]), g.reshape(-1, *kernel.shape[ins:]).astype(x.dtype)
+    outs = tuple(range(1, g_ro.ndim)), tuple(range(ins, kernel.ndim))
+    return _dot(g_ro, kernel, outs, x.dtype).reshape(x.shape), _dot(x_ri, g_ro, ((0,), (0,)), kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nn.Module):
@@ -44,15 +76,8 @@ class Dense(nn.Module):
         bias: Any = self.param(
             "bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[ins:]), self.out, jnp.float32
         )
-        contracted = tuple(range(x.ndim - ins, x.ndim)), tuple(range(ins))
         factors = kernel.dtype if kernel.dtype == jnp.bfloat16 else self.dtype
-        y = jax.lax.dot_general(
-            x.astype(factors),
-            kernel.astype(factors),
-            (contracted, ((), ())),
-            precision=matmul_precision(factors),
-            preferred_element_type=self.dtype,
-        )
+        y: Any = matmul(x.astype(factors), kernel.astype(factors), ins, self.dtype)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
@@ -109,6 +134,11 @@ class Dropout(nn.Module):
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) by erf (arXiv 1606.08415), as PyTorch computes it. (jax.nn.gelu takes erfc, which costs an exponential more.)"""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 class Mlp(nn.Module):
     """fc1, GELU by erf, dropout, fc2, dropout."""
 
@@ -121,7 +151,7 @@ class Mlp(nn.Module):
     def __call__(self, x_bnd: jax.Array) -> jax.Array:
         width = x_bnd.shape[-1]
         h_bnf = Dense((self.hidden,), ("width", "mlp"), self.dtype, name="fc1")(x_bnd)
-        h_bnf = nn.gelu(h_bnf, approximate=False)
+        h_bnf = gelu(h_bnf)
         h_bnf = Dropout(self.dropout, self.deterministic)(h_bnf)
         out_bnd = Dense((width,), ("mlp", "width"), self.dtype, name="fc2")(h_bnf)
         return Dropout(self.dropout, self.deterministic)(out_bnd)

@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A stack of blocks as one scan over stacked parameters (first dimension: layer), so that compiling one is
-    compiling all."""
+    compiling all. With `unroll` that many blocks are compiled apart in each turn of the scan."""
 
     depth: int
     num_heads: int
@@ -52,6 +52,7 @@ class Transformer(nn.Module):
     attention_dropout: float = 0.0
     deterministic: bool = True
     remat: bool = False
+    unroll: int = 1
     dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
@@ -70,6 +71,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.depth,
+            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: None},
         )
         blocks = stack(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rar_jax.config import ConfigError
@@ -28,25 +29,45 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh of the given sizes over `devices` (default: all).
-
-    Raises: ConfigError if the sizes do not multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
+def mesh_sizes(config: MeshConfig, devices: int) -> list[int]:
+    """Sizes of (data, fsdp, tensor) on so many devices. Raises: ConfigError if they do not multiply to that number."""
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ConfigError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and at most one is -1")
     known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
         raise ConfigError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices: "
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {devices} devices: "
             "the sizes must multiply to that number; set one of them to -1 to let it be found"
         )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh of the given sizes over `devices` (default: all).
+
+    On several TPU slices the data axis reaches over them and the others lie within one: weights are gathered at every layer,
+    gradients summed once a step, and what joins slices is the slowest wire.
+
+    Raises: ConfigError if the sizes do not multiply to the number of devices, or a slice would be shared by copies of the model.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
     # Auto axes: RAR gathers by a permutation, which the Explicit axes that make_mesh now gives cannot type.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    auto = (AxisType.Auto,) * 3
+    # GPUs know slices, too, of hosts: there XLA finds its own way over them.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    if sizes[0] % slices:
+        raise ConfigError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not lie on {slices} slices: data must be a multiple of {slices}, "
+            f"so that fsdp x tensor fits the {len(devices) // slices} devices of one"
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=auto)
 
 
 def own_mesh(mesh: Mesh) -> Mesh:

@@ -93,10 +93,14 @@ class Program:
         self.shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift or zero)
         at = replicated(mesh)
         self._dtype = np.dtype(settings.features)
-        self._params = {"inception": network.params, "shift": place(self.shift, at)}
+        self._network = network
         self._score_samples = jax.jit(self._scan_samples, static_argnames=("models", "keep"), out_shardings=at)
         self._score_images = jax.jit(self._scan_images, static_argnames="keep", out_shardings=at)
         self._score_reconstructions = jax.jit(self._scan_reconstructions, static_argnames="tokenizer", out_shardings=at)
+
+    @functools.cached_property
+    def _params(self) -> dict[str, Any]:
+        return {"inception": self._network.params, "shift": place(self.shift, replicated(self.mesh))}
 
     def _one(self, params: Any, total: sums.Sums, images: jax.Array, weights_b: jax.Array) -> tuple[sums.Sums, Any]:
         out = features(params["inception"], images, resize=PROTOCOLS[self.settings.protocol])
@@ -165,6 +169,25 @@ class Program:
             return _flat(chunk)
 
         return compute
+
+    def lower_samples(
+        self, models: tuple[Model, Model], params: Mapping[str, Any], guidance: Guidance
+    ) -> jax.stages.Lowered:
+        """The program of `samples` for one batch, to be compiled for devices that need not be here.
+
+        Args:
+          params: ShapeDtypeStructs with shardings, as the network's are.
+        """
+        whole, rows = (
+            replicated(self.mesh),
+            NamedSharding(self.mesh, PartitionSpec(None, *batch_sharding(self.mesh).spec)),
+        )
+        shape = 1, self.settings.batch_size
+        batch = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (np.int32, np.int32, np.float32))
+        shift = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), self.shift)
+        given = {**params, "inception": self._network.params, "shift": shift}
+        with sharded(self.mesh), self._mode():
+            return self._score_samples.lower(given, batch, np.uint32(0), guidance, models=models, keep=())
 
     def images(self, images: ImageSet, keep: tuple[str, ...]) -> Callable[[int, int], Chunk]:
         """Function (start, count) -> Chunk of these images of a set."""

@@ -165,7 +165,7 @@ def test_dropout_changes_the_loss_only_with_a_key(which: str) -> None:
     assert losses[1] == float(loss(jax.random.key(0)))
 
 
-def test_remat_and_bfloat16() -> None:
+def test_remat_unroll_and_bfloat16() -> None:
     config = rar.TINY
     params = random_params(config)
     batch = {"tokens": jnp.ones((4, 16), jnp.int32), "labels": jnp.arange(4)}
@@ -175,10 +175,10 @@ def test_remat_and_bfloat16() -> None:
         return grad(params)
 
     plain = grads(config)
-    for a, b in zip(
-        jax.tree.leaves(plain), jax.tree.leaves(grads(dataclasses.replace(config, remat=True))), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    for change in ({"remat": True}, {"unroll": 2}):
+        other = grads(dataclasses.replace(config, **change))
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
     low = grads(dataclasses.replace(config, dtype="bfloat16"))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(low))
     a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (plain, low))

@@ -1,4 +1,4 @@
-"""Dropout's own random bits, attention and LayerNorm against NumPy in float64."""
+"""Dropout's own random bits, attention, LayerNorm, GELU and products against NumPy and SciPy in float64."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from rar_jax.networks.layers import Attention, Dropout, dropout_bits, layer_norm
+from rar_jax.networks.layers import Attention, Dropout, dropout_bits, gelu, layer_norm, matmul
 
 
 def test_dropout_bits_look_random() -> None:
@@ -72,3 +73,31 @@ def test_layer_norm_does_not_cancel() -> None:
     wide = x.astype(np.float64)
     expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(layer.apply({}, jnp.asarray(x)), expected, atol=2e-2)
+
+
+def test_gelu_against_scipy() -> None:
+    x = np.linspace(-9, 9, 4001)
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), x * scipy.special.ndtr(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("formula", "x", "kernel", "ins"), [
+    ("bnd,dthk->bnthk", (2, 5, 8), (8, 3, 2, 4), 1),
+    ("bnhk,hkd->bnd", (2, 5, 2, 4), (2, 4, 7), 2),
+])  # fmt: skip
+def test_matmul_and_its_gradients_against_numpy(
+    formula: str, x: tuple[int, ...], kernel: tuple[int, ...], ins: int
+) -> None:
+    rng = np.random.default_rng(0)
+    a, w = rng.standard_normal(x), rng.standard_normal(kernel)
+    factors, outs = formula.split("->")
+    of_a, of_w = factors.split(",")
+    expected = np.einsum(formula, a, w)
+    g = rng.standard_normal(expected.shape)
+    y, pull = jax.vjp(lambda a, w: matmul(a, w, ins, jnp.dtype("float32")), jnp.float32(a), jnp.float32(w))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for ours, expected in zip(
+        pull(jnp.float32(g)),
+        (np.einsum(f"{outs},{of_w}->{of_a}", g, w), np.einsum(f"{of_a},{outs}->{of_w}", a, g)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)

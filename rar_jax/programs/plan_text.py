@@ -1,0 +1,94 @@
+"""What `rar-jax plan` found, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rar_jax.parallel.topology import GIB
+from rar_jax.programs.plan import GPU_SHARE
+
+
+def plan_text(report: Mapping[str, Any]) -> str:
+    """Lines of what `plan` returned."""
+    compiled = report["from"] == "compiler"
+    by = f"compiled by libtpu {report['versions'].get('libtpu')}" if compiled else "arithmetic alone, nothing compiled"
+    lines = [
+        f"{report['config']} on {report['topology']}: {report['chips']} chips; {by}, jax {report['versions']['jax']}"
+    ]
+    if "train" in report:
+        lines += ["", f"training step, mesh {_mesh(report['mesh'])}", *_program(report["train"], compiled)]
+        lines += _rates(report["train"], compiled)
+        remedy = report.get("remedy")
+        if remedy:
+            lines += ["", f"it fits with {' '.join(remedy['flags'])}, mesh {_mesh(remedy['mesh'])}"]
+            lines += [*_program(remedy["train"], compiled), *_rates(remedy["train"], compiled)]
+        elif "remedy" in report:
+            lines += [
+                "  nothing that was tried makes it fit (remat, fsdp, accumulation): take more chips or larger ones"
+            ]
+    if sample := report.get("sample"):
+        lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {_mesh(sample['mesh'])}"]
+        lines += _program(sample, compiled)
+        if sample["fits"]:
+            lines.append(
+                f"  {sample['images_per_second']:.1f} images/s: {sample['images']} in {sample['minutes']:.1f} minutes"
+            )
+    return "\n".join(lines)
+
+
+def _mesh(mesh: Mapping[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in mesh.items())
+
+
+def _program(told: Mapping[str, Any], compiled: bool) -> list[str]:
+    if "why" in told:
+        lines = [f"  does NOT fit: {told['why']}"]
+        return (
+            [*lines, f"  parameters and optimizer alone are {_gib(told['state'])} a chip"] if "state" in told else lines
+        )
+    memory = told["memory"]
+    lines = [
+        f"  {'fits' if told['fits'] else 'does NOT fit'}: peak {_gib(memory['peak'])} of {_gib(memory['available'])} a chip "
+        f"(arguments {_gib(memory['arguments'])}, temporaries {_gib(memory['temporaries'])})"
+    ]
+    if not compiled:
+        return lines
+    lines.append(
+        f"  compiled in {told['compile_seconds']:.0f} s; {told['flops']:.4g} FLOPs in matmuls, loops multiplied out"
+    )
+    for kind, row in told["collectives"].items():
+        network = f", {_short(row['network_bytes'])}B between slices" if row["network_bytes"] else ""
+        lines.append(
+            f"  {kind:20} {row['count']:6.0f} times, {_short(row['bytes'])}B; a chip sends {_short(row['wire_bytes'])}B{network}, "
+            f"{row['seconds'] * 1e3:.3g} ms"
+        )
+    seconds = told["seconds"]
+    lines.append(
+        f"  estimate {seconds['all']:.4g} s: {seconds['computing']:.4g} s by the compiler's cycles (matmuls at their peak "
+        f"{seconds['matmuls_at_peak']:.4g} s), {seconds['wire']:.3g} s waiting for the wire, {seconds['wire_overlapped']:.3g} s of "
+        "the wire beside other work"
+    )
+    return lines
+
+
+def _rates(told: Mapping[str, Any], compiled: bool) -> list[str]:
+    if "days" not in told:
+        return []
+    at = "" if compiled else f" at {GPU_SHARE:.0%} of the peak, which is assumed"
+    mfu = f"MFU {told['mfu']:.1%}, " if told["mfu"] else ""
+    return [
+        f"  {told['seconds']['all']:.3g} s a step{at}: {mfu}{told['images_per_second']:.0f} images/s; "
+        f"{told['steps']} steps take {told['days']:.1f} days, {told['chip_hours']:.0f} chip-hours"
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _short(number: float) -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}"
+    return f"{number:.0f} "

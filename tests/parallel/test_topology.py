@@ -1,0 +1,122 @@
+"""Chips by their data sheets, the wire by hand, and meshes over several slices."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rar_jax.config import ConfigError
+from rar_jax.parallel.hlo import Collective
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.topology import CHIPS, Topology, chip_places, devices_of, parse_topology, wire
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a TPU's device."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def slices_of(count: int, x: int, y: int) -> list[Any]:
+    """Devices of so many slices of x by y chips."""
+    return [Device(s * x * y + j * x + i, (i, j, 0), s) for s in range(count) for j in range(y) for i in range(x)]
+
+
+def places(topology: Topology) -> np.ndarray:
+    x, y = topology.shape
+    return chip_places(topology, slices_of(topology.slices, x, y))
+
+
+def test_what_can_be_written() -> None:
+    v5p = parse_topology("v5p:4x4x4")
+    assert (v5p.chips, v5p.is_gpu, str(v5p)) == (64, False, "v5p:4x4x4")
+    assert parse_topology("v5e:16x16", 4).chips == 1024 and str(parse_topology("v5e:2x4", 2)) == "2 slices of v5e:2x4"
+    gpus = parse_topology("gpu:8xH100")
+    assert gpus.is_gpu and gpus.chips == 8 and str(gpus) == "gpu:8xH100" and gpus.chip.flops == 989e12
+    # Peaks are those of the data sheets by the clock: multiply-adds of all units in a cycle.
+    assert CHIPS["v5e"].clock == pytest.approx(1.5e9, rel=0.01) and CHIPS["v6e"].clock == pytest.approx(
+        1.75e9, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("v5x:4x4", "--topology v5x:4x4: write v5e:4x4, v6e:8x8, v5p:4x4x4 or gpu:8xH100. Did you mean 'v5"),
+        ("v5e", "--topology v5e: write"),
+        ("v5e:4", "--topology v5e:4: write"),
+        ("v5p:8x8", "--topology v5p:8x8: v5p is a torus of 3 dimensions"),
+        ("gpu:8xH900", "--topology gpu:8xH900: known GPUs are H100, A100, 24GB"),
+    ],
+)
+def test_what_cannot(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_topology(text)
+    assert str(caught.value).startswith(problem)
+
+
+def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rar_jax\[tpu\]'"):
+        devices_of(parse_topology("v5e:4x4"))
+
+
+# ---------------------------------------------------------------- the wire
+
+
+def test_an_all_reduce_over_a_whole_slice_of_lines() -> None:
+    """4 x 4 chips of v5e are no rings: one link each way along two axes, 100 GB/s; a chip sends 2 x 15/16 of the array."""
+    topology = parse_topology("v5e:4x4")
+    sent = wire(topology, Collective("all-reduce", 16_000, (tuple(range(16)),), False), places(topology))
+    assert (sent.bytes, sent.network_bytes) == (30_000, 0)
+    assert sent.seconds == pytest.approx(30_000 / 100e9)
+
+
+def test_rings_carry_twice_as_much() -> None:
+    topology = parse_topology("v5e:16x16")
+    row = tuple(range(16))  # along x alone
+    sent = wire(topology, Collective("all-gather", 16_000, (row,), False), places(topology))
+    assert sent.bytes == 15_000 and sent.seconds == pytest.approx(15_000 / (2 * 50e9))
+    half = wire(topology, Collective("all-gather", 16_000, (row[:8],), False), places(topology))
+    assert half.bytes == 14_000 and half.seconds == pytest.approx(14_000 / 50e9)
+
+
+def test_between_slices_goes_only_a_chip_s_share() -> None:
+    topology = parse_topology("v5e:4x4", 2)
+    sent = wire(topology, Collective("all-reduce", 16_000, (tuple(range(32)),), False), places(topology))
+    assert (sent.bytes, sent.network_bytes) == (
+        30_000,
+        1000,
+    )  # within the 16, then a sixteenth there and back between 2
+    assert sent.seconds == pytest.approx(30_000 / 100e9 + 1000 / 3.125e9)
+    pairs = wire(topology, Collective("collective-permute", 500, None, True), places(topology))
+    assert (pairs.bytes, pairs.network_bytes) == (500, 0) and pairs.seconds == pytest.approx(500 / 50e9)
+
+
+# ---------------------------------------------------------------- meshes over slices
+
+
+@pytest.mark.parametrize("config", [MeshConfig(-1, 4, 1), MeshConfig(4, 2, 2), MeshConfig(2, 8, 1)])
+def test_only_data_reaches_over_slices(config: MeshConfig) -> None:
+    mesh = make_mesh(config, slices_of(2, 2, 4))
+    index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert mesh.size == 16 and len({device.id for device in mesh.devices.flat}) == 16
+    assert (index == index[:, :1, :1]).all(), "fsdp and tensor stay within a slice"
+    first, second = np.split(index, 2)
+    assert (first == 0).all() and (second == 1).all()
+
+
+def test_copies_that_do_not_fit_a_slice() -> None:
+    with pytest.raises(
+        ConfigError, match=r"does not lie on 2 slices: data must be a multiple of 2, .* the 8 devices of one"
+    ):
+        make_mesh(MeshConfig(1, 16, 1), slices_of(2, 2, 4))

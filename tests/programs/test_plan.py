@@ -1,0 +1,206 @@
+"""`rar-jax plan`: arithmetic against hand counts, the whole way over four fake devices, and what is printed."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from rar_jax import cli
+from rar_jax.config import load_experiment
+from rar_jax.parallel import hlo
+from rar_jax.parallel.mesh import AXES
+from rar_jax.parallel.topology import parse_topology
+from rar_jax.programs import plan as plan_module
+from rar_jax.programs import plan_programs
+from rar_jax.programs.experiment import Experiment, resolve
+from rar_jax.programs.plan import plan, remedies_of
+from rar_jax.programs.plan_programs import DoesNotFitError
+from rar_jax.programs.plan_text import plan_text
+
+SMALL = (
+    "generator.width=32", "generator.depth=2", "generator.num_heads=4", "generator.mlp_width=64", "train.batch_size=8",
+    "tokenizer.base_width=8", "tokenizer.latent_width=8",
+)  # fmt: skip
+
+
+def experiment_of(name: str, *overrides: str) -> Experiment:
+    return resolve(load_experiment(name, overrides), name)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(("fsdp", "name", "millions"), [(1, "rar_b", 259.28), (1, "rar_xxl", 1495.50)])
+def test_state_on_a_gpu_is_parameters_and_two_moments(fsdp: int, name: str, millions: float) -> None:
+    report = plan(experiment_of(name, f"mesh.fsdp={fsdp}"), parse_topology("gpu:8xH100"))
+    assert report["from"] == "arithmetic" and report["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert report["train"]["memory"]["arguments"] == pytest.approx(12e6 * millions, rel=1e-4)
+
+
+def test_fsdp_cuts_the_state_and_remat_is_what_makes_it_fit() -> None:
+    whole, parts = (
+        plan(experiment_of("rar_b", f"mesh.fsdp={n}"), parse_topology("gpu:8xH100"))["train"]["memory"]["arguments"]
+        for n in (1, 8)
+    )
+    assert whole / 8 < parts < whole / 6  # tables, biases and norms stay whole
+    report = plan(experiment_of("rar_b"), parse_topology("gpu:8xH100"))
+    assert not report["train"]["fits"] and report["remedy"]["flags"] == ["--config.generator.remat=True"]
+    told = report["remedy"]["train"]
+    # 3 x 2 operations a weight and token are 4/3 of what is done at 40 % of the peak.
+    assert told["mfu"] == pytest.approx(0.3) and told["images_per_second"] * told["seconds"]["all"] == pytest.approx(
+        2048
+    )
+    assert told["days"] == pytest.approx(250_000 * told["seconds"]["all"] / 86400)
+    text = plan_text(report)
+    assert "arithmetic alone, nothing compiled" in text and "does NOT fit" in text and "which is assumed" in text
+
+
+def test_remedies_change_nothing_that_is_learned() -> None:
+    experiment = experiment_of("rar_b")
+    found = list(remedies_of(experiment, 16))
+    assert [flags for flags, _ in found[:2]] == [
+        ["--config.generator.remat=True"], ["--config.generator.remat=True", "--config.train.accumulation=2"],
+    ]  # fmt: skip
+    for flags, changed in found:
+        by_flags = experiment_of("rar_b", *(flag.removeprefix("--config.") for flag in flags))
+        assert changed == dataclasses.replace(by_flags, name="rar_b"), flags
+        assert changed.train.batch_size == experiment.train.batch_size
+
+
+# ---------------------------------------------------------------- compiled, as far as this machine can
+
+
+@pytest.fixture
+def as_if(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four fake devices stand for a v5e:2x2."""
+    places = np.array([[0, i, j] for i in range(2) for j in range(2)])
+    monkeypatch.setattr(plan_module, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(plan_module.importlib.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(plan_programs, "chip_places", lambda topology, devices: places)
+
+
+def test_the_whole_way(as_if: None) -> None:
+    experiment = experiment_of("digits", *SMALL, "mesh.fsdp=2")
+    report = plan(experiment, parse_topology("v5e:2x2"), sample_rows=2)
+    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and report["sample"]["batch_size"] == 8
+    train, sample = report["train"], report["sample"]
+    config, rows = experiment.generator.config, experiment.train.batch_size
+    slots = config.num_tokens + 1
+    masked = rows * config.depth * 4 * config.width * (slots * (slots - 1) // 2)
+    assert train["flops"] == pytest.approx(train["model_flops"] + 3 * masked, rel=0.001)
+    params = jax.eval_shape(lambda: experiment.generator.module.init(config, jax.random.key(0)))
+    once = sum(4 * int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+    assert once < train["memory"]["arguments"] < 3 * once  # three copies, most of each cut in two
+    # Weights are gathered over fsdp; every gradient is summed over all four, as scattered parts or whole.
+    gathered = sum(4 * int(np.prod(x.shape)) for x in jax.tree.leaves(params) if x.ndim > 2)
+    assert train["collectives"]["all-gather"]["bytes"] >= gathered
+    # What samples send is their sums of features: two covariances in float32, and little else.
+    sums = 4 * (2048**2 + 2023**2)
+    assert sample["fits"] and sums < sample["collectives"]["all-reduce"]["bytes"] < 1.01 * sums
+    text = plan_text(report)
+    assert "training step, mesh data 2 x fsdp 2 x tensor 1" in text and "sampling and FID, 8 images at a time" in text
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_what_does_not_fit_and_then_does(as_if: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def compile_lowered(lowered: Any) -> Any:
+        told.append("tried")
+        if len(told) < 3:
+            raise DoesNotFitError("Ran out of memory")
+        return plan_programs.Compiled(1.0, 10, 20, 30, hlo.Totals(cycles=1.5e9))
+
+    monkeypatch.setattr(plan_module, "compile_lowered", compile_lowered)
+    experiment = experiment_of("digits", *SMALL)
+    report = plan(experiment, parse_topology("v5e:2x2"), parts=("train",))
+    assert report["train"] == {"fits": False, "why": "Ran out of memory", "state": report["train"]["state"]}
+    assert report["remedy"]["flags"] == ["--config.generator.remat=True", "--config.train.accumulation=2"]
+    assert report["remedy"]["train"]["seconds"]["all"] == pytest.approx(1.5e9 / 1.503e9, rel=1e-3)
+    assert "sample" not in report and "it fits with --config.generator.remat=True" in plan_text(report)
+    told.clear()
+    as_it_is = plan(experiment, parse_topology("v5e:2x2"), parts=("train",), remedies=False)
+    assert "remedy" not in as_it_is and told == ["tried"]
+
+
+def test_only_a_full_memory_is_no_room() -> None:
+    class Lowered:
+        def __init__(self, message: str) -> None:
+            self.message = message
+
+        def compile(self) -> None:
+            raise jax.errors.JaxRuntimeError(self.message)
+
+    with pytest.raises(DoesNotFitError, match=r"^Ran out of memory on HBM: 93\.01G$"):
+        plan_programs.compile_lowered(Lowered("RESOURCE_EXHAUSTED: Ran out of memory on HBM: 93.01G\nmore"))  # pyright: ignore
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        plan_programs.compile_lowered(Lowered("INTERNAL: broken"))  # pyright: ignore
+
+
+# ---------------------------------------------------------------- golden
+
+
+@pytest.mark.parametrize("name", ["rar_b", "rar_l", "rar_xl", "rar_xxl"])
+def test_where_every_parameter_of_the_released_models_lies(name: str, golden: pathlib.Path) -> None:
+    """Over 16 x 4 chips, none of which is here. `UPDATE_GOLDEN=1 pytest tests/programs/test_plan.py` refreshes."""
+    mesh: Any = AbstractMesh((16, 4, 1), AXES)
+    experiment = experiment_of(name)
+    params = jax.tree_util.tree_leaves_with_path(plan_programs.shapes_of(experiment.generator, mesh))
+    ours: dict[str, Any] = {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{list(x.shape)} {x.sharding.spec}"
+        for path, x in params
+    }
+    ours["state, bytes a chip"] = plan_programs.held_bytes(experiment, mesh)
+    path = golden / "sharding" / f"{name}_16x4x1.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(json.dumps(ours, indent=1) + "\n")
+    assert ours == json.loads(path.read_text())
+
+
+def test_the_page_of_topologies_is_made_of_its_numbers() -> None:
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("topologies", docs / "measurements" / "topologies.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    store = json.loads(module.STORE.read_text())
+    assert set(store) <= set(module.cells()) and module.page(store) == module.PAGE.read_text()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--config", "rar_b", "--topology", "gpu:8xH100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["remedy"]["flags"] == ["--config.generator.remat=True"]
+    assert cli.main(["plan", "--config", "rar_b", "--topology", "gpu:7xH100"]) == 2
+    assert "train.batch_size 2048 is not divisible by the 7 devices" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tpu_s_own_compiler() -> None:
+    """RAR of two layers on a v5e:2x2, really compiled: what fits, FLOPs and cycles."""
+    experiment = experiment_of("rar_b", "generator.depth=2", "generator.remat=True", "train.batch_size=32")
+    report = plan(experiment, parse_topology("v5e:2x2"), parts=("train",))
+    config, train = experiment.generator.config, report["train"]
+    attended = 32 * 2 * 4 * config.width * 257
+    blocks = 2 * 32 * 257 * 2 * (10 * config.width**2 + 2 * config.width * config.mlp_width) + attended * 257
+    assert train["fits"] and train["flops"] == pytest.approx(
+        train["model_flops"] + 3 * attended * 128 + blocks, rel=0.001
+    )
+    assert set(train["collectives"]) == {"all-reduce"} and 0 < train["mfu"] < 1
+    assert train["seconds"]["computing"] > train["seconds"]["matmuls_at_peak"]
+    nothing = plan(
+        experiment_of("rar_xxl", "mesh.fsdp=1", "mesh.data=4"),
+        parse_topology("v5e:2x2"),
+        parts=("train",),
+        remedies=False,
+    )
+    assert not nothing["train"]["fits"] and "HBM" in nothing["train"]["why"].upper()
