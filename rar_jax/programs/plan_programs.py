@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
-from rar_jax.parallel import hlo
+from rar_jax.parallel import hlo, memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.parallel.topology import Topology, chip_places, wire
@@ -119,11 +119,9 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
             raise
         raise DoesNotFitError(re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])) from None
     seconds = time.perf_counter() - began
-    memory: Any = compiled.memory_analysis()
-    # Results take no place of their own where they replace arguments.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    peak = arguments + temporaries + results
+    told: Any = compiled.memory_analysis()
+    arguments, temporaries = told.argument_size_in_bytes, told.temp_size_in_bytes
+    peak = arguments + memory.needed(compiled)
     return Compiled(seconds, arguments, temporaries, peak, hlo.totals(compiled.as_text() or ""))
 
 
