@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
+from scipy import ndimage
 
 from rar_jax.networks import vqgan
 
@@ -50,10 +51,52 @@ def test_the_same_width_is_a_residual():
     np.testing.assert_array_equal(block.apply({"params": params}, x), x)
 
 
-def test_upsampling_repeats_pixels():
-    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    expected = np.asarray(x).repeat(2, 1).repeat(2, 2)
-    np.testing.assert_array_equal(vqgan.upsample(x), expected)
+def _correlate(x_byxd, kernel):
+    """The convolution of neural networks, zeros around the image, in float64 by SciPy."""
+    x_byxd, kernel = np.asarray(x_byxd, np.float64), np.asarray(kernel, np.float64)
+    return np.stack(
+        [
+            np.stack(
+                [
+                    sum(ndimage.correlate(x[..., i], kernel[..., i, o], mode="constant") for i in range(x.shape[-1]))
+                    for o in range(kernel.shape[-1])
+                ],
+                axis=-1,
+            )
+            for x in x_byxd
+        ]
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 128, 6, 2)], ids=["small", "of a large image"])
+def test_a_convolution_keeps_the_size(shape):
+    layer = vqgan.Conv(4, 3, jnp.float32)
+    x = jax.random.normal(jax.random.key(0), shape)
+    params = meta.unbox(layer.init(jax.random.key(1), x)["params"]) | {"bias": jnp.arange(4.0)}
+    expected = _correlate(x, params["kernel"]) + np.arange(4)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, atol=3e-6)
+
+
+def test_doubling_repeats_pixels_before_the_convolution():
+    layer = vqgan.Conv(3, 3, jnp.float32, double=True)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 2))
+    params = meta.unbox(layer.init(jax.random.key(1), x)["params"])
+    expected = _correlate(np.asarray(x).repeat(2, 1).repeat(2, 2), params["kernel"])
+    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("width", [6, 64], ids=["a group a channel", "groups of two"])
+def test_group_norm_and_silu(width):
+    """Against float64, with a mean a thousand times the spread, at which a variance by E[x^2]-E[x]^2 is lost."""
+    layer = vqgan.NormSilu(jnp.float32)
+    x = 1000 + jax.random.normal(jax.random.key(0), (2, 8, 4, width))
+    scale, bias = jax.random.normal(jax.random.key(1), (2, width))
+    groups = np.asarray(x, np.float64).reshape(2, 32, min(32, width), -1)
+    centred = groups - groups.mean((1, 3), keepdims=True)
+    normed = (centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-6)).reshape(x.shape)
+    normed = normed * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)
+    expected = normed / (1 + np.exp(-normed))
+    np.testing.assert_allclose(layer.apply({"params": {"scale": scale, "bias": bias}}, x), expected, atol=1e-3)
 
 
 def test_every_kernel_has_logical_axes():
