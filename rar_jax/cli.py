@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rar_jax.flags import LATER, MANY, parser
+from rar_jax.flags import MANY, parser
 
 if TYPE_CHECKING:
     from rar_jax.training.preemption import Watch
@@ -28,12 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     flags = parser()
     args, rest = flags.parse_known_args(argv)
-    if args.verb in LATER:
-        print(f"rar-jax {args.verb}: not built yet", file=sys.stderr)
-        return 2
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     if wrong := [word for word in rest if not word.startswith("--config.")]:
         flags.error(f"unknown argument {wrong[0]}; see rar-jax {args.verb} --help")
+    if args.verb == "doctor":  # before anything is imported that an old version may break
+        return _doctor(args, overrides)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Images that large are refused and listed by name (data/decode.py): Pillow's own warning has none.
@@ -74,6 +73,8 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     try:
         if args.verb == "inspect":
             return _inspect(args, overrides)
+        if args.verb == "report":
+            return _report(args, overrides)
         _dispatch(args, overrides, watch)
     except Preempted:
         print(f"\nrar-jax {args.verb}: SIGTERM: saved, and stopped; the same command goes on", file=sys.stderr)
@@ -232,7 +233,8 @@ def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.verify:
         from rar_jax.programs.verify_tokens import verify_tokens
 
-        print(verify_tokens(args.verify, weights=args.weights, out=args.out, download=args.download))
+        keywords = {name: getattr(args, name) for name in ("weights", "out", "download", "quiet")}
+        print(verify_tokens(args.verify, **keywords))
         return
     if args.out is None:
         raise ConfigError("give --out: where the store or file shall be written")
@@ -271,6 +273,30 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     report = inspect(args.what, **{name: getattr(args, name) for name in names})
     print(json.dumps(report, indent=1) if args.json else tell(report))
     return 1 if report["problems"]["total"] else 0
+
+
+def _report(args: argparse.Namespace, overrides: list[str]) -> int:
+    from rar_jax.config import ConfigError
+    from rar_jax.programs.report import report
+
+    if overrides:
+        raise ConfigError("report takes no --config.* arguments: the experiment is the work directory's")
+    print(report(args.workdirs, args.out))
+    return 0
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    import json
+
+    from rar_jax.programs.doctor import doctor, tell_doctor
+
+    if overrides:
+        print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
+        return 2
+    report = doctor(args.workdir)
+    if args.json or not args.quiet or report["problems"]:
+        print(json.dumps(report, indent=1) if args.json else tell_doctor(report))
+    return 1 if report["problems"] else 0
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> None:

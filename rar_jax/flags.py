@@ -13,8 +13,6 @@ Train and sample autoregressive image generators in JAX.
   rar-jax sample --weights rar_b --download --classes "golden retriever" --out pictures    from the released weights
 """
 
-# Verbs of the design that are not built yet.
-LATER = ("report", "doctor")
 # Verbs that run as one or many processes.
 MANY = ("run", "train", "tokenize", "evaluate", "sample")
 
@@ -50,10 +48,10 @@ def parser() -> argparse.ArgumentParser:
     )
     _bench_flags(verb("bench", "Time a part of an experiment against what this machine can do.", _BENCH + _OVERRIDES))
     _plan_flags(verb("plan", "Rehearse an experiment on chips that are not here.", _PLAN + _OVERRIDES))
+    _report_flags(verb("report", "Write all that a work directory holds as one HTML file.", _REPORT))
+    _doctor_flags(verb("doctor", "Say whether this machine can do the work.", _DOCTOR))
     for name in MANY:
         _process_flags(verbs.choices[name])
-    for name in LATER:
-        verbs.add_parser(name, help="(not built yet)", add_help=False)
     return whole
 
 
@@ -164,6 +162,16 @@ def _plan_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="the same as JSON")
 
 
+def _report_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("workdirs", metavar="WORKDIR", nargs="+", help="work directory; two are put side by side")
+    sub.add_argument("--out", type=pathlib.Path, help="the file (default: report.html in the first work directory)")
+
+
+def _doctor_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workdir", type=pathlib.Path, help="also try to make, rename and lock files there")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
+
+
 def _process_flags(sub: argparse.ArgumentParser) -> None:
     many = sub.add_argument_group("several processes", _PROCESSES)
     many.add_argument("--coordinator-address", metavar="HOST:PORT", help="where process 0 is reached")
@@ -244,6 +252,18 @@ _PLAN = """\
   rar-jax plan --config rar_b --topology gpu:8xH100
 The training step and the sampling and FID step are compiled by TPU's own compiler, on a machine without a TPU (pip install
 'rar_jax[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and cost. GPUs: from arithmetic alone.
+"""
+_REPORT = """\
+  rar-jax report runs/digits                    runs/digits/report.html
+  rar-jax report runs/a runs/b --out ab.html    both in one page
+Curves, samples over time, reconstructions, scores with all that they depend on, config, environment and ledger, of a run in
+any state. The page needs no network and no other file.
+"""
+_DOCTOR = """\
+  rar-jax doctor
+  rar-jax doctor --workdir /shared/runs/rar_b
+Versions, devices, memory, disk, an accelerator that jax does not see, and versions that are known to be bad with what to do
+about each. The exit code is 1 if something is bad.
 """
 _CONVERT = """\
   rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b

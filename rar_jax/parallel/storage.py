@@ -46,6 +46,21 @@ def check_shared(folder: pathlib.Path) -> None:
             shared.unlink(missing_ok=True)
 
 
+def trouble(folder: pathlib.Path) -> str:
+    """What this process alone cannot do in a folder (create, create exclusively, rename), as the end of a sentence; "" if all
+    is well. Nothing stays behind."""
+    nonce = secrets.token_hex(8)
+    shared, own = (folder / f".preflight-{nonce}{end}" for end in ("", "-own"))
+    try:
+        _create(shared, nonce)
+        return _trouble(shared, own, nonce)
+    except OSError as error:
+        return f"cannot create a file there ({error})"
+    finally:
+        for path in (shared, own, own.with_name(f"{own.name}.tmp")):
+            path.unlink(missing_ok=True)
+
+
 def _not_shared(folder: pathlib.Path, what: str) -> StorageError:
     return StorageError(
         f"{folder.absolute()} is not the same directory for all processes: {what}. Give a path on storage that all hosts mount, "

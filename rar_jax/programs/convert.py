@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import rar_jax
@@ -17,6 +18,7 @@ from rar_jax.interop.torch_zip import WeightsError
 from rar_jax.interop.weights import Weights, open_weights
 from rar_jax.sampling.sampler import check_pair
 from rar_jax.training.checkpoint import file_sha256, save_params, write_json
+from rar_jax.training.report import progress
 from rar_jax.training.workdir import Workdir
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -47,7 +49,7 @@ def convert(
     if out.suffix.lower() in SUFFIXES:
         require(not _record(out).exists(), f"{_record(out)} exists, and would be written too: move it away")
         require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it by itself")
-        record = _to_file(_open(path, part), out)
+        record = _to_file(_open(path, part), out, quiet)
     else:
         require(
             path.is_file(),
@@ -58,7 +60,7 @@ def convert(
         generator = open_weights(path, "generators")
         num_tokens = generator.model.module.token_spec(generator.model.config).shape[0]
         where = released.locate(str(tokenizer), download=download)
-        record = _to_directory(generator, open_weights(where, "tokenizers", num_tokens=num_tokens), out)
+        record = _to_directory(generator, open_weights(where, "tokenizers", num_tokens=num_tokens), out, quiet)
     if not quiet:
         print(json.dumps(record, indent=1))
 
@@ -75,15 +77,22 @@ def _open(path: pathlib.Path, part: str | None) -> Weights:
     raise next((e for e in refused if "is a tokenizer" not in str(e)), refused[0])
 
 
-def _to_file(weights: Weights, out: pathlib.Path) -> dict[str, Any]:
+def _to_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
     name = weights.model.module.__name__.rpartition(".")[2]
-    find_module("interop", name).save(out, weights.model.config, weights.place())
+    save = find_module("interop", name).save
+    parts: tuple[Callable[[], Any], ...] = (
+        lambda: save(out, weights.model.config, weights.place()),
+        lambda: file_sha256(out),
+        lambda: _source(weights),
+    )
+    told = progress(parts, description=f"convert {weights.path.name}", unit="parts", quiet=quiet)
+    _, sha256, made_from = [part() for part in told]
     record = {
         "file": out.name,
-        "sha256": file_sha256(out),
+        "sha256": sha256,
         "bytes": out.stat().st_size,
         "config": {"name": name, **to_dict(weights.model.config)},
-        "made_from": _source(weights),
+        "made_from": made_from,
         "made_by": f"rar_jax {rar_jax.__version__}",
     }
     write_json(_record(out), record)
@@ -94,7 +103,7 @@ def _record(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}.json")
 
 
-def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path) -> dict[str, Any]:
+def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
     check_pair(generator.model, tokenizer.model)
     known = released.preset(generator.model.config)
     classes = generator.model.config.num_classes
@@ -108,7 +117,8 @@ def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path) -> 
     partial = out.with_name(f".{out.name}.rar_jax_partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was cut off
     try:
-        for stage, weights in (("generator", generator), ("tokenizer", tokenizer)):
+        both = (("generator", generator), ("tokenizer", tokenizer))
+        for stage, weights in progress(both, description=f"convert {out.name}", unit="models", quiet=quiet):
             module = weights.model.module.__name__.rpartition(".")[2]
             config[stage] = {"name": module, **to_dict(weights.model.config)}
             meta = {"stage": stage, "made_from": config["converted_from"][stage]}

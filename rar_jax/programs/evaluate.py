@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import pathlib
 import sys
 import time
@@ -18,7 +17,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import rar_jax
 from rar_jax.config import require, to_dict
 from rar_jax.data.sources import Split
 from rar_jax.evaluation import moments
@@ -33,6 +31,7 @@ from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.chunks import ChunkStore, accumulate
+from rar_jax.programs.machine import versions
 from rar_jax.programs.image_sets import ImageSet, NpzImages, open_images
 from rar_jax.programs.scoring import Network, Program, Settings, check_protocol, metrics, remarks, shift_of
 from rar_jax.training.checkpoint import file_sha256, write_json
@@ -324,11 +323,7 @@ def cut(program: Program) -> dict[str, Any]:
 
 def where() -> dict[str, Any]:
     """The device, how many, and versions: sums of another are not gone on with."""
-    packages = ("jax", "jaxlib", "flax", "numpy")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "versions": {"rar_jax": rar_jax.__version__} | {name: importlib.metadata.version(name) for name in packages},
-    }
+    return {"device": jax.devices()[0].device_kind, "versions": versions(("jax", "jaxlib", "flax", "numpy"))}
 
 
 def summary(result: dict[str, Any]) -> str:

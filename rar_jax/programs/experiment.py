@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -91,12 +90,14 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """samples: images of the final report. live_samples: of the distance while training; 0 is none.
+    live_grid: pictures a class drawn at each evaluation while training, for `rar-jax report`; 0 is none.
     batch_size: images at a time. grid_per_class: pictures a class in samples.png, of grid_classes classes.
     inception: file of Inception's weights, for curves of the Inception Score and, against the statistics in `reference`,
     of the FID; they also give the final report."""
 
     samples: int = 1000
     live_samples: int = 200
+    live_grid: int = 4
     batch_size: int = 200
     grid_per_class: int = 10
     grid_classes: int = 10
@@ -110,6 +111,7 @@ class Evaluate:
             self.reference is None or self.inception is not None,
             "reference needs inception: the weights whose features it holds statistics of",
         )
+        require(self.live_grid >= 0, f"live_grid is {self.live_grid}: it must be at least 0 (none)")
         require(self.samples >= 2, f"samples is {self.samples}: a distance needs at least 2")
         require(
             self.live_samples == 0 or self.live_samples >= 2, f"live_samples is {self.live_samples}: 0, or at least 2"
@@ -160,13 +162,15 @@ class Experiment:
         for key in ("crop", "on_the_fly", "tokens", "tokens_heldout", "mix"):
             if not out["data"][key]:
                 del out["data"][key]
+        if out["evaluate"]["live_grid"] == Evaluate.live_grid:
+            del out["evaluate"]["live_grid"]
         for name in ("tokenizer_train", "train", "classifier_train"):
             for key in ("spike_sigmas", "most_skips", "most_rewinds"):
                 if out[name] and out[name][key] == getattr(Recipe, key):
                     del out[name][key]
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
-            out[kind] = {"name": _short_name(model.module), **to_dict(model.config)}
+            out[kind] = {"name": model.module.__name__.rpartition(".")[2], **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
         return {key: value for key, value in out.items() if value is not None}
@@ -393,7 +397,3 @@ def open_images(data: Data, spec: str, split: Split, *, crop: str | None) -> Ima
         f"{spec} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
     )
     return source
-
-
-def _short_name(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]

@@ -4,7 +4,6 @@ skipped, so the same command again resumes or does nothing."""
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import pathlib
 import time
@@ -16,7 +15,6 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from PIL import Image
 
-import rar_jax
 from rar_jax.config import require, steps_fields
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import from_main, is_main
@@ -24,12 +22,14 @@ from rar_jax.pipeline import Pipeline, load
 from rar_jax.programs.evaluate import score_samples
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.fd_classifier import evaluate
+from rar_jax.programs.machine import where
 from rar_jax.programs.scoring import Settings
 from rar_jax.programs.session import Session, session
 from rar_jax.programs.stages import check_weights, finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
 from rar_jax.training.checkpoint import write_json
+from rar_jax.training.grids import spread
 from rar_jax.training.pictures import curves, grid, pairs
 from rar_jax.training.preemption import Watch
 from rar_jax.training.report import Reporter, read_metrics
@@ -133,7 +133,7 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     All processes draw the images, process 0 the pictures.
     """
     data, columns = experiment.data, experiment.evaluate.grid_per_class
-    shown = np.unique(np.linspace(0, data.num_classes - 1, experiment.evaluate.grid_classes).astype(int))
+    shown = spread(data.num_classes, experiment.evaluate.grid_classes)
     images = pipeline.sample(np.repeat(shown, columns), seed=experiment.seed)
     heldout = open_source(experiment, "heldout")
     originals = heldout.gather(np.arange(min(24, len(heldout))))["images"]
@@ -173,12 +173,8 @@ def _result_of(workdir: Workdir, inputs: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _where(mesh: Mesh) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {
-        "mesh": dict(mesh.shape),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"rar_jax": rar_jax.__version__} | {name: importlib.metadata.version(name) for name in packages},
-    }
+    # The classifier takes the images as they are, and samples are drawn in float32 whatever the training computed in.
+    return {"mesh": dict(mesh.shape), "protocol": "none", "features": "float32", **where()}
 
 
 def headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from rar_jax.parallel.processes import from_main, is_main
+from rar_jax.programs.machine import where
 from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.preemption import Preempted, Watch
@@ -59,7 +60,7 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
     try:
         claim()
         began = True
-        ledger.row("start", verb=verb, host=socket.gethostname(), pid=os.getpid(), processes=jax.process_count())
+        ledger.row("start", verb=verb, host=socket.gethostname(), pid=os.getpid(), processes=jax.process_count(), **where())
         yield Session(ledger, watch, lease[0] if lease else None)
         reason = "done"
     except Preempted:

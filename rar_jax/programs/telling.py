@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rar_jax.programs.live_grids import Draw
 from rar_jax.programs.session import Session
 from rar_jax.training.recipe import Recipe
 from rar_jax.training.report import Reporter, read_metrics
@@ -16,7 +17,7 @@ class Telling:
     """Writes metrics and the ledger. shown: the numbers of the progress line. bad_in_a_row: as of the last step recorded.
 
     Args:
-      state: where the training begins. validate, scorers: functions of parameters.
+      state: where the training begins. validate, scorers, draw: functions of parameters.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class Telling:
         state: State,
         validate: Callable[..., dict[str, float]],
         scorers: Sequence[Callable[[Any], dict[str, float]]],
+        draw: Draw | None,
     ) -> None:
         self._stage, self._recipe, self._reporter, self._session = stage, recipe, reporter, session
-        self._validate, self._scorers = validate, scorers
+        self._validate, self._scorers, self._draw = validate, scorers, draw
         self._skipped = int(state["guard"]["skipped"])
         self.bad_in_a_row = int(state["guard"]["in_a_row"])
         self.shown: dict[str, float] = {}
@@ -56,7 +58,10 @@ class Telling:
         for scorer in self._scorers:
             self._session.poll()
             told |= scorer(params)
-        self._reporter.metrics(step, told)
+        if self._draw is not None:
+            self._session.poll()
+            self._reporter.grid("reconstructions" if self._stage == "tokenizer" else "samples", self._draw(params), step)
+        self._reporter.metrics(step, told)  # last: they say that the step was evaluated
         of_note, ends = ("fd_", "fid_", "acc"), ("bits", "psnr")
         watched = {name.removeprefix("validation/"): value for name, value in told.items()}
         self.shown |= {k: v for k, v in watched.items() if k.endswith(ends) or k.startswith(of_note)}

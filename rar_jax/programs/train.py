@@ -27,6 +27,7 @@ from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.live import best_by, live_scorers
+from rar_jax.programs.live_grids import live_grid
 from rar_jax.programs.session import Session
 from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer, trained_params
 from rar_jax.programs.telling import Telling, evaluated
@@ -244,11 +245,12 @@ def train(
         data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
         validate = make_validation(objective, recipe.eval_records, mesh, frozen)
         scorers = live_scorers(experiment, workdir, mesh) if stage == "generator" else []
+        draw = live_grid(experiment, stage, workdir, mesh)
 
         # ---- what is told
         reporter = stack.enter_context(Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet))
         reporter.resume_from(start)
-        telling = Telling(stage, recipe, reporter, session, state, validate, scorers)
+        telling = Telling(stage, recipe, reporter, session, state, validate, scorers, draw)
 
         def save(step: int, state: State, score: tuple[str, float] | None = None) -> None:
             ledger.lap("training")

@@ -26,7 +26,12 @@ ROWS, COLUMNS = 8, 8  # classes, and images of each, in the picture
 
 
 def verify_tokens(
-    folder: pathlib.Path, *, weights: str | None = None, out: pathlib.Path | None = None, download: bool = False
+    folder: pathlib.Path,
+    *,
+    weights: str | None = None,
+    out: pathlib.Path | None = None,
+    download: bool = False,
+    quiet: bool = False,
 ) -> str:
     """Reads and checks a whole store; with the tokenizer's weights, decodes a sample of it into a PNG.
 
@@ -41,7 +46,7 @@ def verify_tokens(
         weights is not None or out is None, "--out is for the picture, which needs the tokenizer: give --weights too"
     )
     store = TokenStore(folder)
-    store.verify()
+    store.verify(seen=_shown(f"verify {folder.name}", "shards", quiet))
     lines = [summary(store)]
     if weights is not None:
         out = out or folder / "verify.png"
@@ -165,7 +170,7 @@ def export_tokens(folder: pathlib.Path, out: pathlib.Path, *, quiet: bool = Fals
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     store = TokenStore(folder)
-    store.verify()
+    store.verify(seen=_shown(f"verify {folder.name}", "shards", quiet))
     export_jsonl(store, out, seen=_shown(f"export {folder.name}", "blocks", quiet))
 
 

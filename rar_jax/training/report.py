@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl and TensorBoard for later, one progress line for now.
+"""What a run tells: metrics.jsonl, grids of images and TensorBoard for later, one progress line for now.
 
 Process 0 of a run tells; a Reporter of another process does nothing. Rows of metrics.jsonl are {"stage", "step", "time", ...}: time
 is seconds since 1970, every other value a finite number or null.
@@ -23,11 +23,13 @@ import rich.progress
 import tensorboardX
 
 from rar_jax.parallel.processes import is_main
+from rar_jax.training import grids
 
 T = TypeVar("T")
 Row = dict[str, Any]
 
 PLAIN_SECONDS = 10.0  # between lines when the output is a file
+CELL = 48  # pixels that an image has at least in TensorBoard
 RATE_WINDOW = 30  # calls over which the rate is taken, so that it follows a change of speed
 
 
@@ -65,11 +67,13 @@ class Reporter:
             self._writer = None
 
     def resume_from(self, step: int) -> None:
-        """Forgets rows of this stage after `step`: a crash leaves rows ahead of the last checkpoint.
+        """Forgets rows and grids of this stage after `step`: a crash leaves some ahead of the last checkpoint.
 
         Call it before the first row. metrics.jsonl is replaced in one move; TensorBoard hides its points.
         """
         self._rewrite(lambda row: row["stage"] != self.stage or row["step"] <= step)
+        if self._tells:
+            grids.forget_after(self._workdir / "grids" / self.stage, step)
         self._purge_step = step + 1
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
@@ -88,6 +92,14 @@ class Reporter:
         """Shows a uint8 (height, width, 1 or 3) image in TensorBoard."""
         if self._tells:
             self._tensorboard().add_image(name, image, int(step), dataformats="HWC")
+
+    def grid(self, name: str, grid: grids.Grid, step: int) -> None:
+        """Keeps a grid for the report (grids.py) and shows it in TensorBoard, small cells enlarged."""
+        if not self._tells:
+            return
+        grids.save(self._workdir / "grids" / self.stage, int(step), grid)
+        scale = max(1, math.ceil(CELL / min(grid.images.shape[2:4])))
+        self.image(name, grid.sheet().repeat(scale, axis=0).repeat(scale, axis=1), step)
 
     def progress(self, step: int, **shown: float) -> None:
         """Redraws the progress line: `step` of the total are done, and these numbers are the last known."""
@@ -118,7 +130,7 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
     """Rows of workdir/metrics.jsonl in the order written, of one stage or of all; [] if there is no file.
 
     A half-written last line is left out.
-    Raises: ValueError naming the line if any other line is not JSON.
+    Raises: ValueError naming the line if any other line is not JSON, or no row.
     """
     path = pathlib.Path(workdir) / "metrics.jsonl"
     if not path.exists():
@@ -132,6 +144,8 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
             if number > len(lines):  # what follows the last newline: empty, or cut by a crash
                 break
             raise ValueError(f"{path} line {number} is not JSON ({error}): delete that line") from None
+        if not isinstance(row, dict) or not {"stage", "step"} <= row.keys():
+            raise ValueError(f"{path} line {number} is no row with a stage and a step: delete that line")
         rows.append(row)
     return [row for row in rows if stage is None or row["stage"] == stage]
 
@@ -210,7 +224,7 @@ class _Line:
     def _start_bar(self, console: rich.console.Console) -> None:
         columns = (
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=24),
+            rich.progress.BarColumn(bar_width=24 if console.width >= 110 else 8),  # the numbers matter more
             rich.progress.TextColumn("{task.fields[text]}"),
         )
         self._bar = rich.progress.Progress(*columns, console=console, refresh_per_second=4)

@@ -4,6 +4,7 @@ config.json           the resolved experiment that this directory belongs to
 checkpoints/<stage>/  stages: tokenizer, classifier, generator
 tokens/<split>/       token stores: train, heldout
 metrics.jsonl, ledger.jsonl, tensorboard/<stage>/, *.png, result.json
+grids/<stage>/        samples and reconstructions as the training went on
 dump/<stage>/         what a training that gave up leaves for a person
 .lease.json           who writes here now
 """

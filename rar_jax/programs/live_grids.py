@@ -1,0 +1,95 @@
+"""Pictures while training: samples of the same labels and noise at each evaluation, or held-out images and what the tokenizer
+keeps of them. They are what `rar-jax report` shows over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rar_jax.parallel.arrays import place
+from rar_jax.parallel.mesh import batch_divisor
+from rar_jax.parallel.rules import batch_sharding, replicated, sharded
+from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.stages import trained_params
+from rar_jax.sampling.sampler import sample_images, sample_keys, to_uint8
+from rar_jax.training.grids import Grid, spread
+from rar_jax.training.workdir import Workdir
+
+PAIRS = 12  # held-out images of a tokenizer's grid
+
+# Function of a stage's parameters. All processes call it and get all images.
+Draw = Callable[[Any], Grid]
+
+
+def live_grid(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh) -> Draw | None:
+    """What draws the stage's grid; None for a classifier, or where config.evaluate.live_grid is 0."""
+    if experiment.evaluate.live_grid == 0 or stage == "classifier":
+        return None
+    if stage == "tokenizer":
+        return _reconstructions(experiment, mesh)
+    return _samples(experiment, workdir, mesh)
+
+
+def _samples(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Draw:
+    """A row a class of samples.png's; image i is that of `Pipeline.sample` for these labels and the experiment's seed."""
+    data, columns = experiment.data, experiment.evaluate.live_grid
+    shown = spread(data.num_classes, experiment.evaluate.grid_classes)
+    labels = np.repeat(shown, columns).astype(np.int32)
+    tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
+
+    @jax.jit
+    def seed_keys(ids: jax.Array) -> jax.Array:
+        return sample_keys(experiment.seed, ids)
+
+    def draw(params: Any, labels_b: jax.Array, ids_b: jax.Array) -> jax.Array:
+        models = experiment.generator, experiment.tokenizer
+        return sample_images(*models, params, labels_b, seed_keys(ids_b), experiment.guidance)
+
+    draw = jax.jit(draw, out_shardings=replicated(mesh))
+    rows = tuple(data.class_names[label].split(",")[0] for label in shown)
+
+    def grid(params: Any) -> Grid:
+        both = {"generator": params, "tokenizer": tokenizer}
+        images = _in_batches(
+            lambda *batch: draw(both, *batch), (labels, np.arange(len(labels), dtype=np.int32)), experiment, mesh
+        )
+        return Grid(images.reshape(len(shown), columns, *images.shape[1:]), rows, ("",) * columns)
+
+    return grid
+
+
+def _reconstructions(experiment: Experiment, mesh: Mesh) -> Draw:
+    """Two rows: held-out images, and what is left of them."""
+    heldout = open_source(experiment, "heldout")
+    records = heldout.gather(np.array(spread(len(heldout), PAIRS)))
+    names = [experiment.data.class_names[label].split(",")[0] for label in records["labels"]]
+    module, config = experiment.tokenizer.module, experiment.tokenizer.config
+
+    def through(params: Any, images: jax.Array) -> jax.Array:
+        return to_uint8(module.decode(config, params, module.encode(config, params, images)))
+
+    through = jax.jit(through, out_shardings=replicated(mesh))
+
+    def grid(params: Any) -> Grid:
+        kept = _in_batches(lambda images: through(params, images), (records["images"],), experiment, mesh)
+        return Grid(np.stack([records["images"], kept]), ("original", "reconstruction"), tuple(names))
+
+    return grid
+
+
+def _in_batches(
+    program: Callable[..., jax.Array], rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh
+) -> np.ndarray:
+    """The program's images of these rows, at most config.evaluate.batch_size at a time."""
+    count, parts = len(rows[0]), batch_divisor(mesh)
+    size = -(-min(experiment.evaluate.batch_size, count) // parts) * parts
+    images = []
+    for start in range(0, count, size):
+        places = np.arange(start, start + size) % count  # the last batch is filled up, and cut again
+        with sharded(mesh):
+            images.append(np.asarray(program(*place([array[places] for array in rows], batch_sharding(mesh)))))
+    return np.concatenate(images)[:count]
