@@ -179,13 +179,25 @@ def test_names_are_text(page: Chrome) -> None:
 
 
 def test_tables(page: Chrome) -> None:
-    rows = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in find(page, "#scores tbody tr")]
-    fid = next(row for row in rows if row[0] == "fid")
-    assert fid == [
-        "fid", "2.5", "50000", "eeeeeeeeeeee…", "0123456789ab…", "dddddddddddd…", "ffffffffffff…", "round", "adm", "float64",
-        "bfloat16", "3", "scale 4, power 1.5", "evaluation/result.json",
-    ]  # fmt: skip
-    assert next(row for row in rows if row[0] == "fd_classifier samples_n40")[1:4] == ["1.25", "40", "the 1437 training images"]
+    def rows(file: str) -> list[list[str]]:
+        found = find(page, f'[data-file="{file}"] .pair tbody tr')
+        return [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in found]
+
+    assert rows("evaluation/result.json") == [
+        ["fid", "2.5", "50000"],
+        ["reference", "eeeeeeeeeeee…"],
+        ["weights", "0123456789ab…"],
+        ["tokenizer", "dddddddddddd…"],
+        ["features of", "ffffffffffff…"],
+        ["rounding", "round"],
+        ["resize protocol", "adm"],
+        ["precision", "float64"],
+        ["sampled in", "bfloat16"],
+        ["seed", "3"],
+        ["guidance", "scale 4, power 1.5"],
+    ]
+    own = rows("result.json")
+    assert own[0] == ["fd_classifier samples_n40", "1.25", "40"] and ["reference", "the 1437 training images"] in own
     find(page, "#config input")[0].send_keys("train.steps")
     assert [row.text for row in find(page, "#config tbody tr")] == ["classifier_train.steps 8", "train.steps 24"]
     events = [row.text for row in find(page, "#ledger tbody tr")]

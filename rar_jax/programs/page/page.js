@@ -44,7 +44,7 @@ function table(columns, rows) {
 // A part of the page with a card for each run; where a run has nothing, the sentence that says so.
 function section(id, title, make) {
   const cards = runs.map((run) => el("div", { class: "card" },
-    two ? el("h3", { style: { textTransform: "none", marginTop: 0 } }, run.name) : null,
+    two ? el("h3", {}, run.name) : null,
     ...(run.notes[id] ? [note(run.notes[id])] : [make(run)].flat())));
   return el("section", { id }, el("h2", {}, title), el("div", { class: two ? "runs two" : "runs" }, ...cards));
 }
@@ -116,7 +116,8 @@ const panels = [];
 function panel(stage, name, lines) {
   const values = lines.flatMap((line) => line.values), steps = [...new Set(lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
   const [least, most] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
-  let log = least > 0 && most / least > 20;
+  // A log scale where half of the curve would lie on the ground.
+  let log = least > 0 && values.toSorted((a, b) => a - b)[values.length >> 1] < most / 10;
   const svg = el("svg:svg", { tabindex: 0, role: "img", "aria-label": `${stage} ${name} by step` });
   const tooltip = el("div", { class: "tooltip", hidden: "" });
   const toggle = el("button", { type: "button", "aria-pressed": log, title: "logarithmic scale", onclick: () => { log = !log; toggle.setAttribute("aria-pressed", log); draw(); } }, "log");
@@ -137,7 +138,7 @@ function panel(stage, name, lines) {
     for (const tick of ticks(low, high, 4, log)) svg.append(
       el("svg:line", { class: "gridline", x1: left, x2: width - right, y1: y(tick), y2: y(tick) }),
       el("svg:text", { x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, tickText(tick)));
-    for (const tick of ticks(first, last, Math.max(2, width / 110), false)) svg.append(
+    for (const tick of ticks(first, last, Math.max(3, width / 80), false)) svg.append(
       el("svg:text", { x: Math.min(x(tick), width - right - 8), y: height - 5, "text-anchor": "middle" }, tickText(tick)));
     for (const line of lines) {
       const path = (ys, kind) => el("svg:path", { class: kind, d: line.steps.map((step, i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(ys[i]).toFixed(1)}`).join(""), stroke: line.colour, "stroke-dasharray": line.dash });
@@ -192,12 +193,13 @@ function panel(stage, name, lines) {
 
 function allCurves() {
   const groups = new Map();
+  const heldout = new Set(runs.flatMap((run) => run.curves.filter((c) => c.name.startsWith("validation/")).map((c) => `${c.stage} ${c.panel}`)));
   runs.forEach((run, r) => run.curves.forEach((curve) => {
     const stage = groups.get(curve.stage) ?? groups.set(curve.stage, new Map()).get(curve.stage);
     const lines = stage.get(curve.panel) ?? stage.set(curve.panel, []).get(curve.panel);
     const twin = lines.find((line) => line.name === curve.name);
     const hue = twin ? twin.hue : new Set(lines.map((line) => line.name)).size;
-    const plain = curve.name.startsWith("validation/") ? `held-out ${curve.name.slice(11)}` : curve.name === curve.panel ? "training" : curve.name;
+    const plain = curve.name.startsWith("validation/") ? `held-out ${curve.name.slice(11)}` : curve.name === curve.panel && heldout.has(`${curve.stage} ${curve.panel}`) ? "training" : curve.name;
     const label = two ? `${plain}, ${run.name}` : plain;
     lines.push({ ...curve, run: r, hue, colour: colour(hue), label, dash: r ? "5 3" : null });
   }));
@@ -205,7 +207,7 @@ function allCurves() {
   for (const stage of groups.keys()) if (!order.includes(stage)) order.push(stage);
   return el("section", { id: "curves" }, el("h2", {}, "Curves"),
     ...runs.filter((run) => run.notes.curves).map((run) => note(two ? `${run.name}: ${run.notes.curves}` : run.notes.curves)),
-    ...order.flatMap((stage) => [el("h3", {}, stage), el("div", { class: "panels" }, ...[...groups.get(stage)].map(([name, lines]) => panel(stage, name, lines)))]));
+    ...order.flatMap((stage) => [el("h3", { class: "stage" }, stage), el("div", { class: "panels" }, ...[...groups.get(stage)].map(([name, lines]) => panel(stage, name, lines)))]));
 }
 
 // ---------------------------------------------------------------- grids
@@ -262,12 +264,15 @@ function gridViewer(grid) {
 
 // ---------------------------------------------------------------- tables
 
+const keyValue = [{ name: "", kind: "short" }, { name: "", kind: "mono" }];
+
 function scoreTable(run) {
-  const columns = Object.keys(run.scores[0].conditions);
-  const rows = run.scores.flatMap((score) => score.numbers.map(([name, value, n]) => [name, number(value), n ?? "", ...columns.map((c) => el("span", { title: score.conditions[c] }, short(score.conditions[c]))), score.file]));
-  const kinds = [{ name: "metric", kind: "short" }, { name: "value", kind: "number" }, { name: "n", kind: "number" }, ...columns.map((name) => ({ name, kind: "" })), { name: "file", kind: "" }];
-  return [table(kinds, rows), ...run.scores.flatMap((score) => [...score.said.map((text) => note(`${score.file}: ${text}`)),
-    el("details", {}, el("summary", {}, `all that ${score.file} was made from`), table([{ name: "", kind: "short" }, { name: "", kind: "mono" }], [...score.made_from, ...score.made_on]))])];
+  return run.scores.map((score) => el("div", { class: "score", "data-file": score.file }, el("h3", {}, score.file),
+    el("div", { class: "pair" },
+      table([{ name: "metric", kind: "" }, { name: "value", kind: "number" }, { name: "n", kind: "number" }], score.numbers.map(([name, value, n]) => [name, number(value), n ?? ""])),
+      table([{ name: "depends on", kind: "short" }, { name: "", kind: "mono" }], Object.entries(score.conditions).map(([name, text]) => [name, el("span", { title: text }, short(text))]))),
+    ...score.said.map(note),
+    el("details", {}, el("summary", {}, "all that it was made from, and on"), table(keyValue, [...score.made_from, ...score.made_on]))));
 }
 
 function configTables() {
@@ -284,7 +289,7 @@ function configTables() {
 }
 
 function environment(run) {
-  return run.environment.map((start) => table([{ name: "", kind: "short" }, { name: "", kind: "mono" }], [
+  return run.environment.map((start) => table(keyValue, [
     ["device", `${start.devices} x ${start.device}`], ["processes", start.processes], ["host", start.host], ...Object.entries(start.versions)]));
 }
 
@@ -308,8 +313,8 @@ document.body.append(
   el("main", {},
     el("h2", {}, "Overview"), el("div", { class: two ? "runs two" : "runs" }, ...runs.map(overview)),
     allCurves(),
-    section("grids", "Samples and reconstructions over time", (run) => run.grids.map(gridViewer).reverse()),
-    section("pictures", "Final pictures", (run) => run.pictures.flatMap((picture) => [el("h3", { style: { textTransform: "none" } }, picture.name), el("img", { class: "picture", src: picture.image, alt: picture.name })])),
+    section("grids", "Samples and reconstructions over time", (run) => el("div", { class: "beside" }, ...run.grids.map(gridViewer).reverse())),
+    section("pictures", "Final pictures", (run) => el("div", { class: "beside" }, ...run.pictures.map((picture) => el("div", {}, el("h3", {}, picture.name), el("img", { class: "picture", src: picture.image, alt: picture.name }))))),
     section("scores", "Scores, and what they depend on", scoreTable),
     configTables(),
     section("environment", "Environment", environment),
