@@ -46,19 +46,35 @@ class Pinned:
 
 
 TOO_OLD = (
-    TooOld("jax", "0.10.2", "meshes, sharding rules and the unrolled decoder were written for it; older ones were never tried"),
+    TooOld(
+        "jax",
+        "0.10.2",
+        "meshes, sharding rules and the unrolled decoder were written for it; older ones were never tried",
+    ),
     TooOld("flax", "0.12.8", "the logical axes of parameters were written for it; older ones were never tried"),
     TooOld("optax", "0.2.8", "the optimizer's state is cut over the mesh as it lies there"),
-    TooOld("orbax-checkpoint", "0.12.8", "saves that are killed, and a full disk, were tested with it: older ones may lose steps"),
+    TooOld(
+        "orbax-checkpoint",
+        "0.12.8",
+        "saves that are killed, and a full disk, were tested with it: older ones may lose steps",
+    ),
     TooOld("grain", "0.2.18", "the shared-memory loader was tested with it"),
     TooOld("numpy", "2.0", "arrays are read and written with its promotion rules"),
 )
 PINNED = (
     Pinned("jaxlib", "jax", "jax and jaxlib are released in pairs"),
-    Pinned("libtpu", "jax", "with a newer libtpu than jax pins, reading a compiled program back failed; older ones lack instructions"),
-    Pinned("jax-cuda12-plugin", "jax", "a plugin of another release does not load, and jax then runs on the CPU in silence"),
+    Pinned(
+        "libtpu",
+        "jax",
+        "with a newer libtpu than jax pins, reading a compiled program back failed; older ones lack instructions",
+    ),
+    Pinned(
+        "jax-cuda12-plugin", "jax", "a plugin of another release does not load, and jax then runs on the CPU in silence"
+    ),
     Pinned("jax-cuda12-pjrt", "jax-cuda12-plugin", "plugin and runtime are released in pairs"),
-    Pinned("jax-cuda13-plugin", "jax", "a plugin of another release does not load, and jax then runs on the CPU in silence"),
+    Pinned(
+        "jax-cuda13-plugin", "jax", "a plugin of another release does not load, and jax then runs on the CPU in silence"
+    ),
     Pinned("jax-cuda13-pjrt", "jax-cuda13-plugin", "plugin and runtime are released in pairs"),
 )
 
@@ -140,7 +156,9 @@ def tell_doctor(report: Mapping[str, Any]) -> str:
 
 
 def bad_versions(
-    installed: Mapping[str, str], requirements: Callable[[str], list[tuple[str, str]]], python: tuple[int, int] | None = None
+    installed: Mapping[str, str],
+    requirements: Callable[[str], list[tuple[str, str]]],
+    python: tuple[int, int] | None = None,
 ) -> list[Problem]:
     """What the tables above say of these versions.
 
@@ -152,7 +170,9 @@ def bad_versions(
 
     found = []
     if (python := python or sys.version_info[:2]) < (3, 11):
-        found.append(Problem(f"python {python[0]}.{python[1]}", "rar_jax is written for 3.11 and newer", "install Python 3.11"))
+        found.append(
+            Problem(f"python {python[0]}.{python[1]}", "rar_jax is written for 3.11 and newer", "install Python 3.11")
+        )
     for rule in TOO_OLD:
         if rule.package not in installed:
             remedy = f'pip install "{rule.package}>={rule.below}"'
@@ -194,7 +214,9 @@ def _devices() -> list[dict[str, Any]]:
     told = []
     for device in jax.local_devices():
         stats = device.memory_stats() if device.platform != "cpu" else None
-        told.append({"kind": device.device_kind, "platform": device.platform, "memory": (stats or {}).get("bytes_limit")})
+        told.append(
+            {"kind": device.device_kind, "platform": device.platform, "memory": (stats or {}).get("bytes_limit")}
+        )
     return told
 
 
@@ -219,14 +241,18 @@ def missing_accelerator(
         else:
             remedy = "look at what `python -c 'import jax; jax.devices()'` says, and whether another process holds the device"
         what = f"a {kind.upper()} is here, and jax sees only {', '.join(sorted(platforms)) or 'nothing'}"
-        found.append(Problem(what, f"{' or '.join(DEVICE_FILES[kind])} exists; training would be slow and say nothing", remedy))
+        found.append(
+            Problem(what, f"{' or '.join(DEVICE_FILES[kind])} exists; training would be slow and say nothing", remedy)
+        )
     return found
 
 
 def _notes(installed: Mapping[str, str], files: Mapping[str, bool], devices: list[dict[str, Any]]) -> list[str]:
     said = []
     if "libtpu" in installed and not files["tpu"]:
-        said.append("libtpu is installed and no TPU is here: `rar-jax plan` compiles with it; on a TPU machine that would be wrong")
+        said.append(
+            "libtpu is installed and no TPU is here: `rar-jax plan` compiles with it; on a TPU machine that would be wrong"
+        )
     if fake := re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
         said.append(f"XLA_FLAGS makes {fake[1]} devices of one CPU: for tests")
     if devices and {device["platform"] for device in devices} == {"cpu"}:

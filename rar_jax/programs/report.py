@@ -87,14 +87,8 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
         "summary": summary,
         "state": _state(summary),
         "curves": curves(metrics),
-        "grids": [
-            grid
-            for stage in STAGES
-            if (grid := _grids(path / "grids" / stage, stage, problems))
-        ],
-        "pictures": [
-            {"name": name, "image": _picture(path / name)} for name in PICTURES if (path / name).is_file()
-        ],
+        "grids": [grid for stage in STAGES if (grid := _grids(path / "grids" / stage, stage, problems))],
+        "pictures": [{"name": name, "image": _picture(path / name)} for name in PICTURES if (path / name).is_file()],
         "scores": scores(path, problems),
         "config": flat(config),
         "environment": _environment(events),
@@ -168,9 +162,7 @@ def _environment(events: list[ledger.Row]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for row in events:
         if row["event"] == "start" and "versions" in row:
-            this = {
-                name: row.get(name) for name in ("device", "devices", "processes", "host", "versions")
-            }
+            this = {name: row.get(name) for name in ("device", "devices", "processes", "host", "versions")}
             if this not in found:
                 found.append(this)
     return found

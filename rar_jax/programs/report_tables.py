@@ -132,7 +132,13 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
         column: next((everything[name] for name in names if everything.get(name, "null") != "null"), "not recorded")
         for column, names in CONDITIONS
     }
-    return {"numbers": numbers, "conditions": conditions, "made_from": flat(made_from), "made_on": flat(made_on), "said": said}
+    return {
+        "numbers": numbers,
+        "conditions": conditions,
+        "made_from": flat(made_from),
+        "made_on": flat(made_on),
+        "said": said,
+    }
 
 
 def _guidance(guidance: Mapping[str, Any]) -> str:

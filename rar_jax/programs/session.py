@@ -60,7 +60,9 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
     try:
         claim()
         began = True
-        ledger.row("start", verb=verb, host=socket.gethostname(), pid=os.getpid(), processes=jax.process_count(), **where())
+        ledger.row(
+            "start", verb=verb, host=socket.gethostname(), pid=os.getpid(), processes=jax.process_count(), **where()
+        )
         yield Session(ledger, watch, lease[0] if lease else None)
         reason = "done"
     except Preempted:

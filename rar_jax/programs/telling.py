@@ -60,7 +60,9 @@ class Telling:
             told |= scorer(params)
         if self._draw is not None:
             self._session.poll()
-            self._reporter.grid("reconstructions" if self._stage == "tokenizer" else "samples", self._draw(params), step)
+            self._reporter.grid(
+                "reconstructions" if self._stage == "tokenizer" else "samples", self._draw(params), step
+            )
         self._reporter.metrics(step, told)  # last: they say that the step was evaluated
         of_note, ends = ("fd_", "fid_", "acc"), ("bits", "psnr")
         watched = {name.removeprefix("validation/"): value for name, value in told.items()}

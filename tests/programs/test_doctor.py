@@ -37,7 +37,9 @@ def bad(**versions: str | None) -> list[doctor.Problem]:
 def test_this_machine_is_well(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--workdir", str(tmp_path / "new" / "run")]) == 0
     text = capsys.readouterr().out
-    assert f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}" in text and text.endswith("all is well\n")
+    assert f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}" in text and text.endswith(
+        "all is well\n"
+    )
     assert f"devices    4 x {jax.devices()[0].device_kind} (cpu)" in text
     assert not list(tmp_path.iterdir()), "looking leaves nothing"
     assert main(["doctor", "--json", "--quiet"]) == 0
@@ -84,7 +86,9 @@ def test_an_old_python() -> None:
 def test_the_tables_are_those_of_the_package() -> None:
     """What pip asks for and what doctor calls too old are the same versions, and jax does pin what the table says."""
     asked = dict(doctor._requirements("rar_jax"))
-    assert {rule.package: f">={rule.below}" for rule in doctor.TOO_OLD} == {rule.package: asked[rule.package] for rule in doctor.TOO_OLD}
+    assert {rule.package: f">={rule.below}" for rule in doctor.TOO_OLD} == {
+        rule.package: asked[rule.package] for rule in doctor.TOO_OLD
+    }
     pinned = {name for name, specifier in doctor._requirements("jax") if specifier}
     assert {rule.package for rule in doctor.PINNED if rule.by == "jax"} <= pinned | {"jax-cuda13-plugin"}
 
@@ -106,9 +110,13 @@ def test_an_accelerator_that_jax_does_not_see() -> None:
     assert missing_accelerator({"cpu"}, NOTHING, GOOD, {}) == []
 
 
-def test_device_files_are_looked_for(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_device_files_are_looked_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(doctor, "DEVICE_FILES", {"gpu": (f"{tmp_path}/nvidia[0-9]*",), "tpu": (f"{tmp_path}/accel[0-9]*",)})
+    monkeypatch.setattr(
+        doctor, "DEVICE_FILES", {"gpu": (f"{tmp_path}/nvidia[0-9]*",), "tpu": (f"{tmp_path}/accel[0-9]*",)}
+    )
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "BAD        a GPU is here, and jax sees only cpu" in text and text.endswith("1 problem(s)\n")
@@ -116,7 +124,9 @@ def test_device_files_are_looked_for(tmp_path: pathlib.Path, monkeypatch: pytest
 
 def test_no_devices_at_all() -> None:
     env = os.environ | {"JAX_PLATFORMS": "nonsense"}
-    done = subprocess.run([sys.executable, "-m", "rar_jax", "doctor"], env=env, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "rar_jax", "doctor"], env=env, text=True, capture_output=True, timeout=120
+    )
     assert done.returncode == 1 and "BAD        jax finds no devices: RuntimeError" in done.stdout
     assert "unset JAX_PLATFORMS (it is 'nonsense')" in done.stdout and "Traceback" not in done.stderr
 
@@ -124,7 +134,9 @@ def test_no_devices_at_all() -> None:
 # ---------------------------------------------------------------- work directory
 
 
-def test_a_folder_in_which_locks_do_not_hold(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_in_which_locks_do_not_hold(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(storage, "_create", lambda path, text: path.write_text(text))
     assert main(["doctor", "--workdir", str(tmp_path)]) == 1
     text = capsys.readouterr().out
@@ -132,7 +144,9 @@ def test_a_folder_in_which_locks_do_not_hold(tmp_path: pathlib.Path, monkeypatch
     assert "files are made" not in text and not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(path: pathlib.Path, text: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -141,9 +155,14 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: pathlib.Path, monkeypatch:
     assert "cannot create a file there ([Errno 13] Permission denied" in capsys.readouterr().out
 
 
-def test_a_file_in_its_place_and_a_full_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_in_its_place_and_a_full_disk(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
     assert main(["doctor", "--workdir", str(tmp_path / "file")]) == 1
     text = capsys.readouterr().out
-    assert f"BAD        {tmp_path}/file is not a folder" in text and "free on the disk: the next checkpoint may not fit" in text
+    assert (
+        f"BAD        {tmp_path}/file is not a folder" in text
+        and "free on the disk: the next checkpoint may not fit" in text
+    )

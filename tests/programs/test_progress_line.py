@@ -20,7 +20,18 @@ LINE = re.compile(
 
 def train(workdir: pathlib.Path, *flags: str, width: int = 80) -> tuple[int, bytes]:
     """The classifier of the tiny experiment, in a terminal."""
-    command = [sys.executable, "-m", "rar_jax", "train", "--stage", "classifier", "--config", str(TINY), "--workdir", str(workdir)]
+    command = [
+        sys.executable,
+        "-m",
+        "rar_jax",
+        "train",
+        "--stage",
+        "classifier",
+        "--config",
+        str(TINY),
+        "--workdir",
+        str(workdir),
+    ]
     command += [f"--config.classifier.train.steps={STEPS}", "--config.classifier.train.log_every=1"]
     return shown_by([*command, *flags], environment(), width=width)
 
@@ -37,7 +48,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, byt
 def test_one_line_is_redrawn(trained: tuple[pathlib.Path, bytes]) -> None:
     workdir, output = trained
     screens = frames(output)
-    lines = [[line for line in screen if "steps" in line and line.startswith("classifier ") and "━" in line] for screen in screens]
+    lines = [
+        [line for line in screen if "steps" in line and line.startswith("classifier ") and "━" in line]
+        for screen in screens
+    ]
     assert max(map(len, lines)) == 1, "never two of them on the screen"
     drawn = [screen[0] for screen in lines if screen]
     assert max(map(len, drawn)) <= 80
@@ -79,7 +93,9 @@ def in_terminal(*argv: Any) -> str:
     return "\n".join(line for screen in frames(output) for line in screen)
 
 
-def test_verbs_that_take_long_show_how_far_they_are(trained: tuple[pathlib.Path, bytes], released_pair: Any, tmp_path: pathlib.Path) -> None:
+def test_verbs_that_take_long_show_how_far_they_are(
+    trained: tuple[pathlib.Path, bytes], released_pair: Any, tmp_path: pathlib.Path
+) -> None:
     given = ("--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer)
     for verb, unit in (
         (("inspect", trained[0]), "checkpoints"),

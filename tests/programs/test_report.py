@@ -32,14 +32,20 @@ def data_of(html: str) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def test_one_file_that_loads_nothing(finished: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_file_that_loads_nothing(
+    finished: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "page.html"
     assert main(["report", str(finished), "--out", str(out), "--quiet"]) == 0
     assert capsys.readouterr() == (f"{out}\n", "")
     html = out.read_text()
     assert "default-src 'none'; img-src data:" in html
     links = re.findall(r'(?:src|href)="([^"]*)"', re.sub(r'<script id="data".*?</script>', "", html, flags=re.DOTALL))
-    assert links == ["data:,"] and "http://" not in html.replace("http://www.w3.org/2000/svg", "") and "https://" not in html
+    assert (
+        links == ["data:,"]
+        and "http://" not in html.replace("http://www.w3.org/2000/svg", "")
+        and "https://" not in html
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
@@ -125,7 +131,14 @@ def test_three_are_too_many(finished: pathlib.Path, capsys: pytest.CaptureFixtur
 def test_curves_that_compare_share_a_panel() -> None:
     rows = [
         {"stage": "generator", "step": 1, "time": 0, "loss": 3.0, "bits": 4.0, "grad_norm": None, "codebook_loss": 1.0},
-        {"stage": "generator", "step": 2, "time": 0, "validation/raster_bits": 1.0, "validation/loss": 2.0, "fd_n20": 1.0},
+        {
+            "stage": "generator",
+            "step": 2,
+            "time": 0,
+            "validation/raster_bits": 1.0,
+            "validation/loss": 2.0,
+            "fd_n20": 1.0,
+        },
         {"stage": "classifier", "step": 2, "time": 0, "validation/psnr": 1.0},
         {"stage": "generator", "step": 2, "time": 0, "loss": 2.0},
         {"stage": "generator", "step": 2, "time": 0, "loss": 2.5},

@@ -204,12 +204,12 @@ def test_tables(page: Chrome) -> None:
     assert len(events) == 3 and "start" in events[0] and "reason done" in events[2]
 
 
-def test_two_work_directories_in_one_page(
-    driver: Chrome, workdir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_two_work_directories_in_one_page(driver: Chrome, workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     other = trained(tmp_path / "other")
     rows = (other / "metrics.jsonl").read_text().splitlines()
-    doubled = [json.dumps({**row, "loss": 2 * row["loss"]}) if "loss" in (row := json.loads(line)) else line for line in rows]
+    doubled = [
+        json.dumps({**row, "loss": 2 * row["loss"]}) if "loss" in (row := json.loads(line)) else line for line in rows
+    ]
     (other / "metrics.jsonl").write_text("\n".join(doubled) + "\n")
     driver.get(uri(report([workdir, other], tmp_path / "both.html")))
     wait(driver, lambda: find(driver, "#grids canvas"))
@@ -225,7 +225,9 @@ def test_two_work_directories_in_one_page(
 
 @pytest.mark.parametrize("width", [1400, 480])
 def test_nothing_is_wider_than_the_window(page: Chrome, width: int) -> None:
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
     try:
         assert page.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
     finally:
