@@ -120,9 +120,14 @@ def test_a_log_scale_moves_the_curve_and_not_the_numbers(page: Chrome) -> None:
 def shown(driver: Chrome, stage: str) -> tuple[int, list[str], np.ndarray]:
     """The step of a grid, the names of its rows, and the pixels of its canvases (cells, 8, 8)."""
     told = driver.execute_script(
-        """const cells = document.querySelector(`.grid[data-stage="${arguments[0]}"] .cells`);
-        return [cells.dataset.step, [...cells.querySelectorAll("canvas")].map(c => [c.dataset.row,
-            [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 0)])]""",
+        """const copy = document.createElement("canvas"), pen = copy.getContext("2d", {willReadFrequently: true});
+        const pixels = c => {
+            [copy.width, copy.height] = [c.width, c.height];
+            pen.drawImage(c, 0, 0);
+            return [...pen.getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 0);
+        };
+        const cells = document.querySelector(`.grid[data-stage="${arguments[0]}"] .cells`);
+        return [cells.dataset.step, [...cells.querySelectorAll("canvas")].map(c => [c.dataset.row, pixels(c)])]""",
         stage,
     )
     rows = [row for row, _ in told[1]]
