@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from events import pictures, read_events
 from PIL import Image
 
 import rar_jax
@@ -16,6 +17,7 @@ from rar_jax.data.token_store import TokenStore
 from rar_jax.evaluation import classifier, frechet
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.sampling.sampler import load_model
+from rar_jax.training import grids
 from rar_jax.training.checkpoint import good_step, load_params, verify_manifest
 from rar_jax.training.report import read_metrics
 
@@ -44,6 +46,27 @@ def test_everything_is_left_behind(workdir: pathlib.Path) -> None:
     assert ratio[1] == ratio[13] == 1.0 and ratio[16] == 0.5 and ratio[19] == ratio[24] == 0.0
     (last,) = (r for r in rows if "fd_classifier_n20" in r and r["step"] == 24)
     assert {"validation/raster_bits", "validation/random_bits"} <= last.keys()
+
+
+def test_grids_are_what_the_weights_of_their_step_draw(workdir: pathlib.Path) -> None:
+    """The sampler and tokenizer of the training, sharded, against the pipeline on the checkpoints; TensorBoard has the same."""
+    from rar_jax.data.sources import load_source
+
+    assert grids.steps(workdir / "grids" / "tokenizer") == [6, 12]
+    assert grids.steps(workdir / "grids" / "generator") == [12, 24]
+    pipeline = rar_jax.load(workdir)
+    last = grids.load(workdir / "grids" / "generator" / "24.png")
+    assert last.rows == tuple("0123456789") and last.images.shape == (10, 4, 8, 8, 1)
+    drawn = pipeline.sample(np.repeat(np.arange(10), 4), seed=0).reshape(last.images.shape)
+    assert np.abs(last.images.astype(int) - drawn).max() <= 1  # a rounding may fall the other way on four devices
+    kept = grids.load(workdir / "grids" / "tokenizer" / "12.png")
+    heldout = load_source("digits", "heldout").gather(np.linspace(0, 359, 12).astype(int))
+    assert kept.columns == tuple(str(label) for label in heldout["labels"])
+    np.testing.assert_array_equal(kept.images[0], heldout["images"])
+    assert np.abs(kept.images[1].astype(int) - pipeline.reconstruct(heldout["images"])).max() <= 1
+    for stage, name, step, grid in (("generator", "samples", 24, last), ("tokenizer", "reconstructions", 12, kept)):
+        shown = pictures(read_events(workdir / "tensorboard" / stage))[name, step]
+        np.testing.assert_array_equal(shown[::6, ::6], grid.sheet())
 
 
 def test_result_names_what_made_it(workdir: pathlib.Path) -> None:

@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pytest
 import rich.console
+from events import pictures, read_events, scalars
 from tensorboardX.event_file_writer import EventFileWriter
 
 from rar_jax.training import report
+from rar_jax.training.grids import Grid
 from rar_jax.training.report import Reporter, read_metrics
 
 
@@ -116,6 +118,24 @@ def test_tensorboard_gets_scalars_and_images_and_a_purge_step(
     tags = [(e.step, value.tag) for e in events for value in e.summary.value]
     assert tags == [(7, "loss"), (7, "samples")]
     assert [e.step for e in events if e.session_log.status == e.session_log.START] == [7]
+
+
+def test_tensorboard_files_hold_the_values_and_pixels(tmp_path: pathlib.Path) -> None:
+    """Read back by the record format, checksums included, and not by what wrote them."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1), np.uint8)
+    with Reporter(tmp_path, "tokenizer", total_steps=2, quiet=True) as reporter:
+        reporter.metrics(1, {"loss": 0.1, "psnr": math.inf})
+        reporter.metrics(2, {"loss": 3e-7})
+        reporter.grid("reconstructions", Grid(images, ("original", "reconstruction"), ("a", "b", "c")), 2)
+        reporter.image("colours", np.arange(48, dtype=np.uint8).reshape(4, 4, 3), 1)
+    events = read_events(tmp_path / "tensorboard" / "tokenizer")
+    told = scalars(events)
+    assert told == {("loss", 1): pytest.approx(0.1), ("loss", 2): pytest.approx(3e-7)}
+    shown = pictures(events)
+    assert shown.keys() == {("reconstructions", 2), ("colours", 1)}
+    np.testing.assert_array_equal(shown["colours", 1], np.arange(48).reshape(4, 4, 3))
+    by_hand = np.concatenate([np.concatenate(list(row), axis=1) for row in images]).repeat(6, 0).repeat(6, 1)
+    np.testing.assert_array_equal(shown["reconstructions", 2], by_hand)  # 8 pixels six times: 48 are seen
 
 
 # ---------------------------------------------------------------- the line
