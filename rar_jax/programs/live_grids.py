@@ -41,22 +41,18 @@ def _samples(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Draw:
     labels = np.repeat(shown, columns).astype(np.int32)
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
 
-    @jax.jit
-    def seed_keys(ids: jax.Array) -> jax.Array:
-        return sample_keys(experiment.seed, ids)
-
     def draw(params: Any, labels_b: jax.Array, ids_b: jax.Array) -> jax.Array:
         models = experiment.generator, experiment.tokenizer
-        return sample_images(*models, params, labels_b, seed_keys(ids_b), experiment.guidance)
+        keys_b = sample_keys(np.uint32(experiment.seed), ids_b)
+        return sample_images(*models, params, labels_b, keys_b, experiment.guidance)
 
-    draw = jax.jit(draw, out_shardings=replicated(mesh))
+    program = jax.jit(draw, out_shardings=replicated(mesh))
     rows = tuple(data.class_names[label].split(",")[0] for label in shown)
 
     def grid(params: Any) -> Grid:
         both = {"generator": params, "tokenizer": tokenizer}
-        images = _in_batches(
-            lambda *batch: draw(both, *batch), (labels, np.arange(len(labels), dtype=np.int32)), experiment, mesh
-        )
+        rows_b = labels, np.arange(len(labels), dtype=np.int32)
+        images = _in_batches(lambda *batch: program(both, *batch), rows_b, experiment, mesh)
         return Grid(images.reshape(len(shown), columns, *images.shape[1:]), rows, ("",) * columns)
 
     return grid
@@ -72,10 +68,10 @@ def _reconstructions(experiment: Experiment, mesh: Mesh) -> Draw:
     def through(params: Any, images: jax.Array) -> jax.Array:
         return to_uint8(module.decode(config, params, module.encode(config, params, images)))
 
-    through = jax.jit(through, out_shardings=replicated(mesh))
+    program = jax.jit(through, out_shardings=replicated(mesh))
 
     def grid(params: Any) -> Grid:
-        kept = _in_batches(lambda images: through(params, images), (records["images"],), experiment, mesh)
+        kept = _in_batches(lambda images: program(params, images), (records["images"],), experiment, mesh)
         return Grid(np.stack([records["images"], kept]), ("original", "reconstruction"), tuple(names))
 
     return grid
