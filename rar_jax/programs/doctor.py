@@ -183,11 +183,14 @@ def bad_versions(
     for rule in PINNED:
         if rule.package not in installed or rule.by not in installed:
             continue
-        for name, specifier in requirements(rule.by):
-            if name == rule.package and specifier and installed[name] not in SpecifierSet(specifier, prereleases=True):
-                what = f"{name} {installed[name]} does not belong to {rule.by} {installed[rule.by]}, which asks for {specifier}"
-                found.append(Problem(what, rule.reason, f'pip install "{name}{specifier}"'))
-                break
+        asked = [specifier for name, specifier in requirements(rule.by) if name == rule.package and specifier]
+        version = installed[rule.package]
+        # An extra may ask for more than the package itself: any of them will do, and the first is the package's own.
+        if asked and not any(version in SpecifierSet(specifier, prereleases=True) for specifier in asked):
+            what = (
+                f"{rule.package} {version} does not belong to {rule.by} {installed[rule.by]}, which asks for {asked[0]}"
+            )
+            found.append(Problem(what, rule.reason, f'pip install "{rule.package}{asked[0]}"'))
     return found
 
 

@@ -23,7 +23,7 @@ GOOD = {
     "numpy": "2.4.6", "libtpu": "0.0.42.1", "jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2",
 }  # fmt: skip
 ASKED = {
-    "jax": [("jaxlib", "<=0.10.2,>=0.10.2"), ("libtpu", "==0.0.42.*"), ("jax-cuda12-plugin", "<=0.10.2,>=0.10.2"), ("numpy", ">=2.0")],
+    "jax": [("jaxlib", "<=0.10.2,>=0.10.1"), ("jaxlib", "==0.10.1"), ("libtpu", "==0.0.42.*"), ("jax-cuda12-plugin", "<=0.10.2,>=0.10.2"), ("numpy", ">=2.0")],
     "jax-cuda12-plugin": [("jax-cuda12-pjrt", "==0.10.2")],
 }  # fmt: skip
 NOTHING = {"gpu": False, "tpu": False}
@@ -68,7 +68,7 @@ def test_good_versions_are_good() -> None:
         ({"optax": None}, "optax is not installed", 'pip install "optax>=0.2.8"'),
         ({"numpy": "1.26.4"}, "numpy 1.26.4 is older than 2.0", 'pip install -U "numpy>=2.0"'),
         ({"libtpu": "0.0.43"}, "libtpu 0.0.43 does not belong to jax 0.10.2, which asks for ==0.0.42.*", 'pip install "libtpu==0.0.42.*"'),
-        ({"jaxlib": "0.10.1"}, "jaxlib 0.10.1 does not belong to jax 0.10.2, which asks for <=0.10.2,>=0.10.2", 'pip install "jaxlib<=0.10.2,>=0.10.2"'),
+        ({"jaxlib": "0.9.2"}, "jaxlib 0.9.2 does not belong to jax 0.10.2, which asks for <=0.10.2,>=0.10.1", 'pip install "jaxlib<=0.10.2,>=0.10.1"'),
         ({"jax_cuda12_plugin": "0.9.0", "jax_cuda12_pjrt": None}, "jax-cuda12-plugin 0.9.0 does not belong to jax 0.10.2, which asks for <=0.10.2,>=0.10.2", 'pip install "jax-cuda12-plugin<=0.10.2,>=0.10.2"'),
         ({"jax_cuda12_pjrt": "0.9.0"}, "jax-cuda12-pjrt 0.9.0 does not belong to jax-cuda12-plugin 0.10.2, which asks for ==0.10.2", 'pip install "jax-cuda12-pjrt==0.10.2"'),
     ],

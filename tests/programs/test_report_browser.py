@@ -204,7 +204,11 @@ def test_tables(page: Chrome) -> None:
     own = rows("result.json")
     assert own[0] == ["fd_classifier samples_n40", "1.25", "40"] and ["reference", "the 1437 training images"] in own
     find(page, "#config input")[0].send_keys("train.steps")
-    assert [row.text for row in find(page, "#config tbody tr")] == ["classifier_train.steps 8", "train.steps 24"]
+    assert [row.text for row in find(page, "#config tbody tr")] == [
+        "classifier_train.steps 8",
+        "tokenizer_train.steps 12",
+        "train.steps 24",
+    ]
     events = [row.text for row in find(page, "#ledger tbody tr")]
     assert len(events) == 3 and "start" in events[0] and "reason done" in events[2]
 

@@ -66,7 +66,7 @@ def test_grids_are_what_the_weights_of_their_step_draw(workdir: pathlib.Path) ->
     assert np.abs(kept.images[1].astype(int) - pipeline.reconstruct(heldout["images"])).max() <= 1
     for stage, name, step, grid in (("generator", "samples", 24, last), ("tokenizer", "reconstructions", 12, kept)):
         shown = pictures(read_events(workdir / "tensorboard" / stage))[name, step]
-        np.testing.assert_array_equal(shown[::6, ::6], grid.sheet())
+        np.testing.assert_array_equal(shown[::6, ::6], grid.sheet().repeat(3, axis=-1))
 
 
 def test_result_names_what_made_it(workdir: pathlib.Path) -> None:

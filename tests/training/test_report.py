@@ -135,7 +135,9 @@ def test_tensorboard_files_hold_the_values_and_pixels(tmp_path: pathlib.Path) ->
     assert shown.keys() == {("reconstructions", 2), ("colours", 1)}
     np.testing.assert_array_equal(shown["colours", 1], np.arange(48).reshape(4, 4, 3))
     by_hand = np.concatenate([np.concatenate(list(row), axis=1) for row in images]).repeat(6, 0).repeat(6, 1)
-    np.testing.assert_array_equal(shown["reconstructions", 2], by_hand)  # 8 pixels six times: 48 are seen
+    np.testing.assert_array_equal(
+        shown["reconstructions", 2], by_hand.repeat(3, axis=-1)
+    )  # grey; 8 pixels six times: 48 are seen
 
 
 # ---------------------------------------------------------------- the line
