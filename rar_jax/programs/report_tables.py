@@ -113,7 +113,7 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in tree.items():
             if isinstance(value, Mapping):
                 walk(value, f"{prefix}{name} ")
-            elif isinstance(value, bool) or value is None:
+            elif isinstance(value, bool) or value is None or name == "step":
                 continue
             elif isinstance(value, int | float):
                 n = re.search(r"_n(\d+)", name)
