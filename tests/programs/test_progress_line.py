@@ -56,7 +56,7 @@ def test_one_line_is_redrawn(trained: tuple[pathlib.Path, bytes]) -> None:
     drawn = [screen[0] for screen in lines if screen]
     assert max(map(len, drawn)) <= 80
     told = [found for line in dict.fromkeys(drawn) if (found := LINE.fullmatch(line))]
-    assert len(told) >= 3, drawn[-3:]
+    assert len(told) >= 2, drawn[-3:]
     done = [int(found[1]) for found in told]
     assert done == sorted(done) and done[-1] == STEPS
     # Rate, time left and the last loss in all of them but the last, at which nothing is left.
