@@ -224,7 +224,7 @@ class _Line:
     def _start_bar(self, console: rich.console.Console) -> None:
         columns = (
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=24 if console.width >= 110 else 8),  # the numbers matter more
+            rich.progress.BarColumn(bar_width=24),
             rich.progress.TextColumn("{task.fields[text]}"),
         )
         self._bar = rich.progress.Progress(*columns, console=console, refresh_per_second=4)
