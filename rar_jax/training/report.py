@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import rich.console
 import rich.progress
+import rich.table
 import tensorboardX
 
 from rar_jax.parallel.processes import is_main
@@ -222,8 +223,10 @@ class _Line:
         self._printed_at, self._unprinted = now, ""
 
     def _start_bar(self, console: rich.console.Console) -> None:
+        # On a narrow terminal the bar goes first, then the last of the numbers, and never what is being done.
+        whole = rich.table.Column(no_wrap=True, min_width=min(len(self._description), console.width // 2))
         columns = (
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", table_column=whole),
             rich.progress.BarColumn(bar_width=24),
             rich.progress.TextColumn("{task.fields[text]}"),
         )
