@@ -156,7 +156,7 @@ def wrong_sha256(at: Place) -> None:
 @case("Devices and memory", "No accelerator where one was asked for")
 def no_accelerator(at: Place) -> None:
     at.how = "with the environment variable JAX_PLATFORMS=cuda"
-    at.command(f"{SAMPLE}", 2, run=in_a_process("", JAX_PLATFORMS="cuda"))
+    at.command(SAMPLE, 2, run=in_a_process("", JAX_PLATFORMS="cuda"))
 
 
 commands(
@@ -171,7 +171,7 @@ def predicted(at: Place) -> None:
     at.patch.setattr(memory, "needed", lambda program: 3 * 2**30)
     at.patch.setattr(memory, "free", lambda device: 2**30)
     at.how = "which would take 3 GiB, where 1 is free; known before anything is drawn"
-    at.command(f"{SAMPLE} --per-class 8", 2)
+    at.command(f"{SAMPLE} --per-class 8 -q", 2)
 
 
 def exhausted(*_: Any, **__: Any) -> Any:

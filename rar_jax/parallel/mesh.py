@@ -21,10 +21,10 @@ def find_devices() -> list[Any]:
     """All devices of all processes. Raises: ConfigError if the kind that JAX_PLATFORMS asks for is not here or not free."""
     try:
         return jax.devices()
-    except RuntimeError as error:  # JAX's own; it has tried nothing else
-        reason = str(error).splitlines()[0].rstrip(". ")[:300]
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where no plugin knows the platform
+        reason = "".join(str(error).splitlines()[:1]).rstrip(". ")[:300] or "no plugin of that name is installed"
         raise ConfigError(
-            f"no device that JAX can use, JAX_PLATFORMS is '{os.environ.get('JAX_PLATFORMS', '')}' ({reason}): install "
+            f"JAX finds no device of JAX_PLATFORMS='{os.environ.get('JAX_PLATFORMS', '')}' ({reason}): install "
             "'rar_jax[cuda12]' or 'rar_jax[tpu]' where the accelerator is, see that no other program holds it, or set "
             "JAX_PLATFORMS=cpu"
         ) from error
