@@ -15,8 +15,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page's text with the sections that it names put in."""
-    return re.sub(r"<!-- from (\S+?)(?:: (.+?))? -->", lambda found: section(found[1], found[2]), markdown)
+    """A page's text with the sections that it names put in, and what Python-Markdown wants before a list."""
+    text = re.sub(r"<!-- from (\S+?)(?:: (.+?))? -->", lambda found: section(found[1], found[2]), markdown)
+    # A list may follow a paragraph as it does on GitHub, without an empty line. Indented lines are code, or go on with an item.
+    return re.sub(r"^((?![*\-|#] |\d+\. )\S.*\n)(?=(?:[*-]|\d+\.) )", r"\1\n", text, flags=re.MULTILINE)
 
 
 def section(name: str, title: str | None) -> str:
