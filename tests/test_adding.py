@@ -42,7 +42,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def give(command: str, project: pathlib.Path) -> str:
     """A line of the page in a process of its own."""
     program, *argv = shlex.split(command)
-    env = environment() | {"PYTHONPATH": str(project), "PYTEST_ADDOPTS": ""}
+    # Of a person, and not of this run of the tests: the end of that pytest would remove this one's cache.
+    ours = ("RAR_JAX_TEST_CACHE", "PYTEST_")
+    env = {name: value for name, value in environment().items() if not name.startswith(ours)}
+    env["PYTHONPATH"] = str(project)
     done = subprocess.run(
         [sys.executable, *PROGRAMS[program], *argv], cwd=project, env=env, text=True, capture_output=True, timeout=300
     )
