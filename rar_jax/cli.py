@@ -28,6 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     flags = parser()
     args, rest = flags.parse_known_args(argv)
+    try:
+        return _run(args, rest, flags)
+    except ImportError as error:
+        from rar_jax.programs.refusals import of_import
+
+        print(f"rar-jax {args.verb}: {of_import(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentParser) -> int:
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     if wrong := [word for word in rest if not word.startswith("--config.")]:
         flags.error(f"unknown argument {wrong[0]}; see rar-jax {args.verb} --help")
@@ -40,17 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError
-    from rar_jax.parallel import processes
+    from rar_jax.parallel import mesh, processes
     from rar_jax.training import preemption
 
     watch = preemption.Watch()
-    if args.verb not in MANY:
-        return _guarded(args, overrides, watch)
     try:
-        processes.start(args.coordinator_address, args.process_count, args.process_index)
+        if args.verb in MANY:
+            processes.start(args.coordinator_address, args.process_count, args.process_index)
+        if args.verb not in ("plan", "inspect", "report"):  # whose devices are elsewhere, or none
+            mesh.find_devices()
     except (ConfigError, processes.ProcessError) as error:
         print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    if args.verb not in MANY:
+        return _guarded(args, overrides, watch)
     main_thread = threading.current_thread() is threading.main_thread()  # where alone signals can be taken over
     with watch.listening() if main_thread else contextlib.nullcontext():
         return processes.together(args.verb, lambda: _guarded(args, overrides, watch), watch.exit_code)
@@ -62,12 +75,18 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.interop.torch_zip import WeightsError
+    from rar_jax.parallel.memory import DeviceMemoryError, exhaustion
     from rar_jax.parallel.processes import ProcessError
     from rar_jax.parallel.storage import StorageError
+    from rar_jax.programs import refusals
     from rar_jax.programs.train import TrainingError
     from rar_jax.training.checkpoint import CheckpointError
     from rar_jax.training.lease import LeaseError
     from rar_jax.training.preemption import Preempted
+
+    def fail(problem: object, code: int = 1) -> int:
+        print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)
+        return code
 
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
@@ -75,16 +94,16 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)
-        _dispatch(args, overrides, watch)
+        rows = f"--batch-size {args.batch_size or ''}" if "batch_size" in args else "config.evaluate.batch_size"
+        with exhaustion(rows.strip(), "make it smaller, or take more devices"):  # where the work itself says no more
+            _dispatch(args, overrides, watch)
     except Preempted:
         print(f"\nrar-jax {args.verb}: SIGTERM: saved, and stopped; the same command goes on", file=sys.stderr)
         return PREEMPTED
-    except (*ours, ProcessError, StorageError) as error:
-        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    except (*ours, ProcessError, StorageError, DeviceMemoryError) as error:
+        return fail(error, 2 if isinstance(error, ConfigError) else 1)
     except OSError as error:  # a full disk, a file where a folder should be, no permission
-        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
-        return 1
+        return fail(refusals.of_system(error, getattr(args, "out", None) or getattr(args, "workdir", None)))
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint, if there is one yet", file=sys.stderr)
         return 130

@@ -19,7 +19,7 @@ from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights, read_directory
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
-from rar_jax.parallel.mesh import batch_divisor
+from rar_jax.parallel.mesh import batch_divisor, find_devices
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
 
@@ -95,7 +95,8 @@ class Pipeline:
           batch_size: images at a time; default all, at most 64.
 
         Returns: uint8 (b, y, x, c).
-        Raises: ConfigError for a label that is no class, or a batch that memory does not hold.
+        Raises: ConfigError for a label that is no class, or a batch that memory will not hold; DeviceMemoryError where it
+          turns out so.
         """
         return np.concatenate(list(self.sample_batches(labels, seed=seed, guidance=guidance, batch_size=batch_size)))
 
@@ -120,8 +121,9 @@ class Pipeline:
                 rows = place(rows, batch_sharding(self.mesh))
             labels, ids = rows
             args = (self.params, labels, self._keys(np.uint32(seed), ids), guidance)
-            images = self._program(size, args)(*args)
-            yield np.asarray(images)[: len(labels_b) - start]
+            with memory.exhaustion(f"sampling, batch_size {size}", "give a smaller batch_size, or dtype='bfloat16'"):
+                images = np.asarray(self._program(size, args)(*args))
+            yield images[: len(labels_b) - start]
 
     def _program(self, size: int, args: tuple[Any, ...]) -> Any:
         """The sampler compiled for such arguments. Raises: ConfigError if it would not fit in memory."""
@@ -203,6 +205,7 @@ def load(
         except TypeError:
             known = False
         require(known, f"dtype is {dtype!r}: it must be 'float32' or 'bfloat16'")
+    find_devices()
     require(mesh is None or isinstance(mesh, Mesh), f"mesh is {mesh!r}: give a jax.sharding.Mesh, as make_mesh does")
     path = released.locate(path_or_name, download=download)
     if path.is_dir():

@@ -86,6 +86,18 @@ def test_inside_a_program_of_ones_own(released_pair: Any, images: np.ndarray) ->
     np.testing.assert_allclose(ours, images.astype(np.float64).mean(axis=(1, 2)), atol=0.5)
 
 
+def test_the_program_of_the_guide(released_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/released_weights.md, with a tiny model in RAR-B's place."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "released_weights.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0].replace("[207, 360]", "[3, 1]")
+    pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
+    monkeypatch.setattr(rar_jax, "load", lambda name: pipeline)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    ours = pipeline.sample([3, 1], seed=0, guidance=rar_jax.Guidance(16.0, 2.75)).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(names["means"], ours, atol=0.5)
+
+
 # ---------------------------------------------------------------- bfloat16
 
 

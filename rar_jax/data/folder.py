@@ -34,7 +34,7 @@ class FolderSource(EncodedSource):
     def __init__(self, argument: str, split: Split, view: View) -> None:
         spec = f"folder:{argument}"
         path = pathlib.Path(argument).expanduser()
-        require(path.is_dir(), f"{spec}: no such folder")
+        require(path.is_dir(), f"{spec}: no such folder, look for a mistyped path")
         self._root, own_split = _split_folder(path, split)
         problems = Problems()
         train_root = _split_folder(path, "train")[0]

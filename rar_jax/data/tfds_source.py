@@ -23,7 +23,12 @@ def open_tfds(name: str, split: Split, view: View) -> ImageSource:
     Raises: ConfigError if the name is unknown, not prepared on this machine, or not labelled images.
     """
     # Imported here because it takes a second and only this source needs it.
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ConfigError(
+            f"tfds:{name} needs a package that is not here ({error}): pip install tensorflow-datasets; folder:PATH needs none"
+        ) from None
 
     tfds_split = {"train": "train", "heldout": "test"}[split]
     try:

@@ -110,8 +110,8 @@ def read_reference(path: Path, *, feature_dims: int = POOL3_DIMS, spatial_dims: 
     with npz.open_npz(path) as file:
         if "mu" not in file.keys and _IMAGES in file.keys:
             raise ReferenceFileError(
-                f"{path} lacks 'mu': it holds images and no statistics. Make them from its images first (read_samples, "
-                "write_reference)"
+                f"{path} lacks 'mu': it holds images and no statistics. Make them first: rar-jax evaluate "
+                f"--make-reference {path}"
             )
         mean, cov = _gaussian(file, "mu", "sigma", feature_dims)
         spatial: tuple[Float64 | None, Float64 | None] = (None, None)

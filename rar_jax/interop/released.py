@@ -99,7 +99,7 @@ def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ConfigError(
-                f"{released.file} could not be downloaded ({reason}). Get {where} on a machine with a network, copy it here "
+                f"{released.file} could not be downloaded ({reason}): give the command again, or get {where} on a machine with a network, copy it here "
                 "and give its path"
             ) from error
         _check_sha256(path, expected)

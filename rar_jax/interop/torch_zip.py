@@ -138,7 +138,7 @@ def _head(path: str | pathlib.Path) -> bytes:
         with open(path, "rb") as file:
             head = file.read(16)
     except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+        raise WeightsError(f"cannot read {path} ({error.strerror}): give the path of a file of weights") from error
     if not head:
         raise WeightsError(f"{path} is empty: download it again")
     return head

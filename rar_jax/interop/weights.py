@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rar_jax.config import ConfigError, find_module, module_names, require
 from rar_jax.interop import lazy
 from rar_jax.interop.torch_zip import WeightsError
+from rar_jax.parallel.mesh import find_devices
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, load_model
 from rar_jax.training.checkpoint import CheckpointError, file_sha256, good_step, load_params, verify_manifest
@@ -46,7 +47,7 @@ class Weights:
         module, config = self.model.module, self.model.config
         shapes = jax.eval_shape(functools.partial(module.init, config), jax.random.key(0))
         if mesh is None:
-            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            one = jax.sharding.SingleDeviceSharding(find_devices()[0])
             return self.restore(jax.tree.map(lambda _: one, shapes))
         return self.restore(param_shardings(module.axes(config), shapes, mesh))
 

@@ -1,13 +1,37 @@
-"""What a compiled program takes of a device's memory, and what is free: told before it is taken."""
+"""What a compiled program takes of a device's memory, and what is free: told before it is taken, or when it was too much."""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from rar_jax.config import ConfigError
+
+
+class DeviceMemoryError(RuntimeError):
+    """A program took more of a device's memory than there is: the message says which, and what to make smaller."""
+
+
+@contextlib.contextmanager
+def exhaustion(what: str, advice: str) -> Iterator[None]:
+    """Turns XLA's RESOURCE_EXHAUSTED, while something is compiled or run, into an error that people can mend.
+
+    Args:
+      what: is being done, with the numbers that its memory depends on. advice: what of them to change, and how.
+
+    Raises: DeviceMemoryError.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0][:200].rstrip(". ")
+        raise DeviceMemoryError(f"{what}: the memory of a device is exhausted ({reason}): {advice}") from error
 
 
 def needed(compiled: Any) -> int:

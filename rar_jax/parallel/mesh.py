@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,19 @@ from jax.sharding import AxisType, Mesh
 from rar_jax.config import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
+
+
+def find_devices() -> list[Any]:
+    """All devices of all processes. Raises: ConfigError if the kind that JAX_PLATFORMS asks for is not here or not free."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where no plugin knows the platform
+        reason = "".join(str(error).splitlines()[:1]).rstrip(". ")[:300] or "no plugin of that name is installed"
+        raise ConfigError(
+            f"JAX finds no device of JAX_PLATFORMS='{os.environ.get('JAX_PLATFORMS', '')}' ({reason}): install "
+            "'rar_jax[cuda12]' or 'rar_jax[tpu]' where the accelerator is, see that no other program holds it, or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +67,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises: ConfigError if the sizes do not multiply to the number of devices, or a slice would be shared by copies of the model.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     # Auto axes: RAR gathers by a permutation, which the Explicit axes that make_mesh now gives cannot type.
     auto = (AxisType.Auto,) * 3

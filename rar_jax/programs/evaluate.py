@@ -55,6 +55,7 @@ def score_samples(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Draws samples of a directory or released file and scores them; see `evaluate`."""
+    _check_count(samples, "samples")
     mesh = make_mesh(MeshConfig())
     reference = read_reference(reference_path) if reference_path else None
     network = load_network(inception_path, mesh, settings)
@@ -166,7 +167,7 @@ def evaluate(
     """
     settings, began = program.settings, time.monotonic()
     sampled = isinstance(source, Pipeline)
-    require(images >= 2, f"samples is {images}: a covariance needs at least 2")
+    _check_count(images, "images")
     check_protocol(reference, settings)
     neighbours = settings.neighbours and reference is not None and reference.images is not None
     few = min(images, reference.images.num if reference and reference.images else images)
@@ -217,6 +218,12 @@ def evaluate(
     }
     from_main(lambda: write_json(out / "result.json", result))
     return result
+
+
+def _check_count(images: int, name: str) -> None:
+    require(
+        images >= 2, f"{name} is {images}: a distance needs the covariance of at least 2 (published ones take 50000)"
+    )
 
 
 def make_reference(

@@ -319,7 +319,8 @@ def _recipe(section: Any, where: str, data: Data) -> Recipe:
         require(key in section, f"{where} lacks {key}: set {where}.{key} in the experiment file")
     batch_size = section.batch_size
     require(
-        isinstance(batch_size, int) and batch_size >= 1, f"{where}.batch_size is {batch_size!r}: it must be at least 1"
+        isinstance(batch_size, int) and batch_size >= 1,
+        f"{where}.batch_size is {batch_size!r}: it must be a whole number of at least 1",
     )
     epoch = steps_per_epoch(data.train_records, batch_size)
     steps = resolve_steps(section.steps, f"{where}.steps", None, epoch)

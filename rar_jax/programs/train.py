@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
+from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import from_main, is_main
@@ -187,6 +188,18 @@ def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -
     return {**state, "params": params, "extra": extra}, {"path": str(weights.path), "sha256": weights.sha256()}
 
 
+def what_takes_memory(experiment: Experiment, stage: str) -> tuple[str, str]:
+    """What a training's memory depends on, and what to change where it is too much: for `memory.exhaustion`."""
+    recipe, section = experiment.recipe(stage), {"tokenizer": "tokenizer_train", "classifier": "classifier.train"}
+    where, mesh = f"config.{section.get(stage, 'train')}", experiment.mesh
+    assert recipe is not None
+    has = f"{where}.batch_size {recipe.batch_size}, accumulation {recipe.accumulation}, mesh fsdp {mesh.fsdp}, tensor {mesh.tensor}"
+    remat = getattr(experiment.model(stage).config, "remat", None)
+    advice = f"give a larger {where}.accumulation (the same training in smaller parts) or a smaller batch_size"
+    advice += f", config.{stage}.remat=True" if remat is False else ""
+    return f"training the {stage}, {has}", f"{advice}, or lay the weights over more devices with config.mesh.fsdp"
+
+
 # ---------------------------------------------------------------- the loop
 
 
@@ -222,6 +235,7 @@ def train(
     init_key, step_key = jax.random.split(root)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(memory.exhaustion(*what_takes_memory(experiment, stage)))
         # ---- the state, restored or created where it shall live
         setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(folder, keep=recipe.keep_checkpoints)))

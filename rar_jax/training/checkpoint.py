@@ -326,9 +326,12 @@ class Checkpointer:
         """Finishes what is under way and frees the threads."""
         try:
             self.wait()
-            if self._failures:
+            if (
+                0 < self._failures < MOST_FAILURES
+            ):  # more have been an error already, which this would take the place of
                 raise CheckpointError(
-                    f"step {self._step}, the last, could not be saved in {self.folder}: the disk is full"
+                    f"step {self._step}, the last, could not be saved in {self.folder}: the disk is full. Make room and give the "
+                    "same command again"
                 )
         finally:
             self._threads.shutdown()

@@ -147,7 +147,7 @@ def _with(array: np.ndarray, index: Any, value: float) -> np.ndarray:
     [
         ({"mu": None}, "lacks 'mu': it holds sigma, mu_s, sigma_s"),
         ({"sigma": None}, "lacks 'sigma'"),
-        ({"mu": None, "arr_0": _images()}, "lacks 'mu': it holds images and no statistics.*write_reference"),
+        ({"mu": None, "arr_0": _images()}, "lacks 'mu': it holds images and no statistics.*evaluate --make-reference"),
         ({"sigma_s": None}, "lacks 'sigma_s'"),
         ({"mu_s": None}, "lacks 'mu_s'"),
         ({"mu": np.zeros(F + 1)}, r"'mu' has shape \(7,\), expected \(6,\).*another network"),

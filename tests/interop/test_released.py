@@ -1,23 +1,18 @@
 """Released files by name: presets, where they are looked up, and a download from a hub that is a server in this process."""
 
-import hashlib
-import http.server
 import pathlib
 import sys
-import threading
 from collections.abc import Iterator
 
 import huggingface_hub.constants
 import pytest
+from hub import CONTENT, SHA256, Hub, served
 
 from rar_jax.config import ConfigError
 from rar_jax.generators.rar import TINY, Config
 from rar_jax.guidance import Guidance
 from rar_jax.interop import released
 from rar_jax.interop.torch_zip import WeightsError
-
-CONTENT = b"weights" * 1000
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -53,52 +48,10 @@ def test_a_path_is_a_path(tmp_path: pathlib.Path) -> None:
 # ---------------------------------------------------------------- a hub
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the hub for one file."""
-
-    etag, content = SHA256, CONTENT
-
-    def do_HEAD(self) -> None:
-        self._answer(b"")
-
-    def do_GET(self) -> None:
-        self._answer(self.content)
-
-    def _answer(self, body: bytes) -> None:
-        found = self.path == "/yucornetto/RAR/resolve/main/rar_b.bin" or "0123" in self.path
-        self.send_response(200 if found else 404)
-        if found:
-            self.send_header("ETag", f'"{self.etag}"')
-            self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
-            self.send_header("Content-Length", str(len(self.content)))
-        else:
-            self.send_header("Content-Length", "0")
-        self.end_headers()
-        if found:
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        del format, args
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[type[Hub]]:
-    class Fresh(Hub):
-        pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fresh)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield Fresh
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(monkeypatch, tmp_path / "cache") as running:
+        yield running
 
 
 def test_download_checks_and_is_found_again(hub: type[Hub]) -> None:

@@ -127,6 +127,12 @@ def test_from_released_files_to_pictures(released_pair: Any, tmp_path: pathlib.P
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in names} | {"grid.png"}
 
 
+def test_every_class_is_drawn_the_last_one_too(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    argv = ["--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--out", tmp_path / "out"]
+    assert cli.main(["sample", "--per-class", "1", "--quiet", *map(str, argv)]) == 0
+    assert {p.name for p in (tmp_path / "out").glob("0*.png")} == {f"{label:04d}_000.png" for label in range(10)}
+
+
 def test_a_grid_shows_no_more_than_can_be_looked_at(
     released_pair: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +154,7 @@ def test_a_file_where_the_folder_should_be(
     argv = ["sample", "--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--quiet"]
     assert cli.main([*map(str, argv), "--out", str(tmp_path / "file" / "x")]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "Not a directory" in err
+    assert out == "" and err.count("\n") == 1 and "is a file where a folder should be" in err
 
 
 def test_one_line_for_a_wrong_file(
