@@ -31,7 +31,7 @@ from rar_jax.networks.boxes import logical_axes, unbox
 from rar_jax.networks.costs import sample_bytes as sample_bytes
 from rar_jax.networks.costs import sample_flops as sample_flops
 from rar_jax.networks.costs import train_flops as train_flops
-from rar_jax.networks.layers import INIT, Dense, layer_norm, modulate
+from rar_jax.networks.layers import INIT, Dense, attention_weights, layer_norm, modulate
 from rar_jax.networks.transformer import Transformer
 
 Params = dict[str, Any]
@@ -276,6 +276,22 @@ def logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array,
     """
     out: Any = RAR(config).apply({"params": params}, jnp.asarray(tokens), jnp.asarray(labels), jnp.asarray(orders))
     return out
+
+
+def attention(config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array) -> jax.Array:
+    """What each slot looks at: attention weights, float32 (layers, b, h, s, s), recomputed from the q and k of `logits`.
+
+    Row i of a map is slot i (0 cls, 1 class, i the token at raster place orders[:, i - 2]); it sums to 1 over slots 0..i.
+    """
+
+    def is_q_or_k(module: nn.Module, _: str) -> bool:
+        return module.name in ("q_norm", "k_norm")
+
+    _, seen = RAR(config).apply(
+        {"params": params}, tokens, labels, orders, capture_intermediates=is_q_or_k, mutable=["intermediates"]
+    )
+    layers = seen["intermediates"]["transformer"]["blocks"]["attn"]
+    return jax.vmap(attention_weights)(layers["q_norm"]["__call__"][0], layers["k_norm"]["__call__"][0])
 
 
 # ---------------------------------------------------------------- sampling

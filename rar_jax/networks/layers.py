@@ -157,6 +157,19 @@ class Mlp(nn.Module):
         return Dropout(self.dropout, self.deterministic)(out_bnd)
 
 
+def attention_weights(q_bnhk: jax.Array, k_bnhk: jax.Array) -> jax.Array:
+    """softmax(q k / sqrt(head dim)) over slots 0..n, float32 (b, h, n, m): how slot n divides its attention over slots m."""
+    n, head_dim = q_bnhk.shape[1], q_bnhk.shape[-1]
+    scores_bhnm = jnp.einsum(
+        "bnhk,bmhk->bhnm",
+        q_bnhk * head_dim**-0.5,
+        k_bnhk,
+        precision=matmul_precision(q_bnhk.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return jax.nn.softmax(jnp.where(jnp.tri(n, dtype=bool)[None, None], scores_bhnm, -jnp.inf))
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with LayerNorm on q and k (over the head dim, shared by all heads): slot i attends to
     slots 0..i."""
@@ -169,27 +182,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_bnd: jax.Array) -> jax.Array:
-        n, d = x_bnd.shape[1:]
+        d = x_bnd.shape[-1]
         shape = (3, self.num_heads, d // self.num_heads)
         qkv_bn3hk = Dense(shape, ("width", None, "heads", None), self.dtype, name="qkv")(x_bnd)
         q_bnhk = layer_norm(self.dtype, "q_norm")(qkv_bn3hk[:, :, 0])
         k_bnhk = layer_norm(self.dtype, "k_norm")(qkv_bn3hk[:, :, 1])
-        precision = matmul_precision(self.dtype)
-        scores_bhnm = jnp.einsum(
-            "bnhk,bmhk->bhnm",
-            q_bnhk * q_bnhk.shape[-1] ** -0.5,
-            k_bnhk,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        scores_bhnm = jnp.where(jnp.tri(n, dtype=bool)[None, None], scores_bhnm, -jnp.inf)
-        weights_bhnm = jax.nn.softmax(scores_bhnm).astype(self.dtype)
+        weights_bhnm = attention_weights(q_bnhk, k_bnhk).astype(self.dtype)
         weights_bhnm = Dropout(self.attention_dropout, self.deterministic)(weights_bhnm)
         out_bnhk = jnp.einsum(
             "bhnm,bmhk->bnhk",
             weights_bhnm,
             qkv_bn3hk[:, :, 2],
-            precision=precision,
+            precision=matmul_precision(self.dtype),
             preferred_element_type=self.dtype,
         )
         out_bnd = Dense((d,), ("heads", None, "width"), self.dtype, name="proj")(out_bnhk)

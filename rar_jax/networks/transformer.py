@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if self.remat and not self.deterministic else Block
         stack = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the second: what Flax captures when it is asked to
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.depth,

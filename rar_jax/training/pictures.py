@@ -40,12 +40,29 @@ def grid(
 
     Raises: ValueError if the images are not uint8 images or do not fill the rows.
     """
+    _save_png(sheet(images, row_labels, scale=scale, title=title), path)
+
+
+def sheet(
+    images: np.ndarray,
+    row_labels: Sequence[str],
+    *,
+    column_labels: Sequence[str] = (),
+    scale: int | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """The picture that `grid` writes, for a notebook to show; `column_labels`: text above each column.
+
+    Raises: ValueError as `grid`, and for another number of column labels than columns.
+    """
     rows = len(row_labels)
     _check(images)
     if rows == 0 or len(images) == 0 or len(images) % rows:
         raise ValueError(f"{len(images)} images do not fill {rows} rows: give the same number for each label")
     cells = images.reshape(rows, -1, *images.shape[1:])
-    _sheet(cells, row_labels, path, scale=scale, title=title, gaps=[3] * rows)
+    if column_labels and len(column_labels) != cells.shape[1]:
+        raise ValueError(f"{len(column_labels)} column labels for {cells.shape[1]} columns: give one for each")
+    return _sheet(cells, row_labels, column_labels, scale=scale, title=title, gaps=[3] * rows)
 
 
 def pairs(
@@ -75,7 +92,8 @@ def pairs(
     cells = np.stack([rows(originals), rows(reconstructions)], axis=1).reshape(
         2 * blocks, columns, *originals.shape[1:]
     )
-    _sheet(cells, ["original", "reconstruction"] * blocks, path, scale=None, title=title, gaps=[3, 14] * blocks)
+    labels = ["original", "reconstruction"] * blocks
+    _save_png(_sheet(cells, labels, (), scale=None, title=title, gaps=[3, 14] * blocks), path)
 
 
 def _check(images: np.ndarray) -> None:
@@ -86,12 +104,12 @@ def _check(images: np.ndarray) -> None:
 def _sheet(
     cells: np.ndarray,
     labels: Sequence[str],
-    path: Path,
+    column_labels: Sequence[str],
     *,
     scale: int | None,
     title: str | None,
     gaps: Sequence[int],
-) -> None:
+) -> Image.Image:
     """cells uint8 (rows, columns, y, x, c); gaps in pixels below each row, the last one unused."""
     rows, columns, height, width, _ = cells.shape
     scale = scale or max(1, math.ceil(CELL / min(height, width)))
@@ -101,23 +119,30 @@ def _sheet(
     label_font, title_font = _font(max(12, min(18, height // 4))), _font(18, bold=True)
     margin, gap = 14, 3
     left = margin + math.ceil(max(label_font.getlength(label) for label in labels)) + 10
-    top = margin + (32 if title else 0)
+    heading = margin + (32 if title else 0)
+    top = heading + (math.ceil(label_font.size) + 8 if column_labels else 0)
     sheet_width = left + columns * (width + gap) - gap + margin
     if title:
         sheet_width = max(sheet_width, 2 * margin + math.ceil(title_font.getlength(title)))
     sheet_height = top + rows * height + sum(gaps[: rows - 1]) + margin
-    sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
-    draw = ImageDraw.Draw(sheet)
+    picture = Image.new("RGB", (sheet_width, sheet_height), "white")
+    draw = ImageDraw.Draw(picture)
     if title:
         draw.text((margin, margin - 2), title, INK, title_font)
+    for column, label in enumerate(column_labels):
+        draw.text((left + column * (width + gap) + width // 2, heading), label, INK, label_font, anchor="ma")
     y = top
     for row, label in enumerate(labels):
         draw.text((left - 10, y + height // 2), label, INK, label_font, anchor="rm")
         for column in range(columns):
             x = left + column * (width + gap)
-            sheet.paste(Image.fromarray(cells[row, column]), (x, y))
+            picture.paste(Image.fromarray(cells[row, column]), (x, y))
         y += height + gaps[row]
-    _save(path, lambda temporary: sheet.save(temporary, format="png", optimize=True))
+    return picture
+
+
+def _save_png(picture: Image.Image, path: Path) -> None:
+    _save(path, lambda temporary: picture.save(temporary, format="png", optimize=True))
 
 
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:

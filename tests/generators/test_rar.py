@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
@@ -122,6 +123,60 @@ def test_targets_are_known_and_orders_matter() -> None:
     a, b = logits(jnp.asarray([[0, 1, 2, 3]])), logits(jnp.asarray([[0, 2, 1, 3]]))
     np.testing.assert_allclose(a[0, 0], b[0, 0], atol=1e-6)
     assert float(jnp.abs(a[0, 1] - b[0, 1]).max()) > 1e-3
+
+
+def numpy_rar(config: rar.Config, params: Any, tokens: Any, label: int, order: Any) -> tuple[list[Any], Any]:
+    """One image through the network in float64, sums written out: attention (heads, s, s) of each layer, logits (n, v)."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x: Any, name: Any = None) -> Any:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x if name is None else x * name["scale"] + name["bias"]
+
+    def dense(x: Any, layer: Any, formula: str) -> Any:
+        return np.einsum(formula, x, layer["kernel"]) + layer["bias"]
+
+    n, label_d = config.num_tokens, p["embeddings"][config.codebook_size + 1 + label]
+    x = [p["cls_token"][0] + p["pos_embed"][0], label_d + p["pos_embed"][1]]
+    x += [p["embeddings"][tokens[place]] + p["pos_embed"][place + 2] for place in order[:-1]]
+    x = np.stack(x)
+    x[1:] += p["target_aware_pos_embed"][np.asarray(order) + 2]
+    c = label_d + p["timesteps_embeddings"][: n + 1]
+    c = c / (1 + np.exp(-c))
+    maps = []
+    for layer in range(config.depth):
+        block = jax.tree.map(lambda x, layer=layer: x[layer], p["transformer"]["blocks"])
+        modulation = np.moveaxis(dense(c, block["adaln"], "sd,dmw->smw"), 1, 0)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        h = norm(x, block["norm1"]) * (1 + scale_a) + shift_a
+        q, k, v = np.moveaxis(dense(h, block["attn"]["qkv"], "sd,dthk->sthk"), 1, 0)
+        scores = np.einsum("nhk,mhk->hnm", norm(q, block["attn"]["q_norm"]), norm(k, block["attn"]["k_norm"]))
+        scores = np.where(np.tri(n + 1, dtype=bool), scores / np.sqrt(q.shape[-1]), -np.inf)
+        maps.append(np.exp(scores) / np.exp(scores).sum(-1, keepdims=True))
+        x = x + gate_a * dense(np.einsum("hnm,mhk->nhk", maps[-1], v), block["attn"]["proj"], "nhk,hkd->nd")
+        h = dense(norm(x, block["norm2"]) * (1 + scale_m) + shift_m, block["mlp"]["fc1"], "sd,df->sf")
+        x = x + gate_m * dense(h * scipy.special.ndtr(h), block["mlp"]["fc2"], "sf,fd->sd")
+    scale, shift = np.moveaxis(dense(c, p["final_adaln"], "sd,dmw->smw"), 1, 0)
+    return maps, dense(norm(x) * (1 + scale) + shift, p["lm_head"], "sd,dv->sv")[1:]
+
+
+def test_attention_maps_against_numpy() -> None:
+    """Of every layer, in a random order: what is shown is what the network does."""
+    config = dataclasses.replace(rar.TINY, num_tokens=6)
+    params = random_params(config)
+    tokens, labels, orders = (
+        np.array([[7, 2, 3, 2, 5, 6], [0] * 6]),
+        np.array([4, 10]),
+        np.array([[3, 0, 5, 1, 4, 2]] * 2),
+    )
+    maps = rar.attention(config, params, jnp.asarray(tokens), jnp.asarray(labels), jnp.asarray(orders))
+    assert maps.shape == (config.depth, 2, config.num_heads, 7, 7) and maps.dtype == jnp.float32
+    logits = rar.logits(config, params, jnp.asarray(tokens), jnp.asarray(labels), jnp.asarray(orders))
+    for image in range(2):
+        by_hand, logits_nv = numpy_rar(config, params, tokens[image], labels[image], orders[image])
+        np.testing.assert_allclose(maps[:, image], np.stack(by_hand), atol=1e-5)
+        np.testing.assert_allclose(logits[image], logits_nv, atol=1e-4)
+    assert float(maps[0].std()) > 0.05 and float(jnp.abs(maps[0] - maps[1]).max()) > 0.05, "nothing to tell apart"
 
 
 def test_annealing_at_its_ends() -> None:

@@ -55,6 +55,22 @@ def test_grid_takes_a_scale(tmp_path: pathlib.Path) -> None:
         assert y >= 0 and x > 0  # beside the row's label
 
 
+def test_a_sheet_has_text_above_its_columns() -> None:
+    images = _images(6)
+    plain, named = (
+        np.asarray(pictures.sheet(images, ["a", "b"], column_labels=labels)) for labels in ((), ("one", "two", "three"))
+    )
+    moved = named.shape[0] - plain.shape[0]
+    for image in images:
+        (y, x), (y_named, x_named) = (_holds(sheet, _enlarge(image, 6)) for sheet in (plain, named))
+        assert (y_named, x_named) == (y + moved, x)
+    above = named[: _holds(named, _enlarge(images[0], 6))[0]] < 128
+    inked = [above[:, x : x + 48].any() for x in (_holds(named, _enlarge(image, 6))[1] for image in images[:3])]
+    assert moved > 10 and inked == [True] * 3
+    with pytest.raises(ValueError, match="2 column labels for 3 columns"):
+        pictures.sheet(images, ["a", "b"], column_labels=["one", "two"])
+
+
 def test_pairs_put_a_reconstruction_under_its_original(tmp_path: pathlib.Path) -> None:
     originals = _images(5)
     reconstructions = 255 - originals

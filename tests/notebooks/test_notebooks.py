@@ -1,0 +1,167 @@
+"""The notebooks, executed in their short form from top to bottom, and what is kept of them in git.
+
+Facts of the models (the annealing, causality, sums of attention) are asserted in the notebooks' own cells.
+"""
+
+import base64
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import subprocess
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "notebooks"
+PICTURES = {"train_digits": 5, "sample": 5, "how_rar_works": 9}
+
+
+def _render() -> Any:
+    spec = importlib.util.spec_from_file_location("render", PAGES / "render.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+render = _render()
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each notebook with its outputs: one work directory, trained by the first, and one compilation cache."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    environment = {
+        "RAR_JAX_SHORT": "1",
+        "RAR_JAX_WORKDIR": str(folder / "digits"),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["RAR_JAX_TEST_CACHE"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "",  # one device, as a reader has
+        "HF_HUB_CACHE": str(folder / "hub"),  # no released weights
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
+    return {name: render.execute(name, folder, environment) for name in render.NAMES}
+
+
+def _outputs(notebook: Any, kind: str) -> list[Any]:
+    return [out for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type == kind]
+
+
+def _text(notebook: Any) -> str:
+    return "".join(out.text for out in _outputs(notebook, "stream"))
+
+
+def _pictures(notebook: Any) -> list[np.ndarray]:
+    shown = [*_outputs(notebook, "display_data"), *_outputs(notebook, "execute_result")]
+    pngs = [out.data["image/png"] for out in shown if "image/png" in out.data]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L")) for png in pngs]
+
+
+# ---------------------------------------------------------------- what a reader sees
+
+
+@pytest.mark.parametrize("name", render.NAMES)
+def test_pictures_are_drawn_and_nothing_is_complained_of(executed: dict[str, Any], name: str) -> None:
+    pictures = _pictures(executed[name])
+    assert len(pictures) == PICTURES[name]
+    for picture in pictures:
+        assert picture.shape[1] > 200 and len(np.unique(picture)) > 10 and picture.std() > 5, "a blank picture"
+    complaints = [out.text for out in _outputs(executed[name], "stream") if out.name == "stderr"]
+    assert complaints == []
+    assert "1 device(s) of kind CPU" in _text(executed[name])
+
+
+def test_training_leaves_a_work_directory(executed: dict[str, Any]) -> None:
+    notebook = executed["train_digits"]
+    text = _text(notebook)
+    assert "tokenizer  0.38 M parameters, 40 steps of 64" in text and "generator  0.71 M parameters" in text
+    (told,) = (out.data["text/markdown"] for out in _outputs(notebook, "execute_result") if "text/markdown" in out.data)
+    for row in ("heldout_n360", "samples_n40", "untrained_n40"):
+        assert re.search(rf"\| {row} \| \d+\.\d\d\d \|", told), told
+    headings = [out.data["text/markdown"] for out in _outputs(notebook, "display_data") if "text/markdown" in out.data]
+    assert headings == ["generator, step 40"], "the live heading ends at the last step"
+
+
+def test_sampling_says_which_weights(executed: dict[str, Any]) -> None:
+    text = _text(executed["sample"])
+    assert "Not rar_b: rar_b.bin is not here" in text and "not the released ones" in text
+    assert "golden retriever, otter -> [207, 360]" in text and "Did you mean 'goldfish'" in text
+
+
+def test_how_rar_works_was_of_the_trained_model(executed: dict[str, Any]) -> None:
+    text = _text(executed["how_rar_works"])
+    assert "16 tokens of 64 codes an image, 4 layers of 4 heads" in text
+    bits = [float(x) for x in re.findall(r"(\d+\.\d{3}) w", text)]
+    assert len(bits) == 4 and bits[0] != bits[1] and all(3 < x < 9 for x in bits)
+
+
+# ---------------------------------------------------------------- on a machine that has nothing yet
+
+
+@pytest.mark.parametrize("name", render.NAMES)
+@pytest.mark.parametrize(
+    ("files", "extra"), [((), "hub"), (("nvidia-smi",), "hub,cuda12"), (("/dev/vfio/0",), "hub,tpu")]
+)
+def test_the_first_cell_installs_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, name: str, files: tuple[str, ...], extra: str
+) -> None:
+    code = next(c for c in render.nbformat.read(ROOT / f"notebooks/{name}.ipynb", 4).cells if c.cell_type == "code")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("os.path.exists", lambda path: path in files)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in files else None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    with pytest.raises(AssertionError, match="write the address of its repository"):
+        exec(code.source, {})
+    exec(code.source.replace('REPOSITORY = ""', 'REPOSITORY = "https://example.org/rar_jax"'), {})
+    ((*_, wanted),) = commands
+    assert wanted == f"rar_jax[{extra}] @ git+https://example.org/rar_jax"
+
+
+# ---------------------------------------------------------------- what is in git
+
+
+def test_all_notebooks_are_tested() -> None:
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(render.NAMES)
+
+
+@pytest.mark.parametrize("name", render.NAMES)
+def test_outputs_are_stripped(name: str) -> None:
+    notebook = render.nbformat.read(ROOT / f"notebooks/{name}.ipynb", 4)
+    render.nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None, f"{cell.id}: clear all outputs"
+        assert cell.metadata == {}, f"{cell.id} has metadata: {cell.metadata}"
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("name", render.NAMES)
+def test_the_page_is_of_this_notebook(name: str) -> None:
+    page = (PAGES / f"{name}.md").read_text()
+    for cell in render.nbformat.read(ROOT / f"notebooks/{name}.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            assert cell.source in page, f"{cell.id} has changed: python docs/notebooks/render.py {name}"
+    linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
+    assert len(linked) == PICTURES[name]
+    assert {PAGES / link for link in linked} == set((PAGES / f"{name}_files").iterdir())
+
+
+def test_pages_are_small() -> None:
+    assert sum(path.stat().st_size for path in PAGES.rglob("*") if path.is_file()) < 2e6
+
+
+def test_a_page_is_written(executed: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    page = render.write("sample", executed["sample"], tmp_path, remark="Seen.")
+    text = page.read_text()
+    assert text.startswith("*Seen.*\n") and "[train_digits.ipynb](train_digits.md)" in text
+    assert len(list((tmp_path / "sample_files").iterdir())) == PICTURES["sample"]
+    for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        with Image.open(tmp_path / link) as image:
+            assert image.format == "PNG"
