@@ -177,6 +177,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
             for split in ("train", "heldout"):
                 tokenize(experiment, workdir, mesh, split, quiet=args.quiet)
                 around.ledger.lap("tokenizing")
+                around.ledger.row("tokenized", split=split)
         else:
             import json
 

@@ -71,13 +71,21 @@ def test_a_step(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.promise(
-    7, "SIGTERM to process 1 of 2, and to process 0, during the steps: both save the same step and leave with 75"
+    7, "SIGTERM to one of 2 processes during steps, evaluations and saves: both save the same step and leave with 75"
 )
-@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_one_of_two_processes(tmp_path: pathlib.Path, which: int) -> None:
-    running = start(
-        "train", tmp_path / "run", *CLASSIFIER, *LONG, "--config.classifier.train.checkpoint_every=7", processes=2
-    )
+@pytest.mark.parametrize(
+    ("which", "often"),
+    [
+        (1, "checkpoint_every=7"),
+        *(
+            pytest.param(which, often, marks=pytest.mark.slow)
+            for which in (0, 1)
+            for often in ("eval_every=1", "checkpoint_every=1")
+        ),
+    ],
+)
+def test_one_of_two_processes(tmp_path: pathlib.Path, which: int, often: str) -> None:
+    running = start("train", tmp_path / "run", *CLASSIFIER, *LONG, f"--config.classifier.train.{often}", processes=2)
     wait_for(lambda: step_of(tmp_path / "run") >= 3, running)
     assert terminate(running, which) < 10
     finish(running, PREEMPTED)
