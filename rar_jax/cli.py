@@ -47,13 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = preemption.Watch()
     if args.verb not in MANY:
         return _guarded(args, overrides, watch)
-    try:
-        processes.start(args.coordinator_address, args.process_count, args.process_index)
-    except (ConfigError, processes.ProcessError) as error:
-        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
     main_thread = threading.current_thread() is threading.main_thread()  # where alone signals can be taken over
     with watch.listening() if main_thread else contextlib.nullcontext():
+        try:
+            processes.start(args.coordinator_address, args.process_count, args.process_index)
+        except (ConfigError, processes.ProcessError) as error:
+            print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
+        if main_thread:
+            watch.joined()
         return processes.together(args.verb, lambda: _guarded(args, overrides, watch), watch.exit_code)
 
 

@@ -312,7 +312,7 @@ class Checkpointer:
         """The newest good state, placed as `abstract_state`'s shardings say; None if nothing was saved yet.
 
         Newer steps are set aside as <step>.unfinished (a save that was cut off), <step>.damaged or <step>.rewound, so that
-        they can be written again; nothing is deleted.
+        they can be written again; of unfinished ones only the last are kept.
 
         Args:
           before: only steps below this one count. added: parts of the state that steps of older versions lack, and what they
@@ -342,6 +342,10 @@ class Checkpointer:
                 f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
                 "copy, or move the folder away to start this stage again"
             )
+        unfinished = [step for step in newer if step not in rewound and step not in damaged]
+        if unfinished:  # or a training that is killed often would fill the disk with what nobody needs
+            for earlier in self.folder.glob("*.unfinished"):
+                shutil.rmtree(earlier, ignore_errors=True)
         for step in newer:
             why = "rewound" if step in rewound else "damaged" if step in damaged else "unfinished"
             aside = self.folder / f"{step}.{why}"

@@ -82,6 +82,21 @@ def test_verified_after_a_save(tmp_path: pathlib.Path, how: str, monkeypatch: py
     assert good is not None and good[0] == 1 and not (tmp_path / "3").exists()
 
 
+def test_unfinished_saves_do_not_pile_up(tmp_path: pathlib.Path) -> None:
+    state = {"params": {"w": np.arange(8.0)}}
+    for step in (2, 3, 4):
+        checkpointer = Checkpointer(tmp_path, keep=9)
+        checkpointer.save(1, state, {}) if step == 2 else checkpointer.restore(state)
+        checkpointer.save(step, state, {})
+        checkpointer.close()
+        (tmp_path / str(step) / "manifest.json").unlink()  # killed before
+        (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+    checkpointer = Checkpointer(tmp_path, keep=9)
+    assert checkpointer.restore(state) is not None
+    checkpointer.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4.unfinished"]
+
+
 @pytest.mark.promise(
     13, "a checkpoint kept from before the train state had a guard: restored to the bit, and trained on"
 )
