@@ -66,7 +66,7 @@ def test_what_is_gone_on_from_is_kept() -> None:
     rows = [
         row(0, "a", "start"),
         row(10, "a", "saved", {"stage": "tokenizer", "step": 12}, training=10),
-        row(30, "a", "stage", at(0), tokenizing=20),
+        row(30, "a", "stage", at(4), tokenizing=20),
         row(40, "a", "saved", at(8), training=10),
         row(40, "b", "start"),
         row(50, "b", "stage", at(0), starting=10),
