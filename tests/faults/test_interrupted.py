@@ -14,6 +14,7 @@ import pytest
 from commands import TINY, Command, finish, start, terminate, wait_for
 
 from rar_jax.config import PREEMPTED
+from rar_jax.data.sources import load_source
 from rar_jax.data.token_store import TokenStore
 from rar_jax.interop import maskgit_vq
 from rar_jax.tokenizers import maskgit_vq as tokenizer
@@ -77,7 +78,9 @@ def test_tokenizing(tokenized: Any, tmp_path: pathlib.Path, record_property: Any
     assert contents(tmp_path / "s") == contents(straight)
     store = TokenStore(tmp_path / "s")
     store.verify()
-    assert sorted(store.gather(np.arange(len(store)))["ids"]) == list(range(1437))
+    images = load_source("digits", "train", image_size=8, channels=1)
+    assert len(store) == len(images) == 1437
+    assert sorted(store.gather(np.arange(1437))["ids"]) == sorted(images.gather(np.arange(1437))["ids"])
     record_property("count", "1,437 records, once each")
 
 
