@@ -41,17 +41,8 @@ class Lease:
     def __init__(self, folder: pathlib.Path, verb: str) -> None:
         self.path = folder / NAME
         self._nonce = secrets.token_hex(8)
-        self._text = json.dumps(
-            {
-                "nonce": self._nonce,
-                "host": socket.gethostname(),
-                "machine": _machine(),
-                "pid": os.getpid(),
-                "started": _started(os.getpid()),
-                "verb": verb,
-                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._text = json.dumps({"nonce": self._nonce, **this_process(), "verb": verb, "since": since})
         self._lost: str | None = None
         self._released = threading.Event()
         self._take()
@@ -114,10 +105,20 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
+def this_process() -> dict[str, Any]:
+    """{"host", "machine", "pid", "started"}, by which `ended` knows it."""
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def ended(holder: dict[str, Any]) -> bool:
+    """Whether a holder was a process of this machine and is none any more; False where that cannot be told from here."""
+    return _is_here(holder) and not _started(holder["pid"]) == holder.get("started") is not None
+
+
 def alive(path: pathlib.Path, holder: dict[str, Any]) -> bool:
     """Whether the holder of a lease still works: its process, where it is of this machine, else its heartbeat."""
     if _is_here(holder):
-        return _started(holder["pid"]) == holder.get("started") is not None
+        return not ended(holder)
     probe = path.with_name(f"{NAME}.now-{secrets.token_hex(4)}")
     try:
         probe.touch()
