@@ -120,7 +120,7 @@ def test_an_old_checkpoint_opens(two_steps: pathlib.Path) -> None:
 
 
 @pytest.mark.promise(
-    13, "a work directory kept from then is still its run's: keys that came later are at their defaults"
+    13, "a work directory of before the guard is still its run's: keys that came later are at their defaults"
 )
 def test_an_old_work_directory_is_gone_on_with(tmp_path: pathlib.Path) -> None:
     shutil.copy(OLD[0].with_name("before_guard_digits.json"), tmp_path / "config.json")
