@@ -147,10 +147,10 @@ def _checkpoints(folder: pathlib.Path, found: list[list[str]], quiet: bool) -> l
 def _next(report: Report) -> str:
     """One sentence for a person who has just come."""
     name = report["name"]
-    again = (
-        report["command"] or f"rar-jax run --config {report['experiment']} --workdir {name}, and what else was given"
-    )
     stop = report["last_stop"] or ""
+    # A verb that is done would do nothing again.
+    again = report["command"] if stop != "done" else None
+    again = again or f"rar-jax run --config {report['experiment']} --workdir {name}, and what else was given"
     if report["running"]:
         return "it runs: nothing to do"
     if "updates in a row were bad" in stop:

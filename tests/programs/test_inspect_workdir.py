@@ -88,6 +88,8 @@ def test_damage_is_named(workdir: pathlib.Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_to_do_next(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Ledger(workdir).row("stop", reason="done")  # of a stage
+    assert f"next       rar-jax run --config tiny --workdir {workdir}, and what" in said(workdir, capsys, 0)[0]
     held = Lease(workdir, "train")
     text, report = said(workdir, capsys, 0)
     held.release()
