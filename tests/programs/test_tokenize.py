@@ -25,9 +25,6 @@ from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.checkpoint import file_sha256
 
-ROOT = pathlib.Path(__file__).parents[2]
-TINY = ROOT / "tests" / "experiments" / "tiny.py"
-
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
