@@ -50,22 +50,21 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
 
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError
-    from rar_jax.parallel import mesh, processes
+    from rar_jax.parallel import processes
     from rar_jax.training import preemption
 
     watch = preemption.Watch()
-    try:
-        if args.verb in MANY:
-            processes.start(args.coordinator_address, args.process_count, args.process_index)
-        if args.verb not in ("plan", "inspect", "report"):  # whose devices are elsewhere, or none
-            mesh.find_devices()
-    except (ConfigError, processes.ProcessError) as error:
-        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
     if args.verb not in MANY:
         return _guarded(args, overrides, watch)
     main_thread = threading.current_thread() is threading.main_thread()  # where alone signals can be taken over
     with watch.listening() if main_thread else contextlib.nullcontext():
+        try:
+            processes.start(args.coordinator_address, args.process_count, args.process_index)
+        except (ConfigError, processes.ProcessError) as error:
+            print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
+        if main_thread:
+            watch.joined()
         return processes.together(args.verb, lambda: _guarded(args, overrides, watch), watch.exit_code)
 
 
@@ -75,6 +74,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.interop.torch_zip import WeightsError
+    from rar_jax.parallel import mesh
     from rar_jax.parallel.memory import DeviceMemoryError, exhaustion
     from rar_jax.parallel.processes import ProcessError
     from rar_jax.parallel.storage import StorageError
@@ -94,6 +94,8 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)
+        if args.verb != "plan":  # whose devices are elsewhere
+            mesh.find_devices()
         rows = f"--batch-size {args.batch_size or ''}" if "batch_size" in args else "config.evaluate.batch_size"
         with exhaustion(rows.strip(), "make it smaller, or take more devices"):  # where the work itself says no more
             _dispatch(args, overrides, watch)
@@ -197,6 +199,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
             for split in ("train", "heldout"):
                 tokenize(experiment, workdir, mesh, split, quiet=args.quiet)
                 around.ledger.lap("tokenizing")
+                around.ledger.row("tokenized", split=split)
         else:
             import json
 

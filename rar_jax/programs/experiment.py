@@ -23,6 +23,7 @@ from rar_jax.parallel.mesh import MeshConfig, batch_divisor
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, check_pair
 from rar_jax.training.recipe import Recipe
+from rar_jax.training.workdir import without_added
 
 log = logging.getLogger(__name__)
 
@@ -156,24 +157,14 @@ class Experiment:
     seed: int
 
     def resolved(self) -> dict[str, Any]:
-        """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None."""
+        """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None, or came later."""
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        # Left out at their defaults, so that a directory made before they were there is still this run's.
-        for key in ("crop", "on_the_fly", "tokens", "tokens_heldout", "mix"):
-            if not out["data"][key]:
-                del out["data"][key]
-        if out["evaluate"]["live_grid"] == Evaluate.live_grid:
-            del out["evaluate"]["live_grid"]
-        for name in ("tokenizer_train", "train", "classifier_train"):
-            for key in ("spike_sigmas", "most_skips", "most_rewinds"):
-                if out[name] and out[name][key] == getattr(Recipe, key):
-                    del out[name][key]
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
             out[kind] = {"name": model.module.__name__.rpartition(".")[2], **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
-        return {key: value for key, value in out.items() if value is not None}
+        return without_added({key: value for key, value in out.items() if value is not None})
 
     @property
     def stages(self) -> tuple[str, ...]:

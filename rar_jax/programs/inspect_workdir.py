@@ -52,10 +52,13 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
             ),
             "checkpoints": _checkpoints(workdir.checkpoints(stage), found, verify, quiet),
         }
-    signs = [row["time"] for row in (*rows, *metrics)]
-    seconds = ledger.goodput(rows, now=time.time() if running else max(signs, default=0.0), running=running)
-    counted = {name: sum(row["event"] == name for row in rows) for name in ("start", "preempted", "skipped", "rewind")}
-    stops = [row for row in rows if row["event"] == "stop"]
+    seconds = ledger.goodput(rows, signs=[row["time"] for row in metrics], now=time.time() if running else None)
+    counted = {
+        name: sum(row["event"] == name for row in rows) for name in ("start", "skipped", "rewind", "save_failed")
+    }
+    starts, stops = ([row for row in rows if row["event"] == name] for name in ("start", "stop"))
+    counted["preempted"] = sum(row["reason"] == "preempted" for row in stops)
+    counted["killed"] = len(starts) - len(stops) - running
     report = {
         "kind": "work directory",
         "name": what,
@@ -65,6 +68,7 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
         "goodput": sum(seconds[kind] for kind in ledger.PRODUCTIVE) / seconds["wall"] if seconds["wall"] else None,
         "events": counted,
         "last_stop": stops[-1]["reason"] if stops and rows[-1]["event"] == "stop" else None,
+        "command": starts[-1].get("command") if starts else None,
         "stages": stages,
         "result": workdir.result.is_file(),
         "problems": {"total": len(found), "first": found[:problems]},
@@ -88,8 +92,12 @@ def tell_workdir(report: Report) -> list[str]:
         ]
         where = ", ".join(f"{kind} {s / wall:.1%}" for kind, s in rest)
         lines.append(f"  goodput    {report['goodput']:.1%} of {wall:,.0f} s: {where}")
-    events = report["events"]
-    lines.append(f"  runs       {events['start']}, updates left out {events['skipped']}, rewinds {events['rewind']}")
+    named = {"preempted": "preempted", "killed": "killed", "skipped": "updates left out", "rewind": "rewinds"}
+    named["save_failed"] = "saves without room"
+    told = [f"{text} {report['events'][event]}" for event, text in named.items() if report["events"][event]]
+    lines.append(f"  runs       {', '.join([str(report['events']['start']), *told])}")
+    if not report["running"] and report["events"]["start"]:
+        lines.append(f"  last stop  {report['last_stop'] or 'killed: it left no word'}")
     for name, stage in report["stages"].items():
         last = stage["last"]
         step = f"step {last['step']} of {stage['steps']}" if last else "no steps told"
@@ -146,22 +154,24 @@ def _checkpoints(folder: pathlib.Path, found: list[list[str]], verify: bool, qui
 
 def _next(report: Report) -> str:
     """One sentence for a person who has just come."""
-    again = f"rar-jax run --config {report['experiment']} --workdir {report['name']}"
+    name = report["name"]
+    stop = report["last_stop"] or ""
+    # A verb that is done would do nothing again.
+    again = report["command"] if stop != "done" else None
+    again = again or f"rar-jax run --config {report['experiment']} --workdir {name}, and what else was given"
     if report["running"]:
         return "it runs: nothing to do"
-    if report["last_stop"] and "updates in a row were bad" in report["last_stop"]:
-        return f"it gave up: look into {report['name']}/dump and {report['name']}/ledger.jsonl, then train in a new --workdir"
-    if report["last_stop"] and "the disk is full" in report["last_stop"]:
-        return f"make room on the disk, then {again}"
+    if "updates in a row were bad" in stop:
+        return f"it gave up: look into {name}/dump and {name}/ledger.jsonl, then train in a new --workdir"
     if report["result"]:
-        return f"it is done: rar-jax sample --weights {report['name']} --out PICTURES"
-    good = [
-        found["step"]
-        for stage in report["stages"].values()
-        for found in stage["checkpoints"]
-        if found["state"] == "verified"
+        return f"it is done: rar-jax sample --weights {name} --out PICTURES"
+    checkpoints = [
+        (stage, found["step"], found["state"])
+        for stage, told in report["stages"].items()
+        for found in told["checkpoints"]
     ]
-    bad = any(found["state"] == "bad" for stage in report["stages"].values() for found in stage["checkpoints"])
-    if bad and not good:
+    good = [f"{stage} {step}" for stage, step, state in checkpoints if state == "verified"]
+    if len(good) < len(checkpoints) and not good:
         return "no checkpoint is good: bring the files named above back from a copy, or move the folder away"
-    return f"{again} goes on from the newest good checkpoint of each stage"
+    room = "make room on the disk; then " if "the disk is full" in stop else ""
+    return f"{room}{again}    (goes on from {good[-1] if good else 'the beginning'})"

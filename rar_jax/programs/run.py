@@ -75,6 +75,7 @@ def _run(experiment: Experiment, workdir: Workdir, mesh: Mesh, around: Session, 
         for split in ("train", "heldout"):
             tokenize(experiment, workdir, mesh, split, quiet=quiet)
             around.ledger.lap("tokenizing")
+            around.ledger.row("tokenized", split=split)
     _stage(experiment, "generator", workdir, mesh, say, quiet, around)
 
     # ---- what came of it

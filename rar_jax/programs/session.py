@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
+import shlex
 import socket
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,6 +17,7 @@ from rar_jax.programs.machine import where
 from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.preemption import Preempted, Watch
+from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
 
 
@@ -34,6 +38,13 @@ class Session:
             raise Preempted
 
 
+def _command() -> str | None:
+    """What was typed, to be typed again; None within another program."""
+    name = pathlib.Path(sys.argv[0])
+    ours = name.name == "rar-jax" or name.parts[-2:] == ("rar_jax", "__main__.py")
+    return shlex.join(["rar-jax", *sys.argv[1:]]) if ours else None
+
+
 @contextlib.contextmanager
 def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]) -> Iterator[Session]:
     """A session of a verb. All processes enter it; process 0 holds the lease and writes.
@@ -50,19 +61,26 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
     began = False
     reason = "an error"
 
-    def leave(why: str) -> None:
+    def leave(why: str, kind: str) -> None:
         if began:
+            ledger.lap(kind)
             ledger.row("stop", reason=why)
         for held in lease:
             held.release()
 
-    watch.on_leave = lambda: leave("preempted")
+    watch.on_leave = lambda: leave("preempted", "lost")
     try:
         claim()
         began = True
-        ledger.row(
-            "start", verb=verb, host=socket.gethostname(), pid=os.getpid(), processes=jax.process_count(), **where()
-        )
+        # The run before may have been killed: its last rows, which this one is about to take back, say when it still lived.
+        signs = [row["time"] for row in read_metrics(workdir.path)] if is_main() else []
+        who = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "processes": jax.process_count(),
+            "last_sign": max(signs, default=0.0),
+        }
+        ledger.row("start", verb=verb, command=_command(), **who, **where())
         yield Session(ledger, watch, lease[0] if lease else None)
         reason = "done"
     except Preempted:
@@ -75,4 +93,4 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
         reason = f"{type(error).__name__}: {error}"[:300]
         raise
     finally:
-        leave(reason)
+        leave(reason, "ending" if reason in ("done", "preempted") else "lost")

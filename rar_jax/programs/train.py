@@ -36,6 +36,7 @@ from rar_jax.programs.tokens import open_tokens
 from rar_jax.sampling.sampler import Model
 from rar_jax.training import guard
 from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
+from rar_jax.training.ledger import Ledger
 from rar_jax.training.preemption import Preempted
 from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
@@ -238,7 +239,7 @@ def train(
         stack.enter_context(memory.exhaustion(*what_takes_memory(experiment, stage)))
         # ---- the state, restored or created where it shall live
         setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
-        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(folder, keep=recipe.keep_checkpoints)))
+        checkpointer = stack.enter_context(contextlib.closing(checkpointer_of(stage, folder, recipe, ledger)))
 
         def newest(before: int | None = None) -> State:
             """The newest good state below a step, or a fresh one."""
@@ -285,6 +286,8 @@ def train(
                 step += 1
                 batch = next(data)
                 state, metrics = setup.step(state, batch, step_key, frozen)
+                if step == start + 1:
+                    ledger.lap("starting")  # it was compiled
                 # The metrics of the step before are fetched while this one runs: the device never waits for the host.
                 if pending is not None:
                     telling.record(*pending)
@@ -322,6 +325,16 @@ def train(
             raise
     if session.watch.noticed:  # during the last save
         raise Preempted
+
+
+def checkpointer_of(stage: str, folder: pathlib.Path, recipe: Recipe, ledger: Ledger) -> Checkpointer:
+    """The stage's checkpoints; a full disk is told to the ledger."""
+    return Checkpointer(
+        folder,
+        keep=recipe.keep_checkpoints,
+        verify=recipe.verify_saves,
+        on_full_disk=lambda step: ledger.row("save_failed", stage=stage, step=step, reason="the disk is full"),
+    )
 
 
 def batches_after(

@@ -20,7 +20,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -76,6 +76,19 @@ def write_manifest(folder: pathlib.Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
     write_json(folder / MANIFEST, {"files": entries, "sha256": _digest(entries)})
+
+
+def verify_from_disk(folder: pathlib.Path) -> None:
+    """`verify_manifest` of what the disk holds, where the system lets go of what it remembers of files that were just written.
+
+    Raises: CheckpointError naming the file that is missing or changed.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    verify_manifest(folder)
 
 
 def verify_manifest(folder: pathlib.Path) -> str:
@@ -194,10 +207,23 @@ def load_params(folder: pathlib.Path, step: int, shardings: Any = None) -> Any:
 
 
 class Checkpointer:
-    """Saves states of one training in the background and restores the newest good one."""
+    """Saves states of one training in the background and restores the newest good one.
 
-    def __init__(self, folder: pathlib.Path, *, keep: int) -> None:
-        self.folder = folder
+    Args:
+      keep: so many of the newest steps, of which one may be being written.
+      verify: reads each step again once it is on disk; a difference is an error at the next call.
+      on_full_disk: told of each step that could not be saved for want of room.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep: int,
+        verify: bool = False,
+        on_full_disk: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.folder, self._verify, self._on_full_disk = folder, verify, on_full_disk
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
@@ -239,7 +265,7 @@ class Checkpointer:
                 step, self._unfinished = self._unfinished, None
                 self._manager.wait_until_finished()  # raises what the background save raised
                 if is_main():  # orbax's save is in progress until every process has written
-                    self._manifest = self._threads.submit(_finish, self.folder, step, self._score)
+                    self._manifest = self._threads.submit(_finish, self.folder, step, self._score, self._verify)
                 else:
                     self._failures = 0
             if self._manifest is not None and self._manifest.done():
@@ -271,6 +297,7 @@ class Checkpointer:
                 for path in [*self.folder.glob(f"{self._step}.orbax-checkpoint-tmp*"), self.folder / str(self._step)]:
                     shutil.rmtree(path, ignore_errors=True)
             self._manager.reload()
+            self._on_full_disk(self._step)
             reason = f"step {self._step} could not be saved in {self.folder}: the disk is full"
             if self._failures >= MOST_FAILURES:
                 raise CheckpointError(
@@ -285,7 +312,7 @@ class Checkpointer:
         """The newest good state, placed as `abstract_state`'s shardings say; None if nothing was saved yet.
 
         Newer steps are set aside as <step>.unfinished (a save that was cut off), <step>.damaged or <step>.rewound, so that
-        they can be written again; nothing is deleted.
+        they can be written again; of unfinished ones only the last are kept.
 
         Args:
           before: only steps below this one count. added: parts of the state that steps of older versions lack, and what they
@@ -315,6 +342,10 @@ class Checkpointer:
                 f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
                 "copy, or move the folder away to start this stage again"
             )
+        unfinished = [step for step in newer if step not in rewound and step not in damaged]
+        if unfinished:  # or a training that is killed often would fill the disk with what nobody needs
+            for earlier in self.folder.glob("*.unfinished"):
+                shutil.rmtree(earlier, ignore_errors=True)
         for step in newer:
             why = "rewound" if step in rewound else "damaged" if step in damaged else "unfinished"
             aside = self.folder / f"{step}.{why}"
@@ -349,9 +380,11 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None) -> None:
+def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None, verify: bool) -> None:
     """Makes a step count, and marks it if it is the best by its score."""
     write_manifest(folder / str(step))
+    if verify:
+        verify_from_disk(folder / str(step))
     if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
         mark_best(folder, step, *score)
 

@@ -1,16 +1,18 @@
 """One writer per work directory: a file that says who, kept fresh by a heartbeat, and taken over when it is stale.
 
-    <workdir>/.lease.json     {"nonce", "host", "pid", "started", "verb", "since"}; its time of change is the last heartbeat
+    <workdir>/.lease.json     {"nonce", "host", "machine", "pid", "started", "verb", "since"}; its time of change is the last heartbeat
 
 Times are the file system's own, so that the clocks of two machines do not matter. What a killed process left on this machine is
-seen at once; what one on another machine left, after STALE_SECONDS. A writer that stood still for so long and was taken for dead
-finds another's name at its next heartbeat, and stops.
+seen at once. Of one on another machine, or in another container, only the heartbeat tells: a start waits for the next one, at
+most until the last is STALE_SECONDS old. A writer that stood still for so long and was taken for dead finds another's name at
+its next heartbeat, and stops.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -21,7 +23,9 @@ from typing import Any
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+LOOK_SECONDS = 0.5
 NAME = ".lease.json"
+log = logging.getLogger(__name__)
 
 
 class LeaseError(RuntimeError):
@@ -37,16 +41,8 @@ class Lease:
     def __init__(self, folder: pathlib.Path, verb: str) -> None:
         self.path = folder / NAME
         self._nonce = secrets.token_hex(8)
-        self._text = json.dumps(
-            {
-                "nonce": self._nonce,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "started": _started(os.getpid()),
-                "verb": verb,
-                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._text = json.dumps({"nonce": self._nonce, **this_process(), "verb": verb, "since": since})
         self._lost: str | None = None
         self._released = threading.Event()
         self._take()
@@ -71,12 +67,9 @@ class Lease:
                 return
             except FileExistsError:
                 holder = read(self.path)
-            if alive(self.path, holder):
-                raise LeaseError(
-                    f"{self.path.parent} is being written to by process {holder.get('pid')} on {holder.get('host')} "
-                    f"(rar-jax {holder.get('verb')}, since {holder.get('since')}): wait for it or stop it; if that machine is "
-                    f"gone, try again in {STALE_SECONDS:.0f} s"
-                )
+            who = f"process {holder.get('pid')} on {holder.get('host')} (rar-jax {holder.get('verb')}, since {holder.get('since')})"
+            if alive(self.path, holder) and (_is_here(holder) or _beats(self.path, holder, who)):
+                raise LeaseError(f"{self.path.parent} is being written to by {who}: wait for it or stop it")
             self._clear(holder)
         raise LeaseError(f"{self.path} is being taken by another process at this moment: start one only")
 
@@ -112,18 +105,62 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
+def this_process() -> dict[str, Any]:
+    """{"host", "machine", "pid", "started"}, by which `ended` knows it."""
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def ended(holder: dict[str, Any]) -> bool:
+    """Whether a holder was a process of this machine and is none any more; False where that cannot be told from here."""
+    return _is_here(holder) and not _started(holder["pid"]) == holder.get("started") is not None
+
+
 def alive(path: pathlib.Path, holder: dict[str, Any]) -> bool:
     """Whether the holder of a lease still works: its process, where it is of this machine, else its heartbeat."""
-    if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
-        return _started(holder["pid"]) == holder.get("started") is not None
+    if _is_here(holder):
+        return not ended(holder)
     probe = path.with_name(f"{NAME}.now-{secrets.token_hex(4)}")
     try:
         probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime < STALE_SECONDS
+        return probe.stat().st_mtime - _last_beat(path) < STALE_SECONDS
     except FileNotFoundError:
         return False
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _beats(path: pathlib.Path, holder: dict[str, Any], who: str) -> bool:
+    """Waits for the next heartbeat of a holder elsewhere; False if it grows stale, or the lease is given back."""
+    log.warning("%s may be being written to by %s: waiting for a sign of life", path.parent, who)
+    try:
+        first = _last_beat(path)
+        while alive(path, holder):
+            if _last_beat(path) != first:
+                return read(path) == holder  # or else it is another's
+            time.sleep(LOOK_SECONDS)
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _last_beat(path: pathlib.Path) -> float:
+    """The file's time of change. Opened for it: what a file server's client remembers of a file may be a minute old."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder's pid is one of this process's own world."""
+    return holder.get("machine") == _machine() and isinstance(holder.get("pid"), int)
+
+
+def _machine() -> str:
+    """Where a pid means the same: neither another machine of this name, nor a container beside this one."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _started(pid: int) -> str | None:

@@ -2,24 +2,26 @@
 
     <workdir>/ledger.jsonl     rows {"time", "run", "event", "seconds": {kind: ...}, ...}
 
-Events: start (verb, host, pid, processes), stage, saved, save_failed, skipped, rewind, gave_up, preempted, stop (reason). seconds is
-what passed since the row before, by kind: see KINDS. Process 0 writes, and each row is on disk when it is written, so that a
-killed run has all rows but its last.
+Events: start (verb, command, host, pid, processes, last_sign: of the run before), tokenized, stage (the step from which it goes on), saved, save_failed, skipped, rewind (to),
+stop (reason). seconds is what passed since the row before, by kind: see KINDS. Process 0 writes, and each row is on disk when it is
+written, so that a killed run has all rows but its last.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 NAME = "ledger.jsonl"
-# What time goes into. The first three are what a run is for; starting is reading, restoring and compiling.
+# What time goes into. The first three are what a run is for; starting is reading, restoring and compiling; ending is
+# waiting for the last save.
 PRODUCTIVE = ("training", "evaluating", "tokenizing")
-KINDS = (*PRODUCTIVE, "starting", "saving")
+KINDS = (*PRODUCTIVE, "starting", "saving", "ending")
 
 Row = dict[str, Any]
 
@@ -70,30 +72,42 @@ def read(folder: pathlib.Path) -> list[Row]:
     return rows
 
 
-def goodput(rows: Iterable[Row], *, now: float, running: bool) -> dict[str, float]:
-    """Where the time went, in seconds by kind: KINDS, "lost" (worked for and not kept: what a kill or a rewind took), "stopped"
-    (between two runs) and "wall", their sum.
+def goodput(rows: Sequence[Row], *, signs: Sequence[float] = (), now: float | None = None) -> dict[str, float]:
+    """Where the time went, in seconds by kind: KINDS, "lost" (worked for and not kept: what a kill, an error or a rewind took),
+    "stopped" (between two runs) and "wall", their sum.
 
     Args:
-      now: the end of the last run if it is `running`, or died without a row: seconds since 1970 of its last sign of life.
+      signs: other times at which a run was alive, those of its metrics: a killed run lived until the last of them.
+      now: the present, if the last run still runs; what it does is training.
     """
-    spent = dict.fromkeys((*KINDS, "lost", "stopped"), 0.0)
     runs: dict[str, list[Row]] = {}
     for row in rows:
         runs.setdefault(row["run"], []).append(row)
-    ends: list[float] = []
-    for i, run in enumerate(runs.values()):
-        begin, end = run[0]["time"], run[-1]["time"]
-        last = i == len(runs) - 1
-        if ends:
-            spent["stopped"] += max(begin - ends[-1], 0.0)
-        for row in run:
-            for kind, seconds in row.get("seconds", {}).items():
-                # Steps up to a rewind were worked for and thrown away.
-                lost = row["event"] == "rewind" and kind in PRODUCTIVE
-                spent["lost" if lost or kind not in spent else kind] += seconds
-        if last and now > end:
-            spent["training" if running else "lost"] += now - end
-            end = now
-        ends.append(end)
+    spent = dict.fromkeys((*KINDS, "lost", "stopped"), 0.0)
+    signs = [*signs, *(row["last_sign"] for row in rows if "last_sign" in row)]
+    begins = [run[0]["time"] for run in runs.values()]
+    ended: float | None = None
+    for run, begin, following in zip(runs.values(), begins, [*begins[1:], math.inf], strict=False):
+        told = max(row["time"] for row in run)
+        end = max([told, *(sign for sign in signs if begin <= sign < following)])
+        if now is not None and following == math.inf:
+            spent["training"] += max(now - end, 0.0)
+            end = max(now, end)
+        else:
+            spent["lost"] += end - told
+        spent["stopped"] += max(begin - ended, 0.0) if ended is not None else 0.0
+        ended = end
+    worked: list[tuple[str, int, str, float]] = []  # stage, step, kind, seconds: what a way back can still take
+    for row in (row for run in runs.values() for row in run):
+        stage, step = row.get("stage", ""), row.get("step", 0)
+        for kind, seconds in row.get("seconds", {}).items():
+            spent[kind if kind in spent else "lost"] += seconds
+            if kind in PRODUCTIVE and row["event"] != "stage":
+                worked.append((stage, step, kind, seconds))
+        if row["event"] in ("stage", "rewind"):
+            gone = [w for w in worked if w[0] == stage and w[1] > row.get("to", step)]
+            worked = [w for w in worked if w not in gone]
+            for _, _, kind, seconds in gone:
+                spent[kind] -= seconds
+                spent["lost"] += seconds
     return {**spent, "wall": sum(spent.values())}

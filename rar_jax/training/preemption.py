@@ -56,10 +56,7 @@ class Watch:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes over SIGTERM. Main thread only, after the processes have found each other."""
-        self._many = jax.process_count() > 1
-        if self._many:
-            self._tell_jax = _handler_of_jax()
+        """Takes over SIGTERM. Main thread only. Until `joined` a signal ends this process at once, and no other one."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         # A handler of Python's, so that the number of a signal is written into the pipe at once, whatever the main thread does.
@@ -69,14 +66,20 @@ class Watch:
         )
         os.register_at_fork(after_in_child=_forget)  # a worker that is ended by SIGTERM is none of our business
         threading.Thread(target=self._listen, args=(read,), daemon=True).start()
-        if self._many:
-            threading.Thread(target=self._tick, daemon=True).start()
         try:
             yield
         finally:
             signal.set_wakeup_fd(pipe)
             signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
             os.close(write)
+
+    def joined(self) -> None:
+        """The processes have found each other: a signal to one is heard by all. Main thread only, within `listening`."""
+        self._many = jax.process_count() > 1
+        if self._many:
+            self._tell_jax = _handler_of_jax()
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            threading.Thread(target=self._tick, daemon=True).start()
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ class Recipe:
     steps: updates, or epochs as "400ep". batch_size: global. accumulation: each batch is computed in so many parts.
     ema_decay: of the parameters that are evaluated and sampled; 0 is none. After k updates at most (1 + k) / (10 + k), so that a
     short training does not average over its random start. eval_records: held-out records a validation. keep_checkpoints: the newest
-    ones. keep_best: also the one with the best live distance (where none is measured, the lowest held-out loss).
+    ones. verify_saves: each is read again from the disk, and a difference stops the training. keep_best: also the one with the best live distance (where none is measured, the lowest held-out loss).
     spike_sigmas: an update is left out if its loss or gradient norm is so many standard deviations above the mean of the last 128
     (guard.py), 0: only if it is not finite. most_skips: after so many in a row the training goes back to its last good checkpoint
     and passes over the batches in between; most_rewinds: so often, and then it stops with a dump.
@@ -40,6 +40,7 @@ class Recipe:
     eval_records: int = 1024
     checkpoint_every: Steps = 1000
     keep_checkpoints: int = 2
+    verify_saves: bool = False
     keep_best: bool = False
     spike_sigmas: float = 10.0
     most_skips: int = 10

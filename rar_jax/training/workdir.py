@@ -19,11 +19,30 @@ from rar_jax.config import ConfigError, differences
 from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
 from rar_jax.training.checkpoint import write_json
+from rar_jax.training.recipe import Recipe
 
 # What may differ between the starts of one run: where it runs, and what is done with the finished weights.
 FREE_SECTIONS = ("mesh", "guidance", "evaluate")
+# What came later than work directories, and what it is where config.json does not say it: a directory that was made before is
+# still its run's. A key that is added to a section of an experiment goes in here.
+_RECIPE = {key: getattr(Recipe, key) for key in ("spike_sigmas", "most_skips", "most_rewinds", "verify_saves")}
+ADDED: dict[str, dict[str, Any]] = {
+    "data": {"crop": None, "on_the_fly": False, "tokens": None, "tokens_heldout": None, "mix": []},
+    "evaluate": {"live_grid": 4},
+    "generator": {"unroll": 1},
+    **dict.fromkeys(("tokenizer_train", "classifier_train", "train"), _RECIPE),
+}
 # What config.data says of its source, which may be counted there.
 _COUNTED = ("num_classes", "train_records", "class_names")
+
+
+def without_added(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved experiment without the keys of ADDED that are at their defaults."""
+    out = dict(config)
+    for name, added in ADDED.items():
+        if isinstance(section := out.get(name), dict):
+            out[name] = {key: x for key, x in section.items() if key not in added or x != added[key]}
+    return out
 
 
 class Workdir:
@@ -106,4 +125,4 @@ class Workdir:
 
 
 def _bound(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: section for name, section in config.items() if name not in FREE_SECTIONS}
+    return {name: section for name, section in without_added(config).items() if name not in FREE_SECTIONS}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+import poisoned
 import pytest
-from commands import state_of
+from commands import Command, finish, start, state_of, terminate, wait_for
 
-from rar_jax.config import load_experiment
-from rar_jax.evaluation import classifier
+from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session
@@ -45,27 +45,8 @@ def events(workdir: pathlib.Path, *names: str) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Function of batch numbers (from 1): from then on the loss of those batches is NaN, at whatever step they come."""
-    from rar_jax.data.loader import batches
-    from rar_jax.data.sources import load_source
-
-    real = classifier.loss
-    source = load_source("digits", "train", image_size=8, channels=1)
-    stream = batches(source, global_batch=64, seed=0, start_step=0)
-    sums = [int(np.asarray(next(stream)["images"], np.int64).sum()) for _ in range(60)]
-
-    def make(*numbers: int) -> None:
-        bad = jnp.array([sums[k - 1] for k in numbers])
-
-        def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
-            value, metrics = real(config, params, batch, key=key, step=step)
-            found = (batch["images"].astype(jnp.int32).sum() == bad).any() & (key is not None)
-            value = jnp.where(found, jnp.nan, 1.0) * value
-            return value, metrics | {"loss": value}
-
-        monkeypatch.setattr(classifier, "loss", loss)
-
-    return make
+    """Function of batch numbers, see poisoned.py."""
+    return lambda *numbers: poisoned.poison(numbers, monkeypatch.setattr)
 
 
 class StopAt(Session):
@@ -142,3 +123,30 @@ def test_giving_up_leaves_a_dump(tmp_path: pathlib.Path, poison: Any) -> None:
     for name, value in kept.items():
         if "guard" not in name and name != "['step']":
             assert ours[name] == value, name
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    8,
+    "the same on 2 real processes of 2 devices: left out by both, gone back from; stopped by SIGTERM on the way, bitwise the same",
+)
+def test_two_processes(tmp_path: pathlib.Path) -> None:
+    recipe = {**RECIPE, "steps": 400, "eval_every": 400, "checkpoint_every": 30, "keep_checkpoints": 2}
+    flags = ["--stage=classifier", "--quiet", "--config.mesh.fsdp=2"]
+    flags += [f"--config.classifier.train.{name}={value}" for name, value in recipe.items()]
+
+    def begin(name: str) -> list[Command]:
+        before = functools.partial(poisoned.poison, (70, 71, 72, 110))
+        return start("train", tmp_path / name, *flags, processes=2, devices=2, before=before)
+
+    finish(begin("one"))
+    assert events(tmp_path / "one", "skipped", "rewind") == [
+        *(("skipped", step, None) for step in (70, 71, 72)), ("rewind", 73, 60), ("skipped", 97, None)
+    ]  # fmt: skip
+    running = begin("stopped")
+    wait_for(lambda: (tmp_path / "stopped").exists() and len(told(tmp_path / "stopped")) > 40, running)
+    assert terminate(running, 1) < 10
+    finish(running, PREEMPTED)
+    finish(begin("stopped"))
+    assert state_of(tmp_path / "stopped", 400) == state_of(tmp_path / "one", 400)
+    assert told(tmp_path / "stopped") == told(tmp_path / "one")

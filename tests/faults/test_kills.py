@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import random
 import time
@@ -29,10 +28,7 @@ def committed(workdir: pathlib.Path) -> int:
     return good[0] if good else 0
 
 
-KILLS = [
-    3,
-    pytest.param(int(os.environ.get("RAR_JAX_TEST_KILLS", "200")), marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
-]
+KILLS = [25, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
 
 
 @pytest.mark.promise(

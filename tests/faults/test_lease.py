@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -20,7 +21,18 @@ def written(folder: pathlib.Path, age: float = 0.0, **holder: Any) -> None:
     """The lease of somebody else, its last heartbeat `age` seconds ago."""
     path = folder / NAME
     path.write_text(
-        json.dumps({"nonce": "n", "host": "elsewhere", "pid": 1, "started": "5", "verb": "run", "since": "x", **holder})
+        json.dumps(
+            {
+                "nonce": "n",
+                "host": "elsewhere",
+                "machine": "another",
+                "pid": 1,
+                "started": "5",
+                "verb": "run",
+                "since": "x",
+            }
+            | holder
+        )
     )
     os.utime(path, (time.time() - age,) * 2)
 
@@ -36,20 +48,44 @@ def test_refused_while_the_other_lives(tmp_path: pathlib.Path) -> None:
     first.release()
     assert list(tmp_path.iterdir()) == []
     Lease(tmp_path, "run").release()
-    written(tmp_path, age=STALE_SECONDS - 20)
-    with pytest.raises(LeaseError, match="process 1 on elsewhere"):
+
+
+@pytest.mark.parametrize("host", ["elsewhere", os.uname().nodename])
+def test_one_elsewhere_is_refused_if_its_heart_beats(
+    tmp_path: pathlib.Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, or in another container of this one, where its pid is another process's."""
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    written(tmp_path, age=STALE_SECONDS - 20, host=host, pid=os.getpid())
+    beat = threading.Timer(0.2, os.utime, [tmp_path / NAME])
+    beat.start()
+    with pytest.raises(LeaseError, match=f"process {os.getpid()} on {host} "):
         Lease(tmp_path, "run")
+    beat.join()
+    assert lease.read(tmp_path / NAME)["nonce"] == "n"
+
+
+def test_one_elsewhere_that_was_killed_a_moment_ago_is_waited_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a pod comes up again: nobody is there to try a minute later."""
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.5)
+    written(tmp_path)
+    began = time.monotonic()
+    Lease(tmp_path, "run").release()
+    assert time.monotonic() - began > 0.4 and "process 1 on elsewhere" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["killed", "number again", "silent elsewhere", "no lease at all"])
 def test_what_is_dead_is_taken_over(tmp_path: pathlib.Path, how: str) -> None:
-    host = os.uname().nodename
+    here = {"host": os.uname().nodename, "machine": lease._machine()}
     if how == "killed":
         script = f"import os, pathlib; from rar_jax.training.lease import Lease; Lease(pathlib.Path({str(tmp_path)!r}), 'run'); os.kill(os.getpid(), 9)"
         assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -9
-        assert lease.read(tmp_path / NAME)["host"] == host
+        assert lease.read(tmp_path / NAME).items() >= here.items()
     elif how == "number again":  # another process has the pid now
-        written(tmp_path, host=host, pid=os.getpid(), started="5")
+        written(tmp_path, **here, pid=os.getpid(), started="5")
     elif how == "silent elsewhere":
         written(tmp_path, age=STALE_SECONDS + 1)
     else:
@@ -76,6 +112,7 @@ def test_the_slower_of_two_that_found_it_stale_gives_way(
         return found
 
     monkeypatch.setattr(lease, "alive", alive)
+    monkeypatch.setattr(lease, "_beats", lambda *_: True)
     with pytest.raises(LeaseError, match="process 77 on elsewhere"):
         Lease(tmp_path, "run")
     assert looked == [False] and [p.name for p in tmp_path.iterdir()] == [NAME]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
 import pytest
-from commands import TINY, environment, finish, start, terminate, wait_for
+from commands import TINY, Command, environment, finish, start, terminate, wait_for
 
 from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.parallel.mesh import make_mesh
+from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session
 from rar_jax.programs.train import train
@@ -71,13 +73,21 @@ def test_a_step(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.promise(
-    7, "SIGTERM to process 1 of 2, and to process 0, during the steps: both save the same step and leave with 75"
+    7, "SIGTERM to one of 2 processes during steps, evaluations and saves: both save the same step and leave with 75"
 )
-@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_one_of_two_processes(tmp_path: pathlib.Path, which: int) -> None:
-    running = start(
-        "train", tmp_path / "run", *CLASSIFIER, *LONG, "--config.classifier.train.checkpoint_every=7", processes=2
-    )
+@pytest.mark.parametrize(
+    ("which", "often"),
+    [
+        (1, "checkpoint_every=7"),
+        *(
+            pytest.param(which, often, marks=pytest.mark.slow)
+            for which in (0, 1)
+            for often in ("eval_every=1", "checkpoint_every=1")
+        ),
+    ],
+)
+def test_one_of_two_processes(tmp_path: pathlib.Path, which: int, often: str) -> None:
+    running = start("train", tmp_path / "run", *CLASSIFIER, *LONG, f"--config.classifier.train.{often}", processes=2)
     wait_for(lambda: step_of(tmp_path / "run") >= 3, running)
     assert terminate(running, which) < 10
     finish(running, PREEMPTED)
@@ -93,6 +103,23 @@ def test_two_processes_that_compile(tmp_path: pathlib.Path, which: int) -> None:
     wait_for((tmp_path / "run" / "config.json").exists, running)
     assert terminate(running, which) < 10
     finish(running, PREEMPTED)
+
+
+@pytest.mark.promise(7, "SIGTERM to a process that waits for the others at the start: it leaves at once with 75")
+def test_alone_at_the_start(tmp_path: pathlib.Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    place = {COORDINATOR: f"127.0.0.1:{address[1]}", COUNT: "2", INDEX: "0"}
+    running = [Command(["sample", "--weights=x", "--out", str(tmp_path)], environment() | place)]
+
+    def listens() -> bool:
+        with socket.socket() as other:
+            return other.connect_ex(address) == 0
+
+    wait_for(listens, running)
+    assert terminate(running) < 2
+    assert "SIGTERM: stopped at once" in finish(running, PREEMPTED)
 
 
 @pytest.mark.promise(7, "SIGTERM during a compilation: the process leaves at once")

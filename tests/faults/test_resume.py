@@ -24,8 +24,11 @@ LOGGED = ROOT / "tests" / "helpers" / "logged.py"
 FORTY = ("--config.train.steps=40",)
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
+def start(workdir: pathlib.Path, cache: pathlib.Path | None = None) -> subprocess.Popen[str]:
+    """The command, optimized as a person's; with a cache it need not compile what was compiled before."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    if cache is not None:
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     digests = str(workdir.with_name(f"{workdir.name}_digests"))
     command = [sys.executable, str(LOGGED), digests, "run", "--config", str(TINY), "--workdir", str(workdir), *FORTY]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -37,9 +40,9 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def kill_after(workdir: pathlib.Path, step: int) -> None:
+def kill_after(workdir: pathlib.Path, step: int, cache: pathlib.Path) -> None:
     """Starts the command and kills it, -9, once the generator has told of a step."""
-    process = start(workdir)
+    process = start(workdir, cache)
     deadline = time.monotonic() + 300
     while not any(row["step"] >= step for row in read_metrics(workdir, "generator")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -72,7 +75,7 @@ def digests(workdir: pathlib.Path) -> dict[int, set[str]]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    finish(start(workdir))
+    finish(start(workdir, workdir.parent / "cache"))
     return workdir
 
 
@@ -88,8 +91,10 @@ def test_killed_and_resumed_is_the_same_to_the_bit(straight: pathlib.Path, tmp_p
     rows = [row for row in read_metrics(killed) if row["stage"] != "generator"]
     (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    kill_after(killed, 13)  # past the first save; before the annealing (20 to 30) and the end of the epoch (22.5)
-    out = finish(start(killed))
+    kill_after(
+        killed, 13, straight.parent / "cache"
+    )  # past the first save; before the annealing (20 to 30) and the end of the epoch (22.5)
+    out = finish(start(killed))  # compiles again
     assert "tokenizer: done before" in out and "generator: trained" in out
 
     ours, theirs = final_state(killed), final_state(straight)

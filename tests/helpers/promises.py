@@ -1,6 +1,6 @@
 """The table of promises in docs/reliability.md, generated from tests with `@pytest.mark.promise(row, what)`.
 
-`PROMISES_TABLE=docs/reliability.md pytest -m promise` writes what it has just seen; with `-m "promise and slow"` the long forms.
+`PROMISES_TABLE=docs/reliability.md pytest -m promise` writes what it has just seen, the short and the long forms.
 What was not run keeps the result of the day on which it was. A test says how many cases it counted by
 `record_property("count", "25 of 25")`; otherwise they are its parametrizations.
 """
@@ -36,16 +36,14 @@ class Promises:
                 item.user_properties.append(("promise", (number, what + long)))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        properties = dict(report.user_properties)
-        if "promise" not in properties:
-            return
-        number, what = properties["promise"]
-        key = (int(number), str(what), report.nodeid.partition("[")[0])
-        self.seconds[key] += report.duration
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[key].append(report.outcome)
-            if "count" in properties:
-                self.counts[key] = str(properties["count"])
+        count = dict(report.user_properties).get("count")
+        for number, what in (value for name, value in report.user_properties if name == "promise"):
+            key = (int(number), str(what), report.nodeid.partition("[")[0])
+            self.seconds[key] += report.duration
+            if report.when == "call" or report.outcome != "passed":
+                self.outcomes[key].append(report.outcome)
+                if count is not None:
+                    self.counts[key] = str(count)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         path = os.environ.get("PROMISES_TABLE")

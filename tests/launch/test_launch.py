@@ -160,6 +160,19 @@ def test_local_starts_again_after_a_preemption_only(
     assert done.returncode == expected and len((tmp_path / "runs").read_text()) == runs
 
 
+@pytest.mark.parametrize(("code", "asked"), [(75, "requeue 7\n"), (0, ""), (1, ""), (137, ""), (143, "")])
+def test_slurm_puts_a_job_into_the_queue_again_after_a_preemption_only(
+    tmp_path: pathlib.Path, code: int, asked: str
+) -> None:
+    for name, text in (("srun", f"exit {code}"), ("scontrol", f'echo "$*" >> {tmp_path}/asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "asked").touch()
+    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert launch("slurm.sbatch", *EXPERIMENT, **job).returncode == code
+    assert (tmp_path / "asked").read_text() == asked
+
+
 def test_background(tmp_path: pathlib.Path) -> None:
     """The log and the exit code of a command that goes on by itself; SIGTERM reaches it, and its own code is kept."""
     home = {"HOME": str(tmp_path)}

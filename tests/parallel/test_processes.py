@@ -18,40 +18,28 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import cheap_inception
 import numpy as np
 import pytest
+from commands import ROOT, TINY, Command, environment, finish
 
 from rar_jax.config import ConfigError
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, Place, place_of
 from rar_jax.training.report import read_metrics
 
-ROOT = pathlib.Path(__file__).parents[2]
-TINY = ROOT / "tests" / "experiments" / "tiny.py"
 FSDP = ("--config.mesh.fsdp=2", "--config.train.keep_checkpoints=3")
-
-
-def environment(devices: int, cache: str | None = None) -> dict[str, str]:
-    """Of a process with fake devices. What the tests' own process was told of processes and devices is left out."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "RAR_JAX_PROCESS", "RAR_JAX_COORD"))}
-    python = {"PYTHONPATH": str(ROOT), "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
-    # As the tests' own process: without LLVM's optimizations, which take longer than these trainings.
-    jax = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    if cache:
-        jax |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return kept | python | jax | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
 def rar_jax(processes: int, verb: str, workdir: pathlib.Path, *flags: str, code: int = 0) -> str:
     """Runs a verb on four devices shared out among the processes; what they printed."""
-    devices = 4 // processes
-    command = [sys.executable, "-m", "rar_jax", verb]
-    if processes > 1:
-        command = [str(ROOT / "launch" / "local.sh"), str(processes), verb]
     if verb != "sample":
         flags = ("--config", str(TINY), "--workdir", str(workdir), *flags)
+    if processes == 1:
+        return finish([Command([verb, *flags], environment(4))], code)
+    path = {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        [*command, *flags], env=environment(devices, os.environ.get("RAR_JAX_TEST_CACHE")), text=True, timeout=500,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [str(ROOT / "launch" / "local.sh"), str(processes), verb, *flags], env=environment(4 // processes) | path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500,
     )  # fmt: skip
     assert done.returncode == code, done.stdout[-6000:]
     return done.stdout
@@ -163,10 +151,8 @@ def test_two_processes_sample_what_one_does(one: pathlib.Path, tmp_path: pathlib
 def test_shards_are_shared_out(one: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Eight shards, of which each process makes four at its own pace, against eight of one process."""
     flags = ["--config", str(TINY), "--source=digits", "--split=heldout", "--weights", str(one), "--shard-records=50"]
-    command = ["-m", "rar_jax", "tokenize", *flags, "--out"]
-    alone = subprocess.run([sys.executable, *command, str(tmp_path / "one")], env=environment(4), timeout=300)
-    assert alone.returncode == 0
-    told = pair([*command, str(tmp_path / "two")], [*command, str(tmp_path / "two")])
+    finish([Command(["tokenize", *flags, "--out", str(tmp_path / "one")], environment(4))])
+    told = pair(*[["tokenize", *flags, "--out", str(tmp_path / "two")]] * 2)
     assert [code for code, _ in told] == [0, 0], told
     # 180 of the 360 records each, and only process 0 says so.
     assert ["180 records in" in out or "200 records in" in out for _, out in told] == [True, False]
@@ -179,20 +165,18 @@ def test_shards_are_shared_out(one: pathlib.Path, tmp_path: pathlib.Path) -> Non
 @pytest.mark.slow
 def test_two_processes_score_what_one_does(one: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Statistics of images, and FID, precision, recall and KID of samples against them; in chunks, with pictures."""
-    script = str(ROOT / "tests" / "helpers" / "cheap_inception.py")
     results = []
     for name in ("one", "two"):
         folder = tmp_path / name
         reference = ["--make-reference=digits", "--split=heldout", "--out", str(folder / "reference.npz")]
         scores = ["--weights", str(one), "--samples=40", "--samples-npz", "--out", str(folder / "scores")]
         for flags in (reference, [*scores, "--reference", str(tmp_path / "one" / "reference.npz")]):
-            command = [script, "evaluate", "--inception=any", "--chunk=20", "--batch-size=16", *flags]
+            argv = ["evaluate", "--inception=any", "--chunk=20", "--batch-size=16", *flags]
             if name == "one":
-                done = subprocess.run([sys.executable, *command], env=environment(4), capture_output=True, text=True)
-                told = [(done.returncode, done.stdout + done.stderr)]
+                finish([Command(argv, environment(4), cheap_inception.patch)])
             else:
-                told = pair(command, command)
-            assert all(code == 0 for code, _ in told), told
+                told = pair(argv, argv, before=cheap_inception.patch)
+                assert all(code == 0 for code, _ in told), told
         results.append(json.loads((folder / "scores" / "result.json").read_text()))
         assert (folder / "scores" / "grid.png").is_file()
     numbers = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
@@ -217,25 +201,19 @@ def test_an_error_is_told_and_ends_all(one: pathlib.Path, tmp_path: pathlib.Path
 # ---------------------------------------------------------------- storage
 
 
-def pair(*commands: list[str], devices: int = 2) -> list[tuple[int, str]]:
+def pair(*argvs: list[str], before: Any = None) -> list[tuple[int | None, str]]:
     """Exit codes and output of two processes, each with its command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {COORDINATOR: f"127.0.0.1:{free.getsockname()[1]}", COUNT: "2"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, *command], env=environment(devices) | place | {INDEX: str(k)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for k, command in enumerate(commands)
-    ]  # fmt: skip
+    running = [Command(argv, environment(2) | place | {INDEX: str(k)}, before) for k, argv in enumerate(argvs)]
     outs = [process.communicate(timeout=300)[0] for process in running]
     return [(process.returncode, out) for process, out in zip(running, outs, strict=True)]
 
 
 def test_processes_that_do_not_share_the_directory(tmp_path: pathlib.Path) -> None:
     (tmp_path / "b").mkdir()
-    command = ["-m", "rar_jax", "train", "--config", str(TINY), "--workdir"]
+    command = ["train", "--config", str(TINY), "--workdir"]
     for code, out in pair([*command, str(tmp_path / "a")], [*command, str(tmp_path / "b")]):
         assert code == 1 and "is not the same directory for all processes: process 1 on" in out
         assert "does not see the file that process 0 wrote there" in out and "Traceback" not in out

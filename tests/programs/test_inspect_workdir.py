@@ -35,7 +35,7 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
         reporter.metrics(6, {"validation/loss": 0.75})
         reporter.metrics(12, {"loss": 0.5, "grad_norm": 2.0, "skipped": 1})
     book = Ledger(path)
-    book.row("start", verb="run")
+    book.row("start", verb="run", command="rar-jax run --config tiny --workdir here --config.seed=3")
     book._seconds = {"training": 30.0, "saving": 10.0}
     book.row("saved", stage="tokenizer", step=12)
     book.row("stop", reason="preempted")
@@ -58,8 +58,21 @@ def test_what_it_says(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str])
     assert "tokenizer  step 12 of 12: loss 0.5, grad_norm 2, skipped 1" in text
     assert "validation at step 6: loss 0.75" in text and "classifier no steps told" in text
     assert "checkpoint 12: verified, " in text and "best by validation/loss" in text
-    assert f"next       rar-jax run --config tiny --workdir {workdir} goes on from the newest good checkpoint" in text
+    assert "runs       1, preempted 1\n" in text and "last stop  preempted\n" in text
+    # What was typed, whole.
+    assert "next       rar-jax run --config tiny --workdir here --config.seed=3    (goes on from tokenizer 12)" in text
     assert not list(workdir.glob(".lease*")), "looking leaves nothing"
+
+
+def test_a_killed_run(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no last row; of a disk that was full for a while the row before tells."""
+    book = Ledger(workdir)
+    book.row("start", verb="run")
+    book.row("save_failed", stage="generator", step=8)
+    text, report = said(workdir, capsys, 0)
+    assert "runs       2, preempted 1, killed 1, saves without room 1\n" in text and "last stop  killed" in text
+    assert report["events"]["killed"] == 1 and report["last_stop"] is None
+    assert f"next       rar-jax run --config tiny --workdir {workdir}, and what else was given" in text
 
 
 def test_damage_is_named(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +88,8 @@ def test_damage_is_named(workdir: pathlib.Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_to_do_next(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Ledger(workdir).row("stop", reason="done")  # of a stage
+    assert f"next       rar-jax run --config tiny --workdir {workdir}, and what" in said(workdir, capsys, 0)[0]
     held = Lease(workdir, "train")
     text, report = said(workdir, capsys, 0)
     held.release()

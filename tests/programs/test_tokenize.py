@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -27,9 +24,6 @@ from rar_jax.programs.tokenize import write_store
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.checkpoint import file_sha256
-
-ROOT = pathlib.Path(__file__).parents[2]
-TINY = ROOT / "tests" / "experiments" / "tiny.py"
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -232,59 +226,6 @@ def test_the_wait_for_the_loader_is_told(
     told = capsys.readouterr().err
     assert f"tokenize it: 80 records in {written.seconds:.1f} s" in told
     assert f"loader wait {written.waited / written.seconds:.1%}" in told
-
-
-# ---------------------------------------------------------------- the real command
-
-
-@pytest.mark.promise(2, "tokenize killed: the store of a straight run to the bit, no record lost or doubled")
-def test_kill_9_of_the_command(tiny: Any, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "c.py").write_text(
-        f"import importlib.util\nspec = importlib.util.spec_from_file_location('t', {str(TINY)!r})\n"
-        "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
-        "def get_config():\n    c = m.get_config()\n    c.tokenizer.restart_every = 0\n    return c\n"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    # A cache, so that the second and third start do not compile again.
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-    def start(out: pathlib.Path) -> subprocess.Popen[str]:
-        what = [
-            "--config",
-            str(tmp_path / "c.py"),
-            "--source",
-            "digits",
-            "--weights",
-            str(tiny.weights),
-            "--out",
-            str(out),
-        ]
-        command = [sys.executable, "-m", "rar_jax", "tokenize", *what, "--shard-records", "10", "--batch-size", "2"]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def finish(out: pathlib.Path) -> str:
-        process = start(out)
-        told, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, told
-        return told
-
-    killed = tmp_path / "killed"
-    process = start(killed)
-    deadline = time.monotonic() + 300
-    while len(list(killed.glob("shard-*.json"))) < 5:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (killed / "card.json").exists()
-    there = {p.name: p.stat().st_mtime_ns for p in killed.glob("shard-*.npy")}
-    assert 5 <= len(there) < 144
-    finish(killed)
-    assert "1437" in finish(tmp_path / "straight").replace(",", "")
-    assert contents(killed) == contents(tmp_path / "straight")
-    TokenStore(killed).verify()
-    # All but the one that may have been cut off between its two renames were kept.
-    assert sum((killed / name).stat().st_mtime_ns == when for name, when in there.items()) >= len(there) - 1
 
 
 def test_colour_files_for_a_grey_experiment(tiny: Any, tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -28,27 +29,47 @@ def test_rows_and_laps(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     Ledger().row("start")  # nowhere
 
 
+def row(time: float, run: str, event: str, told: dict[str, Any] | None = None, **seconds: float) -> dict[str, Any]:
+    return {"time": time, "run": run, "event": event, **(told or {}), "seconds": seconds}
+
+
+def at(step: int, **more: Any) -> dict[str, Any]:
+    return {"stage": "generator", "step": step, **more}
+
+
+HISTORY = [
+    row(1000, "a", "start"),
+    row(1010, "a", "stage", at(0), starting=10),
+    row(1110, "a", "saved", at(8), training=80, evaluating=15, saving=5),
+    row(1150, "a", "saved", at(16), training=38, saving=2),  # killed before it was whole
+    row(1200, "b", "start", {"last_sign": 1160}),  # 10 s after the save a run still told of a step
+    row(1220, "b", "stage", at(8), starting=20),
+    row(1280, "b", "rewind", at(14, to=8), training=60),
+    row(1340, "b", "saved", at(20), training=55, saving=5),
+    row(1350, "b", "stop", {"reason": "done"}, ending=10),
+]
+
+
 def test_goodput_of_a_history() -> None:
-    """A run that was killed, 50 s of nothing, a run that went back once."""
+    """A run that was killed within a save, 40 s of nothing, a run that went back once."""
+    expected = {"training": 135, "evaluating": 15, "tokenizing": 0, "starting": 30, "saving": 12, "ending": 10}
+    assert goodput(json.loads(json.dumps(HISTORY))) == expected | {"lost": 38 + 10 + 60, "stopped": 40, "wall": 350}
+    running = goodput(HISTORY[:-1], now=1370)
+    assert (running["training"], running["wall"]) == (165, 370)
+    dead = goodput(HISTORY[:-1], signs=[1010, 1365])
+    assert (dead["lost"], dead["wall"]) == (108 + 25, 365)
+    assert goodput([])["wall"] == 0
 
-    def row(time: float, run: str, event: str, **seconds: float) -> dict[str, object]:
-        return {"time": time, "run": run, "event": event, "seconds": seconds}
 
+def test_what_is_gone_on_from_is_kept() -> None:
+    """Work of another stage, and tokens, are not lost with a stage that goes back to its first step."""
     rows = [
-        row(1000, "a", "start"),
-        row(1010, "a", "stage", starting=10),
-        row(1110, "a", "saved", training=80, evaluating=15, saving=5),
-        row(1160, "b", "start"),
-        row(1180, "b", "stage", starting=20),
-        row(1240, "b", "rewind", training=60),
-        row(1300, "b", "saved", training=55, saving=5),
-        row(1310, "b", "stop", training=10),
+        row(0, "a", "start"),
+        row(10, "a", "saved", {"stage": "tokenizer", "step": 12}, training=10),
+        row(30, "a", "stage", at(4), tokenizing=20),
+        row(40, "a", "saved", at(8), training=10),
+        row(40, "b", "start"),
+        row(50, "b", "stage", at(0), starting=10),
     ]
-    assert goodput(json.loads(json.dumps(rows)), now=0, running=False) == {
-        "training": 145, "evaluating": 15, "tokenizing": 0, "starting": 30, "saving": 10, "lost": 60, "stopped": 50, "wall": 310,
-    }  # fmt: skip
-    running = goodput(rows, now=1330, running=True)
-    assert (running["training"], running["wall"]) == (165, 330)
-    dead = goodput(rows[:-1], now=1320, running=False)
-    assert (dead["lost"], dead["wall"]) == (80, 320)
-    assert goodput([], now=0, running=False)["wall"] == 0
+    spent = goodput(rows)
+    assert (spent["training"], spent["tokenizing"], spent["lost"], spent["wall"]) == (10, 20, 10, 50)
