@@ -19,7 +19,7 @@ from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights, read_directory
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
-from rar_jax.parallel.mesh import batch_divisor, find_devices
+from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
 
@@ -193,7 +193,8 @@ def load(
       tokenizer: MaskGIT-VQ file; needed with a generator file, and the released one with a released name.
       mesh: devices to spread over (default: one).
       dtype: what the generator multiplies in: "float32", or "bfloat16", which halves its parameters once they are loaded
-        (not the peak of loading) and changes about one greedy choice in a hundred (docs/measurements/bfloat16.md).
+        (not the peak of loading) and changes about one greedy choice in a hundred (docs/measurements/bfloat16.md). A GPU that has no bfloat16 takes
+        float32 instead, with a warning.
       step: of the generator's checkpoints in a work directory; default the newest good one.
       download: fetch released files that are not there, and check their sha256.
 
@@ -206,6 +207,7 @@ def load(
             known = False
         require(known, f"dtype is {dtype!r}: it must be 'float32' or 'bfloat16'")
     find_devices()
+    dtype = None if dtype is None else matmul_dtype(jnp.dtype(dtype).name)
     require(mesh is None or isinstance(mesh, Mesh), f"mesh is {mesh!r}: give a jax.sharding.Mesh, as make_mesh does")
     path = released.locate(path_or_name, download=download)
     if path.is_dir():

@@ -170,6 +170,15 @@ def attention_weights(q_bnhk: jax.Array, k_bnhk: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(jnp.tri(n, dtype=bool)[None, None], scores_bhnm, -jnp.inf))
 
 
+def has_fused_attention(head_dim: int, dtype: Any, device: Any = None) -> bool:
+    """Whether jax.nn.dot_product_attention has a fused kernel on a device (default: the first): cuDNN's, which NVIDIA's GPUs
+    have since Ampere, in 16 bits and for head dims that are multiples of 8 up to 128."""
+    device = jax.devices()[0] if device is None else device
+    capability = str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
+    is_ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
+    return is_ampere and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with LayerNorm on q and k (over the head dim, shared by all heads): slot i attends to
     slots 0..i."""
@@ -187,14 +196,21 @@ class Attention(nn.Module):
         qkv_bn3hk = Dense(shape, ("width", None, "heads", None), self.dtype, name="qkv")(x_bnd)
         q_bnhk = layer_norm(self.dtype, "q_norm")(qkv_bn3hk[:, :, 0])
         k_bnhk = layer_norm(self.dtype, "k_norm")(qkv_bn3hk[:, :, 1])
-        weights_bhnm = attention_weights(q_bnhk, k_bnhk).astype(self.dtype)
-        weights_bhnm = Dropout(self.attention_dropout, self.deterministic)(weights_bhnm)
-        out_bnhk = jnp.einsum(
-            "bhnm,bmhk->bnhk",
-            weights_bhnm,
-            qkv_bn3hk[:, :, 2],
-            precision=matmul_precision(self.dtype),
-            preferred_element_type=self.dtype,
-        )
+        drops = self.attention_dropout > 0 and not self.deterministic
+        if not drops and has_fused_attention(
+            q_bnhk.shape[-1], self.dtype
+        ):  # the fused kernel could not drop the same weights
+            v_bnhk = qkv_bn3hk[:, :, 2]
+            out_bnhk = jax.nn.dot_product_attention(q_bnhk, k_bnhk, v_bnhk, is_causal=True, implementation="cudnn")
+        else:
+            weights_bhnm = attention_weights(q_bnhk, k_bnhk).astype(self.dtype)
+            weights_bhnm = Dropout(self.attention_dropout, self.deterministic)(weights_bhnm)
+            out_bnhk = jnp.einsum(
+                "bhnm,bmhk->bnhk",
+                weights_bhnm,
+                qkv_bn3hk[:, :, 2],
+                precision=matmul_precision(self.dtype),
+                preferred_element_type=self.dtype,
+            )
         out_bnd = Dense((d,), ("heads", None, "width"), self.dtype, name="proj")(out_bnhk)
         return Dropout(self.dropout, self.deterministic)(out_bnd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -28,6 +29,24 @@ def find_devices() -> list[Any]:
             "'rar_jax[cuda12]' or 'rar_jax[tpu]' where the accelerator is, see that no other program holds it, or set "
             "JAX_PLATFORMS=cpu"
         ) from error
+
+
+def has_bfloat16(device: Any) -> bool:
+    """Whether a device multiplies in bfloat16. GPUs do since Ampere, compute capability 8.0; XLA makes float32 of it on those
+    before, which is slower than float32 at once."""
+    capability = str(getattr(device, "compute_capability", ""))  # AMD's, which all have it, are names
+    return device.platform != "gpu" or not capability.replace(".", "").isdigit() or float(capability) >= 8.0
+
+
+def matmul_dtype(dtype: str, device: Any = None) -> str:
+    """The dtype to multiply in on a device (default: the first): `dtype`, or float32, with a warning, where it has no bfloat16."""
+    device = find_devices()[0] if device is None else device
+    if dtype != "bfloat16" or has_bfloat16(device):
+        return dtype
+    logging.getLogger(__name__).warning(
+        "%s has no bfloat16 (compute capability %s): float32 instead", device.device_kind, device.compute_capability
+    )
+    return "float32"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from rar_jax.data.loader import Source, batches
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
-from rar_jax.parallel.mesh import batch_divisor
+from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_source
@@ -71,6 +71,8 @@ class Objective:
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
     """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
     module, config = experiment.model(stage).module, experiment.model(stage).config
+    if hasattr(config, "dtype"):
+        config = dataclasses.replace(config, dtype=matmul_dtype(config.dtype))
     meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
     on_the_fly = stage == "generator" and experiment.data.on_the_fly
     if stage == "generator" and not on_the_fly:

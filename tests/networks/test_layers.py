@@ -1,5 +1,7 @@
 """Dropout's own random bits, attention, LayerNorm, GELU and products against NumPy and SciPy in float64."""
 
+import functools
+import types
 from typing import Any
 
 import jax
@@ -7,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from flax.core import meta
 
-from rar_jax.networks.layers import Attention, Dropout, dropout_bits, gelu, layer_norm, matmul
+from rar_jax.networks import layers
+from rar_jax.networks.layers import Attention, Dropout, dropout_bits, gelu, has_fused_attention, layer_norm, matmul
 
 
 def test_dropout_bits_look_random() -> None:
@@ -64,6 +68,39 @@ def test_attention_against_numpy(scale: float) -> None:
     wide = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
     for i in range(2):
         np.testing.assert_allclose(ours[i], numpy_attention(np.asarray(x[i], np.float64), wide), atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(("dropout", "deterministic", "fused"), [(0.1, True, 1), (0.0, False, 1), (0.1, False, 0)])
+def test_fused_attention_is_the_same_and_not_taken_where_weights_are_dropped(
+    dropout: float, deterministic: bool, fused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX's attention, here by XLA since cuDNN is on GPUs only, in the place where it is taken."""
+    layer = Attention(2, dropout, 0.0, deterministic, jnp.dtype("float32"))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    params = jax.tree.map(lambda p: p + 0.1, meta.unbox(layer.init(jax.random.key(1), x)["params"]))
+    apply = functools.partial(layer.apply, {"params": params}, x, rngs={"dropout": jax.random.key(2)})
+    expected, calls, theirs = apply(), [], jax.nn.dot_product_attention
+
+    def by_xla(*args: Any, implementation: str, **rest: Any) -> jax.Array:
+        calls.append(implementation)
+        return theirs(*args, implementation="xla", **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(layers, "has_fused_attention", lambda *args: True)
+    np.testing.assert_allclose(apply(), expected, atol=2e-6)
+    assert calls == ["cudnn"] * fused
+
+
+def test_where_there_is_fused_attention() -> None:
+    ampere, turing, chip = (
+        types.SimpleNamespace(platform=platform, compute_capability=capability)
+        for platform, capability in (("gpu", "8.0"), ("gpu", "7.5"), ("tpu", ""))
+    )
+    assert has_fused_attention(48, "bfloat16", ampere) and has_fused_attention(128, "float16", ampere)
+    assert not has_fused_attention(48, "float32", ampere) and not has_fused_attention(136, "bfloat16", ampere)
+    assert not has_fused_attention(44, "bfloat16", ampere)
+    assert not has_fused_attention(48, "bfloat16", turing) and not has_fused_attention(48, "bfloat16", chip)
+    assert not has_fused_attention(48, "bfloat16")  # the CPU of the tests
 
 
 def test_layer_norm_does_not_cancel() -> None:

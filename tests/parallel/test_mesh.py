@@ -1,12 +1,15 @@
 """Meshes over the four fake devices of conftest."""
 
+import logging
+import types
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from rar_jax.config import ConfigError
-from rar_jax.parallel.mesh import AXES, MeshConfig, batch_divisor, make_mesh
+from rar_jax.parallel.mesh import AXES, MeshConfig, batch_divisor, make_mesh, matmul_dtype
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,26 @@ def test_sizes_that_are_none(config: MeshConfig) -> None:
         make_mesh(config)
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     assert str(caught.value) == f"mesh {sizes}: sizes are positive, and at most one is -1"
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [
+        ("gpu", "7.5", "float32"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "gfx90a", "bfloat16"),
+        ("tpu", None, "bfloat16"),
+    ],
+)
+def test_bfloat16_where_a_device_has_it(
+    platform: str, capability: str | None, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = types.SimpleNamespace(platform=platform, device_kind="a chip")
+    if capability is not None:
+        device.compute_capability = capability
+    with caplog.at_level(logging.WARNING):
+        assert matmul_dtype("bfloat16", device) == dtype
+        assert matmul_dtype("float32", device) == "float32"
+    told = ["a chip has no bfloat16 (compute capability 7.5): float32 instead"] if dtype == "float32" else []
+    assert [record.getMessage() for record in caplog.records] == told
