@@ -280,10 +280,11 @@ def generate(
 
 
 def _stage_ends(params: Params, slots: int, rows: int) -> list[int]:
-    """Where the stages of the cache begin and end. Each is one more loop to compile (and 4 s of it for 24 layers on a CPU),
-    which pays where reading the cache takes as long as reading the weights does."""
+    """Where the stages of the cache begin and end. Each is one more loop over all layers to compile (4 s of it for 24 layers on a
+    CPU), which pays where reading the cache takes as long as reading the weights does; 80 layers in all are compiled, so
+    that RAR-XXL's 40 stay under a minute (docs/measurements/compiling.py)."""
     kernels = [x for x in jax.tree.leaves({k: v for k, v in params["layers"][0].items() if k != "adaln"}) if x.ndim > 1]
     width = params["layers"][0]["attn"]["qkv"]["kernel"].shape[-1]
     share = 2 * width * slots * rows / sum(x.size for x in kernels)  # of the cache to the weights
-    stages = 1 if share < 0.25 else 2 if share < 1 else 4
+    stages = min(1 if share < 0.25 else 2 if share < 1 else 4, max(1, 80 // len(params["layers"])))
     return [slots * i // stages for i in range(stages + 1)]
