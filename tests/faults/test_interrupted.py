@@ -111,7 +111,7 @@ def test_evaluating(released_pair: Any, tmp_path: pathlib.Path, record_property:
         return start("evaluate", None, *flags, before=cheap_inception.patch)
 
     def chunks() -> int:
-        return len(list((tmp_path / "stopped").glob("chunks/*/pool3_*.npy")))
+        return len(list((tmp_path / "stopped").glob("chunks/*/images_*.npy")))
 
     finish(begin(tmp_path / "straight"))
     for stop, after in ((kill, 3), (preempt, 15)):
