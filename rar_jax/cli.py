@@ -82,6 +82,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.programs.train import TrainingError
     from rar_jax.training.checkpoint import CheckpointError
     from rar_jax.training.lease import LeaseError
+    from rar_jax.training.object_store import ObjectStoreError
     from rar_jax.training.preemption import Preempted
 
     def fail(problem: object, code: int = 1) -> int:
@@ -91,6 +92,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":
+            args.what = _fetched(args.what)
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)
@@ -102,7 +104,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     except Preempted:
         print(f"\nrar-jax {args.verb}: SIGTERM: saved, and stopped; the same command goes on", file=sys.stderr)
         return PREEMPTED
-    except (*ours, ProcessError, StorageError, DeviceMemoryError) as error:
+    except (*ours, ProcessError, StorageError, ObjectStoreError, DeviceMemoryError) as error:
         return fail(error, 2 if isinstance(error, ConfigError) else 1)
     except OSError as error:  # a full disk, a file where a folder should be, no permission
         return fail(refusals.of_system(error, getattr(args, "out", None) or getattr(args, "workdir", None)))
@@ -112,9 +114,19 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     return 0
 
 
+def _fetched(path: Any) -> Any:
+    """The folder of a work directory that is in a bucket, brought here; anything else as it is."""
+    from rar_jax.training.object_store import is_url
+    from rar_jax.training.workdir import Workdir
+
+    return str(Workdir(path).fetch().path) if path and is_url(path) else path
+
+
 def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> None:
     from rar_jax.config import ConfigError, load_experiment
 
+    if hasattr(args, "weights"):
+        args.weights = _fetched(args.weights)
     if args.verb in ("sample", "convert") and overrides:
         raise ConfigError(f"{args.verb} takes no --config.* arguments: the experiment is the work directory's")
     if args.verb == "convert":
@@ -135,6 +147,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
             guidance=_guidance(args.guidance),
             tokenizer=args.tokenizer,
             dtype=args.dtype,
+            tensor=args.tensor,
             batch_size=args.batch_size,
             download=args.download,
             quiet=args.quiet,
@@ -167,7 +180,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         raise ConfigError("evaluate needs --inception (FID), or --config and --workdir (fd_classifier): see --help")
 
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    workdir = Workdir(args.workdir)
+    workdir = Workdir(args.workdir).fetch()
     if args.verb == "run":
         from rar_jax.programs.run import run
 
@@ -218,18 +231,27 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.parallel.topology import parse_topology
     from rar_jax.programs.experiment import resolve
     from rar_jax.programs.plan import plan
+    from rar_jax.programs.plan_search import search, search_text
     from rar_jax.programs.plan_text import plan_text
+
+    def say(text: str) -> None:
+        if not args.quiet:
+            print(text, file=sys.stderr, flush=True)
 
     jax.config.update("jax_platforms", "cpu")  # whatever is here: the chips are elsewhere
     topology = parse_topology(args.topology, args.slices)
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+    if args.search:
+        found = search(experiment, topology, say=say)
+        print(json.dumps(found, indent=1) if args.json else search_text(found))
+        return
     report = plan(
         experiment,
         topology,
         sample_rows=args.sample_rows,
         parts=(args.only,) if args.only else ("train", "sample"),
         remedies=not args.as_is,
-        say=(lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr, flush=True)),
+        say=say,
     )
     print(json.dumps(report, indent=1) if args.json else plan_text(report))
 
@@ -360,10 +382,13 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.programs.evaluate_steps import score_steps, steps_table
     from rar_jax.programs.reconstruct import reconstruct
     from rar_jax.programs.scoring import Settings
+    from rar_jax.training.workdir import Workdir
 
     if not args.inception:
         raise ConfigError("give Inception's weights: --inception pt_inception-2015-12-05-6726825d.pth")
-    weights = args.tokenizer or args.weights or (args.workdir and str(args.workdir))
+    workdir = Workdir(args.workdir).fetch() if args.workdir else None
+    directory: Any = workdir and str(workdir.path)
+    weights = args.tokenizer or args.weights or directory
     if args.reconstruction:
         if not weights or not args.images or args.make_reference:
             raise ConfigError("--reconstruction needs a tokenizer (--tokenizer FILE, or --workdir) and --images")
@@ -379,7 +404,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError("--steps needs --workdir, whose checkpoints it means")
     if args.image_size is not None and not (args.images or args.make_reference):
         raise ConfigError("--image-size is of a source in --images or --make-reference")
-    out = args.out or (args.workdir and args.workdir / "evaluation")
+    out = args.out or (workdir and workdir.path / "evaluation")
     if out is None:
         raise ConfigError("give --out: where the result shall be written")
     settings = Settings(
@@ -393,7 +418,7 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     common: dict[str, Any] = {"settings": settings, "quiet": args.quiet}
     theirs = {"split": args.split, "image_size": args.image_size}
     compared = {"reference_path": args.reference, **common}
-    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, **compared}
+    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "tensor": args.tensor, **compared}
     if args.make_reference:
         result = reference_of(args.make_reference, args.inception, out, **theirs, **common)
     elif args.reconstruction:
@@ -401,11 +426,16 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     elif args.images:
         result = score_images(args.images, args.inception, out, **theirs, **compared)
     elif args.steps:
-        _say(steps_table(score_steps(args.workdir, args.inception, out, steps=args.steps, **drawn)))
-        return
+        assert workdir is not None
+        _say(steps_table(score_steps(workdir.path, args.inception, out, steps=args.steps, **drawn)))
+        result = None
     else:
+        assert args.weights or directory
         result = score_samples(
-            args.weights or str(args.workdir), args.inception, out, tokenizer=args.tokenizer, download=args.download,
+            args.weights or directory, args.inception, out, tokenizer=args.tokenizer, download=args.download,
             samples_npz=args.samples_npz, shares=args.shares, **drawn,
         )  # fmt: skip
-    _say(summary(result))
+    if workdir is not None:
+        workdir.send()
+    if result is not None:
+        _say(summary(result))
