@@ -82,6 +82,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.programs.train import TrainingError
     from rar_jax.training.checkpoint import CheckpointError
     from rar_jax.training.lease import LeaseError
+    from rar_jax.training.object_store import ObjectStoreError
     from rar_jax.training.preemption import Preempted
 
     def fail(problem: object, code: int = 1) -> int:
@@ -91,6 +92,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":
+            args.what = _fetched(args.what)
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)
@@ -102,7 +104,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     except Preempted:
         print(f"\nrar-jax {args.verb}: SIGTERM: saved, and stopped; the same command goes on", file=sys.stderr)
         return PREEMPTED
-    except (*ours, ProcessError, StorageError, DeviceMemoryError) as error:
+    except (*ours, ProcessError, StorageError, ObjectStoreError, DeviceMemoryError) as error:
         return fail(error, 2 if isinstance(error, ConfigError) else 1)
     except OSError as error:  # a full disk, a file where a folder should be, no permission
         return fail(refusals.of_system(error, getattr(args, "out", None) or getattr(args, "workdir", None)))
@@ -112,9 +114,19 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     return 0
 
 
+def _fetched(path: Any) -> Any:
+    """The folder of a work directory that is in a bucket, brought here; anything else as it is."""
+    from rar_jax.training.object_store import is_url
+    from rar_jax.training.workdir import Workdir
+
+    return str(Workdir(path).fetch().path) if path and is_url(path) else path
+
+
 def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> None:
     from rar_jax.config import ConfigError, load_experiment
 
+    if hasattr(args, "weights"):
+        args.weights = _fetched(args.weights)
     if args.verb in ("sample", "convert") and overrides:
         raise ConfigError(f"{args.verb} takes no --config.* arguments: the experiment is the work directory's")
     if args.verb == "convert":
@@ -124,6 +136,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         convert(args.weights, args.out, **keywords)
         return
     if args.verb == "sample":
+        from rar_jax.cli_evaluate import parse_guidance
         from rar_jax.programs.sample import sample
 
         sample(
@@ -132,9 +145,10 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
             classes=args.classes,
             per_class=args.per_class,
             seed=args.seed,
-            guidance=_guidance(args.guidance),
+            guidance=parse_guidance(args.guidance),
             tokenizer=args.tokenizer,
             dtype=args.dtype,
+            tensor=args.tensor,
             batch_size=args.batch_size,
             download=args.download,
             quiet=args.quiet,
@@ -155,7 +169,9 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         return
 
     if args.verb == "evaluate" and (args.inception or args.images or args.make_reference or args.steps):
-        _evaluate(args, overrides)
+        from rar_jax.cli_evaluate import evaluate as score
+
+        _say(score(args, overrides))
         return
 
     from rar_jax.programs.experiment import resolve
@@ -167,7 +183,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         raise ConfigError("evaluate needs --inception (FID), or --config and --workdir (fd_classifier): see --help")
 
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    workdir = Workdir(args.workdir)
+    workdir = Workdir(args.workdir).fetch()
     if args.verb == "run":
         from rar_jax.programs.run import run
 
@@ -218,18 +234,27 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.parallel.topology import parse_topology
     from rar_jax.programs.experiment import resolve
     from rar_jax.programs.plan import plan
+    from rar_jax.programs.plan_search import search, search_text
     from rar_jax.programs.plan_text import plan_text
+
+    def say(text: str) -> None:
+        if not args.quiet:
+            print(text, file=sys.stderr, flush=True)
 
     jax.config.update("jax_platforms", "cpu")  # whatever is here: the chips are elsewhere
     topology = parse_topology(args.topology, args.slices)
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+    if args.search:
+        found = search(experiment, topology, say=say)
+        print(json.dumps(found, indent=1) if args.json else search_text(found))
+        return
     report = plan(
         experiment,
         topology,
         sample_rows=args.sample_rows,
         parts=(args.only,) if args.only else ("train", "sample"),
         remedies=not args.as_is,
-        say=(lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr, flush=True)),
+        say=say,
     )
     print(json.dumps(report, indent=1) if args.json else plan_text(report))
 
@@ -341,71 +366,3 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
         print(table(report), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report, indent=1))
-
-
-def _guidance(text: str | None) -> Any:
-    from rar_jax.config import ConfigError
-    from rar_jax.guidance import Guidance
-
-    try:
-        return Guidance(*(float(x) for x in text.split(","))) if text else None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--guidance {text}: give SCALE[,POWER[,TEMPERATURE]] ({error})") from None
-
-
-def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
-    from rar_jax.config import ConfigError, build, load_experiment
-    from rar_jax.guidance import Guidance
-    from rar_jax.programs.evaluate import reference_of, score_images, score_samples, summary
-    from rar_jax.programs.evaluate_steps import score_steps, steps_table
-    from rar_jax.programs.reconstruct import reconstruct
-    from rar_jax.programs.scoring import Settings
-
-    if not args.inception:
-        raise ConfigError("give Inception's weights: --inception pt_inception-2015-12-05-6726825d.pth")
-    weights = args.tokenizer or args.weights or (args.workdir and str(args.workdir))
-    if args.reconstruction:
-        if not weights or not args.images or args.make_reference:
-            raise ConfigError("--reconstruction needs a tokenizer (--tokenizer FILE, or --workdir) and --images")
-    elif sum(x is not None for x in (args.weights, args.workdir, args.images, args.make_reference)) != 1:
-        raise ConfigError("give one of --weights, --workdir, --images and --make-reference")
-    if args.make_reference and args.reference:
-        raise ConfigError("--make-reference compares with nothing: leave --reference out")
-    if wrong := [x for x in overrides if not (args.config and x.startswith("guidance."))]:
-        raise ConfigError(f"--config.{wrong[0]}: with --inception only --config and --config.guidance.* are read")
-    if args.steps and (args.samples_npz or args.shares):
-        raise ConfigError("--samples-npz and --shares are of one checkpoint: leave --steps out")
-    if args.steps and not args.workdir:
-        raise ConfigError("--steps needs --workdir, whose checkpoints it means")
-    if args.image_size is not None and not (args.images or args.make_reference):
-        raise ConfigError("--image-size is of a source in --images or --make-reference")
-    out = args.out or (args.workdir and args.workdir / "evaluation")
-    if out is None:
-        raise ConfigError("give --out: where the result shall be written")
-    settings = Settings(
-        protocol=args.protocol, rounding=args.rounding, features=args.features, seed=args.seed,
-        batch_size=args.batch_size, chunk=args.chunk, neighbours=not args.no_neighbours,
-    )  # fmt: skip
-    guidance = _guidance(args.guidance)
-    if args.config and guidance is None:
-        section: Any = load_experiment(args.config, overrides).guidance
-        guidance = build(Guidance, section, where="config.guidance")
-    common: dict[str, Any] = {"settings": settings, "quiet": args.quiet}
-    theirs = {"split": args.split, "image_size": args.image_size}
-    compared = {"reference_path": args.reference, **common}
-    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, **compared}
-    if args.make_reference:
-        result = reference_of(args.make_reference, args.inception, out, **theirs, **common)
-    elif args.reconstruction:
-        result = reconstruct(weights, args.images, args.inception, out, download=args.download, **theirs, **compared)
-    elif args.images:
-        result = score_images(args.images, args.inception, out, **theirs, **compared)
-    elif args.steps:
-        _say(steps_table(score_steps(args.workdir, args.inception, out, steps=args.steps, **drawn)))
-        return
-    else:
-        result = score_samples(
-            args.weights or str(args.workdir), args.inception, out, tokenizer=args.tokenizer, download=args.download,
-            samples_npz=args.samples_npz, shares=args.shares, **drawn,
-        )  # fmt: skip
-    _say(summary(result))

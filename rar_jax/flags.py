@@ -31,7 +31,12 @@ def parser() -> argparse.ArgumentParser:
     def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
         sub = verb(name, short, text + _OVERRIDES)
         sub.add_argument("--config", required=True, help="experiment file, or its bare name (digits)")
-        sub.add_argument("--workdir", required=True, type=pathlib.Path, help="where everything is written and resumed")
+        sub.add_argument(
+            "--workdir",
+            required=True,
+            type=place,
+            help="where everything is written and resumed: a folder, gs:// or s3://",
+        )
         return sub
 
     experiment_verb("run", "Do the whole job of an experiment, or resume it.", _RUN)
@@ -55,9 +60,14 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def place(text: str) -> pathlib.Path | str:
+    """A folder, or a URL as it is: a Path would lose one of its slashes."""
+    return text if "://" in text else pathlib.Path(text)
+
+
 def _tokenize_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", help="experiment file, or its bare name: says what the images and the tokenizer are")
-    sub.add_argument("--workdir", type=pathlib.Path, help="tokenize the experiment's splits with its trained tokenizer")
+    sub.add_argument("--workdir", type=place, help="tokenize the experiment's splits with its trained tokenizer")
     sub.add_argument("--source", help="instead: tokenize these images (digits, idx:FOLDER, tfds:NAME)")
     sub.add_argument("--weights", help="the tokenizer: file, directory or released name")
     sub.add_argument(
@@ -80,7 +90,7 @@ def _tokenize_flags(sub: argparse.ArgumentParser) -> None:
 def _evaluate_flags(sub: argparse.ArgumentParser) -> None:
     _weights_flags(sub, required=False)
     sub.add_argument("--config", help="with --workdir and without --inception: fd_classifier of this experiment")
-    sub.add_argument("--workdir", type=pathlib.Path, help="work directory to score")
+    sub.add_argument("--workdir", type=place, help="work directory to score")
     sub.add_argument(
         "--inception", type=pathlib.Path, help="Inception's weights (pt_inception-2015-12-05-6726825d.pth)"
     )
@@ -159,6 +169,9 @@ def _plan_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--only", choices=("train", "sample"), help="compile only this step")
     sub.add_argument("--sample-rows", type=int, default=16, help="images a chip when sampling (default 16)")
     sub.add_argument("--as-is", action="store_true", help="where it does not fit, look for nothing that would")
+    sub.add_argument(
+        "--search", action="store_true", help="compile the training step on every mesh that could suit; rank"
+    )
     sub.add_argument("--json", action="store_true", help="the same as JSON")
 
 
@@ -195,6 +208,7 @@ def _sampling_flags(sub: argparse.ArgumentParser) -> None:
         "--guidance", help="SCALE[,POWER[,TEMPERATURE]] (default: the experiment's, or the released model's)"
     )
     sub.add_argument("--dtype", help="float32 (default) or bfloat16: what the generator multiplies in")
+    sub.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the generator (default 1)")
 
 
 _OVERRIDES = """
@@ -249,6 +263,7 @@ The exit code is 1 if there are problems. A source is read and decoded whole, wh
 _PLAN = """\
   rar-jax plan --config rar_xxl --topology v5p:4x4x4
   rar-jax plan --config rar_b --topology v5e:16x16 --slices 4 --only train
+  rar-jax plan --config rar_xxl --topology v5e:4x4 --search           a table of meshes, the fastest first
   rar-jax plan --config rar_b --topology gpu:8xH100
 The training step and the sampling and FID step are compiled by TPU's own compiler, on a machine without a TPU (pip install
 'rar_jax[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and cost. GPUs: from arithmetic alone.

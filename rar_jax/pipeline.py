@@ -22,6 +22,8 @@ from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
+from rar_jax.training.object_store import is_url
+from rar_jax.training.workdir import Workdir
 
 
 class Pipeline:
@@ -188,7 +190,7 @@ def load(
     A released file of RAR-B, L, XL or XXL brings the guidance that the authors sample it with, and ImageNet's class names.
 
     Args:
-      path_or_name: directory of `rar-jax run` or `rar-jax convert`; a RAR file (.bin, .pth, .safetensors); or the name of
+      path_or_name: directory of `rar-jax run`, also gs:// or s3://, or of `rar-jax convert`; a RAR file (.bin, .pth, .safetensors); or the name of
         a released one ("rar_b"), which is looked up in the Hugging Face cache.
       tokenizer: MaskGIT-VQ file; needed with a generator file, and the released one with a released name.
       mesh: devices to spread over (default: one).
@@ -209,6 +211,8 @@ def load(
     find_devices()
     dtype = None if dtype is None else matmul_dtype(jnp.dtype(dtype).name)
     require(mesh is None or isinstance(mesh, Mesh), f"mesh is {mesh!r}: give a jax.sharding.Mesh, as make_mesh does")
+    if is_url(path_or_name):
+        path_or_name = Workdir(path_or_name).fetch().path
     path = released.locate(path_or_name, download=download)
     if path.is_dir():
         require(tokenizer is None, f"{path} is a directory, which has its own tokenizer: leave tokenizer out")

@@ -109,6 +109,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
             "plan compiles with TPU's own compiler, which is not here: pip install 'rar_jax[tpu]'"
         ) from None
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks Google's metadata server what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: two plans at a time do no harm
     from jax.experimental import topologies
 
     slices: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}

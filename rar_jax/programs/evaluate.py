@@ -49,14 +49,18 @@ def score_samples(
     tokenizer: str | None = None,
     guidance: Guidance | None = None,
     dtype: str | None = None,
+    tensor: int = 1,
     download: bool = False,
     samples_npz: bool = False,
     shares: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Draws samples of a directory or released file and scores them; see `evaluate`."""
+    """Draws samples of a directory or released file and scores them; see `evaluate`.
+
+    tensor: devices that share one copy of the generator.
+    """
     _check_count(samples, "samples")
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(tensor=tensor))
     reference = read_reference(reference_path) if reference_path else None
     network = load_network(inception_path, mesh, settings)
     pipeline = load(weights, tokenizer=tokenizer, mesh=mesh, dtype=dtype, download=download)

@@ -28,12 +28,13 @@ def score_steps(
     reference_path: pathlib.Path | None = None,
     guidance: Guidance | None = None,
     dtype: str | None = None,
+    tensor: int = 1,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores the generator's checkpoints; what is done is not done again.
 
     Args:
-      steps: "all", or numbers with commas: "1000,2000".
+      steps: "all", or numbers with commas: "1000,2000". tensor: devices that share one copy of the generator.
 
     Writes out/step_<n>/ as `evaluate` does, out/steps.json, and best.json beside the checkpoints, so that a training that
     goes on keeps the best. Best is the lowest FID, or without a reference the highest Inception Score.
@@ -42,7 +43,7 @@ def score_steps(
     """
     folder = Workdir(workdir).checkpoints("generator")
     wanted = _wanted(folder, steps)
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(tensor=tensor))
     reference = read_reference(reference_path) if reference_path else None
     network = load_network(inception_path, mesh, settings)
     program = Program(network, mesh, settings, shift_of(reference))

@@ -17,18 +17,18 @@ def plan_text(report: Mapping[str, Any]) -> str:
         f"{report['config']} on {report['topology']}: {report['chips']} chips; {by}, jax {report['versions']['jax']}"
     ]
     if "train" in report:
-        lines += ["", f"training step, mesh {_mesh(report['mesh'])}", *_program(report["train"], compiled)]
+        lines += ["", f"training step, mesh {mesh_text(report['mesh'])}", *_program(report["train"], compiled)]
         lines += _rates(report["train"], compiled)
         remedy = report.get("remedy")
         if remedy:
-            lines += ["", f"it fits with {' '.join(remedy['flags'])}, mesh {_mesh(remedy['mesh'])}"]
+            lines += ["", f"it fits with {' '.join(remedy['flags'])}, mesh {mesh_text(remedy['mesh'])}"]
             lines += [*_program(remedy["train"], compiled), *_rates(remedy["train"], compiled)]
         elif "remedy" in report:
             lines += [
                 "  nothing that was tried makes it fit (remat, fsdp, accumulation): take more chips or larger ones"
             ]
     if sample := report.get("sample"):
-        lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {_mesh(sample['mesh'])}"]
+        lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {mesh_text(sample['mesh'])}"]
         lines += _program(sample, compiled)
         if sample["fits"]:
             lines.append(
@@ -37,7 +37,8 @@ def plan_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _mesh(mesh: Mapping[str, int]) -> str:
+def mesh_text(mesh: Mapping[str, int]) -> str:
+    """Axes and their sizes: "data 16 x fsdp 4 x tensor 1"."""
     return " x ".join(f"{name} {size}" for name, size in mesh.items())
 
 
@@ -45,12 +46,12 @@ def _program(told: Mapping[str, Any], compiled: bool) -> list[str]:
     if "why" in told:
         lines = [f"  does NOT fit: {told['why']}"]
         return (
-            [*lines, f"  parameters and optimizer alone are {_gib(told['state'])} a chip"] if "state" in told else lines
+            [*lines, f"  parameters and optimizer alone are {gib(told['state'])} a chip"] if "state" in told else lines
         )
     memory = told["memory"]
     lines = [
-        f"  {'fits' if told['fits'] else 'does NOT fit'}: peak {_gib(memory['peak'])} of {_gib(memory['available'])} a chip "
-        f"(arguments {_gib(memory['arguments'])}, temporaries {_gib(memory['temporaries'])})"
+        f"  {'fits' if told['fits'] else 'does NOT fit'}: peak {gib(memory['peak'])} of {gib(memory['available'])} a chip "
+        f"(arguments {gib(memory['arguments'])}, temporaries {gib(memory['temporaries'])})"
     ]
     if not compiled:
         return lines
@@ -83,7 +84,8 @@ def _rates(told: Mapping[str, Any], compiled: bool) -> list[str]:
     ]
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes as "1.50 GiB"."""
     return f"{size / GIB:.2f} GiB"
 
 

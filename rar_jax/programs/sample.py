@@ -69,17 +69,18 @@ def sample(
     guidance: Guidance | None,
     tokenizer: str | None = None,
     dtype: str | None = None,
+    tensor: int = 1,
     batch_size: int | None = None,
     download: bool = False,
     quiet: bool = False,
 ) -> None:
     """Writes out/<class>_<n>.png and out/grid.png, a row a class; all classes if `classes` is None.
 
-    Drawn on all devices of all processes; process 0 writes.
+    Drawn on all devices of all processes, of which `tensor` share one copy of the generator; process 0 writes.
     """
     require(per_class >= 1, f"--per-class is {per_class}: it must be at least 1")
     require(not out.exists() or out.is_dir(), f"--out {out} is not a folder: choose another")
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(tensor=tensor))
     pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, download=download, mesh=mesh)
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)

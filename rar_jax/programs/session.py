@@ -8,14 +8,15 @@ import pathlib
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.programs.machine import where
-from rar_jax.training.lease import Lease
+from rar_jax.training.lease import Lease, LeaseError
 from rar_jax.training.ledger import Ledger
+from rar_jax.training.object_store import Mirror, ObjectStoreError
 from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
@@ -24,16 +25,18 @@ from rar_jax.training.workdir import Workdir
 class Session:
     """`ledger`, `watch`, and `poll`, which long loops call. Without arguments nothing is written and nothing heard."""
 
-    def __init__(self, ledger: Ledger | None = None, watch: Watch | None = None, lease: Lease | None = None) -> None:
+    def __init__(
+        self, ledger: Ledger | None = None, watch: Watch | None = None, held: Sequence[Lease | Mirror] = ()
+    ) -> None:
         self.ledger = ledger or Ledger()
         self.watch = watch or Watch()
-        self._lease = lease
+        self._held = held
 
     def poll(self) -> None:
         """Raises Preempted if it is time to save and leave, on all processes at the same call, and LeaseError if another writer
         has come."""
-        if self._lease is not None:
-            self._lease.check()
+        for held in self._held:
+            held.check()
         if self.watch.reached():
             raise Preempted
 
@@ -52,24 +55,37 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
     Args:
       claim: makes the directory this experiment's; called when no other process can write there.
 
-    Raises: LeaseError if another run writes to the directory; what `claim` raises.
+    Raises: LeaseError if another run writes to the directory, ObjectStoreError if its bucket cannot be reached; what `claim` raises.
     """
     workdir.make()
-    lease: list[Lease] = []
-    from_main(lambda: lease.append(Lease(workdir.path, verb)))
+    held: list[Lease | Mirror] = []
     ledger = Ledger(workdir.path if is_main() else None)
     began = False
     reason = "an error"
+
+    def take() -> None:
+        held.append(Lease(workdir.path, verb))
+        if workdir.mirror is not None:
+            workdir.mirror.take(verb)
+            held.append(workdir.mirror)
 
     def leave(why: str, kind: str) -> None:
         if began:
             ledger.lap(kind)
             ledger.row("stop", reason=why)
-        for held in lease:
-            held.release()
+        with contextlib.ExitStack() as stack:
+            for one in held:  # the last first: the bucket gets what is left before the folder is let go of
+                stack.callback(one.release)
 
-    watch.on_leave = lambda: leave("preempted", "lost")
+    def leave_at_once() -> None:
+        try:
+            leave("preempted", "lost")
+        except (ObjectStoreError, LeaseError) as error:
+            print(f"rar-jax {verb}: {error}", file=sys.stderr, flush=True)
+
+    watch.on_leave = leave_at_once
     try:
+        from_main(take)
         claim()
         began = True
         # The run before may have been killed: its last rows, which this one is about to take back, say when it still lived.
@@ -81,7 +97,7 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
             "last_sign": max(signs, default=0.0),
         }
         ledger.row("start", verb=verb, command=_command(), **who, **where())
-        yield Session(ledger, watch, lease[0] if lease else None)
+        yield Session(ledger, watch, held)
         reason = "done"
     except Preempted:
         reason = "preempted"

@@ -19,6 +19,7 @@ from rar_jax.config import ConfigError, differences
 from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
 from rar_jax.training.checkpoint import write_json
+from rar_jax.training.object_store import Mirror, is_url
 from rar_jax.training.recipe import Recipe
 
 # What may differ between the starts of one run: where it runs, and what is done with the finished weights.
@@ -46,10 +47,12 @@ def without_added(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class Workdir:
-    """Paths of one work directory."""
+    """Paths of one work directory. mirror: of one in a bucket (object_store.py), whose `path` is the folder where the work is done."""
 
     def __init__(self, path: str | pathlib.Path) -> None:
-        self.path = pathlib.Path(path)
+        """Raises: ConfigError for a URL of no bucket."""
+        self.mirror = Mirror(str(path)) if is_url(path) else None
+        self.path = self.mirror.folder if self.mirror else pathlib.Path(path)
         self.config = self.path / "config.json"
         self.result = self.path / "result.json"
 
@@ -60,6 +63,17 @@ class Workdir:
     def tokens(self, split: str) -> pathlib.Path:
         """Folder of a split's token store."""
         return self.path / "tokens" / split
+
+    def fetch(self) -> Workdir:
+        """Brings the folder up to what the bucket has; process 0 does it. Raises: ObjectStoreError if it cannot be read."""
+        if self.mirror is not None:
+            from_main(self.mirror.pull)
+        return self
+
+    def send(self) -> None:
+        """Sends what was made beside a run, an evaluation's results, to the bucket if there is one."""
+        if self.mirror is not None:
+            from_main(self.mirror.add)
 
     def claim(self, config: dict[str, Any]) -> None:
         """Makes the directory this experiment's, or checks that it is. Until something was made, it can change hands.

@@ -18,7 +18,7 @@ from rar_jax.parallel import hlo
 from rar_jax.parallel.mesh import AXES
 from rar_jax.parallel.topology import parse_topology
 from rar_jax.programs import plan as plan_module
-from rar_jax.programs import plan_programs
+from rar_jax.programs import plan_programs, plan_search
 from rar_jax.programs.experiment import Experiment, resolve
 from rar_jax.programs.plan import plan, remedies_of
 from rar_jax.programs.plan_programs import DoesNotFitError
@@ -142,6 +142,47 @@ def test_only_a_full_memory_is_no_room() -> None:
         plan_programs.compile_lowered(Lowered("RESOURCE_EXHAUSTED: Ran out of memory on HBM: 93.01G\nmore"))  # pyright: ignore
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         plan_programs.compile_lowered(Lowered("INTERNAL: broken"))  # pyright: ignore
+
+
+# ---------------------------------------------------------------- search
+
+
+def test_search_ranks_the_meshes_that_could_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Digits with two heads, which cannot be cut in four, on 8 chips, as if its state did not fit on one."""
+    tried: list[tuple[int, ...]] = []
+
+    def planned(changed: Experiment, topology: Any, *, parts: Any, remedies: bool, say: Any) -> dict[str, Any]:
+        sizes = changed.mesh.data, changed.mesh.fsdp, changed.mesh.tensor
+        tried.append(sizes)
+        assert parts == ("train",) and not remedies and changed.train.batch_size == 8
+        seconds = {"all": 1 + abs(sizes[1] - 4) + sizes[2], "wire": 0.5}
+        rates = {"mfu": 0.25, "images_per_second": 8 / seconds["all"], "days": 1.0}
+        fits = {"fits": True, "memory": {"peak": 2**33, "available": 2**34}, "seconds": seconds, **rates}
+        head = {"config": "digits", "topology": str(topology), "chips": 8, "from": "compiler", "versions": {}}
+        train = {"fits": False, "why": "full"} if sizes == (1, 4, 2) else fits
+        return {**head, "mesh": dict(zip(AXES, sizes, strict=True)), "train": train}
+
+    monkeypatch.setattr(plan_search, "plan", planned)
+    monkeypatch.setattr(plan_search, "held_bytes", lambda _, mesh: 2**40 if mesh.shape["data"] == mesh.size else 2**20)
+    argv = [
+        "plan",
+        "--config",
+        "digits",
+        "--search",
+        *(f"--config.{x}" for x in SMALL),
+        "--config.generator.num_heads=2",
+    ]
+    assert cli.main([*argv, "--topology", "v5e:2x4"]) == 0
+    assert sorted(tried) == [(1, 4, 2), (1, 8, 1), (2, 2, 2), (2, 4, 1), (4, 1, 2), (4, 2, 1)]
+    rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows[:2] == ["data 2 x fsdp 4 x tensor 1", "data 4 x fsdp 2 x tensor 1"] and len(rows) == 6
+    assert rows[-1] == "data 1 x fsdp 4 x tensor 2"
+    # One chip, which does not hold it: nothing is compiled.
+    tried.clear()
+    assert cli.main([*argv, "--topology", "v5e:1x1"]) == 2
+    assert not tried and "no mesh of 1 chips holds digits" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- golden

@@ -114,7 +114,9 @@ def test_what_is_no_class_of_imagenet(text: str, problem: str) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def test_from_released_files_to_pictures(released_pair: Any, tmp_path: pathlib.Path) -> None:
+def test_from_released_files_to_pictures(
+    released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["sample", "--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--classes", "7,3"]
     argv += ["--per-class", "3", "--seed", "5", "--guidance", "2,1,1", "--batch-size", "2", "--out", tmp_path / "out"]
     assert cli.main([str(a) for a in argv]) == 0
@@ -125,6 +127,12 @@ def test_from_released_files_to_pictures(released_pair: Any, tmp_path: pathlib.P
     for name, image in zip(names, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), image)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in names} | {"grid.png"}
+    # Two devices share a copy of the generator: the same images.
+    shared = [*map(str, argv[:-1]), str(tmp_path / "shared"), "--tensor"]
+    assert cli.main([*shared, "2"]) == 0
+    for name in names:
+        assert (tmp_path / "shared" / f"{name}.png").read_bytes() == (tmp_path / "out" / f"{name}.png").read_bytes()
+    assert cli.main([*shared, "3"]) == 2 and "'tensor': 3} does not fit 4 devices" in capsys.readouterr().err
 
 
 def test_every_class_is_drawn_the_last_one_too(released_pair: Any, tmp_path: pathlib.Path) -> None:

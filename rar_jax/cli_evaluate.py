@@ -1,0 +1,85 @@
+"""The flags of `rar-jax evaluate` with Inception, read and checked: what cli.py hands on to programs/."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def parse_guidance(text: str | None) -> Any:
+    """Guidance of "SCALE[,POWER[,TEMPERATURE]]", None of nothing. Raises: ConfigError for what is neither."""
+    from rar_jax.config import ConfigError
+    from rar_jax.guidance import Guidance
+
+    try:
+        return Guidance(*(float(x) for x in text.split(","))) if text else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--guidance {text}: give SCALE[,POWER[,TEMPERATURE]] ({error})") from None
+
+
+def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
+    """Scores what the flags name; what is to be said of it."""
+    from rar_jax.config import ConfigError, build, load_experiment
+    from rar_jax.guidance import Guidance
+    from rar_jax.programs.evaluate import reference_of, score_images, score_samples, summary
+    from rar_jax.programs.evaluate_steps import score_steps, steps_table
+    from rar_jax.programs.reconstruct import reconstruct
+    from rar_jax.programs.scoring import Settings
+    from rar_jax.training.workdir import Workdir
+
+    if not args.inception:
+        raise ConfigError("give Inception's weights: --inception pt_inception-2015-12-05-6726825d.pth")
+    workdir = Workdir(args.workdir).fetch() if args.workdir else None
+    directory: Any = workdir and str(workdir.path)
+    weights = args.tokenizer or args.weights or directory
+    if args.reconstruction:
+        if not weights or not args.images or args.make_reference:
+            raise ConfigError("--reconstruction needs a tokenizer (--tokenizer FILE, or --workdir) and --images")
+    elif sum(x is not None for x in (args.weights, args.workdir, args.images, args.make_reference)) != 1:
+        raise ConfigError("give one of --weights, --workdir, --images and --make-reference")
+    if args.make_reference and args.reference:
+        raise ConfigError("--make-reference compares with nothing: leave --reference out")
+    if wrong := [x for x in overrides if not (args.config and x.startswith("guidance."))]:
+        raise ConfigError(f"--config.{wrong[0]}: with --inception only --config and --config.guidance.* are read")
+    if args.steps and (args.samples_npz or args.shares):
+        raise ConfigError("--samples-npz and --shares are of one checkpoint: leave --steps out")
+    if args.steps and not args.workdir:
+        raise ConfigError("--steps needs --workdir, whose checkpoints it means")
+    if args.image_size is not None and not (args.images or args.make_reference):
+        raise ConfigError("--image-size is of a source in --images or --make-reference")
+    out = args.out or (workdir and workdir.path / "evaluation")
+    if out is None:
+        raise ConfigError("give --out: where the result shall be written")
+    settings = Settings(
+        protocol=args.protocol, rounding=args.rounding, features=args.features, seed=args.seed,
+        batch_size=args.batch_size, chunk=args.chunk, neighbours=not args.no_neighbours,
+    )  # fmt: skip
+    guidance = parse_guidance(args.guidance)
+    if args.config and guidance is None:
+        section: Any = load_experiment(args.config, overrides).guidance
+        guidance = build(Guidance, section, where="config.guidance")
+    common: dict[str, Any] = {"settings": settings, "quiet": args.quiet}
+    theirs = {"split": args.split, "image_size": args.image_size}
+    compared = {"reference_path": args.reference, **common}
+    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "tensor": args.tensor, **compared}
+    if args.make_reference:
+        told = summary(reference_of(args.make_reference, args.inception, out, **theirs, **common))
+    elif args.reconstruction:
+        told = summary(
+            reconstruct(weights, args.images, args.inception, out, download=args.download, **theirs, **compared)
+        )
+    elif args.images:
+        told = summary(score_images(args.images, args.inception, out, **theirs, **compared))
+    elif args.steps:
+        assert workdir is not None
+        told = steps_table(score_steps(workdir.path, args.inception, out, steps=args.steps, **drawn))
+    else:
+        assert args.weights or directory
+        result = score_samples(
+            args.weights or directory, args.inception, out, tokenizer=args.tokenizer, download=args.download,
+            samples_npz=args.samples_npz, shares=args.shares, **drawn,
+        )  # fmt: skip
+        told = summary(result)
+    if workdir is not None:
+        workdir.send()
+    return told
