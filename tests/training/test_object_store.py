@@ -221,9 +221,10 @@ def test_a_bucket_that_is_not_there(machines: tuple[Machine, Machine]) -> None:
         machines[0].mirror("gs://missing/run").take("run")
 
 
+@pytest.mark.slow
 def test_killed_here_and_resumed_elsewhere(gs: dict[str, str], tmp_path: pathlib.Path) -> None:
     """kill -9, and the same command on a machine that has nothing but the bucket: the same bits as a run on a disk."""
-    steps = ("--config.classifier.train.steps=400", "--config.classifier.train.checkpoint_every=20")
+    steps = ("--config.classifier.train.steps=400", "--config.classifier.train.checkpoint_every=100")
     url = "gs://bucket/killed"
 
     def start(workdir: str, scratch: str) -> subprocess.Popen[str]:
