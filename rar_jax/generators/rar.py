@@ -287,6 +287,7 @@ def attention(config: Config, params: Params, tokens: jax.Array, labels: jax.Arr
     def is_q_or_k(module: nn.Module, _: str) -> bool:
         return module.name in ("q_norm", "k_norm")
 
+    seen: Any
     _, seen = RAR(config).apply(
         {"params": params}, tokens, labels, orders, capture_intermediates=is_q_or_k, mutable=["intermediates"]
     )

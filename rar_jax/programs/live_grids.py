@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -43,7 +44,7 @@ def _samples(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Draw:
 
     def draw(params: Any, labels_b: jax.Array, ids_b: jax.Array) -> jax.Array:
         models = experiment.generator, experiment.tokenizer
-        keys_b = sample_keys(np.uint32(experiment.seed), ids_b)
+        keys_b = sample_keys(jnp.uint32(experiment.seed), ids_b)
         return sample_images(*models, params, labels_b, keys_b, experiment.guidance)
 
     program = jax.jit(draw, out_shardings=replicated(mesh))

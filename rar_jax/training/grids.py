@@ -93,7 +93,7 @@ def _smaller(grid: Grid) -> Grid:
     rows, columns, height, width, channels = grid.images.shape
     if (largest := max(height, width)) <= SIDE:
         return grid
-    size = tuple(max(1, math.floor(n * SIDE / largest)) for n in (width, height))
+    size = (max(1, math.floor(width * SIDE / largest)), max(1, math.floor(height * SIDE / largest)))
 
     def one(cell: np.ndarray) -> np.ndarray:
         image = Image.fromarray(cell[..., 0] if channels == 1 else cell)

@@ -83,7 +83,7 @@ def goodput(rows: Sequence[Row], *, signs: Sequence[float] = (), now: float | No
     runs: dict[str, list[Row]] = {}
     for row in rows:
         runs.setdefault(row["run"], []).append(row)
-    spent = dict.fromkeys((*KINDS, "lost", "stopped"), 0.0)
+    spent: dict[str, float] = dict.fromkeys((*KINDS, "lost", "stopped"), 0.0)
     signs = [*signs, *(row["last_sign"] for row in rows if "last_sign" in row)]
     begins = [run[0]["time"] for run in runs.values()]
     ended: float | None = None
