@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
 
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError
-    from rar_jax.parallel import processes
+    from rar_jax.parallel import mesh, processes
     from rar_jax.training import preemption
 
     watch = preemption.Watch()
@@ -60,6 +60,7 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
     with watch.listening() if main_thread else contextlib.nullcontext():
         try:
             processes.start(args.coordinator_address, args.process_count, args.process_index)
+            mesh.find_devices()
         except (ConfigError, processes.ProcessError) as error:
             print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1

@@ -30,7 +30,10 @@ def execute(name: str, folder: pathlib.Path, environment: dict[str, str]) -> nbf
     """
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(folder)}})
-    return client.execute(env={**os.environ, **environment})
+    quiet = {
+        "PYTHONWARNINGS": "ignore:IProgress not found"
+    }  # progress bars of the hub's, as text where ipywidgets is not
+    return client.execute(env={**os.environ, **quiet, **environment})
 
 
 def write(name: str, notebook: nbformat.NotebookNode, folder: pathlib.Path, *, remark: str) -> pathlib.Path:
@@ -42,6 +45,9 @@ def write(name: str, notebook: nbformat.NotebookNode, folder: pathlib.Path, *, r
     resources = {"unique_key": name, "output_files_dir": files.name}
     body, resources = nbconvert.MarkdownExporter().from_notebook_node(notebook, resources)
     for path, content in resources["outputs"].items():
+        if not path.endswith(".png"):
+            (folder / path).write_bytes(content)
+            continue
         picture = Image.open(io.BytesIO(content)).convert("RGB").quantize(256)
         picture.save(folder / path, optimize=True)
     for other in NAMES:

@@ -76,12 +76,15 @@ def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
     try:
         import huggingface_hub
         import huggingface_hub.errors
+        import huggingface_hub.utils.logging
     except ImportError:
         raise ConfigError(
             f"{released.file} is not here. To download it: pip install 'rar_jax[hub]'; or get {where} yourself and "
             "give its path"
         ) from None
     hub = huggingface_hub
+    # What it warns of on the way is said by the one line below, if it comes to that.
+    hub.utils.logging.set_verbosity_error()
     try:
         path = pathlib.Path(hub.hf_hub_download(released.repository, released.file, local_files_only=True))
     except hub.errors.LocalEntryNotFoundError:

@@ -83,7 +83,7 @@ def test_training_leaves_a_work_directory(executed: dict[str, Any]) -> None:
     text = _text(notebook)
     assert "tokenizer  0.38 M parameters, 40 steps of 64" in text and "generator  0.71 M parameters" in text
     (told,) = (out.data["text/markdown"] for out in _outputs(notebook, "execute_result") if "text/markdown" in out.data)
-    for row in ("heldout_n360", "samples_n40", "untrained_n40"):
+    for row in ("heldout_n40", "samples_n40", "untrained_n40"):
         assert re.search(rf"\| {row} \| \d+\.\d\d\d \|", told), told
     headings = [out.data["text/markdown"] for out in _outputs(notebook, "display_data") if "text/markdown" in out.data]
     assert headings == ["generator, step 40"], "the live heading ends at the last step"
