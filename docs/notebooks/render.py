@@ -45,8 +45,7 @@ def write(name: str, notebook: nbformat.NotebookNode, folder: pathlib.Path, *, r
     resources = {"unique_key": name, "output_files_dir": files.name}
     body, resources = nbconvert.MarkdownExporter().from_notebook_node(notebook, resources)
     for path, content in resources["outputs"].items():
-        if not path.endswith(".png"):
-            (folder / path).write_bytes(content)
+        if path not in body:  # a JPEG of the same picture
             continue
         picture = Image.open(io.BytesIO(content)).convert("RGB").quantize(256)
         picture.save(folder / path, optimize=True)
