@@ -28,7 +28,7 @@ def committed(workdir: pathlib.Path) -> int:
     return good[0] if good else 0
 
 
-KILLS = [25, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+KILLS = [3, *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]) for n in (25, 200))]
 
 
 @pytest.mark.promise(
