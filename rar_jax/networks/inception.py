@@ -35,11 +35,23 @@ class Conv(nn.Module):
             "kernel", nn.initializers.he_normal(), (*self.size, x_byxd.shape[-1], self.width), x_byxd.dtype
         )
         bias_d = self.param("bias", nn.initializers.zeros, (self.width,), x_byxd.dtype)
-        if self.size == (1, 1):  # as a product: XLA's CPU convolution takes twice as long
-            y_byxd = jnp.einsum("byxd,de->byxe", x_byxd, kernel[0, 0], precision=_HIGHEST)
-        else:
-            y_byxd = self._convolve(x_byxd, kernel)
+        # XLA's CPU convolution takes twice as long as a product for 1x1, and for float64 it is a scalar loop.
+        as_products = self.size == (1, 1) or x_byxd.dtype == jnp.float64
+        y_byxd = self._products(x_byxd, kernel) if as_products else self._convolve(x_byxd, kernel)
         return nn.relu(y_byxd + bias_d[None, None, None, :])
+
+    def _products(self, x_byxd: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The pixels under the kernel side by side, then one product."""
+        sides = [0 if self.valid else k // 2 for k in self.size]
+        x_byxd = jnp.pad(x_byxd, ((0, 0), (sides[0], sides[0]), (sides[1], sides[1]), (0, 0)))
+        ends = [n - k + 1 for n, k in zip(x_byxd.shape[1:3], self.size, strict=True)]
+        under = [
+            x_byxd[:, dy : dy + ends[0] : self.stride, dx : dx + ends[1] : self.stride]
+            for dy in range(self.size[0])
+            for dx in range(self.size[1])
+        ]
+        flat = kernel.reshape(-1, self.width)
+        return jnp.einsum("byxd,de->byxe", jnp.concatenate(under, axis=-1), flat, precision=_HIGHEST)
 
     def _convolve(self, x_byxd: jax.Array, kernel: jax.Array) -> jax.Array:
         sides = [0 if self.valid else k // 2 for k in self.size]
