@@ -25,7 +25,7 @@ from rar_jax.sampling.sampler import Model, check_pair
 from rar_jax.training.recipe import Recipe
 from rar_jax.training.workdir import without_added
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "guidance", "evaluate", "mesh")
 

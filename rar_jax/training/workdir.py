@@ -51,10 +51,10 @@ class Workdir:
 
     def __init__(self, path: str | pathlib.Path) -> None:
         """Raises: ConfigError for a URL of no bucket."""
-        self.mirror = Mirror(str(path)) if is_url(path) else None
-        self.path = self.mirror.folder if self.mirror else pathlib.Path(path)
-        self.config = self.path / "config.json"
-        self.result = self.path / "result.json"
+        self.mirror: Mirror | None = Mirror(str(path)) if is_url(path) else None
+        self.path: pathlib.Path = self.mirror.folder if self.mirror else pathlib.Path(path)
+        self.config: pathlib.Path = self.path / "config.json"
+        self.result: pathlib.Path = self.path / "result.json"
 
     def checkpoints(self, stage: str) -> pathlib.Path:
         """Folder of a stage's checkpoints."""
