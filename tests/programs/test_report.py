@@ -13,7 +13,7 @@ from workdirs import CLASSES, NASTY, claimed, trained
 
 from rar_jax.cli import main
 from rar_jax.programs import report_tables
-from rar_jax.programs.report import read_run, report
+from rar_jax.programs.report import _names, read_run, report
 from rar_jax.programs.report_tables import curves
 from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
@@ -123,6 +123,45 @@ def test_what_is_no_work_directory(
 def test_three_are_too_many(finished: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", *3 * [str(finished)]]) == 2
     assert "3 work directories: give one, or two to compare" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- two of them
+
+
+def test_two_runs_are_told_apart_and_their_scores_are_in_one_row(tmp_path: pathlib.Path) -> None:
+    one, other = trained(tmp_path / "one" / "run"), trained(tmp_path / "other" / "run")
+    path = other / "evaluation" / "result.json"
+    told = json.loads(path.read_text())
+    told |= {"fid": 3.25, "n": 10000, "kid": 0.125, "made_from": {**told["made_from"], "seed": 4}}
+    path.write_text(json.dumps(told))
+    (other / "evaluation" / "step_9").mkdir()
+    (other / "evaluation" / "step_9" / "result.json").write_text('{"fid": 9.0}')  # of one of them only
+    data = data_of(report([one, other]).read_text())
+    assert [run["name"] for run in data["runs"]] == ["one/run", "other/run"]
+    own, inception = data["compared"]
+    assert own["file"] == "result.json" and own["numbers"] == [
+        ["fd_classifier samples_n40", 1.25, 1.25, 40, 40],
+        ["last_validation generator raster_loss", 0.5, 0.5, None, None],
+    ]
+    assert inception["file"] == "evaluation/result.json"
+    assert inception["numbers"] == [["fid", 2.5, 3.25, 50000, 10000], ["kid", None, 0.125, None, 10000]]
+    assert ["guidance", "scale 4, power 1.5", "scale 4, power 1.5"] in inception["conditions"]
+    assert [row for row in inception["conditions"] if row[1] != row[2]] == [["seed", "3", "4"]]
+    assert len(inception["conditions"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("/a/run", "/b/other"), ["run", "other"]),
+        (("/a/x/run", "/b/x/run"), ["a/x/run", "b/x/run"]),
+        (("/run", "/a/run"), ["/run", "a/run"]),
+        (("/a/run", "/a/run"), ["/a/run", "/a/run"]),
+        (("/a/run",), ["run"]),
+    ],
+)
+def test_names_tell_work_directories_apart(paths: tuple[str, ...], names: list[str]) -> None:
+    assert _names([pathlib.Path(path) for path in paths]) == names
 
 
 # ---------------------------------------------------------------- numbers

@@ -220,6 +220,8 @@ def test_two_work_directories_in_one_page(driver: Chrome, workdir: pathlib.Path,
         json.dumps({**row, "loss": 2 * row["loss"]}) if "loss" in (row := json.loads(line)) else line for line in rows
     ]
     (other / "metrics.jsonl").write_text("\n".join(doubled) + "\n")
+    for name, change in (("config.json", {"seed": 5}), ("evaluation/result.json", {"fid": 3.25, "n": 10000})):
+        (other / name).write_text(json.dumps(json.loads((other / name).read_text()) | change))
     driver.get(uri(report([workdir, other], tmp_path / "both.html")))
     wait(driver, lambda: find(driver, "#grids canvas"))
     hover(driver, "generator loss", 500, 1000)
@@ -228,7 +230,18 @@ def test_two_work_directories_in_one_page(driver: Chrome, workdir: pathlib.Path,
         for row in find(driver, '[data-panel="generator loss"] .tooltip tr[data-name="loss"]')
     ]
     assert len(values) == 2 and values[1] == pytest.approx(2 * values[0], rel=1e-5)
+    legend = [line.text for line in find(driver, '[data-panel="generator loss"] .legend span')]
+    assert legend == [f"{name}, {run}" for run in ("run", "other") for name in ("training", "held-out raster_loss")]
     assert len(find(driver, ".overview")) == 2 and len(find(driver, '.grid[data-stage="generator"]')) == 2
+    table = '.compared[data-file="evaluation/result.json"] tbody tr'
+    cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in find(driver, table)]
+    assert cells[0] == ["fid", "2.5", "3.25", "50000 | 10000"] and ["seed", "3", "3"] in cells
+    assert not find(driver, f"{table}.other"), "both were made alike"
+    rows = [row.text for row in find(driver, "#config tbody tr")]
+    seed = str(json.loads((workdir / "config.json").read_text())["seed"])
+    assert rows == [f"seed {seed} 5"], "what differs is all that is shown first"
+    find(driver, '#config input[type="checkbox"]')[0].click()
+    assert len(find(driver, "#config tbody tr")) > 50 and len(find(driver, "#config tbody tr.other")) == 1
     assert complaints(driver) == []
 
 
