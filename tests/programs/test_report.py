@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workdirs import CLASSES, NASTY, claimed, trained
+from PIL import Image
+from workdirs import CLASSES, NASTY, claimed, images, trained
 
 from rar_jax.cli import main
+from rar_jax.programs import report as report_module
 from rar_jax.programs import report_tables
 from rar_jax.programs.report import _names, read_run, report
 from rar_jax.programs.report_tables import curves
+from rar_jax.training.grids import Grid
 from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
+from rar_jax.training.report import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,36 @@ def test_what_is_damaged_is_said_and_the_rest_shown(tmp_path: pathlib.Path) -> N
         file.write("\n[1]\n")
     (problem,) = (text for text in read_run(path)["problems"] if "metrics" in text)
     assert "metrics.jsonl line" in problem and "delete that line" in problem
+
+
+def test_of_much_the_newest_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rows of a long ledger, each environment once, grids of the layout of the newest, large pictures as WebP."""
+    path = trained(tmp_path / "run")
+    book = Ledger(path)
+    for device in ("cpu", "cpu", "tpu"):
+        book.row("start", device=device, devices=1, processes=1, host="a", versions={"jax": "1"})
+    for step in (1, 2, 3):
+        book.row("saved", stage="generator", step=step)
+    with Reporter(path, "generator", total_steps=2000, quiet=True) as reporter:
+        reporter.grid("samples", Grid(images(2, 2, 1), ("a", "b"), ("",) * 2), 2000)
+    for name, pixels in (
+        ("samples", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)),
+        ("reconstructions", 8),
+    ):
+        Image.fromarray(np.full((64, 64, 3), pixels, np.uint8)).save(path / f"{name}.png")
+    monkeypatch.setattr(report_module, "LEDGER_ROWS", 2)
+    monkeypatch.setattr(report_module, "LARGE", 5000)
+    run = read_run(path)
+    assert run["ledger"]["of"] == 9 and [row["step"] for row in run["ledger"]["rows"]] == [2, 3]
+    assert [start["device"] for start in run["environment"]] == [
+        "cpu",
+        "cpu",
+        "tpu",
+    ]  # that of `trained` had other versions
+    grid = next(grid for grid in run["grids"] if grid["stage"] == "generator")
+    assert [shown["step"] for shown in grid["steps"]] == [2000] and grid["rows"] == ("a", "b")
+    kinds = {picture["name"]: picture["image"].partition(";")[0] for picture in run["pictures"]}
+    assert kinds == {"samples.png": "data:image/webp", "reconstructions.png": "data:image/png"}
 
 
 @pytest.mark.parametrize(

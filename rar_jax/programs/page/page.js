@@ -248,7 +248,7 @@ function gridViewer(grid) {
   }
   function start() {
     if (timer) { clearInterval(timer); timer = null; play.textContent = "play"; return; }
-    if (Number(slider.value) === grid.steps.length - 1) slider.value = -1;
+    if (Number(slider.value) === grid.steps.length - 1) { slider.value = 0; show(); }
     play.textContent = "stop";
     timer = setInterval(() => {
       slider.value = Number(slider.value) + 1;
