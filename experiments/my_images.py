@@ -17,36 +17,38 @@ Or fine-tuned from released weights, 256x256 pixels, on an accelerator (experime
         --config.tokenizer.weights=maskgit-vqgan-imagenet-f16-256.bin --config.init_from=rar_b.bin
 """
 
-from ml_collections import ConfigDict
+import ml_collections
 
 
-def get_config() -> ConfigDict:
+def get_config() -> ml_collections.ConfigDict:
     """Everything that the run is made of, but for data.source. There is no classifier to judge by: one class needs none."""
-    config = ConfigDict()
-    config.data = ConfigDict(dict(image_size=64, channels=3, num_classes=None, class_names=None, train_records=None))
-    config.tokenizer = ConfigDict(
+    config = ml_collections.ConfigDict()
+    config.data = ml_collections.ConfigDict(
+        dict(image_size=64, channels=3, num_classes=None, class_names=None, train_records=None)
+    )
+    config.tokenizer = ml_collections.ConfigDict(
         dict(
             name="maskgit_vq", image_size=64, base_width=32, width_multipliers=(1, 1, 2, 4), blocks_per_level=1,
             latent_width=32, codebook_size=512, restart_every=20, restart_until="60%",
         )
     )  # fmt: skip
-    config.tokenizer_train = ConfigDict(
+    config.tokenizer_train = ml_collections.ConfigDict(
         dict(
             steps=2000, batch_size=32, learning_rate=1e-3, warmup="5%", beta2=0.99, weight_decay=1e-4,
             eval_every=500, eval_records=512, checkpoint_every=250,
         )
     )  # fmt: skip
-    config.generator = ConfigDict(
+    config.generator = ml_collections.ConfigDict(
         dict(
             name="rar", num_tokens=64, codebook_size=512, width=128, depth=6, num_heads=4, mlp_width=512,
             dropout=0.1, attention_dropout=0.1, label_dropout=0.1, anneal_start="50%", anneal_end="75%",
         )
     )  # fmt: skip
-    config.train = ConfigDict(
+    config.train = ml_collections.ConfigDict(
         dict(
             steps=4000, batch_size=64, learning_rate=1e-3, warmup="10%", eval_every=500, eval_records=512,
             checkpoint_every=250,
         )
     )  # fmt: skip
-    config.guidance = ConfigDict(dict(scale=2.0, power=1.0, temperature=1.0))
+    config.guidance = ml_collections.ConfigDict(dict(scale=2.0, power=1.0, temperature=1.0))
     return config

@@ -9,28 +9,28 @@ but the rows of the classes, which start anew. A step costs what one of experime
 for an accelerator, and no number has been measured with it yet.
 """
 
-from ml_collections import ConfigDict
+import ml_collections
 
 
-def get_config() -> ConfigDict:
+def get_config() -> ml_collections.ConfigDict:
     """Everything that the run is made of, but for data.source."""
-    config = ConfigDict()
+    config = ml_collections.ConfigDict()
     config.precision = "bfloat16"
     config.init_from = "rar_b"
     # The paper's ten crops of each image; data.on_the_fly=True and crop="random" make still more of few images.
-    config.data = ConfigDict(
+    config.data = ml_collections.ConfigDict(
         dict(image_size=256, channels=3, num_classes=None, class_names=None, train_records=None, crop="ten")
     )
-    config.tokenizer = ConfigDict(
+    config.tokenizer = ml_collections.ConfigDict(
         dict(name="maskgit_vq", image_size=256, dtype="float32", weights="maskgit-vqgan-imagenet-f16-256")
     )
     # In raster order from the start: that is how the released weights ended.
-    config.generator = ConfigDict(
+    config.generator = ml_collections.ConfigDict(
         dict(name="rar", width=768, depth=24, num_heads=16, mlp_width=3072, anneal_start=0, anneal_end=0)
     )
-    config.train = ConfigDict(
+    config.train = ml_collections.ConfigDict(
         dict(steps=5000, batch_size=64, learning_rate=1e-4, warmup="10%", eval_every=500, checkpoint_every=500)
     )
-    config.guidance = ConfigDict(dict(scale=4.0, power=1.0, temperature=1.0))
-    config.evaluate = ConfigDict(dict(grid_per_class=4))
+    config.guidance = ml_collections.ConfigDict(dict(scale=4.0, power=1.0, temperature=1.0))
+    config.evaluate = ml_collections.ConfigDict(dict(grid_per_class=4))
     return config

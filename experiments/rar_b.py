@@ -6,31 +6,31 @@ The tokenizer is the released one (16 x 16 tokens an image, 1024 codes). Duratio
 62,500 steps of warm-up, annealing from step 125,000 to 187,500.
 """
 
-from ml_collections import ConfigDict
+import ml_collections
 
 
-def get_config() -> ConfigDict:
+def get_config() -> ml_collections.ConfigDict:
     """Everything that the run is made of; what is not here is the default of its dataclass, which is the paper's."""
-    config = ConfigDict()
+    config = ml_collections.ConfigDict()
     config.precision = "bfloat16"
-    config.data = ConfigDict(
+    config.data = ml_collections.ConfigDict(
         dict(
             source="tfds:imagenet2012", image_size=256, channels=3, num_classes=1000, class_names="imagenet",
             train_records=1_281_167,
         )
     )  # fmt: skip
-    config.tokenizer = ConfigDict(
+    config.tokenizer = ml_collections.ConfigDict(
         dict(name="maskgit_vq", image_size=256, dtype="float32", weights="maskgit-vqgan-imagenet-f16-256")
     )
-    config.generator = ConfigDict(
+    config.generator = ml_collections.ConfigDict(
         dict(
             name="rar", width=768, depth=24, num_heads=16, mlp_width=3072, anneal_start="50%", anneal_end="75%",
         )
     )  # fmt: skip
-    config.train = ConfigDict(
+    config.train = ml_collections.ConfigDict(
         dict(steps=250_000, batch_size=2048, warmup="25%", log_every=100, eval_every=5000, checkpoint_every=2500)
     )
-    config.guidance = ConfigDict(dict(scale=16.0, power=2.75, temperature=1.0))
-    config.evaluate = ConfigDict(dict(grid_per_class=4))
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.guidance = ml_collections.ConfigDict(dict(scale=16.0, power=2.75, temperature=1.0))
+    config.evaluate = ml_collections.ConfigDict(dict(grid_per_class=4))
+    config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     return config

@@ -192,14 +192,14 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         return
 
     from rar_jax.parallel.mesh import make_mesh
-    from rar_jax.programs.stages import check_weights
+    from rar_jax.programs.stages import check_start
 
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     if args.verb != "train":
         workdir.read_config()  # tokenize and evaluate need what another verb has made; they start nothing
     if args.verb == "train":
-        check_weights(experiment, workdir)
+        check_start(experiment, workdir)
     from rar_jax.programs.session import session
 
     with session(workdir, args.verb, watch, lambda: workdir.claim(experiment.resolved())) as around:

@@ -35,7 +35,7 @@ Steps = Annotated[int, "steps"]
 PREEMPTED = 75
 
 # Single values beside the sections; all have a default.
-TOP_LEVEL = ("seed", "precision", "init_from")
+TOP_LEVEL = ("seed", "precision", "init_from", "wandb")
 # Sections whose every field has a default.
 OPTIONAL_SECTIONS = ("guidance", "evaluate", "mesh")
 

@@ -49,11 +49,15 @@ class Pipeline:
     ) -> None:
         """The parameters are jax.Arrays that lie where they shall (on the mesh); see `load`."""
         check_pair(generator, tokenizer)
-        self.generator, self.tokenizer, self.mesh = generator, tokenizer, mesh
-        self.guidance = guidance or Guidance(0.0)
-        self.class_names = tuple(class_names) or tuple(str(i) for i in range(generator.config.num_classes))
+        self.generator: Model = generator
+        self.tokenizer: Model = tokenizer
+        self.mesh: Mesh | None = mesh
+        self.guidance: Guidance = guidance or Guidance(0.0)
+        self.class_names: tuple[str, ...] = tuple(class_names) or tuple(
+            str(i) for i in range(generator.config.num_classes)
+        )
         prepared = generator.module.prepare(generator.config, generator_params, dtype=dtype)
-        self.params = {"generator": prepared, "tokenizer": tokenizer_params}
+        self.params: dict[str, Any] = {"generator": prepared, "tokenizer": tokenizer_params}
         # On a mesh every process gets all images.
         self._at = replicated(mesh) if mesh is not None else None
         self._jitted = jax.jit(self.sample_fn, out_shardings=self._at)

@@ -356,6 +356,13 @@ def missing_package(at: Place) -> None:
     at.command(f"{RUN} -q", 1, run=in_a_process("sys.modules['tensorboardX'] = None"))
 
 
+@case("Installation", "Weights & Biases is missing")
+def missing_wandb(at: Place) -> None:
+    at.patch.setitem(sys.modules, "wandb", None)
+    at.command(f"{RUN} --config.wandb=digits -q", 2)
+    assert not pathlib.Path("runs").exists(), "it is said before anything is made"
+
+
 @case("Installation", "TPU's compiler is missing")
 def missing_libtpu(at: Place) -> None:
     at.patch.setitem(sys.modules, "libtpu", None)

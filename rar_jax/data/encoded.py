@@ -31,7 +31,7 @@ class Problems:
     KEPT = 1000
 
     def __init__(self) -> None:
-        self.total = 0
+        self.total: int = 0
         self.kept: list[tuple[str, str]] = []
 
     def add(self, name: str, reason: str) -> None:
@@ -75,8 +75,8 @@ class EncodedSource(ImageSource):
         class_names: Sequence[str],
         problems: Problems | None = None,
     ) -> None:
-        self.problems = problems if problems is not None else Problems()
-        self.listed = tuple(self.problems)
+        self.problems: Problems = problems if problems is not None else Problems()
+        self.listed: tuple[tuple[str, str], ...] = tuple(self.problems)
         listed = f" ({len(self.problems)} problems, the first: {first_of(self.problems)})" if self.problems else ""
         require(length > 0, f"{spec} holds no images{listed}")
         if view.image_size is None:
@@ -87,9 +87,10 @@ class EncodedSource(ImageSource):
             labels = labels.astype(np.int32)
         size, self._channels = view.image_size, view.channels or 3
         super().__init__(image_shape=(size, size, self._channels), class_names=class_names)
-        self.spec, self._length, self._labels = spec, length, labels
-        self.crop = view.crop or "center"
-        self.random_views = self.crop == "random"
+        self.spec: str = spec
+        self._length, self._labels = length, labels
+        self.crop: str = view.crop or "center"
+        self.random_views: bool = self.crop == "random"
         self._views = crops.NUM_CROPS if self.crop == "ten" else 1
         self._read = 0
         self._bad: set[int] = set()

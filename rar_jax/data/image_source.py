@@ -55,7 +55,7 @@ class ImageSource:
 
     def __init__(self, *, image_shape: tuple[int, int, int], class_names: Sequence[str]) -> None:
         self.image_shape = image_shape
-        self.class_names = tuple(class_names)
+        self.class_names: tuple[str, ...] = tuple(class_names)
 
     @property
     def num_classes(self) -> int:

@@ -36,8 +36,8 @@ class MixedSource:
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
         require(len(sources) == len(weights) > 0, f"{len(sources)} data sets have {len(weights)} weights")
-        self.sources = tuple(sources)
-        self.shares = period_shares(weights)
+        self.sources: tuple[Source, ...] = tuple(sources)
+        self.shares: tuple[int, ...] = period_shares(weights)
         self._ends = np.cumsum([len(source) for source in sources])
 
     def __len__(self) -> int:

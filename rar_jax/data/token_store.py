@@ -48,8 +48,8 @@ class TokenStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = pathlib.Path(folder)
-        self.card = _read_card(self.folder)
+        self.folder: pathlib.Path = pathlib.Path(folder)
+        self.card: dict[str, Any] = _read_card(self.folder)
         self.num_classes: int = self.card["num_classes"]
         self.class_names: tuple[str, ...] = tuple(self.card["class_names"])
         self.codebook_size: int = self.card["codebook_size"]
@@ -145,7 +145,7 @@ class Counts:
     """How many records there are of each class, int64 (c,), and of each crop, {"crop": number}."""
 
     def __init__(self, num_classes: int) -> None:
-        self.per_class = np.zeros(num_classes, np.int64)
+        self.per_class: np.ndarray = np.zeros(num_classes, np.int64)
         self.per_crop: dict[str, int] = {}
 
     def add(self, labels: np.ndarray, crops: np.ndarray) -> None:

@@ -74,7 +74,7 @@ class TokenStoreWriter:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        self.folder = pathlib.Path(folder)
+        self.folder: pathlib.Path = pathlib.Path(folder)
         if missing := [key for key in CARD_KEYS if key not in card]:
             raise StoreError(f"the card for {self.folder} lacks {', '.join(missing)}")
         if shard_records < 1 or source_records < 1:
@@ -82,15 +82,16 @@ class TokenStoreWriter:
         if (self.folder / "card.json").exists():
             raise StoreError(f"{self.folder} already holds a finished store: remove it or choose another folder")
         num_tokens = int(np.prod(card["grid"]))
-        self.dtype = record_dtype(num_tokens=num_tokens, codebook_size=card["codebook_size"])
+        self.dtype: np.dtype = record_dtype(num_tokens=num_tokens, codebook_size=card["codebook_size"])
         self.card: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             **json.loads(json.dumps(card)),  # as it will be read again: tuples are lists
             "num_tokens": num_tokens,
             "dtype": self.dtype["tokens"].base.name,
         }
-        self.source_records, self.shard_records = source_records, shard_records
-        self.num_shards = -(-source_records // shard_records)
+        self.source_records: int = source_records
+        self.shard_records: int = shard_records
+        self.num_shards: int = -(-source_records // shard_records)
         self._process = (process_index, process_count)
         self._written: dict[int, dict[str, Any]] = {}
         self._claim()
@@ -205,8 +206,9 @@ class Shard:
     """Takes the records of one shard. Made by `TokenStoreWriter.shard`."""
 
     def __init__(self, card: Mapping[str, Any], dtype: np.dtype, begin: int, end: int, where: str) -> None:
-        self.records = np.empty(end - begin, dtype)
-        self.seen = self.kept = 0
+        self.records: np.ndarray = np.empty(end - begin, dtype)
+        self.seen: int = 0
+        self.kept: int = 0
         self.bad: list[int] = []
         self.bad_per_crop: dict[str, int] = {}
         self._card, self._begin, self._where = card, begin, where

@@ -253,7 +253,7 @@ class SamplesWriter:
     """
 
     def __init__(self, path: Path, *, num: int, height: int, width: int) -> None:
-        self.path = pathlib.Path(path)
+        self.path: pathlib.Path = pathlib.Path(path)
         self._shape = (num, height, width, 3)
         if min(self._shape) < 1:
             raise ReferenceFileError(f"{self.path}: {num} images of {height} x {width} pixels cannot be written")

@@ -55,7 +55,8 @@ class Totals:
     """Sums over chunks, float64 on the host, and those of each split of the Inception Score by itself."""
 
     def __init__(self, split_size: int = inception_score.SPLIT_SIZE) -> None:
-        self.done, self.split_size = 0, split_size
+        self.done: int = 0
+        self.split_size: int = split_size
         self._moments: tuple[Moments, Moments] | None = None
         self.splits: list[SplitSums] = []
 

@@ -100,13 +100,13 @@ class RAR(nn.Module):
         def table(name: str, rows: int, init: Any = INIT) -> Any:
             return self.param(name, nn.with_logical_partitioning(init, (None, None)), (rows, c.width), jnp.float32)
 
-        self.cls_token = table("cls_token", 1, nn.initializers.zeros)
+        self.cls_token: Any = table("cls_token", 1, nn.initializers.zeros)
         # Rows: 0..v-1 codes, v a mask row that is never used, v+1.. classes, the last one the null class.
-        self.embeddings = table("embeddings", c.codebook_size + 1 + c.num_classes + 1)
-        self.pos_embed = table("pos_embed", c.num_tokens + 2)
-        self.target_aware_pos_embed = table("target_aware_pos_embed", c.num_tokens + 2)
-        self.timesteps_embeddings = table("timesteps_embeddings", c.num_tokens + 2)
-        self.transformer = Transformer(
+        self.embeddings: Any = table("embeddings", c.codebook_size + 1 + c.num_classes + 1)
+        self.pos_embed: Any = table("pos_embed", c.num_tokens + 2)
+        self.target_aware_pos_embed: Any = table("target_aware_pos_embed", c.num_tokens + 2)
+        self.timesteps_embeddings: Any = table("timesteps_embeddings", c.num_tokens + 2)
+        self.transformer: Transformer = Transformer(
             c.depth,
             c.num_heads,
             c.mlp_width,
@@ -117,9 +117,9 @@ class RAR(nn.Module):
             c.unroll,
             self.dtype,
         )
-        self.final_adaln = Dense((2, c.width), ("width", None, "modulation"), self.dtype, zero=True)
-        self.final_norm = layer_norm(self.dtype, "final_norm", affine=False)
-        self.lm_head = Dense((c.codebook_size,), ("width", "codes"), jnp.dtype("float32"))
+        self.final_adaln: Dense = Dense((2, c.width), ("width", None, "modulation"), self.dtype, zero=True)
+        self.final_norm: nn.LayerNorm = layer_norm(self.dtype, "final_norm", affine=False)
+        self.lm_head: Dense = Dense((c.codebook_size,), ("width", "codes"), jnp.dtype("float32"))
 
     def __call__(self, tokens_bn: jax.Array, labels_b: jax.Array, orders_bn: jax.Array) -> jax.Array:
         """Teacher-forced logits (b, n, v) float32: row i predicts the token at raster place orders[:, i]."""

@@ -20,7 +20,8 @@ class LazyArray:
 
     def __init__(self, shape: tuple[int, ...], parts: Sequence[Callable[[], np.ndarray]], *, stacked: bool) -> None:
         """parts: read the array itself or, if `stacked`, each row along the first dimension."""
-        self.shape, self.dtype = shape, np.dtype(np.float32)
+        self.shape: tuple[int, ...] = shape
+        self.dtype: np.dtype = np.dtype(np.float32)
         self._parts, self._stacked = parts, stacked
 
     def __getitem__(self, index: Any) -> np.ndarray:

@@ -34,7 +34,7 @@ from rar_jax.programs.train import compile_training
 from rar_jax.sampling.sampler import Model, sample_images, sample_keys
 
 # What each bench can be told besides the batch size.
-READS = {
+READS: dict[str, tuple[str, ...]] = {
     "sample": ("dtype", "decode"),
     "train": ("dtype",),
     "evaluate": ("whole",),

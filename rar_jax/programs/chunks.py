@@ -43,7 +43,7 @@ class ChunkStore:
         """what: everything that the sums depend on, as JSON. keep: names of the arrays that every chunk leaves here."""
         self.keep = keep
         text = json.dumps({**what, "keep": keep}, sort_keys=True)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder: pathlib.Path = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
         def make() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)

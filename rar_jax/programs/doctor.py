@@ -23,7 +23,10 @@ SHOWN = (
 LEAST_DISK = 1 << 30  # bytes free; below that the next checkpoints of anything but a toy do not fit
 
 # Where a driver shows itself, as globs: what jax should then see.
-DEVICE_FILES = {"gpu": ("/dev/nvidia[0-9]*",), "tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")}
+DEVICE_FILES: dict[str, tuple[str, ...]] = {
+    "gpu": ("/dev/nvidia[0-9]*",),
+    "tpu": ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"),
+}
 EXTRA = {"gpu": "cuda12", "tpu": "tpu"}
 
 

@@ -25,7 +25,7 @@ from rar_jax.sampling.sampler import Model, check_pair
 from rar_jax.training.recipe import Recipe
 from rar_jax.training.workdir import without_added
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "guidance", "evaluate", "mesh")
 
@@ -126,10 +126,12 @@ class _Globals:
     seed: int = 0
     precision: str = "float32"
     init_from: str | None = None
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
         require(self.init_from != "", "init_from is empty: give a file, a directory or None")
+        require(self.wandb != "", "wandb is empty: give the name of a project of Weights & Biases, or None")
         require(self.precision in ("float32", "bfloat16"), f"precision is '{self.precision}': float32 or bfloat16")
 
 
@@ -138,7 +140,7 @@ class Experiment:
     """All of an experiment, checked.
 
     tokenizer_weights: file of a finished tokenizer, instead of a recipe to train one. classifier: None where none is
-    trained; there is then no fd_classifier. init_from: weights that the generator starts from (fine-tuning).
+    trained; there is then no fd_classifier. init_from: weights that the generator starts from (fine-tuning). wandb: a project.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Experiment:
     evaluate: Evaluate
     mesh: MeshConfig
     seed: int
+    wandb: str | None
 
     def resolved(self) -> dict[str, Any]:
         """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None, or came later."""
@@ -259,6 +262,7 @@ def resolve(config: Any, name: str) -> Experiment:
         evaluate=build(Evaluate, config.get("evaluate", {}), where="config.evaluate"),
         mesh=build(MeshConfig, config.get("mesh", {}), where="config.mesh"),
         seed=everywhere.seed,
+        wandb=everywhere.wandb,
     )
 
 

@@ -47,12 +47,13 @@ class Scorer:
     """Holds what scoring needs: tokenizer, classifier, training images and their feature statistics."""
 
     def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
-        self.experiment, self.mesh = experiment, mesh
+        self.experiment: Experiment = experiment
+        self.mesh: Mesh = mesh
         self.judge: classifier.Config = experiment.model("classifier").config
-        self.tokenizer_params, self.classifier_params = (
-            trained_params(experiment, stage, workdir, mesh)[0] for stage in ("tokenizer", "classifier")
-        )
-        self.train, self.heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
+        self.tokenizer_params: Any = trained_params(experiment, "tokenizer", workdir, mesh)[0]
+        self.classifier_params: Any = trained_params(experiment, "classifier", workdir, mesh)[0]
+        self.train: ImageSource = open_source(experiment, "train")
+        self.heldout: ImageSource = open_source(experiment, "heldout")
         self._train_images = place(_all_images(self.train), replicated(mesh))
         features = jax.jit(
             lambda p, x: classifier.features(self.judge, p, x)["features"], out_shardings=replicated(mesh)
@@ -63,7 +64,8 @@ class Scorer:
                 for i in range(0, len(self.train), 1000)
             ]
         ).astype(np.float64)
-        self.mean, self.cov = train_nf.mean(axis=0), np.cov(train_nf, rowvar=False)
+        self.mean: np.ndarray = train_nf.mean(axis=0)
+        self.cov: np.ndarray = np.cov(train_nf, rowvar=False)
         self._shift = jnp.asarray(self.mean, jnp.float32)
         self._root = jax.jit(frechet.distance_of_sums)
         self._score_samples = jax.jit(self._scan_samples, out_shardings=replicated(mesh))

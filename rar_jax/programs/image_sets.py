@@ -64,9 +64,9 @@ class FolderImages:
     """Image files of a folder and its subfolders. Reading one of another size, or a damaged one, is a ConfigError."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self.name = str(folder)
+        self.name: str = str(folder)
         self._paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        self.num = len(self._paths)
+        self.num: int = len(self._paths)
         if not self._paths:
             raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
         self._size: tuple[int, int] | None = None
@@ -102,7 +102,9 @@ class NpzImages:
     """`arr_0` of an ADM file, read in order without holding it whole."""
 
     def __init__(self, file: ImageFile) -> None:
-        self.name, self.num, self._file = str(file.path), file.num, file
+        self.name: str = str(file.path)
+        self.num: int = file.num
+        self._file = file
         self._rows: Iterator[np.ndarray] = iter(())
         self._at = -1
 
@@ -124,7 +126,9 @@ class SourceImages:
     """The images of a split of a source of data/. Reading one that cannot be decoded is a ConfigError."""
 
     def __init__(self, name: str, source: ImageSource) -> None:
-        self.name, self.num, self._source = name, len(source), source
+        self.name: str = name
+        self.num: int = len(source)
+        self._source = source
 
     def read(self, start: int, count: int) -> np.ndarray:
         """uint8 (count, y, x, c)."""

@@ -21,7 +21,7 @@ from PIL import Image
 import rar_jax
 from rar_jax.config import ConfigError, require
 from rar_jax.programs.inspect_workdir import inspect_workdir
-from rar_jax.programs.report_tables import curves, flat, scores
+from rar_jax.programs.report_tables import curves, flat, scores, side_by_side
 from rar_jax.training import grids, ledger
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
@@ -46,8 +46,11 @@ def report(workdirs: Sequence[str | pathlib.Path], out: pathlib.Path | None = No
     out = out or pathlib.Path(workdirs[0]) / "report.html"
     require(not out.is_dir(), f"--out {out} is a folder: give a file, such as {out / 'report.html'}")
     runs = [read_run(pathlib.Path(path)) for path in workdirs]
+    for run, name in zip(runs, _names([pathlib.Path(path).resolve() for path in workdirs]), strict=True):
+        run["name"] = name
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    text = page({"made": made, "version": rar_jax.__version__, "runs": runs})
+    compared = side_by_side(*(run["scores"] for run in runs)) if len(runs) > 1 else []
+    text = page({"made": made, "version": rar_jax.__version__, "runs": runs, "compared": compared})
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(out)
@@ -82,7 +85,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
         metrics = []
     events = ledger.read(path)
     run = {
-        "name": path.resolve().name,
+        "name": path.resolve().name,  # `report` says more of two that have the same
         "path": str(path),
         "summary": summary,
         "state": _state(summary),
@@ -96,6 +99,16 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
         "problems": problems,
     }
     return {**run, "notes": _notes(run)}
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
+    """As much of the ends of absolute paths as tells them apart."""
+    names = [path.name for path in paths]
+    for parts in range(2, max(len(path.parts) for path in paths) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = [str(pathlib.Path(*path.parts[-parts:])) for path in paths]
+    return names
 
 
 def _state(summary: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,24 @@ def scores(workdir: pathlib.Path, problems: list[str]) -> list[dict[str, Any]]:
             problems.append(f"{path} cannot be read ({error}): remove it, and run the same command again")
             continue
         found.append({"file": str(path.relative_to(workdir)), **_score(result)})
+    return found
+
+
+def side_by_side(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The scores (of `scores`) that two work directories have in files of the same name, both values in one row.
+
+    Returns: {"file", "numbers": [[name, value, value, n, n], ...], "conditions": [[column, text, text], ...]} of each file; None
+      where a run has no such number.
+    """
+    found = []
+    for pair in ((a, b) for a in one for b in other if a["file"] == b["file"]):
+        rows: dict[str, list[Any]] = {}
+        for i, score in enumerate(pair):
+            for name, value, n in score["numbers"]:
+                row = rows.setdefault(name, [name, None, None, None, None])
+                row[1 + i], row[3 + i] = value, n
+        conditions = [[column, *(score["conditions"][column] for score in pair)] for column, _ in CONDITIONS]
+        found.append({"file": pair[0]["file"], "numbers": list(rows.values()), "conditions": conditions})
     return found
 
 

@@ -25,7 +25,7 @@ from rar_jax.programs.fd_classifier import evaluate
 from rar_jax.programs.machine import where
 from rar_jax.programs.scoring import Settings
 from rar_jax.programs.session import Session, session
-from rar_jax.programs.stages import check_weights, finished
+from rar_jax.programs.stages import check_start, finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
 from rar_jax.training.checkpoint import write_json
@@ -51,7 +51,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch:
     )
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
-    check_weights(experiment, workdir)
+    check_start(experiment, workdir)
     with session(workdir, "run", watch or Watch(), lambda: workdir.claim(experiment.resolved())) as around:
         _run(experiment, workdir, mesh, around, quiet)
 
@@ -145,7 +145,7 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
     pairs(originals, reconstructed, workdir.path / "reconstructions.png")
     curves(read_metrics(workdir.path), workdir.path / "curves.png")
-    with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True) as reporter:
+    with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as reporter:
         for name in PICTURES:
             reporter.image(name.removesuffix(".png"), np.asarray(Image.open(workdir.path / name).convert("RGB")), 0)
 

@@ -88,9 +88,10 @@ class Program:
     """
 
     def __init__(self, network: Network, mesh: Mesh, settings: Settings, shift: Shift | None) -> None:
-        self.mesh, self.settings = mesh, settings
+        self.mesh: Mesh = mesh
+        self.settings: Settings = settings
         zero = Shift(np.zeros(sums.POOL3, np.float32), np.zeros(sums.SPATIAL, np.float32))
-        self.shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift or zero)
+        self.shift: Shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift or zero)
         at = replicated(mesh)
         self._dtype = np.dtype(settings.features)
         self._network = network

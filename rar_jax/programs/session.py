@@ -28,8 +28,8 @@ class Session:
     def __init__(
         self, ledger: Ledger | None = None, watch: Watch | None = None, held: Sequence[Lease | Mirror] = ()
     ) -> None:
-        self.ledger = ledger or Ledger()
-        self.watch = watch or Watch()
+        self.ledger: Ledger = ledger or Ledger()
+        self.watch: Watch = watch or Watch()
         self._held = held
 
     def poll(self) -> None:

@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from rar_jax.config import ConfigError, differences, require, to_dict
 from rar_jax.interop.released import locate
 from rar_jax.interop.weights import Weights, open_weights
+from rar_jax.parallel.processes import is_main
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.programs.experiment import Experiment
 from rar_jax.sampling.sampler import Model
 from rar_jax.training.checkpoint import CheckpointError, good_step, load_params, read_meta, save_params
 from rar_jax.training.workdir import Workdir
+from rar_jax.training.writers import wandb_package
 
 STAGES = ("tokenizer", "classifier", "generator")
 
@@ -58,11 +60,13 @@ def model_shardings(model: Model, mesh: Mesh) -> Any:
     return param_shardings(model.module.axes(model.config), shapes, mesh)
 
 
-def check_weights(experiment: Experiment, workdir: Workdir) -> None:
-    """Looks at names and shapes of the weights that a run starts from, before it makes anything.
+def check_start(experiment: Experiment, workdir: Workdir) -> None:
+    """Looks at names and shapes of the weights that a run starts from, and for whom it shall tell, before it makes anything.
 
-    Raises: ConfigError if they cannot be made to fit; what `open_weights` raises.
+    Raises: ConfigError if they cannot be made to fit, or a package is missing; what `open_weights` raises.
     """
+    if experiment.wandb is not None and is_main():
+        wandb_package()
     if experiment.tokenizer_weights and good_step(workdir.checkpoints("tokenizer")) is None:
         _given_tokenizer(experiment)
     if experiment.init_from and good_step(workdir.checkpoints("generator")) is None:

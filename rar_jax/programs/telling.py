@@ -34,7 +34,7 @@ class Telling:
         self._stage, self._recipe, self._reporter, self._session = stage, recipe, reporter, session
         self._validate, self._scorers, self._draw = validate, scorers, draw
         self._skipped = int(state["guard"]["skipped"])
-        self.bad_in_a_row = int(state["guard"]["in_a_row"])
+        self.bad_in_a_row: int = int(state["guard"]["in_a_row"])
         self.shown: dict[str, float] = {}
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ from rar_jax.training.workdir import Workdir
 BATCH = 256
 # The crops of each way to cut an image, in the order of their ids.
 _FIVE = ("upper left", "upper right", "lower left", "lower right", "center")
-CROPS = {
+CROPS: dict[str, tuple[str, ...]] = {
     "pad": ("whole image",),
     "center": ("center",),
     "ten": (*_FIVE, *(f"{name}, mirrored" for name in _FIVE)),

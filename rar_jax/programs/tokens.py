@@ -18,7 +18,7 @@ from rar_jax.programs.tokenize import tokenized
 from rar_jax.training.checkpoint import CheckpointError
 from rar_jax.training.workdir import Workdir
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def open_tokens(experiment: Experiment, workdir: Workdir, split: Split) -> Source:

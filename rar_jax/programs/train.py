@@ -265,7 +265,9 @@ def train(
         draw = live_grid(experiment, stage, workdir, mesh)
 
         # ---- what is told
-        reporter = stack.enter_context(Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet))
+        reporter = stack.enter_context(
+            Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet, wandb=experiment.wandb)
+        )
         reporter.resume_from(start)
         telling = Telling(stage, recipe, reporter, session, state, validate, scorers, draw)
 

@@ -35,7 +35,7 @@ from rar_jax.parallel.processes import from_main, is_main
 MANIFEST = "manifest.json"
 BEST = "best.json"
 MOST_FAILURES = 3  # saves in a row that a full disk may cost
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -223,7 +223,8 @@ class Checkpointer:
         verify: bool = False,
         on_full_disk: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.folder, self._verify, self._on_full_disk = folder, verify, on_full_disk
+        self.folder: pathlib.Path = folder
+        self._verify, self._on_full_disk = verify, on_full_disk
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),

@@ -25,7 +25,7 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 LOOK_SECONDS = 0.5
 NAME = ".lease.json"
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class LeaseError(RuntimeError):
@@ -39,7 +39,7 @@ class Lease:
     """
 
     def __init__(self, folder: pathlib.Path, verb: str) -> None:
-        self.path = folder / NAME
+        self.path: pathlib.Path = folder / NAME
         self._nonce = secrets.token_hex(8)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._text = json.dumps({"nonce": self._nonce, **this_process(), "verb": verb, "since": since})

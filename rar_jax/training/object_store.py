@@ -40,7 +40,7 @@ PUSH = "RAR_JAX_PUSH_SECONDS"  # between two looks for what is new in the folder
 RETRIES = 6  # of a request, within half a minute
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # and TensorStore's names of them
 _SELF = ("nonce", "host", "pid", "started")
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class ObjectStoreError(RuntimeError):
@@ -64,7 +64,8 @@ class Mirror:
             )
         scheme, bucket, path = parts.groups()
         scratch = os.environ.get(SCRATCH) or pathlib.Path.home() / ".cache" / "rar_jax"
-        self.url, self.folder = f"{scheme}://{bucket}/{path}", pathlib.Path(scratch) / scheme / bucket / path
+        self.url: str = f"{scheme}://{bucket}/{path}"
+        self.folder: pathlib.Path = pathlib.Path(scratch) / scheme / bucket / path
         driver = SCHEMES[scheme]
         spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
         spec["context"] = {f"{driver}_request_retries": {"max_retries": RETRIES}}

@@ -44,7 +44,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.on_leave: Callable[[], None] = lambda: None
-        self.noticed = False
+        self.noticed: bool = False
         self._saving = False
         self._signals = 0
         self._asked = 0  # the last number that JAX was asked for

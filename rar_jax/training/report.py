@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, grids of images and TensorBoard for later, one progress line for now.
+"""What a run tells: metrics.jsonl, grids of images and TensorBoard (writers.py) for later, one progress line for now.
 
 Process 0 of a run tells; a Reporter of another process does nothing. Rows of metrics.jsonl are {"stage", "step", "time", ...}: time
 is seconds since 1970, every other value a finite number or null.
@@ -21,16 +21,16 @@ import numpy as np
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
 
 from rar_jax.parallel.processes import is_main
 from rar_jax.training import grids
+from rar_jax.training.writers import TensorBoard, WandB, Writer
 
 T = TypeVar("T")
 Row = dict[str, Any]
 
 PLAIN_SECONDS = 10.0  # between lines when the output is a file
-CELL = 48  # pixels that an image has at least in TensorBoard
+CELL = 48  # pixels that an image has at least in TensorBoard and Weights & Biases
 RATE_WINDOW = 30  # calls over which the rate is taken, so that it follows a change of speed
 
 
@@ -42,16 +42,26 @@ class Reporter:
       stage: name in the rows and folder under tensorboard/.
       total_steps: where the progress line ends.
       quiet: print nothing; files are written all the same.
+      wandb: project of Weights & Biases that is told the same as TensorBoard; None is none.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], stage: str, *, total_steps: int, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        stage: str,
+        *,
+        total_steps: int,
+        quiet: bool = False,
+        wandb: str | None = None,
+    ) -> None:
         self.stage = stage
         self._tells = is_main()
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._jsonl = self._workdir / "metrics.jsonl"
         self._line = _Line(stage, total_steps, "steps", quiet)
-        self._writer: Any = None
+        self._quiet, self._wandb = quiet, wandb
+        self._open: list[Writer] = []
         self._purge_step: int | None = None
         # A killed process may have left half a line, which the next row would be glued to.
         self._rewrite(lambda row: True)
@@ -63,9 +73,8 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._line.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        while self._open:
+            self._open.pop().close()
 
     def resume_from(self, step: int) -> None:
         """Forgets rows and grids of this stage after `step`: a crash leaves some ahead of the last checkpoint.
@@ -85,14 +94,14 @@ class Reporter:
         row = {"stage": self.stage, "step": int(step), "time": round(time.time(), 3), **finite}
         with open(self._jsonl, "a", encoding="utf-8") as file:  # closing flushes: a killed run keeps its rows
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        for name, value in finite.items():
-            if value is not None:
-                self._tensorboard().add_scalar(name, value, int(step))
+        for writer in self._writers():
+            writer.scalars({name: value for name, value in finite.items() if value is not None}, int(step))
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Shows a uint8 (height, width, 1 or 3) image in TensorBoard."""
         if self._tells:
-            self._tensorboard().add_image(name, image, int(step), dataformats="HWC")
+            for writer in self._writers():
+                writer.image(name, image, int(step))
 
     def grid(self, name: str, grid: grids.Grid, step: int) -> None:
         """Keeps a grid for the report (grids.py) and shows it in TensorBoard, small cells enlarged."""
@@ -106,11 +115,12 @@ class Reporter:
         """Redraws the progress line: `step` of the total are done, and these numbers are the last known."""
         self._line.update(step, **shown)
 
-    def _tensorboard(self) -> Any:
-        if self._writer is None:  # made late, since only here is it known whether the stage resumed
-            folder = self._workdir / "tensorboard" / self.stage
-            self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=self._purge_step)
-        return self._writer
+    def _writers(self) -> Sequence[Writer]:
+        if not self._open:  # made late, since only here is it known whether the stage resumed
+            self._open.append(TensorBoard(self._workdir / "tensorboard" / self.stage, self._purge_step))
+            if self._wandb is not None:
+                self._open.append(WandB(self._workdir, self.stage, self._wandb, quiet=self._quiet))
+        return self._open
 
     def _rewrite(self, keep: Callable[[Row], bool]) -> None:
         """Keeps these rows and whole lines only; readers see the old file or the new one."""

@@ -3,7 +3,7 @@
 config.json           the resolved experiment that this directory belongs to
 checkpoints/<stage>/  stages: tokenizer, classifier, generator
 tokens/<split>/       token stores: train, heldout
-metrics.jsonl, ledger.jsonl, tensorboard/<stage>/, *.png, result.json
+metrics.jsonl, ledger.jsonl, tensorboard/<stage>/, wandb/, wandb.json, *.png, result.json
 grids/<stage>/        samples and reconstructions as the training went on
 dump/<stage>/         what a training that gave up leaves for a person
 .lease.json           who writes here now
@@ -22,8 +22,8 @@ from rar_jax.training.checkpoint import write_json
 from rar_jax.training.object_store import Mirror, is_url
 from rar_jax.training.recipe import Recipe
 
-# What may differ between the starts of one run: where it runs, and what is done with the finished weights.
-FREE_SECTIONS = ("mesh", "guidance", "evaluate")
+# What may differ between the starts of one run: where it runs, what is done with the finished weights, and who is told.
+FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
 # What came later than work directories, and what it is where config.json does not say it: a directory that was made before is
 # still its run's. A key that is added to a section of an experiment goes in here.
 _RECIPE = {key: getattr(Recipe, key) for key in ("spike_sigmas", "most_skips", "most_rewinds", "verify_saves")}
@@ -51,10 +51,10 @@ class Workdir:
 
     def __init__(self, path: str | pathlib.Path) -> None:
         """Raises: ConfigError for a URL of no bucket."""
-        self.mirror = Mirror(str(path)) if is_url(path) else None
-        self.path = self.mirror.folder if self.mirror else pathlib.Path(path)
-        self.config = self.path / "config.json"
-        self.result = self.path / "result.json"
+        self.mirror: Mirror | None = Mirror(str(path)) if is_url(path) else None
+        self.path: pathlib.Path = self.mirror.folder if self.mirror else pathlib.Path(path)
+        self.config: pathlib.Path = self.path / "config.json"
+        self.result: pathlib.Path = self.path / "result.json"
 
     def checkpoints(self, stage: str) -> pathlib.Path:
         """Folder of a stage's checkpoints."""

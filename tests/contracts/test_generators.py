@@ -88,6 +88,21 @@ def test_samples_are_within_the_spec(generator: ModuleType, guidance: Guidance) 
     np.testing.assert_array_equal(tokens, again)
 
 
+def test_given_tokens_stay_and_a_sample_does_not_depend_on_its_batch(generator: ModuleType) -> None:
+    config = generator.TINY
+    params = nonzero(generator.init(config, jax.random.key(0)))
+    labels, keys = jnp.asarray([0, 1, 2]), jax.random.split(jax.random.key(5), 3)
+    given = batch_of(generator, 3)["tokens"][:, : generator.token_spec(config).shape[0] // 2]
+
+    def sample(rows: slice) -> jax.Array:
+        guidance = Guidance(2.0)
+        return generator.sample(config, params, labels[rows], keys=keys[rows], guidance=guidance, prefix=given[rows])
+
+    tokens = sample(slice(None))
+    np.testing.assert_array_equal(tokens[:, : given.shape[1]], given)
+    np.testing.assert_array_equal(tokens[1:2], sample(slice(1, 2)))
+
+
 def test_counts_for_bench_grow_with_the_batch(generator: ModuleType) -> None:
     if not hasattr(generator, "sample_flops"):
         pytest.skip("optional")

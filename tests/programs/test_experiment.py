@@ -259,6 +259,10 @@ def test_a_tokenizer_has_a_recipe_or_weights() -> None:
     overrides = ["tokenizer.weights=x.bin", "init_from=y", "seed=3"]  # of which digits.py says nothing or otherwise
     given = resolve(load_experiment("digits", overrides), "digits")
     assert (given.tokenizer_weights, given.tokenizer_train, given.init_from, given.seed) == ("x.bin", None, "y", 3)
+    assert (
+        resolve(load_experiment("digits", ["wandb=mine"]), "digits").wandb == "mine" and "wandb" not in given.resolved()
+    )
+    assert refusal("wandb=") == "config: wandb is empty: give the name of a project of Weights & Biases, or None"
     assert refusal("init_from=") == "config: init_from is empty: give a file, a directory or None"
     assert refusal("tokenizer.weights=3") == "config.tokenizer.weights is 3: it must be a path"
 

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workdirs import CLASSES, NASTY, claimed, trained
+from PIL import Image
+from workdirs import CLASSES, NASTY, claimed, images, trained
 
 from rar_jax.cli import main
+from rar_jax.programs import report as report_module
 from rar_jax.programs import report_tables
-from rar_jax.programs.report import read_run, report
+from rar_jax.programs.report import _names, read_run, report
 from rar_jax.programs.report_tables import curves
+from rar_jax.training.grids import Grid
 from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
+from rar_jax.training.report import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,36 @@ def test_what_is_damaged_is_said_and_the_rest_shown(tmp_path: pathlib.Path) -> N
     assert "metrics.jsonl line" in problem and "delete that line" in problem
 
 
+def test_of_much_the_newest_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rows of a long ledger, each environment once, grids of the layout of the newest, large pictures as WebP."""
+    path = trained(tmp_path / "run")
+    book = Ledger(path)
+    for device in ("cpu", "cpu", "tpu"):
+        book.row("start", device=device, devices=1, processes=1, host="a", versions={"jax": "1"})
+    for step in (1, 2, 3):
+        book.row("saved", stage="generator", step=step)
+    with Reporter(path, "generator", total_steps=2000, quiet=True) as reporter:
+        reporter.grid("samples", Grid(images(2, 2, 1), ("a", "b"), ("",) * 2), 2000)
+    for name, pixels in (
+        ("samples", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)),
+        ("reconstructions", 8),
+    ):
+        Image.fromarray(np.full((64, 64, 3), pixels, np.uint8)).save(path / f"{name}.png")
+    monkeypatch.setattr(report_module, "LEDGER_ROWS", 2)
+    monkeypatch.setattr(report_module, "LARGE", 5000)
+    run = read_run(path)
+    assert run["ledger"]["of"] == 9 and [row["step"] for row in run["ledger"]["rows"]] == [2, 3]
+    assert [start["device"] for start in run["environment"]] == [
+        "cpu",
+        "cpu",
+        "tpu",
+    ]  # that of `trained` had other versions
+    grid = next(grid for grid in run["grids"] if grid["stage"] == "generator")
+    assert [shown["step"] for shown in grid["steps"]] == [2000] and grid["rows"] == ("a", "b")
+    kinds = {picture["name"]: picture["image"].partition(";")[0] for picture in run["pictures"]}
+    assert kinds == {"samples.png": "data:image/webp", "reconstructions.png": "data:image/png"}
+
+
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
@@ -123,6 +157,45 @@ def test_what_is_no_work_directory(
 def test_three_are_too_many(finished: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", *3 * [str(finished)]]) == 2
     assert "3 work directories: give one, or two to compare" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- two of them
+
+
+def test_two_runs_are_told_apart_and_their_scores_are_in_one_row(tmp_path: pathlib.Path) -> None:
+    one, other = trained(tmp_path / "one" / "run"), trained(tmp_path / "other" / "run")
+    path = other / "evaluation" / "result.json"
+    told = json.loads(path.read_text())
+    told |= {"fid": 3.25, "n": 10000, "kid": 0.125, "made_from": {**told["made_from"], "seed": 4}}
+    path.write_text(json.dumps(told))
+    (other / "evaluation" / "step_9").mkdir()
+    (other / "evaluation" / "step_9" / "result.json").write_text('{"fid": 9.0}')  # of one of them only
+    data = data_of(report([one, other]).read_text())
+    assert [run["name"] for run in data["runs"]] == ["one/run", "other/run"]
+    own, inception = data["compared"]
+    assert own["file"] == "result.json" and own["numbers"] == [
+        ["fd_classifier samples_n40", 1.25, 1.25, 40, 40],
+        ["last_validation generator raster_loss", 0.5, 0.5, None, None],
+    ]
+    assert inception["file"] == "evaluation/result.json"
+    assert inception["numbers"] == [["fid", 2.5, 3.25, 50000, 10000], ["kid", None, 0.125, None, 10000]]
+    assert ["guidance", "scale 4, power 1.5", "scale 4, power 1.5"] in inception["conditions"]
+    assert [row for row in inception["conditions"] if row[1] != row[2]] == [["seed", "3", "4"]]
+    assert len(inception["conditions"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("/a/run", "/b/other"), ["run", "other"]),
+        (("/a/x/run", "/b/x/run"), ["a/x/run", "b/x/run"]),
+        (("/run", "/a/run"), ["/run", "a/run"]),
+        (("/a/run", "/a/run"), ["/a/run", "/a/run"]),
+        (("/a/run",), ["run"]),
+    ],
+)
+def test_names_tell_work_directories_apart(paths: tuple[str, ...], names: list[str]) -> None:
+    assert _names([pathlib.Path(path) for path in paths]) == names
 
 
 # ---------------------------------------------------------------- numbers

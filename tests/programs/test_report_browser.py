@@ -15,9 +15,10 @@ from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-from workdirs import CLASSES, NASTY, trained
+from workdirs import CLASSES, NASTY, claimed, trained
 
 from rar_jax.programs.report import report
+from rar_jax.training.report import Reporter
 
 LEFT, RIGHT = 52, 12  # of the plot in its panel, pixels (page.js)
 
@@ -114,6 +115,28 @@ def test_a_log_scale_moves_the_curve_and_not_the_numbers(page: Chrome) -> None:
     assert before[0] != after[0] and before[1] == after[1]
 
 
+def test_curves_are_drawn_where_the_values_are(driver: Chrome, tmp_path: pathlib.Path) -> None:
+    """Larger is higher; of a noisy curve the mean over the last values stands before the values, as numpy has it."""
+    values = 10 + np.random.default_rng(0).normal(size=200)
+    with Reporter(claimed(tmp_path / "run"), "generator", total_steps=200, quiet=True) as reporter:
+        for step, value in enumerate(values, start=1):
+            reporter.metrics(step, {"loss": value})
+    driver.get(uri(report([tmp_path / "run"])))
+    told = driver.execute_script(
+        """return [...document.querySelectorAll('[data-panel="generator loss"] path')].map(
+            p => [p.getAttribute("class"), p.getAttribute("d")])"""
+    )
+    drawn = {kind: np.array([xy.split() for xy in path[1:].split("L")], float) for kind, path in told}
+    assert list(drawn) == ["raw", "line"]
+    to_pixels = np.polyfit(values, drawn["raw"][:, 1], 1)
+    assert to_pixels[0] < 0, "y grows downwards on a screen"
+    np.testing.assert_allclose(drawn["raw"][:, 1], np.polyval(to_pixels, values), atol=0.1)
+    means = [values[max(0, i - 4) : i + 1].mean() for i in range(200)]  # 200 / 40
+    np.testing.assert_allclose(drawn["line"][:, 1], np.polyval(to_pixels, means), atol=0.1)
+    for xy in drawn.values():
+        np.testing.assert_allclose(np.diff(xy[:, 0]), (xy[-1, 0] - xy[0, 0]) / 199, atol=0.11)
+
+
 # ---------------------------------------------------------------- grids
 
 
@@ -150,6 +173,21 @@ def test_the_slider_moves_through_the_steps(page: Chrome, workdir: pathlib.Path)
         _, rows, pixels = shown(page, "generator")
         assert rows == [name for name in CLASSES for _ in range(3)]
         np.testing.assert_array_equal(pixels, cells(workdir, "generator", step).reshape(-1, 8, 8))
+
+
+def test_play_goes_through_the_steps_and_stops(page: Chrome) -> None:
+    grid = '.grid[data-stage="generator"]'
+    (play,) = find(page, f"{grid} .controls button")
+    page.execute_script(
+        """const [cells] = document.querySelectorAll(arguments[0] + " .cells"); window.seen = [];
+        new MutationObserver(() => window.seen.push(Number(cells.dataset.step))).observe(cells, {attributeFilter: ["data-step"]})""",
+        grid,
+    )
+    play.click()
+    assert play.text == "stop"
+    wait(page, lambda: play.text == "play")
+    wait(page, lambda: shown(page, "generator")[0] == 1000)
+    assert page.execute_script("return window.seen") == [250, 500, 750, 1000]
 
 
 def test_the_class_filter(page: Chrome, workdir: pathlib.Path) -> None:
@@ -220,6 +258,11 @@ def test_two_work_directories_in_one_page(driver: Chrome, workdir: pathlib.Path,
         json.dumps({**row, "loss": 2 * row["loss"]}) if "loss" in (row := json.loads(line)) else line for line in rows
     ]
     (other / "metrics.jsonl").write_text("\n".join(doubled) + "\n")
+    for name, change in (
+        ("config.json", {"seed": 5}),
+        ("evaluation/result.json", {"fid": 3.25, "n": 10000, "made_from": {"seed": 4}}),
+    ):
+        (other / name).write_text(json.dumps(json.loads((other / name).read_text()) | change))
     driver.get(uri(report([workdir, other], tmp_path / "both.html")))
     wait(driver, lambda: find(driver, "#grids canvas"))
     hover(driver, "generator loss", 500, 1000)
@@ -228,7 +271,21 @@ def test_two_work_directories_in_one_page(driver: Chrome, workdir: pathlib.Path,
         for row in find(driver, '[data-panel="generator loss"] .tooltip tr[data-name="loss"]')
     ]
     assert len(values) == 2 and values[1] == pytest.approx(2 * values[0], rel=1e-5)
+    dashes = [path.get_attribute("stroke-dasharray") for path in find(driver, '[data-panel="generator loss"] path')]
+    assert dashes == [None, None, "5 3", "5 3"]
+    legend = [line.text for line in find(driver, '[data-panel="generator loss"] .legend span')]
+    assert legend == [f"{name}, {run}" for run in ("run", "other") for name in ("training", "held-out raster_loss")]
     assert len(find(driver, ".overview")) == 2 and len(find(driver, '.grid[data-stage="generator"]')) == 2
+    table = '.compared[data-file="evaluation/result.json"] tbody tr'
+    cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in find(driver, table)]
+    assert cells[0] == ["fid", "2.5", "3.25", "50000 | 10000"] and ["resize protocol", "adm", "not recorded"] in cells
+    different = [row for row in cells[1:] if row[1] != row[2]]
+    assert [row.text.split() for row in find(driver, f"{table}.other")] == [" ".join(row).split() for row in different]
+    rows = [row.text for row in find(driver, "#config tbody tr")]
+    seed = str(json.loads((workdir / "config.json").read_text())["seed"])
+    assert rows == [f"seed {seed} 5"], "what differs is all that is shown first"
+    find(driver, '#config input[type="checkbox"]')[0].click()
+    assert len(find(driver, "#config tbody tr")) > 50 and len(find(driver, "#config tbody tr.other")) == 1
     assert complaints(driver) == []
 
 

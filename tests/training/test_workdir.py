@@ -96,8 +96,8 @@ def test_other_images_of_the_same_source_are_named(tmp_path: pathlib.Path) -> No
 
 
 def test_free_sections_may_change_and_are_written(begun: Workdir) -> None:
-    assert FREE_SECTIONS == ("mesh", "guidance", "evaluate")
-    other = changed(mesh={"fsdp": 4}, guidance={"scale": 4.0, "power": 1.0}, evaluate={"samples": 50})
+    assert FREE_SECTIONS == ("mesh", "guidance", "evaluate", "wandb")
+    other = changed(mesh={"fsdp": 4}, guidance={"scale": 4.0, "power": 1.0}, evaluate={"samples": 50}, wandb="digits")
     begun.claim(other)
     assert begun.read_config()["mesh"]["fsdp"] == 4 and begun.read_config()["guidance"] == {"scale": 4.0, "power": 1.0}
     # A free section does not carry a bound one past the check.

@@ -41,12 +41,12 @@ function table(columns, rows) {
     el("tbody", {}, ...rows.map((row) => el("tr", { class: row.other ? "other" : false }, ...row.map((value, i) => cell("td", value, i)))))));
 }
 
-// A part of the page with a card for each run; where a run has nothing, the sentence that says so.
-function section(id, title, make) {
+// A part of the page with a card for each run; where a run has nothing, the sentence that says so. above: what stands over both.
+function section(id, title, make, above = []) {
   const cards = runs.map((run) => el("div", { class: "card" },
     two ? el("h3", {}, run.name) : null,
     ...(run.notes[id] ? [note(run.notes[id])] : [make(run)].flat())));
-  return el("section", { id }, el("h2", {}, title), el("div", { class: two ? "runs two" : "runs" }, ...cards));
+  return el("section", { id }, el("h2", {}, title), ...above, el("div", { class: two ? "runs two" : "runs" }, ...cards));
 }
 
 // ---------------------------------------------------------------- overview
@@ -184,7 +184,7 @@ function panel(stage, name, lines) {
   });
   panels.push({ stage, svg, draw, point });
   const legend = lines.length > 1 || lines[0].name !== name
-    ? el("div", { class: "legend" }, ...lines.map((line) => el("span", {}, el("i", { style: { background: line.colour, opacity: line.dash ? 0.55 : 1 } }), line.label))) : null;
+    ? el("div", { class: "legend" }, ...lines.map((line) => el("span", {}, el("i", { style: { background: line.dash ? `repeating-linear-gradient(90deg, ${line.colour} 0 4px, transparent 4px 7px)` : line.colour } }), line.label))) : null;
   const cut = lines.filter((line) => line.of > line.steps.length);
   return el("div", { class: "card panel", "data-panel": `${stage} ${name}` },
     el("header", {}, el("b", {}, name), least > 0 ? toggle : null), svg, tooltip, legend,
@@ -248,7 +248,7 @@ function gridViewer(grid) {
   }
   function start() {
     if (timer) { clearInterval(timer); timer = null; play.textContent = "play"; return; }
-    if (Number(slider.value) === grid.steps.length - 1) slider.value = -1;
+    if (Number(slider.value) === grid.steps.length - 1) { slider.value = 0; show(); }
     play.textContent = "stop";
     timer = setInterval(() => {
       slider.value = Number(slider.value) + 1;
@@ -275,14 +275,28 @@ function scoreTable(run) {
     el("details", {}, el("summary", {}, "all that it was made from, and on"), table(keyValue, [...score.made_from, ...score.made_on]))));
 }
 
+// Both runs in a row; marked are the conditions that differ, without which being equal the numbers do not compare.
+function comparedTable(score) {
+  const value = (x) => (x === null ? "" : number(x)), names = runs.map((run) => run.name);
+  const conditions = score.conditions.map(([name, one, other]) => {
+    const row = [name, ...[one, other].map((text) => el("span", { title: text }, short(text)))];
+    row.other = one !== other;
+    return row;
+  });
+  return el("div", { class: "card compared", "data-file": score.file }, el("h3", {}, `${score.file}, both`), el("div", { class: "pair" },
+    table([{ name: "metric", kind: "" }, ...names.map((name) => ({ name, kind: "number" })), { name: "n", kind: "number" }],
+      score.numbers.map(([name, one, other, ...n]) => [name, value(one), value(other), [...new Set(n.filter((x) => x !== null))].join(" | ")])),
+    table([{ name: "depends on", kind: "short" }, ...names.map((name) => ({ name, kind: "mono" }))], conditions)));
+}
+
 function configTables() {
   const values = runs.map((run) => new Map(run.config)), keys = [...new Set(runs.flatMap((run) => run.config.map(([key]) => key)))];
-  const body = el("div", {}), only = el("input", { type: "checkbox", onchange: fill });
+  const body = el("div", {}), only = el("input", { type: "checkbox", checked: two, onchange: fill });
   const search = el("input", { type: "search", placeholder: "filter, such as train.steps", "aria-label": "filter the config", oninput: fill });
   function fill() {
     const rows = keys.map((key) => { const row = [key, ...values.map((map) => map.get(key) ?? "")]; row.other = two && row[1] !== row[2]; return row; })
       .filter((row) => row.join(" ").toLowerCase().includes(search.value.toLowerCase()) && (!only.checked || row.other));
-    body.replaceChildren(rows.length ? table([{ name: "key", kind: "short" }, ...runs.map((run) => ({ name: two ? run.name : "value", kind: "mono" }))], rows) : note("nothing matches"));
+    body.replaceChildren(rows.length ? table([{ name: "key", kind: "short" }, ...runs.map((run) => ({ name: two ? run.name : "value", kind: "mono" }))], rows) : note(only.checked && !search.value ? "nothing differs" : "nothing matches"));
   }
   fill();
   return el("section", { id: "config" }, el("h2", {}, "Config, resolved"), el("div", { class: "card" }, el("div", { class: "controls" }, search, two ? el("label", {}, only, " only what differs") : null), body));
@@ -315,7 +329,7 @@ document.body.append(
     allCurves(),
     section("grids", "Samples and reconstructions over time", (run) => el("div", { class: "beside" }, ...run.grids.map(gridViewer).reverse())),
     section("pictures", "Final pictures", (run) => el("div", { class: "beside" }, ...run.pictures.map((picture) => el("div", {}, el("h3", {}, picture.name), el("img", { class: "picture", src: picture.image, alt: picture.name }))))),
-    section("scores", "Scores, and what they depend on", scoreTable),
+    section("scores", "Scores, and what they depend on", scoreTable, data.compared.map(comparedTable)),
     configTables(),
     section("environment", "Environment", environment),
     section("ledger", "Ledger of the runs", ledgerTable),
