@@ -180,6 +180,7 @@ def close(ours: Totals, theirs: Totals) -> float:
     return max(float(np.abs(a[k] - b[k]).max() / np.abs(b[k]).max()) for k in b)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pathlib.Path) -> None:
     reference = evaluate.read_reference(write_reference_of(tmp_path))

@@ -52,6 +52,7 @@ def by_hand(cheap: Any, workdir: pathlib.Path, step: int, reference: pathlib.Pat
     return frechet.distance(given["mu"], given["sigma"], features.mean(axis=0), np.cov(features, rowvar=False))
 
 
+@pytest.mark.slow
 def test_curves_retention_and_steps(
     trained: pathlib.Path, reference: pathlib.Path, cheap: Any, tmp_path: pathlib.Path
 ) -> None:

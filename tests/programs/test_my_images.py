@@ -58,6 +58,7 @@ def resolved(source: str, *overrides: str, name: str = "my_images") -> Experimen
 # ---------------------------------------------------------------- the two ways
 
 
+@pytest.mark.slow
 def test_from_zero_to_samples(images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = command("my_images", images, tmp_path / "w", *FROM_ZERO)
     assert main(words) == 0

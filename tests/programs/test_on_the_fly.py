@@ -60,7 +60,7 @@ def counted(pictures: str, crop: str) -> dict[str, Any]:
     return {"source": pictures, "num_classes": None, "train_records": None, "crop": crop}
 
 
-@pytest.mark.parametrize("crop", ["center", "ten"])
+@pytest.mark.parametrize("crop", [pytest.param("center", marks=pytest.mark.slow), "ten"])
 def test_the_same_losses_and_parameters_as_from_stored_tokens(
     tiny: Any, pictures: str, tmp_path: pathlib.Path, crop: str
 ) -> None:

@@ -93,6 +93,7 @@ def in_terminal(*argv: Any) -> str:
     return "\n".join(line for screen in frames(output) for line in screen)
 
 
+@pytest.mark.slow
 def test_verbs_that_take_long_show_how_far_they_are(
     trained: tuple[pathlib.Path, bytes], released_pair: Any, tmp_path: pathlib.Path
 ) -> None:
