@@ -24,7 +24,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The tests compile thousands of tiny programs and run each a few times: without LLVM's optimizations they take half the
 # time. What the numbers mean does not change; tests/faults runs the real command, optimized.
 jax.config.update("jax_disable_most_optimizations", True)
-# Many tests compile the same program. One folder for this run, which the workers of `pytest -n` inherit.
+# Many tests compile the same program. One folder for this run, which the workers of `pytest -n` inherit; one that was given is
+# kept, so that the next run finds in it what this one compiled.
+KEPT = "RAR_JAX_TEST_CACHE" in os.environ
 CACHE = os.environ.setdefault("RAR_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="rar_jax_tests_"))
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -38,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     """Only the first process removes the folder; workers of `pytest -n` are told of theirs by PYTEST_XDIST_WORKER."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if "PYTEST_XDIST_WORKER" not in os.environ and not KEPT:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 

@@ -4,12 +4,14 @@ The work is done in a local folder (RAR_JAX_SCRATCH, default ~/.cache/rar_jax/<s
 memory, rows are appended and checkpoints renamed, none of which an object can do. What was made there goes to the bucket while it is
 made, so that the same command goes on anywhere else, from the last checkpoint that arrived whole.
 
-    <url>/...             the files of workdir.py; of a checkpoint only those with a manifest, which comes last
+    <url>/...             the files of workdir.py; a checkpoint without its manifest, which comes last, is none
     <url>/.writer.json    {"nonce", "host", "pid", ..., "beat", "released"}: who writes here, rewritten at every heartbeat of lease.py
     <folder>/.mirror.json {"nonce", "files": {name: [bytes, time of change in ns]}}: what the bucket has of this folder
+    <folder>/.sending/    the checkpoint that is on its way, by hard links: retention may remove it meanwhile
 
-Where the last to write was this very folder, nothing is fetched. Buckets are reached by TensorStore, which takes the credentials of the
-machine or the environment; AWS_ENDPOINT_URL and TENSORSTORE_GCS_HTTP_URL lead to other servers than Amazon's and Google's.
+At whatever point a push is cut off, what the bucket then holds can be gone on from: files that say that others are whole (manifests,
+cards, results: all JSON) are read before those are listed and sent after them, rows are sent before the steps that they lead to, and a
+step that is gone here is removed there once one that is here has arrived. Where the last to write was this very folder, nothing is fetched.
 """
 
 from __future__ import annotations
@@ -24,27 +26,24 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-import tensorstore
-
-from rar_jax.config import ConfigError
 from rar_jax.training import lease
-from rar_jax.training.checkpoint import MANIFEST, write_json
+from rar_jax.training.bucket import Bucket, ObjectStoreError
+from rar_jax.training.checkpoint import MANIFEST, CheckpointError, verify_manifest, write_json
 from rar_jax.training.lease import LeaseError, this_process
 
 SCRATCH = "RAR_JAX_SCRATCH"
-WRITER, RECORD = ".writer.json", ".mirror.json"
+WRITER, RECORD, SENDING = ".writer.json", ".mirror.json", ".sending"
 PUSH = "RAR_JAX_PUSH_SECONDS"  # between two looks for what is new in the folder; by default 10
-RETRIES = 6  # of a request, within half a minute
-SCHEMES = {"gs": "gcs", "s3": "s3"}  # and TensorStore's names of them
+PATIENCE_SECONDS = 600.0  # so long may the bucket be away before the run stops
+CONFIG = "config.json"  # a work directory without it is none: the first thing there
 _SELF = ("nonce", "host", "pid", "started")
+_UNFINISHED = re.compile(r"^\.|\.(tmp|partial)$|\.tmp\.")  # being written, or of this machine
 log: logging.Logger = logging.getLogger(__name__)
 
-
-class ObjectStoreError(RuntimeError):
-    """The bucket cannot be read or written: the message says which and why."""
+Signature = list[int]
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -57,28 +56,17 @@ class Mirror:
 
     def __init__(self, url: str) -> None:
         """Raises: ConfigError for a URL that is none."""
-        parts = re.fullmatch(r"(\w+)://([^/]+)/(.+?)/*", url)
-        if parts is None or parts[1] not in SCHEMES or ".." in parts[3].split("/"):
-            raise ConfigError(
-                f"{url}: write gs://BUCKET/PATH or s3://BUCKET/PATH; other storage, mounted, is a path like any other"
-            )
-        scheme, bucket, path = parts.groups()
+        self.bucket = Bucket(url)
+        self.url: str = self.bucket.url
         scratch = os.environ.get(SCRATCH) or pathlib.Path.home() / ".cache" / "rar_jax"
-        self.url: str = f"{scheme}://{bucket}/{path}"
-        self.folder: pathlib.Path = pathlib.Path(scratch) / scheme / bucket / path
-        driver = SCHEMES[scheme]
-        spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
-        spec["context"] = {f"{driver}_request_retries": {"max_retries": RETRIES}}
-        if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-            spec["endpoint"] = endpoint
-            spec["aws_region"] = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-        with self._bucket_errors():
-            self._store: Any = tensorstore.KvStore.open(spec).result()
+        self.folder: pathlib.Path = pathlib.Path(scratch).joinpath(*self.bucket.place)
         self._beating, self._pushing = threading.Lock(), threading.Lock()  # two: a push can take longer than a beat may
-        self._nonce = self._read_record()["nonce"]
+        self._nonce, self._files = self._read_record()
+        self._damaged: dict[str, Signature] = {}  # manifests of steps that do not verify, told once
         self._known: dict[str, Any] | None = None  # what the writer's object says, while this is the writer
         self._stamp: bytes | None = None  # its generation, upon which the next beat is conditional
         self._lost: str | None = None
+        self._failed: str | None = None
         self._verb, self._beats = "", 0
         self._ended = threading.Event()
 
@@ -104,42 +92,54 @@ class Mirror:
         self.pull()
         self._known = holder
         self._beat()
+        # What a push that was cut off had sent or removed without writing it down: to be sent again, or removed.
+        there = self.bucket.names()
+        self._files = {name: self._files.get(name) for name in there if name != WRITER}
+        self._write_record()
         for work, seconds in ((self._beat, lease.HEARTBEAT_SECONDS), (self.push, float(os.environ.get(PUSH, 10)))):
             threading.Thread(target=self._repeat, args=(work, seconds), daemon=True).start()
 
     def check(self) -> None:
-        """Raises LeaseError if another writer took this one for dead."""
+        """Raises LeaseError if another writer took this one for dead, ObjectStoreError if the bucket has been away for too long."""
         if self._lost is not None:
             raise LeaseError(self._lost)
+        if self._failed is not None:
+            raise ObjectStoreError(self._failed)
 
     def release(self) -> None:
         """Pushes what is left and lets others in. Raises: ObjectStoreError, LeaseError: what is left is then in the folder only."""
         if self._known is None or self._ended.is_set():
             return
         self._ended.set()
-        self.check()
         self.push()
         self._beat(released=True)
 
-    def _repeat(self, work: Any, seconds: float) -> None:
-        while not self._ended.wait(seconds) and self._lost is None:
+    def _repeat(self, work: Callable[[], None], seconds: float) -> None:
+        good = time.monotonic()
+        while not self._ended.wait(seconds):
             try:
                 work()
-            except (ObjectStoreError, OSError) as error:  # what is away for a moment; `release` tries again, and raises
-                log.warning("%s; it is tried again", error)
+                good = time.monotonic()
             except LeaseError:
                 return
+            except (ObjectStoreError, OSError) as error:  # it may be away for a moment
+                log.warning("%s; it is tried again", error)
+                if (away := time.monotonic() - good) > PATIENCE_SECONDS:
+                    self._failed = f"{error}. For {away:.0f} s now: the work so far is in {self.folder}, and the same command goes on from there"
+                    return
+            except Exception as error:
+                self._failed = f"{self.url}: {type(error).__name__}: {error}; the work so far is in {self.folder}"
+                raise
 
     def _gone(self, holder: dict[str, Any]) -> bool:
         """Whether a writer is known not to write any more: none, one that left, or one whose process was here and ended."""
         return not holder or bool(holder.get("released")) or lease.ended(holder)
 
     def _writer(self) -> dict[str, Any]:
-        with self._bucket_errors():
-            found = self._store.read(WRITER).result()
-        if found.state == "missing" and self._known is None:
-            self._stamp = found.stamp.generation
-        return json.loads(found.value) if found.state == "value" else {}
+        found, generation = self.bucket.read_one(WRITER)
+        if found is None and self._known is None:
+            self._stamp = generation
+        return json.loads(found) if found is not None else {}
 
     def _beat(self, released: bool = False) -> None:
         with self._beating:
@@ -157,37 +157,31 @@ class Mirror:
                     f"work is in {self.folder} only"
                 )
                 raise LeaseError(self._lost)
-            with self._bucket_errors():
-                stamp = self._store.write(WRITER, json.dumps(row).encode(), if_equal=self._stamp).result()
-            # Nothing: another one wrote in this moment, or the answer to an earlier beat was lost. The next look tells.
-            self._stamp = stamp.generation or None
+            # None: another one wrote in this moment, or the answer to an earlier beat was lost. The next look tells.
+            self._stamp = self.bucket.write_if(WRITER, json.dumps(row).encode(), self._stamp)
             self._beats, self._known = self._beats + 1, row
 
     # ---- to the folder
 
     def pull(self) -> None:
         """Makes the folder what the bucket has, unless this folder was the last to write there."""
-        holder = self._writer()
-        if holder.get("nonce") == self._nonce:
+        if self._writer().get("nonce") == self._nonce:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.iterdir():
             if old.name != lease.NAME:  # held by this process
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-        with self._bucket_errors():
-            names = [key.decode() for key in self._store.list().result()]
-        files: dict[str, list[int]] = {}
-        for name in names:
-            if name == WRITER:
-                continue
-            with self._bucket_errors():
-                found = self._store.read(name).result()
-            if found.state == "value":  # else removed meanwhile
+        self._files = {}
+        there = set(self.bucket.names()) - {WRITER}
+        # Of a step without a manifest there is nothing to be had. JSON last, as it is sent: what it names is there by then.
+        wanted = [name for name in there if (step := _step_of(name)) is None or f"{step}/{MANIFEST}" in there]
+        for name, content in self.bucket.read(sorted(wanted, key=lambda name: (name.endswith(".json"), name))):
+            if content is not None:  # else removed meanwhile
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(found.value)
-                files[name] = _signature(path)
-        write_json(self.folder / RECORD, {"nonce": self._nonce, "files": files})
+                path.write_bytes(content)
+                self._files[name] = _signature(path)
+        self._write_record()
 
     # ---- to the bucket
 
@@ -195,74 +189,155 @@ class Mirror:
         """Sends what was made in a folder that another one may be writing beside: an evaluation's results."""
         holder = self._writer()
         if holder.get("nonce") != self._nonce or self._gone(holder):  # else the writer of this folder sends it
-            self.push()
+            self.push(remove=False)
 
-    def push(self) -> None:
-        """Sends what is new or changed, checkpoints after the rest and their manifests last, and removes what is gone.
+    def push(self, remove: bool = True) -> None:
+        """Sends what is new or changed, and removes what is gone.
 
         Raises: ObjectStoreError; LeaseError if another folder writes there by now.
         """
         with self._pushing:
-            self.check()
-            record = self._read_record()
-            files: dict[str, list[int]] = record["files"]
-            there = sorted(
-                _files(self.folder), key=lambda name: (name.startswith("checkpoints/"), name.endswith(MANIFEST))
-            )
-            for name in there:
-                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                    path = self.folder / name
-                    if (signature := _signature(path)) != files.get(name):
-                        content = path.read_bytes()
-                        with self._bucket_errors():
-                            self._store.write(name, content).result()
-                        files[name] = signature
-            # The manifest first: what is half removed does not count.
-            for name in sorted(files.keys() - set(there), key=lambda name: not name.endswith(MANIFEST)):
-                with self._bucket_errors():
-                    self._store.write(name, None).result()
-                del files[name]
-            if self.folder.is_dir():
-                write_json(self.folder / RECORD, record)
+            if self._lost is not None:
+                raise LeaseError(self._lost)
+            try:
+                steps = self._steps()
+                told = {name: self._read(name) for name in self._loose() if name.endswith(".json")}
+                rest = [name for name in self._loose() if not name.endswith(".json")]
+                here = CONFIG in told
+                self._send({CONFIG: told.get(CONFIG)}.items())
+                self._send((name, self._read(name)) for name in rest)
+                for step in steps:
+                    self._send_step(step)
+                self._send(told.items())
+                if remove and here:  # else something is wrong with the folder, and not with the bucket
+                    self._remove(steps, {*rest, *told})
+            finally:
+                self._write_record()
 
-    def _read_record(self) -> dict[str, Any]:
+    def _send(self, contents: Iterable[tuple[str, tuple[Signature, bytes] | None]]) -> None:
+        """Sends what was read, unless it is there already; returns when all of it has arrived."""
+        signatures: dict[str, Signature] = {}
+
+        def new() -> Iterator[tuple[str, bytes]]:
+            for name, read in contents:
+                if read is not None:
+                    signatures[name], content = read
+                    yield name, content
+
+        for name in self.bucket.write(new()):
+            self._files[name] = signatures[name]
+
+    def _read(self, name: str, folder: pathlib.Path | None = None) -> tuple[Signature, bytes] | None:
+        """A file that the bucket does not have in this state; None if it has, or the file was removed since it was listed."""
+        path = (folder or self.folder) / name
+        with contextlib.suppress(FileNotFoundError):
+            if (signature := _signature(path)) != self._files.get(name):
+                return signature, path.read_bytes()
+        return None
+
+    def _send_step(self, step: str) -> None:
+        """Sends a checkpoint that verifies, and when all of it has arrived its manifest, which makes it count."""
+        name, held = f"{step}/{MANIFEST}", self.folder / SENDING
+        if (manifest := self._read(name)) is None or manifest[0] == self._damaged.get(name):
+            return
+        shutil.rmtree(held, ignore_errors=True)  # of a push that was cut off
         try:
-            return json.loads((self.folder / RECORD).read_text())
-        except (OSError, ValueError):
-            return {"nonce": getattr(self, "_nonce", None) or secrets.token_hex(8), "files": {}}
+            _link_all(self.folder / step, held / step)
+            verify_manifest(held / step)
+        except (CheckpointError, FileNotFoundError) as error:
+            if (self.folder / name).exists():  # else retention removed it while it was linked: a newer one is there
+                self._damaged[name] = manifest[0]
+                log.warning("%s is not sent to %s: %s", self.folder / step, self.url, error)
+            return
+        if name in self._files:  # of another training of this step, gone back from: half replaced it must not count
+            self._delete([name])
+        files = json.loads(manifest[1])["files"]
+        self._send((f"{step}/{file}", self._read(f"{step}/{file}", held)) for file in files)
+        self._send([(name, manifest)])
+        shutil.rmtree(held, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _bucket_errors(self) -> Iterator[None]:
+    def _remove(self, steps: Collection[str], loose: Collection[str]) -> None:
+        """Removes what is not here, but no step of a stage before one that is here has arrived."""
+        arrived = {_stage(step) for step in steps if self._files.get(f"{step}/{MANIFEST}")}
+
+        def gone(name: str) -> bool:
+            if (step := _step_of(name)) is None:
+                return name not in loose
+            return step not in steps and _stage(step) in arrived
+
+        names = [name for name in self._files if gone(name)]
+        # The manifest first: what is half removed does not count.
+        self._delete([name for name in names if name.endswith(".json")])
+        self._delete([name for name in names if not name.endswith(".json")])
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in self.bucket.write((name, None) for name in names):
+            del self._files[name]
+
+    # ---- what is in the folder
+
+    def _steps(self) -> list[str]:
+        """Checkpoints that are whole. Of each stage the newest first; first the stages that are done, on which the others build."""
+        manifests = [path for path in self.folder.glob(f"checkpoints/*/*/{MANIFEST}") if path.parent.name.isdigit()]
+        made: dict[str, int] = {}
+        for path in manifests:
+            with contextlib.suppress(FileNotFoundError):
+                made[path.parts[-3]] = max(made.get(path.parts[-3], 0), path.stat().st_mtime_ns)
+        manifests.sort(key=lambda path: (made.get(path.parts[-3], 0), path.parts[-3], -int(path.parts[-2])))
+        return [path.parent.relative_to(self.folder).as_posix() for path in manifests]
+
+    def _loose(self) -> list[str]:
+        """Names of the other files that the bucket shall have: not those of this machine, nor what is being made or was set aside."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # a folder that was removed meanwhile
+                raise error
+
+        names = []
+        for at, folders, files in os.walk(self.folder, onerror=fail):
+            inside = pathlib.Path(at).relative_to(self.folder)
+            deep = inside.parts[:1] == ("checkpoints",) and len(inside.parts) > 1
+            folders[:] = [] if deep else [folder for folder in folders if not folder.startswith(".")]
+            names += [(inside / file).as_posix() for file in files if not _UNFINISHED.search(file)]
+        return sorted(names)
+
+    # ---- what the bucket has of it
+
+    def _read_record(self) -> tuple[str, dict[str, Signature | None]]:
         try:
-            yield
-        except (ValueError, OSError, RuntimeError) as error:  # what TensorStore raises
-            if isinstance(error, (ObjectStoreError, LeaseError)):
-                raise
-            raise ObjectStoreError(
-                f"{self.url} cannot be reached ({str(error).splitlines()[0][:300]}): see that the bucket is there and that this machine "
-                "may read and write it"
-            ) from error
+            record = json.loads((self.folder / RECORD).read_text())
+            return record["nonce"], record["files"]
+        except (OSError, ValueError, KeyError):
+            return secrets.token_hex(8), {}
+
+    def _write_record(self) -> None:
+        if self.folder.is_dir():
+            write_json(self.folder / RECORD, {"nonce": self._nonce, "files": self._files})
 
 
-def _signature(path: pathlib.Path) -> list[int]:
+def _signature(path: pathlib.Path) -> Signature:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _files(folder: pathlib.Path) -> Iterator[str]:
-    """Names of the files that the bucket shall have: not those of this machine, nor checkpoints that are being made."""
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        hidden = any(
-            part.startswith(".") or "tmp" in part.split(".")[1:] or "orbax-checkpoint-tmp" in part
-            for part in name.parts
-        )
-        if hidden or not path.is_file():
-            continue
-        if (
-            name.parts[0] == "checkpoints"
-            and len(name.parts) > 3
-            and not (folder / pathlib.Path(*name.parts[:3]) / MANIFEST).is_file()
-        ):
-            continue
-        yield name.as_posix()
+def _step_of(name: str) -> str | None:
+    """The checkpoint that an object is a part of: checkpoints/<stage>/<step>."""
+    parts = name.split("/")
+    return "/".join(parts[:3]) if parts[0] == "checkpoints" and len(parts) > 3 else None
+
+
+def _stage(step: str) -> str:
+    return step.rpartition("/")[0]
+
+
+def _link_all(folder: pathlib.Path, to: pathlib.Path) -> None:
+    """The same files under another name. Raises: FileNotFoundError for one that is gone."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        link = to / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, link)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without links
+            shutil.copy2(path, link)
