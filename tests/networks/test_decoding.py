@@ -1,5 +1,8 @@
 """Decoding a slot at a time, in parts: against NumPy in float64, and against the same without the shortcut."""
 
+import functools
+import itertools
+import re
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ import pytest
 
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
+from rar_jax.interop.released import GENERATORS
 from rar_jax.networks import decoding
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, sharded
@@ -78,6 +82,37 @@ def test_stages_change_nothing(stages: int, monkeypatch: pytest.MonkeyPatch) -> 
     expected = rar.sample(rar.TINY, params, labels, **keywords)
     monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [17 * i // stages for i in range(stages + 1)])
     np.testing.assert_array_equal(rar.sample(rar.TINY, params, labels, **keywords), expected)
+
+
+def test_the_cache_is_written_in_place() -> None:
+    """Once for each layer and stage, and no loop has a copy of it: so there is nothing to donate."""
+    rows, stages, head_dim = 3 * 2 * rar.TINY.num_heads, (8, 9), rar.TINY.width // rar.TINY.num_heads
+
+    def draw(params: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
+        return rar.sample(rar.TINY, params, labels, keys=keys, guidance=Guidance(2.0, 1.0))
+
+    text = (
+        jax.jit(draw).lower(random_params(0), jnp.arange(3), jax.random.split(jax.random.key(1), 3)).compile().as_text()
+    )
+    loops = text[: text.index("\nENTRY ")]  # what is outside of them sets it to zero
+    for slots in stages:
+        made = re.findall(rf"= f32\[{rows},{slots},{head_dim}\]\S* ([a-z-]+)\(", loops)
+        assert made.count("dynamic-update-slice") == 2 * rar.TINY.depth
+        assert "copy" not in made and "transpose" not in made
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_stages_cover_the_slots_and_stay_few_to_compile(name: str) -> None:
+    size = GENERATORS[name]
+    config = rar.Config(width=size.width, depth=size.depth, mlp_width=size.mlp_width)
+    init = functools.partial(rar.init, config)
+    params = jax.eval_shape(lambda: rar.prepare(config, init(jax.random.key(0))))
+    ends = [decoding._stage_ends(params, 257, rows) for rows in (2, 16, 128, 2048)]
+    for stages in ends:
+        assert (stages[0], stages[-1]) == (0, 257) and all(a < b for a, b in itertools.pairwise(stages))
+        assert (len(stages) - 1) * config.depth <= 80
+    numbers = [len(stages) - 1 for stages in ends]
+    assert numbers[0] == 1 and numbers == sorted(numbers) and numbers[-1] > 1
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
