@@ -23,6 +23,7 @@ from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.evaluation.features import features
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
+from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
@@ -136,7 +137,7 @@ def sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
     for size in batch_sizes(experiment, mesh, options):
         labels = jnp.arange(size, dtype=jnp.int32) % generator.config.num_classes
         batch = jax.device_put((labels, sample_keys(0, jnp.arange(size))), batch_sharding(mesh))
-        compiled, seconds = _compile(mesh, jax.jit(sample), params, *batch, guidance)
+        compiled, seconds = _compile(mesh, size, jax.jit(sample), params, *batch, guidance)
         cost = _sampling_cost(experiment, size, options.dtype)
         if options.decode:
             cost = _sum(cost, _decoding_cost(tokenizer, params["tokenizer"], size))
@@ -159,7 +160,7 @@ def train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterato
         tokens = _random_tokens(experiment.generator, size)
         batch = jax.device_put({"tokens": tokens, "labels": labels}, batch_sharding(mesh))
         key = jax.random.key(0, impl="threefry2x32")
-        compiled, seconds = _compile(mesh, step, state, batch, key)
+        compiled, seconds = _compile(mesh, size, step, state, batch, key)
 
         def run(compiled: Any = compiled, batch: Any = batch, key: Any = key) -> Any:
             nonlocal state
@@ -208,7 +209,7 @@ def evaluate_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iter
 
 def _feed_forward(mesh: Mesh, function: Callable[..., Any], params: Any, given: np.ndarray) -> Case:
     array = jax.device_put(given, batch_sharding(mesh))
-    compiled, seconds = _compile(mesh, jax.jit(function), params, array)
+    compiled, seconds = _compile(mesh, len(given), jax.jit(function), params, array)
     cost, run = _cost_by_xla(function, params, given), functools.partial(compiled, params, array)
     return Case(len(given), len(given), "images", run, compile_seconds=seconds, cost=cost)
 
@@ -309,12 +310,14 @@ def _codes(model: Model) -> int:
 # ---------------------------------------------------------------- compiling and counting
 
 
-def _compile(mesh: Mesh, jitted: Any, *args: Any) -> tuple[Any, float]:
-    """The compiled program, and the seconds that tracing and compiling took."""
+def _compile(mesh: Mesh, batch_size: int, jitted: Any, *args: Any) -> tuple[Any, float]:
+    """The compiled program, and the seconds that tracing and compiling took. Raises: ConfigError if it would not fit in memory."""
     began = time.perf_counter()
     with sharded(mesh):
         compiled = jitted.lower(*args).compile()
-    return compiled, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    memory.check(compiled, batch_size, divisor=batch_divisor(mesh), where="--batch-size")
+    return compiled, seconds
 
 
 def _sampling_cost(experiment: Experiment, size: int, dtype: str | None) -> Cost | None:

@@ -14,9 +14,10 @@ import pytest
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
 from rar_jax.generators import rar
+from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs import bench_cases, ceilings
-from rar_jax.programs.bench import _result, _time, bench, table
+from rar_jax.programs.bench import CASES, _result, _time, bench, table
 from rar_jax.programs.bench_cases import Case, Options
 from rar_jax.programs.ceilings import Ceilings, Cost
 from rar_jax.programs.experiment import Experiment, resolve
@@ -213,6 +214,15 @@ def test_what_cannot_be(argv: list[str], problem: str, capsys: pytest.CaptureFix
     assert cli.main(["bench", *argv, "--config", str(TINY)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"rar-jax bench: {problem}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["sample", "train", "tokenize"])
+def test_a_batch_that_memory_does_not_hold(what: str, monkeypatch: pytest.MonkeyPatch, tiny: Experiment) -> None:
+    """It is refused before it is run."""
+    monkeypatch.setattr(memory, "free", lambda device: 2**10)
+    cases = CASES[what](tiny, make_mesh(tiny.mesh), Options(what, batch_sizes=(4,)))
+    with pytest.raises(ConfigError, match=r"--batch-size 4 takes .* GiB on each device, .* are free"):
+        next(cases)
 
 
 def test_the_loader_reads_codes_only(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
