@@ -8,15 +8,17 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.evaluation import sums
 from rar_jax.generators import rar
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.programs import bench_cases, ceilings
+from rar_jax.programs import bench_cases, ceilings, scoring
 from rar_jax.programs.bench import CASES, _result, _time, bench, table
 from rar_jax.programs.bench_cases import Case, Options
 from rar_jax.programs.ceilings import Ceilings, Cost
@@ -121,6 +123,22 @@ def test_evaluate(tiny: Experiment) -> None:
     # torchvision's documentation gives 5.71 G multiply-adds for an Inception v3 of 299 pixels. XLA does not count those with
     # the zeros of the padding.
     assert report["results"][0]["flops"] / 4 == pytest.approx(2 * 5.7e9, rel=0.05)
+
+
+def test_evaluate_whole(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling and decoding are in what is counted, and in the program; Inception, which test_evaluate runs, is not."""
+
+    def no_inception(params: Any, images: jax.Array, resize: Any = None) -> dict[str, jax.Array]:
+        sizes = {"pool3": sums.POOL3, "spatial": sums.SPATIAL, "logits": sums.CLASSES}
+        return {name: jnp.broadcast_to(images.mean((1, 2, 3))[:, None], (len(images), n)) for name, n in sizes.items()}
+
+    monkeypatch.setattr(scoring, "features", no_inception)
+    whole, alone = (
+        bench(tiny, Options(what, batch_sizes=(4,), repeats=2, **more))
+        for what, more in (("evaluate", {"whole": True}), ("sample", {"decode": True}))
+    )
+    check(whole, "images", 1, (4,))
+    assert whole["guided"] and whole["results"][0]["flops"] > alone["results"][0]["flops"]
 
 
 def test_tokenize(tiny: Experiment) -> None:
