@@ -21,8 +21,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rar_jax.parallel.processes import from_main, is_main
+from rar_jax.training.preemption import CheckpointManager
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
@@ -226,7 +226,7 @@ class Checkpointer:
         self.folder: pathlib.Path = folder
         self._verify, self._on_full_disk = verify, on_full_disk
         folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
+        self._manager = CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_KeepBest(folder, keep), cleanup_tmp_directories=True
@@ -281,7 +281,7 @@ class Checkpointer:
                 self._manager.wait_until_finished()
             self.poll()
         if self._manifest is not None:
-            futures.wait([self._manifest])
+            wait([self._manifest])
             self.poll()
 
     @contextlib.contextmanager

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rar_jax.config import PREEMPTED
@@ -131,8 +132,6 @@ class Watch:
         while True:
             with self._lock:
                 if self._saving:
-                    # Orbax asks JAX as well, for the number of its step: the number that counts is put back.
-                    multihost_utils.reached_preemption_sync_point(self._asked)
                     begun, first = time.monotonic(), self._asked
                 else:
                     self._ask()
@@ -161,6 +160,15 @@ class Watch:
             time.sleep(GRACE_SECONDS)
         self.on_leave()
         os._exit(PREEMPTED)
+
+
+class CheckpointManager(ocp.CheckpointManager):
+    """Orbax's, which would ask JAX for the numbers of its steps, some of them long after a save began. JAX takes the last number
+    that it was asked for as where a process is: it would name one that `Watch` is past, and nobody would ever stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `Watch` decides."""
+        return False
 
 
 def _handler_of_jax() -> Callable[[int], None]:

@@ -11,8 +11,10 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import TINY, Command, environment, finish, start, terminate, wait_for
+from jax.experimental import multihost_utils
 
 from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.parallel.mesh import make_mesh
@@ -93,6 +95,17 @@ def test_one_of_two_processes(tmp_path: pathlib.Path, which: int, often: str) ->
     finish(running, PREEMPTED)
     assert saved(tmp_path / "run") == step_of(tmp_path / "run") >= 3
     assert reasons(tmp_path / "run") == ["preempted"]
+
+
+def test_nobody_else_asks_jax(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX names the next number that no process has asked for, by the last that each did: a step of orbax's would mislead it."""
+    asked: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or False)
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpointer.save(step, {"step": np.int32(step)}, {})
+    checkpointer.close()
+    assert good_step(tmp_path) is not None and asked == []
 
 
 @pytest.mark.slow
