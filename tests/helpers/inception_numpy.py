@@ -90,7 +90,9 @@ class _Network:
         for i in range(height):  # a sum over the kernel's places of matrix products
             for j in range(width):
                 seen = x[:, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
-                out += seen @ kernel[:, :, i, j].T
+                # Whole in memory both: of anything else NumPy's product is a loop of its own, not BLAS.
+                flat = np.ascontiguousarray(seen).reshape(-1, x.shape[-1])
+                out += (flat @ np.ascontiguousarray(kernel[:, :, i, j].T)).reshape(out.shape)
         norm = {part: self.state[f"{name}.bn.{part}"] for part in ("weight", "bias", "running_mean", "running_var")}
         scaled = (out - norm["running_mean"]) / np.sqrt(norm["running_var"] + 1e-3)
         return np.maximum(scaled * norm["weight"] + norm["bias"], 0)
