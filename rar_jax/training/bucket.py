@@ -40,8 +40,9 @@ class Bucket:
             raise ConfigError(
                 f"{url}: write gs://BUCKET/PATH or s3://BUCKET/PATH; other storage, mounted, is a path like any other"
             )
-        self.place = scheme, bucket, path = parts[1], parts[2], parts[3]
-        self.url = f"{scheme}://{bucket}/{path}"
+        scheme, bucket, path = parts[1], parts[2], parts[3]
+        self.place: tuple[str, str, str] = (scheme, bucket, path)
+        self.url: str = f"{scheme}://{bucket}/{path}"
         driver = SCHEMES[scheme]
         spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
         spec["context"] = {f"{driver}_request_retries": {"max_retries": RETRIES}}

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.training.preemption import CheckpointManager
+from rar_jax.training.preemption import checkpoint_manager
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
@@ -226,7 +226,7 @@ class Checkpointer:
         self.folder: pathlib.Path = folder
         self._verify, self._on_full_disk = verify, on_full_disk
         folder.mkdir(parents=True, exist_ok=True)
-        self._manager = CheckpointManager(
+        self._manager = checkpoint_manager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_KeepBest(folder, keep), cleanup_tmp_directories=True

@@ -56,7 +56,7 @@ class Mirror:
 
     def __init__(self, url: str) -> None:
         """Raises: ConfigError for a URL that is none."""
-        self.bucket = Bucket(url)
+        self.bucket: Bucket = Bucket(url)
         self.url: str = self.bucket.url
         scratch = os.environ.get(SCRATCH) or pathlib.Path.home() / ".cache" / "rar_jax"
         self.folder: pathlib.Path = pathlib.Path(scratch).joinpath(*self.bucket.place)
