@@ -5,6 +5,7 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import ast
@@ -25,11 +26,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # time. What the numbers mean does not change; tests/faults runs the real command, optimized.
 jax.config.update("jax_disable_most_optimizations", True)
 # Many tests compile the same program. One folder for this run, which the workers of `pytest -n` inherit; one that was given is
-# kept, so that the next run finds in it what this one compiled.
+# kept, so that the next run finds in it what this one compiled. Only what takes long is worth it, and writing a program down is
+# where jaxlib 0.10.2 was once seen to crash.
 KEPT = "RAR_JAX_TEST_CACHE" in os.environ
 CACHE = os.environ.setdefault("RAR_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="rar_jax_tests_"))
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

@@ -6,7 +6,7 @@ What makes it another file (docs/measurements/sampling.md has what each is worth
 * layers are separate arrays and the loop over them is unrolled: a scan would copy the weights of each layer first;
 * the modulation depends on class and slot only, and not on tokens: it is computed for many slots at a time, once for each
   distinct class, so that its weights, a third of all, are not read at every slot;
-* the cache is made in stages of slots, and attention reads those that are begun.
+* the cache is made in stages of slots, and attention reads those that are begun; or by a fused kernel what is filled.
 
 Shape suffixes: d width, f hidden width of the MLP, h heads, k head dim, b batch, g branches of guidance (class, null),
 m cached slots, e distinct classes, s slots that are modulated at a time.
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
-from rar_jax.networks.layers import gelu, matmul_precision, modulate
+from rar_jax.networks.layers import gelu, has_fused_attention, matmul_precision, modulate
 from rar_jax.parallel.rules import is_sharded
 
 Params = dict[str, Any]
@@ -84,21 +84,39 @@ def layer_norm(params: Params, x: jax.Array, *, axis: int = 0) -> jax.Array:
     return normalize(x, axis=axis) * params["scale"].reshape(shape) + params["bias"].reshape(shape)
 
 
-def attend(q_rk: jax.Array, cache: Sequence[KeysValues], visible_m: jax.Array) -> jax.Array:
-    """One query a row against the stages of the cache, of whose last one `visible_m` is; float32 (*r, k)."""
+def attend(q_rk: jax.Array, cache: Sequence[KeysValues], filled: jax.Array) -> jax.Array:
+    """One query a row against the stages of the cache, of whose last one `filled` slots are; float32 (*r, k)."""
     factors = cache[0][0].dtype  # a cache in bfloat16 is not widened, only the sums are
+    if _is_fused(q_rk.shape[-1], factors):
+        return _attend_fused(q_rk.astype(factors), *cache, filled)
 
     def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(spec, a, b, precision=matmul_precision(factors), preferred_element_type=jnp.float32)
 
     q_rk = (q_rk * q_rk.shape[-1] ** -0.5).astype(factors)
     scores = [product("...k,...mk->...m", q_rk, keys) for keys, _ in cache]
-    scores[-1] = jnp.where(visible_m.reshape((1,) * (q_rk.ndim - 1) + (-1,)), scores[-1], -jnp.inf)
+    scores[-1] = jnp.where(jnp.arange(scores[-1].shape[-1]) < filled, scores[-1], -jnp.inf)
     weights_rm = jax.nn.softmax(jnp.concatenate(scores, axis=-1)).astype(factors)
     ends = list(itertools.accumulate(part.shape[-1] for part in scores))
     weights = jnp.split(weights_rm, ends[:-1], axis=-1)
     parts = [product("...m,...mk->...k", w, values) for w, (_, values) in zip(weights, cache, strict=True)]
     return functools.reduce(jnp.add, parts)
+
+
+def _is_fused(head_dim: int, dtype: Any) -> bool:
+    """Whether a fused kernel attends. All rows are its batch, which a tensor axis would cut in a way that it cannot take."""
+    return has_fused_attention(head_dim, dtype) and jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1
+
+
+def _attend_fused(q_rk: jax.Array, stage: KeysValues, filled: jax.Array) -> jax.Array:
+    """`attend` of one stage: each row is a sequence of one head, which leaves the cache as it lies, and is read up to `filled`."""
+    *rows, m, k = stage[0].shape
+    keys_rm1k, values_rm1k = (x.reshape(-1, m, 1, k) for x in stage)
+    lengths_r = jnp.full(len(keys_rm1k), filled, jnp.int32)
+    out_r11k = jax.nn.dot_product_attention(
+        q_rk.reshape(-1, 1, 1, k), keys_rm1k, values_rm1k, key_value_seq_lengths=lengths_r, implementation="cudnn"
+    )
+    return out_r11k.reshape(*rows, k).astype(jnp.float32)
 
 
 def block(
@@ -121,8 +139,7 @@ def block(
         jax.lax.dynamic_update_slice_in_dim(stage, new[..., None, :].astype(stage.dtype), place, axis=new.ndim - 1)
         for stage, new in zip(old, (k_rk, v_rk), strict=True)
     )
-    visible_m = jnp.arange(keys.shape[-2]) <= place
-    out_hkbg = attend(q_rk, [*cache[:-1], (keys, values)], visible_m).reshape(b, g, h, k).transpose(2, 3, 0, 1)
+    out_hkbg = attend(q_rk, [*cache[:-1], (keys, values)], place + 1).reshape(b, g, h, k).transpose(2, 3, 0, 1)
     x_dbg = x_dbg + gate_a * dense(attn["proj"], out_hkbg)
     h_fbg = dense(mlp["fc1"], modulate(layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
     x_dbg = x_dbg + gate_m * dense(mlp["fc2"], gelu(h_fbg))
@@ -282,9 +299,11 @@ def generate(
 def _stage_ends(params: Params, slots: int, rows: int) -> list[int]:
     """Where the stages of the cache begin and end. Each is one more loop over all layers to compile (4 s of it for 24 layers on a
     CPU), which pays where reading the cache takes as long as reading the weights does; 80 layers in all are compiled, so
-    that RAR-XXL's 40 stay under a minute (docs/measurements/compiling.py)."""
+    that RAR-XXL's 40 stay under a minute (docs/measurements/compiling.py). A fused kernel reads only what is filled."""
+    _, _, head_dim, width = (kernel := params["layers"][0]["attn"]["qkv"]["kernel"]).shape
+    if _is_fused(head_dim, kernel.dtype):
+        return [0, slots]
     kernels = [x for x in jax.tree.leaves({k: v for k, v in params["layers"][0].items() if k != "adaln"}) if x.ndim > 1]
-    width = params["layers"][0]["attn"]["qkv"]["kernel"].shape[-1]
     share = 2 * width * slots * rows / sum(x.size for x in kernels)  # of the cache to the weights
     stages = min(1 if share < 0.25 else 2 if share < 1 else 4, max(1, 80 // len(params["layers"])))
     return [slots * i // stages for i in range(stages + 1)]

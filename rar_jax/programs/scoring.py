@@ -24,6 +24,7 @@ from rar_jax.evaluation.features import features
 from rar_jax.evaluation.reference import Reference
 from rar_jax.evaluation.sums import Shift, Totals
 from rar_jax.guidance import Guidance
+from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
@@ -95,6 +96,7 @@ class Program:
         at = replicated(mesh)
         self._dtype = np.dtype(settings.features)
         self._network = network
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._score_samples = jax.jit(self._scan_samples, static_argnames=("models", "keep"), out_shardings=at)
         self._score_images = jax.jit(self._scan_images, static_argnames="keep", out_shardings=at)
         self._score_reconstructions = jax.jit(self._scan_reconstructions, static_argnames="tokenizer", out_shardings=at)
@@ -164,10 +166,8 @@ class Program:
             ids_sb, weights_sb = self._rows(start, count)
             rows = self._place(((ids_sb % classes).astype(np.int32), ids_sb, weights_sb))
             with sharded(self.mesh), self._mode():
-                chunk = self._score_samples(
-                    {**params, **self._params}, rows, np.uint32(self.settings.seed), guidance, models=models, keep=keep
-                )
-            return _flat(chunk)
+                given = {**params, **self._params}, rows, np.uint32(self.settings.seed), guidance
+                return _flat(self._run(self._score_samples, *given, models=models, keep=keep))
 
         return compute
 
@@ -196,7 +196,7 @@ class Program:
         def compute(start: int, count: int) -> Chunk:
             rows = self._rows_of(images, start, count)
             with sharded(self.mesh), self._mode():
-                return _flat(self._score_images(self._params, rows, keep=keep))
+                return _flat(self._run(self._score_images, self._params, rows, keep=keep))
 
         return compute
 
@@ -207,7 +207,7 @@ class Program:
             rows = self._rows_of(images, start, count)
             with sharded(self.mesh), self._mode():
                 given = {"tokenizer": params, **self._params}
-                return _flat(self._score_reconstructions(given, rows, tokenizer=tokenizer))
+                return _flat(self._run(self._score_reconstructions, given, rows, tokenizer=tokenizer))
 
         return compute
 
@@ -249,6 +249,18 @@ class Program:
                 out = timed("inception", functools.partial(features, resize=resize), params["inception"], images)
                 timed("moments", sums.add, sums.zero(self._dtype), out, weights_b, params["shift"])
         return seconds
+
+    def _run(self, program: Any, *args: Any, **static: Any) -> Chunk:
+        """Calls a jitted program, compiled once for each form of its arguments. Raises: ConfigError, before it runs, if a
+        device has not the memory that it takes."""
+        leaves, tree = jax.tree.flatten(args)
+        form = program, tree, tuple((np.shape(x), jnp.result_type(x)) for x in leaves), tuple(static.items())
+        if form not in self._compiled:
+            compiled = program.lower(*args, **static).compile()
+            rows, parts = self.settings.batch_size, batch_divisor(self.mesh)
+            memory.check(compiled, rows, divisor=parts, where="--batch-size (evaluate.batch_size)")
+            self._compiled[form] = compiled
+        return self._compiled[form](*args)
 
     def _mode(self) -> Any:
         return jax.enable_x64(self._dtype == np.float64)

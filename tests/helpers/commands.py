@@ -29,7 +29,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "RAR_JAX_PROCESS", "RAR_JAX_COORD"))}
     kept |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
     if cache := os.environ.get("RAR_JAX_TEST_CACHE"):
-        kept |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        kept |= {"JAX_COMPILATION_CACHE_DIR": cache}
     return kept | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
@@ -89,7 +89,6 @@ def _command(argv: list[str], environ: dict[str, str], told: str, before: Callab
     # JAX was imported by the server, and read the environment then.
     jax.config.update("jax_disable_most_optimizations", environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
     jax.config.update("jax_compilation_cache_dir", environ.get("JAX_COMPILATION_CACHE_DIR"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if before is not None:
         before()
     sys.argv = ["rar-jax", *argv]

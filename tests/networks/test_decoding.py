@@ -1,5 +1,6 @@
 """Decoding a slot at a time, in parts: against NumPy in float64, and against the same without the shortcut."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -50,7 +51,7 @@ def test_attention_over_stages_is_attention_over_all() -> None:
     q, keys, values = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 8), (6, 11, 8), (6, 11, 8)))
     seen = 9  # 4 + 3 slots of stages that are over, and two of the four of the last
     stages = [(jnp.asarray(keys[:, a:b]), jnp.asarray(values[:, a:b])) for a, b in ((0, 4), (4, 7), (7, 11))]
-    ours = decoding.attend(jnp.asarray(q), stages, jnp.arange(4) < 2)
+    ours = decoding.attend(jnp.asarray(q), stages, jnp.int32(2))
     scores = np.einsum("rk,rmk->rm", q.astype(np.float64), keys[:, :seen]) / np.sqrt(8)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -82,6 +83,28 @@ def test_stages_change_nothing(stages: int, monkeypatch: pytest.MonkeyPatch) -> 
     expected = rar.sample(rar.TINY, params, labels, **keywords)
     monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [17 * i // stages for i in range(stages + 1)])
     np.testing.assert_array_equal(rar.sample(rar.TINY, params, labels, **keywords), expected)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 1, 1), (1, 1, 2)])
+def test_fused_attention_draws_the_same_and_not_where_heads_are_cut(
+    shape: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX's attention, here by XLA since cuDNN is on GPUs only, in the place where it is taken: the logits as without it."""
+    config, params = rar.TINY, random_params(0)
+    labels, tokens = jnp.asarray([3, 1, 3, 10]), jax.random.randint(jax.random.key(2), (4, 16), 0, 32)
+    expected, read, theirs = rar.cached_logits(config, params, tokens, labels), [], jax.nn.dot_product_attention
+
+    def by_xla(q: jax.Array, *args: Any, implementation: str, **rest: Any) -> jax.Array:
+        read.append((implementation, args[0].shape))
+        return theirs(q, *args, implementation="xla", **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(decoding, "has_fused_attention", lambda *_: True)
+    with contextlib.nullcontext() if shape is None else sharded(make_mesh(MeshConfig(*shape), jax.devices()[:2])):
+        ours = jax.jit(lambda p, t, c: rar.cached_logits(config, p, t, c))(params, tokens, labels)
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+    one_stage = ("cudnn", (4 * 1 * config.num_heads, 17, 1, config.width // config.num_heads))
+    assert read == ([] if shape == (1, 1, 2) else [one_stage] * config.depth)
 
 
 def test_the_cache_is_written_in_place() -> None:

@@ -1,0 +1,49 @@
+"""Where the time of a jitted program goes, by the part of the model: reads what `rar-jax bench ... --profile DIR` wrote.
+
+    XLA_FLAGS="--xla_dump_to=DIR/hlo --xla_dump_hlo_as_text" rar-jax bench train --config rar_b --profile DIR --repeats 1
+    python docs/measurements/profile.py DIR [--top 12]
+
+XLA's trace has a span for each instruction; the compiled text says which line of the model it comes from (`op_name`) and what
+it is made of. Spans overlap where two cores work on two of them, so the sum may be more than the time of the clock.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+
+from jax.profiler import ProfileData
+
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)")
+
+
+def instructions(text: str) -> dict[str, tuple[str, str, str]]:
+    """Of each instruction: what it does, the shape of its result, and the `op_name` of the line it comes from."""
+    found = {}
+    for line in text.splitlines():
+        if match := INSTRUCTION.match(line):
+            name, rest = match.groups()
+            kind = re.search(r"\s([a-z][\w-]*)\(", " " + rest)
+            origin = re.search(r'op_name="([^"]*)"', rest)
+            found[name] = (kind[1] if kind else "", rest.split("{")[0].split(" ")[0], origin[1] if origin else "")
+    return found
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=pathlib.Path)
+parser.add_argument("--top", type=int, default=12)
+args = parser.parse_args()
+
+texts = {path: path.read_text() for path in (args.folder / "hlo").glob("*after_optimizations.txt")}
+known = instructions(max(texts.values(), key=len))  # the benched program is by far the longest
+for trace in sorted(args.folder.rglob("*.xplane.pb")):
+    spans = collections.Counter()
+    for plane in ProfileData.from_file(str(trace)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name in known:
+                    spans[event.name] += event.duration_ns / 1e9
+    print(trace.relative_to(args.folder), f"{sum(spans.values()):.2f} s in {len(spans)} instructions")
+    for name, seconds in spans.most_common(args.top):
+        kind, shape, origin = known[name]
+        print(f"{seconds:9.3f} s  {name:34} {kind:14} {shape:28} {origin[-90:]}")
