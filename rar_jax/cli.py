@@ -329,7 +329,7 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides:
         raise ConfigError("report takes no --config.* arguments: the experiment is the work directory's")
-    print(report(args.workdirs, args.out))
+    print(report([_fetched(workdir) for workdir in args.workdirs], args.out))
     return 0
 
 
@@ -340,6 +340,10 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides:
         print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
+        return 2
+    if isinstance(args.workdir, str):
+        told = "is a bucket, whose work is done in a folder here: give that, RAR_JAX_SCRATCH (default ~/.cache/rar_jax)"
+        print(f"rar-jax doctor: {args.workdir} {told}", file=sys.stderr)
         return 2
     report = doctor(args.workdir)
     if args.json or not args.quiet or report["problems"]:

@@ -68,7 +68,10 @@ def place(text: str) -> pathlib.Path | str:
 def _tokenize_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", help="experiment file, or its bare name: says what the images and the tokenizer are")
     sub.add_argument("--workdir", type=place, help="tokenize the experiment's splits with its trained tokenizer")
-    sub.add_argument("--source", help="instead: tokenize these images (digits, idx:FOLDER, tfds:NAME)")
+    sub.add_argument(
+        "--source",
+        help="instead: tokenize these images (digits, idx:, tfds:, folder:, parquet:, webdataset: or array_record:, see docs/data.md)",
+    )
     sub.add_argument("--weights", help="the tokenizer: file, directory or released name")
     sub.add_argument(
         "--out", type=pathlib.Path, help="folder of the store; with --verify a PNG, with --export the file"
@@ -181,7 +184,7 @@ def _report_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _doctor_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--workdir", type=pathlib.Path, help="also try to make, rename and lock files there")
+    sub.add_argument("--workdir", type=place, help="where to try making, renaming and locking files (default: here)")
     sub.add_argument("--json", action="store_true", help="the same as JSON")
 
 

@@ -81,6 +81,8 @@ class Pipeline:
           params: `pipeline.params`, passed as an argument so that a jit does not bake the weights in.
           labels: int (b,). keys: typed PRNG keys (b,), one a sample.
           guidance: traced; changing its numbers does not compile again.
+
+        Labels are traced, so they are not checked here (`sample` checks them).
         """
         return sample_images(self.generator, self.tokenizer, params, labels, keys, guidance)
 
@@ -171,7 +173,7 @@ class Pipeline:
         require(labels_b.size > 0, "no labels: give at least one class to sample")
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (b, y, x, c) as the tokenizer keeps them: encoded, decoded, rounded."""
+        """uint8 images (b, y, x, c), of the tokenizer's size, as it keeps them: encoded, decoded, rounded; uint8, the same shape."""
         module, config = self.tokenizer.module, self.tokenizer.config
 
         def through(params: Any, images_byxc: jax.Array) -> jax.Array:

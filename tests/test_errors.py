@@ -139,7 +139,7 @@ def interrupted(at: Place) -> None:
     with served(at.patch, at.path / "cache") as hub:
         hub.sends = 1000
         at.how = "the hub closes the connection after 1,000 bytes"
-        at.command("sample --weights rar_b --download --out pictures", 2, progress=True)
+        at.command("sample --weights rar_b --download --out pictures", 1, progress=True)
 
 
 @case("Weights", "A download of other content than the hub says")
@@ -220,9 +220,21 @@ def empty_folder(at: Place) -> None:
     at.command("run --config my_images --config.data.source=folder:pictures --workdir runs/a", 2)
 
 
+class Missing:
+    """On sys.meta_path: what Python says of a package that was not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
 @case("Images and tokens", "TFDS is not installed")
 def without_tfds(at: Place) -> None:
-    at.patch.setitem(sys.modules, "tensorflow_datasets", None)
+    at.patch.setattr(sys, "meta_path", [Missing("tensorflow_datasets"), *sys.meta_path])
+    at.patch.delitem(sys.modules, "tensorflow_datasets", raising=False)
     at.command("inspect tfds:mnist", 2)
 
 
@@ -295,10 +307,19 @@ def second_writer(at: Place) -> None:
 def read_only(at: Place) -> None:
     (at.path / "runs").mkdir()
     mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro tmpfs runs && exec "$@"', "sh"]
-    if subprocess.run([*mount, "true"], capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a tmpfs")
+    tried = subprocess.run([*mount, "true"], capture_output=True, text=True)
+    assert tried.returncode == 0, f"unshare -rm and mount are needed to see a read-only disk: {tried.stderr}"
     at.how = "runs is mounted read-only"
     at.command("run --config tiny.py --workdir runs -q", 1, run=in_a_process(inside=mount))
+
+
+@case("Work directory and disk", "A folder of someone else")
+def not_permitted(at: Place) -> None:
+    def denied(path: pathlib.Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    at.patch.setattr(pathlib.Path, "mkdir", denied)  # who runs the tests may be permitted everything
+    at.command(f"{RUN} -q", 1)
 
 
 def no_room(*_: Any, **__: Any) -> Any:

@@ -68,10 +68,7 @@ def main() -> None:
             began = time.monotonic()
             notebook = execute(name, pathlib.Path(scratch), {"RAR_JAX_WORKDIR": str(workdir), "RAR_JAX_SHORT": "0"})
             seconds = time.monotonic() - began
-            remark = (
-                f"Written by `python docs/notebooks/render.py` from [notebooks/{name}.ipynb](../../notebooks/{name}.ipynb), "
-                f"which ran for {seconds:.0f} s."
-            )
+            remark = f"Written by `python docs/notebooks/render.py` from `notebooks/{name}.ipynb`, which ran for {seconds:.0f} s."
             page = write(name, notebook, HERE, remark=remark)
             size = sum(path.stat().st_size for path in [page, *page.with_name(f"{name}_files").iterdir()])
             print(f"{page.name:20} ran for {seconds:4.0f} s, {size / 1e3:4.0f} kB", flush=True)

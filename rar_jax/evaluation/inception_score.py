@@ -84,6 +84,7 @@ def inception_score(logits: npt.ArrayLike, *, split_size: int = SPLIT_SIZE) -> f
       logits: (n, c), in the order in which the samples were made: splits are consecutive. Any float dtype.
       split_size: samples a split; the last one is shorter if n does not divide by it.
 
+    Returns: the mean of the splits' scores, from 1 to c.
     Raises: ValueError if logits are not (n, c) with n > 0, or not finite, or split_size is not positive.
     Source: Salimans et al. 2016 (arXiv 1606.03498), section 4, and ADM's evaluator.py for the splits.
     """

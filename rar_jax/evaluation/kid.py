@@ -31,6 +31,7 @@ def kid(reference: npt.ArrayLike, samples: npt.ArrayLike) -> float:
       reference: (n, d) features, any float dtype.
       samples: (m, d) features of the same network.
 
+    Returns: the squared distance, without the factor 1000 of some papers; below 0 where the sets are as close as two of one kind.
     Raises: ValueError if shapes do not fit, a set has fewer than 2 rows, or a number is not finite.
     Source: Binkowski et al. 2018 (arXiv 1801.01401), section 3; the unbiased estimator is equation 3 of Gretton et
       al. 2012. Cost: (n + m)^2 d multiplications in blocks of 64 MB.

@@ -41,8 +41,10 @@ Params = dict[str, Any]
 class Config:
     """Sizes and recipe of a RAR generator. The defaults are RAR-B on ImageNet-256.
 
+    num_tokens: of an image, codes below codebook_size. width, depth, num_heads, mlp_width: of the transformer. dropout: after
+    projections and in the MLP; attention_dropout: of attention weights; label_dropout: share of labels that become the null class.
     num_classes: label `num_classes` is the null class. anneal_start, anneal_end: the steps between which the share of
-    randomly ordered sequences falls from 1 to 0. unroll: blocks that are compiled apart in each turn of the loop over
+    randomly ordered sequences falls from 1 to 0. remat: blocks are computed again in the backward pass, for memory. unroll: blocks that are compiled apart in each turn of the loop over
     them; with all of them a CPU trains faster and compiles longer (docs/measurements/training.md). dtype: of matmuls and
     activations in training; parameters, LayerNorm statistics, softmax, logits and loss are float32. Sampling computes in
     float32 unless `prepare` is told otherwise.
@@ -299,7 +301,8 @@ def attention(config: Config, params: Params, tokens: jax.Array, labels: jax.Arr
 
 
 def prepare(config: Config, params: Params, *, dtype: Any = None) -> Params:
-    """Parameters in the layout that `sample` decodes in, float32 or with the blocks' kernels (97 % of all) in `dtype`.
+    """Parameters in the layout that `sample` decodes in, float32 or with the blocks' kernels (97 % of all) in `dtype`: kernels
+    (*out, *in), and "layers", a tuple of one tree a layer. What is prepared already is returned as it is.
 
     With "bfloat16" the blocks multiply in bfloat16 and keep the cache in it; sums, activations, norms, tables and the head
     stay float32: all in bfloat16 would change one greedy choice in 30 (docs/measurements/bfloat16.md).

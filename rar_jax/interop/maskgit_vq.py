@@ -46,6 +46,8 @@ def open_params(
 
     Args:
       num_tokens: of an image, which tells the image size as well.
+
+    Raises: WeightsError if it is not this tokenizer's file: a key is missing or surplus, or a shape another.
     """
     state = open_tensors(path)
     if any(key in state for key in _OF_RAR):

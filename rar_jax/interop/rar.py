@@ -66,7 +66,10 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
 
 
 def open_params(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`."""
+    """As `load`, but the leaves are LazyArrays: only names and shapes are read yet. For `lazy.place`.
+
+    Raises: WeightsError if it is not a RAR generator's file: a key is missing or surplus, or a shape another.
+    """
     state = open_tensors(path)
     config = _read_config(state, path)
     shapes = released_shapes(config)

@@ -101,7 +101,7 @@ def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
         # Whatever goes wrong on the way (no network, a proxy, a full disk, no such file) has the same way out.
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ConfigError(
+            raise WeightsError(
                 f"{released.file} could not be downloaded ({reason}): give the command again, or get {where} on a machine with a network, copy it here "
                 "and give its path"
             ) from error
@@ -112,8 +112,12 @@ def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
 
 
 def _check_sha256(path: pathlib.Path, expected: str | None) -> None:
-    """The hub names a large file by its sha256 (its etag)."""
+    """The hub names a large file by its sha256 (its etag). A file that has another is removed: what is in the cache is not fetched again."""
     if expected is None or not re.fullmatch("[0-9a-f]{64}", expected):
         raise WeightsError(f"{path}: the hub gave no sha256 to check the download by (but {expected!r})")
     if (found := file_sha256(path)) != expected:
-        raise WeightsError(f"{path} has sha256 {found}, the hub says {expected}: delete the file and download it again")
+        for bad in (path.resolve(), path):  # the cache's entry is a link to the content
+            bad.unlink(missing_ok=True)
+        raise WeightsError(
+            f"{path} had sha256 {found}, the hub says {expected}: it has been removed, give the command again to download it anew"
+        )

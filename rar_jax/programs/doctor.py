@@ -103,11 +103,12 @@ def doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
         devices = _devices()
     except Exception as error:  # whatever a broken installation raises
         reason = str(error).strip().splitlines()
+        asked = os.environ.get("JAX_PLATFORMS")
         problems.append(
             Problem(
                 "jax finds no devices",
                 f"{type(error).__name__}: {reason[0] if reason else ''}",
-                f"unset JAX_PLATFORMS (it is {os.environ.get('JAX_PLATFORMS')!r}), or install jax again",
+                f"unset JAX_PLATFORMS (it is '{asked}'), or install jax again" if asked else "install jax again",
             )
         )
     files = {kind: any(_glob(pattern) for pattern in patterns) for kind, patterns in DEVICE_FILES.items()}
@@ -115,11 +116,10 @@ def doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
     notes = _notes(installed, files, devices)
     folder = _existing(workdir or pathlib.Path.cwd())
     disk = shutil.disk_usage(folder)
-    if workdir is not None:
-        problems += _of_folder(workdir, folder)
-        if disk.free < LEAST_DISK:
-            remedy = f"make room under {folder}, or give another --workdir"
-            problems.append(Problem(f"{_size(disk.free)} free on the disk", "the next checkpoint may not fit", remedy))
+    problems += _of_folder(workdir or folder, folder)
+    if workdir is not None and disk.free < LEAST_DISK:
+        remedy = f"make room under {folder}, or give another --workdir"
+        problems.append(Problem(f"{_size(disk.free)} free on the disk", "the next checkpoint may not fit", remedy))
     return {
         "python": platform.python_version(),
         "versions": installed,
@@ -147,8 +147,9 @@ def tell_doctor(report: Mapping[str, Any]) -> str:
         lines.append(f"memory     {_size(report['memory_free'])} free on this host")
     disk = report["disk"]
     lines.append(f"disk       {_size(disk['free'])} of {_size(disk['total'])} free at {disk['folder']}")
-    if report["workdir"] and not any(problem["what"].startswith(report["workdir"]) for problem in report["problems"]):
-        lines.append(f"workdir    {report['workdir']}: files are made, renamed and locked")
+    name, place = ("workdir", report["workdir"]) if report["workdir"] else ("folder", disk["folder"])
+    if not any(problem["what"].startswith(place) for problem in report["problems"]):
+        lines.append(f"{name:10} {place}: files are made, renamed and locked")
     lines += [f"note       {note}" for note in report["notes"]]
     for problem in report["problems"]:
         lines += [f"BAD        {problem['what']}: {problem['reason']}", f"           do: {problem['remedy']}"]

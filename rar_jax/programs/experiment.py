@@ -35,7 +35,7 @@ class Data:
     """Where images come from and what they are.
 
     source: as `data.sources.load_source` takes it: "digits", "tfds:NAME", "folder:PATH", ... image_size: what images
-    are padded or cropped to. crop: "pad", "center", "ten" or "random"; default, the source's own. What is held out is
+    are padded or cropped to; channels: 1 (grey) or 3. workers: processes that decode images or read tokens, 0 is a thread. crop: "pad", "center", "ten" or "random"; default, the source's own. What is held out is
     cropped at the centre where training images are at random.
     num_classes, train_records: left out or None, as many as the source has (`resolve` counts them). train_records:
     images of an epoch (with ten crops, too); checked against the source. class_names: default, the source's if

@@ -25,6 +25,8 @@ CONDITIONS = (
     ("seed", ("seed",)),
     ("guidance", ("guidance",)),
 )
+# These stand, with what they depend on, in evaluation/result.json; result.json has them beside fd_classifier's conditions.
+BY_INCEPTION = re.compile(r"(fid|fid_in_graph_float32|sfid|inception_score|precision|recall|kid)_n\d+")
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -124,6 +126,7 @@ def side_by_side(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, 
 def _score(result: Mapping[str, Any]) -> dict[str, Any]:
     made_from, made_on = (result.get(name) or {} for name in ("made_from", "made_on"))
     told = {k: v for k, v in result.items() if k not in ("made_from", "made_on", "remarks", "seconds", "n")}
+    told = {k: v for k, v in told.items() if not BY_INCEPTION.fullmatch(k)}
     numbers: list[list[Any]] = []
     said = list(result.get("remarks", []))
 
@@ -143,7 +146,9 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
     walk(told, "")
     everything = dict(flat(made_from))
     everything |= {name: _guidance(made_from["guidance"]) for name in ("guidance",) if made_from.get(name)}
-    everything |= {name: str(value) for name, value in made_on.items() if name in ("protocol", "features")}
+    everything |= {
+        name: str(value) for name, value in made_on.items() if name in ("protocol", "features", "generator_dtype")
+    }
     distance = result.get("fd_classifier") or {}
     everything.setdefault("reference", distance.get("reference") or result.get("reference") or "none")
     conditions = {

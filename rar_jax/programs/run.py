@@ -175,7 +175,8 @@ def _result_of(workdir: Workdir, inputs: dict[str, Any]) -> dict[str, Any] | Non
 
 def _where(mesh: Mesh) -> dict[str, Any]:
     # The classifier takes the images as they are, and samples are drawn in float32 whatever the training computed in.
-    return {"mesh": dict(mesh.shape), "protocol": "none", "features": "float32", **where()}
+    made = {"protocol": "none", "features": "float32", "generator_dtype": "float32"}
+    return {"mesh": dict(mesh.shape), **made, **where()}
 
 
 def headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:

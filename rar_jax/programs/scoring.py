@@ -258,7 +258,7 @@ class Program:
         if form not in self._compiled:
             compiled = program.lower(*args, **static).compile()
             rows, parts = self.settings.batch_size, batch_divisor(self.mesh)
-            memory.check(compiled, rows, divisor=parts, where="--batch-size (evaluate.batch_size)")
+            memory.check(compiled, rows, divisor=parts)
             self._compiled[form] = compiled
         return self._compiled[form](*args)
 

@@ -29,6 +29,9 @@ Params = dict[str, Any]
 class Config:
     """Architecture and training terms. Raises ConfigError where they cannot be.
 
+    `image_size`: pixels on a side; each entry of `width_multipliers` is a level of `blocks_per_level` residual blocks of
+    base_width * entry channels, half as large as the one before. `codebook_size` codes of `latent_width`. `l1_weight`, `l2_weight`:
+    of the pixels' errors; `codebook_weight`, `commitment_weight`: of the two sides of the quantization error.
     `restart_every`: every so many steps, until step `restart_until`, codes that a batch does not use are
     replaced by its latents (0 is never). `dtype` is that of the convolutions; parameters are float32.
     """

@@ -14,13 +14,21 @@ from rar_jax.config import Steps, require
 class Recipe:
     """One training. The defaults are RAR's (arXiv 2411.00776, section 4.1) where it has one.
 
-    steps: updates, or epochs as "400ep". batch_size: global. accumulation: each batch is computed in so many parts.
+    Durations are whole numbers of updates, or in an experiment epochs ("400ep") or a share of the training ("5%").
+
+    steps: updates. batch_size: global. accumulation: each batch is computed in so many parts.
+    learning_rate, end_learning_rate: reached after `warmup` updates from 0, and at the end of a cosine (`schedule`). beta1, beta2, eps,
+    weight_decay: AdamW's (decay is learning_rate * weight_decay * parameter where the model's mask says so). clip_norm: the
+    largest global norm of a gradient. log_every, eval_every, checkpoint_every: updates between two rows, validations, saves.
     ema_decay: of the parameters that are evaluated and sampled; 0 is none. After k updates at most (1 + k) / (10 + k), so that a
     short training does not average over its random start. eval_records: held-out records a validation. keep_checkpoints: the newest
-    ones. verify_saves: each is read again from the disk, and a difference stops the training. keep_best: also the one with the best live distance (where none is measured, the lowest held-out loss).
+    ones. verify_saves: each is read again from the disk, and a difference stops the training. keep_best: also the
+    one with the best live distance (where none is measured, the lowest held-out loss).
     spike_sigmas: an update is left out if its loss or gradient norm is so many standard deviations above the mean of the last 128
     (guard.py), 0: only if it is not finite. most_skips: after so many in a row the training goes back to its last good checkpoint
     and passes over the batches in between; most_rewinds: so often, and then it stops with a dump.
+
+    Raises: ConfigError for numbers that cannot be.
     """
 
     steps: int

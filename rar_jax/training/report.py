@@ -98,13 +98,13 @@ class Reporter:
             writer.scalars({name: value for name, value in finite.items() if value is not None}, int(step))
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Shows a uint8 (height, width, 1 or 3) image in TensorBoard."""
+        """Shows a uint8 (height, width, 1 or 3) image in TensorBoard and Weights & Biases."""
         if self._tells:
             for writer in self._writers():
                 writer.image(name, image, int(step))
 
     def grid(self, name: str, grid: grids.Grid, step: int) -> None:
-        """Keeps a grid for the report (grids.py) and shows it in TensorBoard, small cells enlarged."""
+        """Keeps a grid for the report (grids.py) and shows it as `image` does, small cells enlarged."""
         if not self._tells:
             return
         grids.save(self._workdir / "grids" / self.stage, int(step), grid)

@@ -158,4 +158,6 @@ def page() -> Any:
     opened = Page()
     yield opened
     if opened.writes:
+        missing = set(opened.titles()) - {entry.title for entry in opened.seen}
+        assert not missing, f"not written: run all of tests/test_errors.py, or take these off the page first: {missing}"
         opened.write()

@@ -63,7 +63,8 @@ def trained(path: pathlib.Path) -> pathlib.Path:
         "fd_classifier": {"reference": "the 1437 training images", "samples_n40": 1.25},
         "last_validation": {"generator": {"step": 1000, "validation/raster_loss": 0.5}},
         "made_from": {"weights": {"generator": SHA}, "guidance": {"scale": 2.0}, "seed": 7, "rounding": "truncate"},
-        "made_on": {"device": "cpu", "features": "float32", "protocol": "none"},
+        "made_on": {"device": "cpu", "features": "float32", "generator_dtype": "float32", "protocol": "none"},
+        "fid_n50000": 2.5,
     }
     (path / "result.json").write_text(json.dumps(result))
     (path / "evaluation").mkdir()

@@ -34,7 +34,9 @@ def bad(**versions: str | None) -> list[doctor.Problem]:
     return bad_versions({k: v for k, v in changed.items() if v}, lambda name: ASKED.get(name, []))
 
 
-def test_this_machine_is_well(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine_is_well(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["doctor", "--workdir", str(tmp_path / "new" / "run")]) == 0
     text = capsys.readouterr().out
     assert f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}" in text and text.endswith(
@@ -42,6 +44,13 @@ def test_this_machine_is_well(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
     )
     assert f"devices    4 x {jax.devices()[0].device_kind} (cpu)" in text
     assert not list(tmp_path.iterdir()), "looking leaves nothing"
+    assert f"workdir    {tmp_path / 'new' / 'run'}: files are made, renamed and locked\n" in text
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 0
+    assert f"folder     {tmp_path}: files are made, renamed and locked\n" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert main(["doctor", "--workdir", "gs://bucket/run"]) == 2
+    assert "gs://bucket/run is a bucket" in capsys.readouterr().err
     assert main(["doctor", "--json", "--quiet"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["problems"] == [] and 0 < report["disk"]["free"] <= report["disk"]["total"]

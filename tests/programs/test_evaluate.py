@@ -94,7 +94,7 @@ def test_what_memory_does_not_hold_is_refused_before_it_runs(
 
     expected = run("plenty")["inception_score"]
     monkeypatch.setattr(memory, "free", lambda device: takes[0] - 1)
-    with pytest.raises(ConfigError, match=r"--batch-size \(evaluate.batch_size\) 8 takes .* are free: (give|choose) "):
+    with pytest.raises(ConfigError, match=r"batch_size 8 takes .* are free: (give|choose) "):
         run("little")
     assert not list((tmp_path / "little").rglob("totals.npz"))
     monkeypatch.setattr(memory, "free", lambda device: takes[0])

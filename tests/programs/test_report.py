@@ -248,7 +248,7 @@ def test_scores_have_what_they_depend_on(finished: pathlib.Path) -> None:
     ]
     assert own["conditions"] | {"weights": "", "tokenizer": ""} == {
         "reference": "the 1437 training images", "weights": "", "tokenizer": "", "features of": "not recorded",
-        "rounding": "truncate", "resize protocol": "none", "precision": "float32", "sampled in": "not recorded", "seed": "7",
+        "rounding": "truncate", "resize protocol": "none", "precision": "float32", "sampled in": "float32", "seed": "7",
         "guidance": "scale 2",
     }  # fmt: skip
     assert inception["numbers"] == [["fid", 2.5, 50000]] and NASTY in inception["said"]
