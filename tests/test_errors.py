@@ -319,7 +319,7 @@ def not_permitted(at: Place) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     at.patch.setattr(pathlib.Path, "mkdir", denied)  # who runs the tests may be permitted everything
-    at.command(f"{RUN} -q", 1)
+    at.command(f"{RUN} -q", 2)
 
 
 def no_room(*_: Any, **__: Any) -> Any:

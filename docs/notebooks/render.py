@@ -49,11 +49,16 @@ def write(name: str, notebook: nbformat.NotebookNode, folder: pathlib.Path, *, r
             continue
         picture = Image.open(io.BytesIO(content)).convert("RGB").quantize(256)
         picture.save(folder / path, optimize=True)
-    for other in NAMES:
-        body = body.replace(f"]({other}.ipynb)", f"]({other}.md)")
     page = folder / f"{name}.md"
-    page.write_text(f"*{remark}*\n\n{body.strip()}\n")
+    page.write_text(f"*{remark}*\n\n{linked(body).strip()}\n")
     return page
+
+
+def linked(text: str) -> str:
+    """Links to notebooks as links to their pages."""
+    for name in NAMES:
+        text = text.replace(f"]({name}.ipynb)", f"]({name}.md)")
+    return text
 
 
 def main() -> None:

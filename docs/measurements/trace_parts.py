@@ -1,7 +1,7 @@
 """Where the time of a jitted program goes, by the part of the model: reads what `rar-jax bench ... --profile DIR` wrote.
 
     XLA_FLAGS="--xla_dump_to=DIR/hlo --xla_dump_hlo_as_text" rar-jax bench train --config rar_b --profile DIR --repeats 1
-    python docs/measurements/profile.py DIR [--top 12]
+    python docs/measurements/trace_parts.py DIR [--top 12]
 
 XLA's trace has a span for each instruction; the compiled text says which line of the model it comes from (`op_name`) and what
 it is made of. Spans overlap where two cores work on two of them, so the sum may be more than the time of the clock.
@@ -17,15 +17,14 @@ from jax.profiler import ProfileData
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)")
 
 
-def instructions(text: str) -> dict[str, tuple[str, str, str]]:
-    """Of each instruction: what it does, the shape of its result, and the `op_name` of the line it comes from."""
+def instructions(text: str) -> dict[str, tuple[str, str]]:
+    """Of each instruction: the shape of its result, and the `op_name` of the line it comes from."""
     found = {}
     for line in text.splitlines():
         if match := INSTRUCTION.match(line):
             name, rest = match.groups()
-            kind = re.search(r"\s([a-z][\w-]*)\(", " " + rest)
             origin = re.search(r'op_name="([^"]*)"', rest)
-            found[name] = (kind[1] if kind else "", rest.split("{")[0].split(" ")[0], origin[1] if origin else "")
+            found[name] = rest.split("{")[0].split(" ")[0], origin[1] if origin else ""
     return found
 
 
@@ -44,6 +43,14 @@ for trace in sorted(args.folder.rglob("*.xplane.pb")):
                 if event.name in known:
                     spans[event.name] += event.duration_ns / 1e9
     print(trace.relative_to(args.folder), f"{sum(spans.values()):.2f} s in {len(spans)} instructions")
-    for name, seconds in spans.most_common(args.top):
-        kind, shape, origin = known[name]
-        print(f"{seconds:9.3f} s  {name:34} {kind:14} {shape:28} {origin[-90:]}")
+    parts, counts = collections.Counter(), collections.Counter()
+    for name, seconds in spans.items():
+        shape, origin = known[name]
+        part = re.sub(r"[.\d]+$", "", name), shape, re.sub(r".*/(?=[^/]*/)", "", origin)  # the same in each layer
+        parts[part] += seconds
+        counts[part] += 1
+    for part, seconds in parts.most_common(args.top):
+        name, shape, origin = part
+        print(
+            f"{seconds:8.3f} s {seconds / sum(spans.values()):6.1%}  {counts[part]:4} x {name:36} {shape:26} {origin}"
+        )
