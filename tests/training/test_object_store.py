@@ -5,6 +5,7 @@ import pathlib
 import time
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import tensorstore
@@ -149,12 +150,70 @@ def test_one_writer(machines: tuple[Machine, Machine], monkeypatch: pytest.Monke
             late()
     b.release()
     # A process of this machine that ended is known at once.
-    b.bucket.write_if(WRITER, json.dumps(lease.this_process() | {"nonce": "other", "pid": 2**22 + 1}).encode(), None)
+    ended = json.dumps(lease.this_process() | {"nonce": "other", "pid": 2**22 + 1}).encode()
+    assert b.bucket.write_if(WRITER, ended, b.bucket.read_one(WRITER)[1])
     monkeypatch.setattr(lease, "STALE_SECONDS", 1e9)
     c = machines[0].mirror(a.url)
     c.take("run")
     assert "late" not in read(c.folder)
     c.release()
+
+
+@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
+def test_of_two_that_take_over_at_once_one_does(scheme: str, machines: tuple[Machine, Machine]) -> None:
+    for url, left in ((f"{scheme}://bucket/two/new", False), (f"{scheme}://bucket/two/left", True)):
+        a, b, first = (machines[i].mirror(url) for i in (0, 1, 0))
+        if left:
+            first.take("run")
+            first.release()
+        real = a.bucket.write_if
+
+        def late(*rest: Any, b: Mirror = b, real: Any = real) -> Any:
+            if b._known is None:
+                b.take("train")
+            return real(*rest)
+
+        a.bucket.write_if = late  # between a's look and its first beat b comes
+        with pytest.raises(LeaseError, match="was taken over by process"):
+            a.take("run")
+        b._beat()
+        b.release()
+
+
+@pytest.mark.parametrize("asleep", ["before a push", "before a manifest", "before a removal"])
+def test_who_was_taken_for_dead_sends_no_more(
+    asleep: str, machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine stood still for longer than a minute at this place, while b went on elsewhere."""
+    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
+    objects: dict[str, bytes] = {}
+    a = with_store(machines[0].mirror("gs://bucket/asleep"), Store(objects, FOREVER))
+    b = with_store(machines[1].mirror(a.url), Store(objects, FOREVER))
+    a.take("run")
+    write(a.folder, {"config.json": "{}", "gone": "x"})
+    step(a.folder, 8, "eight")
+    a.push()
+    before: dict[str, bytes] = {}
+
+    def sleep(at: str) -> None:
+        if at == asleep and b._known is None:
+            a._ended.set()
+            b.take("run")
+            step(b.folder, 16, "of b")
+            b.push()
+            before.update(objects)
+
+    real = {name: getattr(a, name) for name in ("_remove", "_send_step")}
+    monkeypatch.setattr(a, "_remove", lambda *rest: (sleep("before a removal"), real["_remove"](*rest)))
+    verify = object_store.verify_manifest
+    monkeypatch.setattr(object_store, "verify_manifest", lambda folder: (sleep("before a manifest"), verify(folder)))
+    (a.folder / "gone").unlink()
+    step(a.folder, 16, "of a")
+    sleep("before a push")
+    with pytest.raises(LeaseError, match="was taken over by process"):
+        a.push()
+    assert objects == before
+    b.release()
 
 
 def test_results_are_added_beside_a_run(machines: tuple[Machine, Machine]) -> None:
@@ -176,6 +235,41 @@ def test_results_are_added_beside_a_run(machines: tuple[Machine, Machine]) -> No
     c.pull()
     kept = {"config.json": "{}", "notes": "of a", "evaluation/result.json": "fid", "metrics.jsonl": "row"}
     assert read(c.folder) == kept
+
+
+def test_results_added_beside_a_run_outlive_its_next_start(machines: tuple[Machine, Machine]) -> None:
+    url = "gs://bucket/added"
+    a = machines[0].mirror(url)
+    a.take("train")
+    write(a.folder, {"config.json": "{}", "notes": "of a", "old": "of a"})
+    a.push()
+    a._ended.set()  # killed, and gone on with here after another one evaluated
+    a._beat(released=True)
+    b = machines[1].mirror(url)
+    b.pull()
+    write(b.folder, {"evaluation/result.json": "fid"})
+    b.add()
+    (a.folder / "old").unlink()
+    again = machines[0].mirror(url)
+    again.take("train")
+    again.push()
+    b.pull()
+    kept = {"config.json": "{}", "notes": "of a", "evaluation/result.json": "fid"}
+    assert read(again.folder) == read(b.folder) == kept
+    again.release()
+
+
+def test_placeholders_of_folders_are_no_files(machines: tuple[Machine, Machine]) -> None:
+    """The web pages of Google and Amazon make an empty object for a folder that is made there."""
+    a, b = (machine.mirror("gs://bucket/places/run") for machine in machines)
+    above = bucket.Bucket("gs://bucket/places")
+    list(above.write([("run/", b""), ("run/tokens/", b"")]))
+    a.take("run")
+    write(a.folder, {"config.json": "{}"})
+    a.release()
+    b.pull()
+    assert read(b.folder) == {"config.json": "{}"}
+    assert {"run/", "run/tokens/"} <= {key.decode() for key in above._store.list().result()}  # not ours to remove
 
 
 @pytest.mark.parametrize("url", ["gs://bucket", "gs://", "http://host/run", "s3:///run", "gs://bucket/../run"])
