@@ -8,6 +8,7 @@ import pathlib
 import shlex
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -20,6 +21,10 @@ from rar_jax.training.object_store import Mirror, ObjectStoreError
 from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
+
+# How long a process that leaves at once sends to its bucket: with processes.GRACE_SECONDS, which may come before, less than the 10
+# seconds that are promised. After a second signal there is only time for the ledger and the lease.
+LEAVING_SECONDS, HURRIED_SECONDS = 7.0, 0.5
 
 
 class Session:
@@ -77,11 +82,20 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
             for one in held:  # the last first: the bucket gets what is left before the folder is let go of
                 stack.callback(one.release)
 
-    def leave_at_once() -> None:
+    def try_to_leave() -> None:
         try:
             leave("preempted", "lost")
         except (ObjectStoreError, LeaseError) as error:
             print(f"rar-jax {verb}: {error}", file=sys.stderr, flush=True)
+
+    def leave_at_once() -> None:
+        # In a thread that ends with the process: what a bucket has not got by then may be more than there is time for.
+        leaving = threading.Thread(target=try_to_leave, daemon=True)
+        leaving.start()
+        leaving.join(HURRIED_SECONDS if watch.hurried else LEAVING_SECONDS)
+        if leaving.is_alive() and workdir.mirror is not None:
+            told = f"the next start there sends what {workdir.mirror.url} has not got: {workdir.path}"
+            print(f"rar-jax {verb}: {told}", file=sys.stderr, flush=True)
 
     watch.on_leave = leave_at_once
     try:
@@ -109,4 +123,5 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
         reason = f"{type(error).__name__}: {error}"[:300]
         raise
     finally:
+        watch.on_leave = lambda: None
         leave(reason, "ending" if reason in ("done", "preempted") else "lost")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from commands import TINY
 
 from rar_jax import cli
 from rar_jax.config import ConfigError
-from rar_jax.training import bucket, lease, object_store
+from rar_jax.programs import session
+from rar_jax.training import bucket, lease, ledger, object_store, preemption
 from rar_jax.training.lease import LeaseError
 from rar_jax.training.object_store import WRITER, Mirror, ObjectStoreError
 from rar_jax.training.workdir import Workdir
@@ -125,6 +127,42 @@ def test_a_server_that_never_answers(machines: tuple[Machine, Machine], monkeypa
     for ask in (a.push, a.pull):
         with pytest.raises(ObjectStoreError, match=r"cannot be reached \(it does not answer\)"):
             ask()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_bucket_does_not_hold_up_who_is_asked_to_leave(
+    signals: int, machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One signal gives the bucket some seconds, a second one none."""
+    sending, back, left = (threading.Event() for _ in range(3))
+    monkeypatch.setattr(preemption.os, "_exit", lambda code: left.set())
+    monkeypatch.setattr(session, "LEAVING_SECONDS", 0.5 if signals == 1 else 1e6, raising=False)
+    workdir = Workdir(machines[0].mirror("gs://bucket/slow").url)
+    assert workdir.mirror is not None
+
+    def seen(name: str) -> None:
+        sending.set()
+        back.wait(60)
+
+    with_store(workdir.mirror, Store({}, FOREVER, seen=seen))
+    watch = preemption.Watch()
+
+    def listen() -> None:
+        for _ in range(signals):
+            watch._signalled()
+            sending.wait(60)
+
+    with session.session(workdir, "tokenize", watch, lambda: None):
+        write(workdir.path, {"config.json": "{}"})
+        threading.Thread(target=listen, daemon=True).start()
+        assert left.wait(10)
+        stops = [row for row in ledger.read(workdir.path) if row["event"] == "stop"]
+        back.set()
+    assert [row["reason"] for row in stops] == ["preempted"]
+    if signals == 1:
+        assert (
+            f"the next start there sends what gs://bucket/slow has not got: {workdir.path}" in capsys.readouterr().err
+        )
 
 
 # ---------------------------------------------------------------- one writer
