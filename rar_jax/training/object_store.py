@@ -184,11 +184,27 @@ class Mirror:
         if self._known is not None and time.monotonic() - self._held > lease.STALE_SECONDS / 2:
             self._beat()
 
+    def writer(self) -> dict[str, Any] | None:
+        """Who writes, or died elsewhere and could not say so; None if nobody does."""
+        holder = self._writer()
+        return None if self._gone(holder) else holder
+
     # ---- to the folder
+
+    def fetch(self) -> None:
+        """`pull`, by who does not hold the folder. Raises: LeaseError if another process of this machine does."""
+        if self._is_last():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = lease.Lease(self.folder, "fetch")
+        try:
+            self.pull()
+        finally:
+            held.release()
 
     def pull(self) -> None:
         """Makes the folder what the bucket has, unless this folder was the last to write there."""
-        if self._writer().get("nonce") == self._nonce:
+        if self._is_last():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.iterdir():
@@ -199,6 +215,9 @@ class Mirror:
         # Of a step without a manifest there is nothing to be had.
         self._fetch(name for name in there if (step := _step_of(name)) is None or f"{step}/{MANIFEST}" in there)
         self._write_record()
+
+    def _is_last(self) -> bool:
+        return self._writer().get("nonce") == self._nonce
 
     def _fetch(self, names: Iterable[str]) -> None:
         # JSON last, as it is sent: what it names is there by then.

@@ -1,7 +1,9 @@
 """Work directories in buckets, of servers that speak Google's and Amazon's protocols on this machine. Killed: tests/faults/test_buckets.py."""
 
 import json
+import os
 import pathlib
+import socket
 import threading
 import time
 import types
@@ -14,8 +16,9 @@ from buckets import Machine, Store, read, serve, step, with_store, write
 from commands import TINY
 
 from rar_jax import cli
-from rar_jax.config import ConfigError
+from rar_jax.config import ConfigError, load_experiment
 from rar_jax.programs import session
+from rar_jax.programs.experiment import resolve
 from rar_jax.training import bucket, lease, ledger, object_store, preemption
 from rar_jax.training.lease import LeaseError
 from rar_jax.training.object_store import WRITER, Mirror, ObjectStoreError
@@ -308,6 +311,39 @@ def test_placeholders_of_folders_are_no_files(machines: tuple[Machine, Machine])
     b.pull()
     assert read(b.folder) == {"config.json": "{}"}
     assert {"run/", "run/tokens/"} <= {key.decode() for key in above._store.list().result()}  # not ours to remove
+
+
+def test_a_run_elsewhere_is_told_and_left_alone(
+    machines: tuple[Machine, Machine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = machines[0].mirror("gs://bucket/elsewhere")
+    a.take("train")
+    Workdir(a.folder).claim(resolve(load_experiment(str(TINY)), "tiny").resolved())
+    ledger.Ledger(a.folder).row("start", verb="train", command="rar-jax train --config tiny")
+    a.push()
+    machines[1].mirror(a.url)
+    assert cli.main(["inspect", a.url, "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert f"running    train, process {os.getpid()} on {socket.gethostname()}" in told
+    assert "killed" not in told and f"on {socket.gethostname()}, or died without a word: leave it alone" in told
+    a.release()
+    assert cli.main(["inspect", a.url, "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "running" not in told and "rar-jax train --config tiny" in told
+
+
+def test_a_folder_that_another_process_works_in_is_not_emptied(machines: tuple[Machine, Machine]) -> None:
+    a, b = (machine.mirror("gs://bucket/worked in") for machine in machines)
+    a.take("run")
+    write(a.folder, {"config.json": "{}"})
+    a.release()
+    write(b.folder, {"weights": "being read"})
+    held = lease.Lease(b.folder, "run")
+    with pytest.raises(LeaseError, match=r"is being written to by process \d+ on .* \(rar-jax run"):
+        Workdir(b.url).fetch()
+    assert read(b.folder).keys() == {"weights", lease.NAME}
+    held.release()
+    assert read(Workdir(b.url).fetch().path) == {"config.json": "{}"}
 
 
 @pytest.mark.parametrize("url", ["gs://bucket", "gs://", "http://host/run", "s3:///run", "gs://bucket/../run"])
