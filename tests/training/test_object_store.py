@@ -257,6 +257,33 @@ def test_who_was_taken_for_dead_sends_no_more(
     b.release()
 
 
+@pytest.mark.parametrize("polls", [False, True])
+def test_who_was_taken_for_dead_stops_whatever_it_does(
+    polls: bool, machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training at its next step; what does not poll, as tokenizing, a moment later."""
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.5)
+    codes: list[int] = []
+    monkeypatch.setattr(session.os, "_exit", codes.append)
+    workdir = Workdir(machines[0].mirror(f"gs://bucket/stops/{polls}").url)
+    assert workdir.mirror is not None
+    b = with_store(machines[1].mirror(workdir.mirror.url), with_store(workdir.mirror, Store({}, FOREVER)).bucket._store)
+    expected = pytest.raises(LeaseError, match="was taken over")
+    with expected, session.session(workdir, "tokenize", preemption.Watch(), lambda: None) as around:
+        b._known = b._writer()  # as if it had waited for a minute
+        b._beat()
+        deadline = time.monotonic() + 10
+        while not codes and time.monotonic() < deadline:
+            if polls:
+                around.poll()
+            time.sleep(0.01)
+    time.sleep(1.5)
+    assert codes == ([] if polls else [1])
+    stops = [row["reason"] for row in ledger.read(workdir.path) if row["event"] == "stop"]
+    assert stops[0].startswith("LeaseError: gs://bucket/stops")
+    assert ("rar-jax tokenize: gs://bucket/stops/False was taken over" in capsys.readouterr().err) is not polls
+
+
 def test_results_are_added_beside_a_run(machines: tuple[Machine, Machine]) -> None:
     url = "gs://bucket/beside"
     a = machines[0].mirror(url)
