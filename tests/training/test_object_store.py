@@ -137,8 +137,8 @@ def test_a_bucket_does_not_hold_up_who_is_asked_to_leave(
     signals: int, machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One signal gives the bucket some seconds, a second one none."""
-    sending, back, left = (threading.Event() for _ in range(3))
-    monkeypatch.setattr(preemption.os, "_exit", lambda code: left.set())
+    sending, back, left = threading.Event(), threading.Event(), threading.Semaphore(0)
+    monkeypatch.setattr(preemption.os, "_exit", lambda code: left.release())
     monkeypatch.setattr(session, "LEAVING_SECONDS", 0.5 if signals == 1 else 1e6, raising=False)
     workdir = Workdir(machines[0].mirror("gs://bucket/slow").url)
     assert workdir.mirror is not None
@@ -158,9 +158,12 @@ def test_a_bucket_does_not_hold_up_who_is_asked_to_leave(
     with session.session(workdir, "tokenize", watch, lambda: None):
         write(workdir.path, {"config.json": "{}"})
         threading.Thread(target=listen, daemon=True).start()
-        assert left.wait(10)
+        assert left.acquire(timeout=10)
         stops = [row for row in ledger.read(workdir.path) if row["event"] == "stop"]
         back.set()
+        assert signals == 1 or left.acquire(
+            timeout=10
+        )  # the first one's thread, which would have ended with the process
     assert [row["reason"] for row in stops] == ["preempted"]
     if signals == 1:
         assert (
