@@ -175,9 +175,9 @@ class Mirror:
             raise ObjectStoreError(f"{self.url}: {WRITER} changes whenever it is written, and does not say by whom")
 
     def _hold(self) -> None:
-        """Before something is sent or removed. Raises: LeaseError if another one has taken over; of what is beside a run, none can.
+        """Before anything is sent or removed: who was cut off, or stood still, and may soon be taken for dead asks the bucket first.
 
-        A machine that was cut off, or stood still, for so long that it may be taken for dead asks the bucket first.
+        Raises: LeaseError if another writer has come. Who only adds beside one (`add`) has nothing to hold.
         """
         if self._lost is not None:
             raise LeaseError(self._lost)
