@@ -93,7 +93,6 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":
-            args.what = _fetched(args.what)
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)

@@ -9,6 +9,7 @@ from typing import Any
 from rar_jax.programs.inspect_text import LISTED, Report, problem_lines, readable
 from rar_jax.training import lease, ledger
 from rar_jax.training.checkpoint import CheckpointError, best_steps, verify_manifest
+from rar_jax.training.object_store import is_url
 from rar_jax.training.report import progress, read_metrics
 from rar_jax.training.workdir import Workdir
 
@@ -16,8 +17,8 @@ STAGES = ("tokenizer", "classifier", "generator")
 
 
 def is_workdir(what: str) -> bool:
-    """Whether it is a folder that `run` or `train` has made."""
-    return (pathlib.Path(what) / "config.json").is_file()
+    """Whether it is a folder that `run` or `train` has made, or a place in a bucket."""
+    return is_url(what) or (pathlib.Path(what) / "config.json").is_file()
 
 
 def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, quiet: bool = False) -> Report:
@@ -29,10 +30,9 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
     Returns: a report; "seconds" is `ledger.goodput`, "stages" for each stage its last rows and checkpoints, "next" what to do.
     Raises: ConfigError if config.json is damaged.
     """
-    workdir = Workdir(what)
+    workdir = Workdir(what).fetch()
     config, rows = workdir.read_config(), ledger.read(workdir.path)
-    holder = lease.read(workdir.path / lease.NAME)
-    running = bool(holder) and lease.alive(workdir.path / lease.NAME, holder)
+    holder = _writer(workdir)
     found: list[list[str]] = []
     try:
         metrics = read_metrics(workdir.path)
@@ -52,18 +52,18 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
             ),
             "checkpoints": _checkpoints(workdir.checkpoints(stage), found, verify, quiet),
         }
-    seconds = ledger.goodput(rows, signs=[row["time"] for row in metrics], now=time.time() if running else None)
+    seconds = ledger.goodput(rows, signs=[row["time"] for row in metrics], now=time.time() if holder else None)
     counted = {
         name: sum(row["event"] == name for row in rows) for name in ("start", "skipped", "rewind", "save_failed")
     }
     starts, stops = ([row for row in rows if row["event"] == name] for name in ("start", "stop"))
     counted["preempted"] = sum(row["reason"] == "preempted" for row in stops)
-    counted["killed"] = len(starts) - len(stops) - running
+    counted["killed"] = len(starts) - len(stops) - bool(holder)
     report = {
         "kind": "work directory",
         "name": what,
         "experiment": config.get("name"),
-        "running": holder if running else None,
+        "running": holder,
         "seconds": seconds,
         "goodput": sum(seconds[kind] for kind in ledger.PRODUCTIVE) / seconds["wall"] if seconds["wall"] else None,
         "events": counted,
@@ -80,9 +80,8 @@ def tell_workdir(report: Report) -> list[str]:
     """The report of `inspect_workdir` as lines."""
     lines = [f"{report['name']}, a work directory of {report['experiment']}"]
     if holder := report["running"]:
-        lines.append(
-            f"  running    {holder['verb']}, process {holder['pid']} on {holder['host']} since {holder['since']}"
-        )
+        since = f" since {holder['since']}" if "since" in holder else ""
+        lines.append(f"  running    {holder['verb']}, process {holder['pid']} on {holder['host']}{since}")
     seconds, wall = report["seconds"], report["seconds"]["wall"]
     if wall:
         rest = [
@@ -109,6 +108,14 @@ def tell_workdir(report: Report) -> list[str]:
             lines.append(f"    checkpoint {found['step']}: {found['state']}, {readable(found['bytes'])}{best}")
     lines += problem_lines(report)
     return [*lines, f"  next       {report['next']}"]
+
+
+def _writer(workdir: Workdir) -> dict[str, Any] | None:
+    """Who works in the folder, or else who said last that it writes to the bucket, with its "beat"."""
+    path = workdir.path / lease.NAME
+    if (holder := lease.read(path)) and lease.alive(path, holder):
+        return holder
+    return workdir.mirror.writer() if workdir.mirror else None
 
 
 def _recipe(config: dict[str, Any], stage: str) -> dict[str, Any] | None:
@@ -159,8 +166,10 @@ def _next(report: Report) -> str:
     # A verb that is done would do nothing again.
     again = report["command"] if stop != "done" else None
     again = again or f"rar-jax run --config {report['experiment']} --workdir {name}, and what else was given"
-    if report["running"]:
-        return "it runs: nothing to do"
+    if holder := report["running"]:
+        if "beat" not in holder:
+            return "it runs: nothing to do"
+        return f"it runs on {holder['host']}, or died without a word: leave it alone; a start would wait a minute for a sign of life"
     if "updates in a row were bad" in stop:
         return f"it gave up: look into {name}/dump and {name}/ledger.jsonl, then train in a new --workdir"
     if report["result"]:

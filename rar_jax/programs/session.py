@@ -8,18 +8,24 @@ import pathlib
 import shlex
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.programs.machine import where
+from rar_jax.training import lease
 from rar_jax.training.lease import Lease, LeaseError
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.object_store import Mirror, ObjectStoreError
 from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
+
+# How long a process that leaves at once sends to its bucket: with processes.GRACE_SECONDS, which may come before, less than the 10
+# seconds that are promised. After a second signal there is only time for the ledger and the lease.
+LEAVING_SECONDS, HURRIED_SECONDS = 7.0, 0.5
 
 
 class Session:
@@ -32,13 +38,20 @@ class Session:
         self.watch: Watch = watch or Watch()
         self._held = held
 
-    def poll(self) -> None:
-        """Raises Preempted if it is time to save and leave, on all processes at the same call, and LeaseError if another writer
-        has come."""
+    def check(self) -> None:
+        """Raises LeaseError if another writer has come, ObjectStoreError if the bucket has been away for too long."""
         for held in self._held:
             held.check()
+
+    def poll(self) -> None:
+        """Raises Preempted if it is time to save and leave, on all processes at the same call, and what `check` does."""
+        self.check()
         if self.watch.reached():
             raise Preempted
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _command() -> str | None:
@@ -77,13 +90,36 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
             for one in held:  # the last first: the bucket gets what is left before the folder is let go of
                 stack.callback(one.release)
 
-    def leave_at_once() -> None:
+    def try_to_leave() -> None:
         try:
             leave("preempted", "lost")
         except (ObjectStoreError, LeaseError) as error:
             print(f"rar-jax {verb}: {error}", file=sys.stderr, flush=True)
 
+    def leave_at_once() -> None:
+        # In a thread that ends with the process: what a bucket has not got by then may be more than there is time for.
+        leaving = threading.Thread(target=try_to_leave, daemon=True)
+        leaving.start()
+        leaving.join(HURRIED_SECONDS if watch.hurried else LEAVING_SECONDS)
+        if leaving.is_alive() and workdir.mirror is not None:
+            told = f"the next start there sends what {workdir.mirror.url} has not got: {workdir.path}"
+            print(f"rar-jax {verb}: {told}", file=sys.stderr, flush=True)
+
+    def mind() -> None:
+        """Ends this process when its place was lost. A training asks after each step, and is given the time to; nothing else does."""
+        while not over.wait(lease.HEARTBEAT_SECONDS):
+            try:
+                around.check()
+            except (LeaseError, ObjectStoreError) as error:
+                if not over.wait(lease.HEARTBEAT_SECONDS):
+                    ledger.row("stop", reason=_reason(error))
+                    print(f"\nrar-jax {verb}: {error}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                return
+
     watch.on_leave = leave_at_once
+    over = threading.Event()
+    around = Session(ledger, watch, held)
     try:
         from_main(take)
         claim()
@@ -97,7 +133,8 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
             "last_sign": max(signs, default=0.0),
         }
         ledger.row("start", verb=verb, command=_command(), **who, **where())
-        yield Session(ledger, watch, held)
+        threading.Thread(target=mind, daemon=True).start()
+        yield around
         reason = "done"
     except Preempted:
         reason = "preempted"
@@ -106,7 +143,9 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
         reason = "interrupted"
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:300]
+        reason = _reason(error)
         raise
     finally:
+        over.set()
+        watch.on_leave = lambda: None
         leave(reason, "ending" if reason in ("done", "preempted") else "lost")

@@ -53,8 +53,9 @@ class Bucket:
             self._store: Any = tensorstore.KvStore.open(spec).result(timeout=WAIT_SECONDS)
 
     def names(self) -> list[str]:
-        """Of all objects, sorted."""
-        return sorted(key.decode() for key in self._wait(self._store.list()))
+        """Of all objects, sorted, but for what stands for a folder: web pages make an empty object "PATH/" or "PATH/x/" for one."""
+        names = (key.decode() for key in self._wait(self._store.list()))
+        return sorted(name for name in names if name and not name.endswith("/"))
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         """Contents, in the order of the names; None for what is not there."""
@@ -100,9 +101,9 @@ class Bucket:
         found = self._wait(self._store.read(name))
         return found.value if found.state == "value" else None, found.stamp.generation
 
-    def write_if(self, name: str, content: bytes, generation: bytes | None) -> bytes | None:
-        """Writes if the object is still of that generation (None: in any case). Returns the new one, or None if it was not."""
-        return self._wait(self._store.write(name, content, if_equal=generation)).generation or None
+    def write_if(self, name: str, content: bytes, generation: bytes) -> bool:
+        """Writes if the object is still of that generation. Returns whether it was."""
+        return bool(self._wait(self._store.write(name, content, if_equal=generation)).generation)
 
     def _wait(self, future: Any, size: int = 0) -> Any:
         with self._errors():

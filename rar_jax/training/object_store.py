@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -39,6 +40,7 @@ WRITER, RECORD, SENDING = ".writer.json", ".mirror.json", ".sending"
 PUSH = "RAR_JAX_PUSH_SECONDS"  # between two looks for what is new in the folder; by default 10
 PATIENCE_SECONDS = 600.0  # so long may the bucket be away before the run stops
 CONFIG = "config.json"  # a work directory without it is none: the first thing there
+LOOKS = 3  # at who writes, for one beat
 _SELF = ("nonce", "host", "pid", "started")
 _UNFINISHED = re.compile(r"^\.|\.(tmp|partial)$|\.tmp\.")  # being written, or of this machine
 log: logging.Logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class Mirror:
         self._nonce, self._files = self._read_record()
         self._damaged: dict[str, Signature] = {}  # manifests of steps that do not verify, told once
         self._known: dict[str, Any] | None = None  # what the writer's object says, while this is the writer
-        self._stamp: bytes | None = None  # its generation, upon which the next beat is conditional
+        self._held = -math.inf  # when the last beat that arrived was begun
         self._lost: str | None = None
         self._failed: str | None = None
         self._verb, self._beats = "", 0
@@ -92,9 +94,12 @@ class Mirror:
         self.pull()
         self._known = holder
         self._beat()
+        there = set(self.bucket.names()) - {WRITER}
+        # Neither sent from here nor here: what another folder added meanwhile (`add`). It would be removed there, as gone.
+        added = {name for name in there - self._files.keys() if _step_of(name) is None}
+        self._fetch(name for name in added if not (self.folder / name).exists())
         # What a push that was cut off had sent or removed without writing it down: to be sent again, or removed.
-        there = self.bucket.names()
-        self._files = {name: self._files.get(name) for name in there if name != WRITER}
+        self._files = {name: self._files.get(name) for name in there}
         self._write_record()
         for work, seconds in ((self._beat, lease.HEARTBEAT_SECONDS), (self.push, float(os.environ.get(PUSH, 10)))):
             threading.Thread(target=self._repeat, args=(work, seconds), daemon=True).start()
@@ -136,36 +141,70 @@ class Mirror:
         return not holder or bool(holder.get("released")) or lease.ended(holder)
 
     def _writer(self) -> dict[str, Any]:
+        return self._look()[0]
+
+    def _look(self) -> tuple[dict[str, Any], bytes]:
+        """The writer, {} if there is none, and the generation of what says so."""
         found, generation = self.bucket.read_one(WRITER)
-        if found is None and self._known is None:
-            self._stamp = generation
-        return json.loads(found) if found is not None else {}
+        return json.loads(found) if found is not None else {}, generation
 
     def _beat(self, released: bool = False) -> None:
+        """Says that this is the writer, upon the condition that none has come since it was."""
         with self._beating:
-            holder = self._writer()
-            row = {
-                "nonce": self._nonce,
-                "verb": self._verb,
-                "beat": self._beats,
-                "released": released,
-                **this_process(),
-            }
-            if holder != self._known and {k: holder.get(k) for k in _SELF} != {k: row[k] for k in _SELF}:
-                self._lost = (
-                    f"{self.url} was taken over by process {holder.get('pid')} on {holder.get('host')}: this one stops; its last "
-                    f"work is in {self.folder} only"
-                )
-                raise LeaseError(self._lost)
-            # None: another one wrote in this moment, or the answer to an earlier beat was lost. The next look tells.
-            self._stamp = self.bucket.write_if(WRITER, json.dumps(row).encode(), self._stamp)
-            self._beats, self._known = self._beats + 1, row
+            for _ in range(LOOKS):
+                began = time.monotonic()
+                holder, generation = self._look()
+                row = {
+                    "nonce": self._nonce,
+                    "verb": self._verb,
+                    "beat": self._beats,
+                    "released": released,
+                    **this_process(),
+                }
+                if holder != self._known and {k: holder.get(k) for k in _SELF} != {k: row[k] for k in _SELF}:
+                    self._lost = (
+                        f"{self.url} was taken over by process {holder.get('pid')} on {holder.get('host')}: this one stops; its last "
+                        f"work is in {self.folder} only"
+                    )
+                    raise LeaseError(self._lost)
+                self._beats += 1
+                if self.bucket.write_if(WRITER, json.dumps(row).encode(), generation):
+                    self._held, self._known = began, row
+                    return
+                # Another one wrote in this moment, or the request was sent twice: the next look tells.
+            raise ObjectStoreError(f"{self.url}: {WRITER} changes whenever it is written, and does not say by whom")
+
+    def _hold(self) -> None:
+        """Before anything is sent or removed: who was cut off, or stood still, and may soon be taken for dead asks the bucket first.
+
+        Raises: LeaseError if another writer has come. Who only adds beside one (`add`) has nothing to hold.
+        """
+        if self._lost is not None:
+            raise LeaseError(self._lost)
+        if self._known is not None and time.monotonic() - self._held > lease.STALE_SECONDS / 2:
+            self._beat()
+
+    def writer(self) -> dict[str, Any] | None:
+        """Who writes, or died elsewhere and could not say so; None if nobody does."""
+        holder = self._writer()
+        return None if self._gone(holder) else holder
 
     # ---- to the folder
 
+    def fetch(self) -> None:
+        """`pull`, by who does not hold the folder. Raises: LeaseError if another process of this machine does."""
+        if self._is_last():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = lease.Lease(self.folder, "fetch")
+        try:
+            self.pull()
+        finally:
+            held.release()
+
     def pull(self) -> None:
         """Makes the folder what the bucket has, unless this folder was the last to write there."""
-        if self._writer().get("nonce") == self._nonce:
+        if self._is_last():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.iterdir():
@@ -173,15 +212,23 @@ class Mirror:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         self._files = {}
         there = set(self.bucket.names()) - {WRITER}
-        # Of a step without a manifest there is nothing to be had. JSON last, as it is sent: what it names is there by then.
-        wanted = [name for name in there if (step := _step_of(name)) is None or f"{step}/{MANIFEST}" in there]
-        for name, content in self.bucket.read(sorted(wanted, key=lambda name: (name.endswith(".json"), name))):
+        # Of a step without a manifest there is nothing to be had.
+        self._fetch(name for name in there if (step := _step_of(name)) is None or f"{step}/{MANIFEST}" in there)
+        self._write_record()
+
+    def _is_last(self) -> bool:
+        return self._writer().get("nonce") == self._nonce
+
+    def _fetch(self, names: Iterable[str]) -> None:
+        # JSON last, as it is sent: what it names is there by then.
+        for name, content in self.bucket.read(sorted(names, key=lambda name: (name.endswith(".json"), name))):
             if content is not None:  # else removed meanwhile
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+                unfinished = path.with_name(f"{path.name}.tmp")  # half a file that is here would be sent
+                unfinished.write_bytes(content)
+                unfinished.replace(path)
                 self._files[name] = _signature(path)
-        self._write_record()
 
     # ---- to the bucket
 
@@ -197,8 +244,7 @@ class Mirror:
         Raises: ObjectStoreError; LeaseError if another folder writes there by now.
         """
         with self._pushing:
-            if self._lost is not None:
-                raise LeaseError(self._lost)
+            self._hold()
             try:
                 steps = self._steps()
                 told = {name: self._read(name) for name in self._loose() if name.endswith(".json")}
@@ -222,6 +268,7 @@ class Mirror:
             for name, read in contents:
                 if read is not None:
                     signatures[name], content = read
+                    self._hold()
                     yield name, content
 
         for name in self.bucket.write(new()):
@@ -271,6 +318,7 @@ class Mirror:
         self._delete([name for name in names if not name.endswith(".json")])
 
     def _delete(self, names: Iterable[str]) -> None:
+        self._hold()
         for name in self.bucket.write((name, None) for name in names):
             del self._files[name]
 

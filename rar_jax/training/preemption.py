@@ -106,6 +106,11 @@ class Watch:
             return self.noticed
         return self._ask()
 
+    @property
+    def hurried(self) -> bool:
+        """Whether a second signal came."""
+        return self._signals > 1
+
     def exit_code(self, code: int) -> int:
         """The code of a process that fails with `code`: what goes wrong after a signal, as connections do, is the preemption."""
         return PREEMPTED if self.noticed else code
@@ -125,8 +130,8 @@ class Watch:
             self._leave("a second signal")
         elif self._tell_jax is not None:
             self._tell_jax(signal.SIGTERM)
-        else:
-            self._notice()
+        else:  # a thread, so that a second one is heard while this one's last words are sent
+            threading.Thread(target=self._notice, daemon=True).start()
 
     def _tick(self) -> None:
         begun, first = time.monotonic(), self._asked
@@ -159,7 +164,11 @@ class Watch:
         # Process 0 last: with it goes what connects the others, who would be killed without a word.
         if self._many and is_main() and self._signals < 2:
             time.sleep(GRACE_SECONDS)
-        self.on_leave()
+        last_words, self.on_leave = (
+            self.on_leave,
+            lambda: None,
+        )  # once: a second signal does not wait for the first one's
+        last_words()
         os._exit(PREEMPTED)
 
 

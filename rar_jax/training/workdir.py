@@ -65,9 +65,12 @@ class Workdir:
         return self.path / "tokens" / split
 
     def fetch(self) -> Workdir:
-        """Brings the folder up to what the bucket has; process 0 does it. Raises: ObjectStoreError if it cannot be read."""
+        """Brings the folder up to what the bucket has; process 0 does it.
+
+        Raises: ObjectStoreError if it cannot be read; LeaseError if another process works in the folder.
+        """
         if self.mirror is not None:
-            from_main(self.mirror.pull)
+            from_main(self.mirror.fetch)
         return self
 
     def send(self) -> None:

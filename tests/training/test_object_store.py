@@ -1,10 +1,14 @@
 """Work directories in buckets, of servers that speak Google's and Amazon's protocols on this machine. Killed: tests/faults/test_buckets.py."""
 
 import json
+import os
 import pathlib
+import socket
+import threading
 import time
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import tensorstore
@@ -12,8 +16,10 @@ from buckets import Machine, Store, read, serve, step, with_store, write
 from commands import TINY
 
 from rar_jax import cli
-from rar_jax.config import ConfigError
-from rar_jax.training import bucket, lease, object_store
+from rar_jax.config import ConfigError, load_experiment
+from rar_jax.programs import session
+from rar_jax.programs.experiment import resolve
+from rar_jax.training import bucket, lease, ledger, object_store, preemption
 from rar_jax.training.lease import LeaseError
 from rar_jax.training.object_store import WRITER, Mirror, ObjectStoreError
 from rar_jax.training.workdir import Workdir
@@ -126,6 +132,45 @@ def test_a_server_that_never_answers(machines: tuple[Machine, Machine], monkeypa
             ask()
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_bucket_does_not_hold_up_who_is_asked_to_leave(
+    signals: int, machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One signal gives the bucket some seconds, a second one none."""
+    sending, back, left = threading.Event(), threading.Event(), threading.Semaphore(0)
+    monkeypatch.setattr(preemption.os, "_exit", lambda code: left.release())
+    monkeypatch.setattr(session, "LEAVING_SECONDS", 0.5 if signals == 1 else 1e6, raising=False)
+    workdir = Workdir(machines[0].mirror("gs://bucket/slow").url)
+    assert workdir.mirror is not None
+
+    def seen(name: str) -> None:
+        sending.set()
+        back.wait(60)
+
+    with_store(workdir.mirror, Store({}, FOREVER, seen=seen))
+    watch = preemption.Watch()
+
+    def listen() -> None:
+        for _ in range(signals):
+            watch._signalled()
+            sending.wait(60)
+
+    with session.session(workdir, "tokenize", watch, lambda: None):
+        write(workdir.path, {"config.json": "{}"})
+        threading.Thread(target=listen, daemon=True).start()
+        assert left.acquire(timeout=10)
+        stops = [row for row in ledger.read(workdir.path) if row["event"] == "stop"]
+        back.set()
+        assert signals == 1 or left.acquire(
+            timeout=10
+        )  # the first one's thread, which would have ended with the process
+    assert [row["reason"] for row in stops] == ["preempted"]
+    if signals == 1:
+        assert (
+            f"the next start there sends what gs://bucket/slow has not got: {workdir.path}" in capsys.readouterr().err
+        )
+
+
 # ---------------------------------------------------------------- one writer
 
 
@@ -149,12 +194,97 @@ def test_one_writer(machines: tuple[Machine, Machine], monkeypatch: pytest.Monke
             late()
     b.release()
     # A process of this machine that ended is known at once.
-    b.bucket.write_if(WRITER, json.dumps(lease.this_process() | {"nonce": "other", "pid": 2**22 + 1}).encode(), None)
+    ended = json.dumps(lease.this_process() | {"nonce": "other", "pid": 2**22 + 1}).encode()
+    assert b.bucket.write_if(WRITER, ended, b.bucket.read_one(WRITER)[1])
     monkeypatch.setattr(lease, "STALE_SECONDS", 1e9)
     c = machines[0].mirror(a.url)
     c.take("run")
     assert "late" not in read(c.folder)
     c.release()
+
+
+@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
+def test_of_two_that_take_over_at_once_one_does(scheme: str, machines: tuple[Machine, Machine]) -> None:
+    for url, left in ((f"{scheme}://bucket/two/new", False), (f"{scheme}://bucket/two/left", True)):
+        a, b, first = (machines[i].mirror(url) for i in (0, 1, 0))
+        if left:
+            first.take("run")
+            first.release()
+        real = a.bucket.write_if
+
+        def late(*rest: Any, b: Mirror = b, real: Any = real) -> Any:
+            if b._known is None:
+                b.take("train")
+            return real(*rest)
+
+        a.bucket.write_if = late  # between a's look and its first beat b comes
+        with pytest.raises(LeaseError, match="was taken over by process"):
+            a.take("run")
+        b._beat()
+        b.release()
+
+
+@pytest.mark.parametrize("asleep", ["before a push", "before a manifest", "before a removal"])
+def test_who_was_taken_for_dead_sends_no_more(
+    asleep: str, machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine stood still for longer than a minute at this place, while b went on elsewhere."""
+    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
+    objects: dict[str, bytes] = {}
+    a = with_store(machines[0].mirror("gs://bucket/asleep"), Store(objects, FOREVER))
+    b = with_store(machines[1].mirror(a.url), Store(objects, FOREVER))
+    a.take("run")
+    write(a.folder, {"config.json": "{}", "gone": "x"})
+    step(a.folder, 8, "eight")
+    a.push()
+    before: dict[str, bytes] = {}
+
+    def sleep(at: str) -> None:
+        if at == asleep and b._known is None:
+            a._ended.set()
+            b.take("run")
+            step(b.folder, 16, "of b")
+            b.push()
+            before.update(objects)
+
+    real = {name: getattr(a, name) for name in ("_remove", "_send_step")}
+    monkeypatch.setattr(a, "_remove", lambda *rest: (sleep("before a removal"), real["_remove"](*rest)))
+    verify = object_store.verify_manifest
+    monkeypatch.setattr(object_store, "verify_manifest", lambda folder: (sleep("before a manifest"), verify(folder)))
+    (a.folder / "gone").unlink()
+    step(a.folder, 16, "of a")
+    sleep("before a push")
+    with pytest.raises(LeaseError, match="was taken over by process"):
+        a.push()
+    assert objects == before
+    b.release()
+
+
+@pytest.mark.parametrize("polls", [False, True])
+def test_who_was_taken_for_dead_stops_whatever_it_does(
+    polls: bool, machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training at its next step; what does not poll, as tokenizing, a moment later."""
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.5)
+    codes: list[int] = []
+    monkeypatch.setattr(session.os, "_exit", codes.append)
+    workdir = Workdir(machines[0].mirror(f"gs://bucket/stops/{polls}").url)
+    assert workdir.mirror is not None
+    b = with_store(machines[1].mirror(workdir.mirror.url), with_store(workdir.mirror, Store({}, FOREVER)).bucket._store)
+    expected = pytest.raises(LeaseError, match="was taken over")
+    with expected, session.session(workdir, "tokenize", preemption.Watch(), lambda: None) as around:
+        b._known = b._writer()  # as if it had waited for a minute
+        b._beat()
+        deadline = time.monotonic() + 10
+        while not codes and time.monotonic() < deadline:
+            if polls:
+                around.poll()
+            time.sleep(0.01)
+    time.sleep(1.5)
+    assert codes == ([] if polls else [1])
+    stops = [row["reason"] for row in ledger.read(workdir.path) if row["event"] == "stop"]
+    assert stops[0].startswith("LeaseError: gs://bucket/stops")
+    assert ("rar-jax tokenize: gs://bucket/stops/False was taken over" in capsys.readouterr().err) is not polls
 
 
 def test_results_are_added_beside_a_run(machines: tuple[Machine, Machine]) -> None:
@@ -176,6 +306,74 @@ def test_results_are_added_beside_a_run(machines: tuple[Machine, Machine]) -> No
     c.pull()
     kept = {"config.json": "{}", "notes": "of a", "evaluation/result.json": "fid", "metrics.jsonl": "row"}
     assert read(c.folder) == kept
+
+
+def test_results_added_beside_a_run_outlive_its_next_start(machines: tuple[Machine, Machine]) -> None:
+    url = "gs://bucket/added"
+    a = machines[0].mirror(url)
+    a.take("train")
+    write(a.folder, {"config.json": "{}", "notes": "of a", "old": "of a"})
+    a.push()
+    a._ended.set()  # killed, and gone on with here after another one evaluated
+    a._beat(released=True)
+    b = machines[1].mirror(url)
+    b.pull()
+    write(b.folder, {"evaluation/result.json": "fid"})
+    b.add()
+    (a.folder / "old").unlink()
+    again = machines[0].mirror(url)
+    again.take("train")
+    again.push()
+    b.pull()
+    kept = {"config.json": "{}", "notes": "of a", "evaluation/result.json": "fid"}
+    assert read(again.folder) == read(b.folder) == kept
+    again.release()
+
+
+def test_placeholders_of_folders_are_no_files(machines: tuple[Machine, Machine]) -> None:
+    """The web pages of Google and Amazon make an empty object for a folder that is made there."""
+    a, b = (machine.mirror("gs://bucket/places/run") for machine in machines)
+    above = bucket.Bucket("gs://bucket/places")
+    list(above.write([("run/", b""), ("run/tokens/", b"")]))
+    a.take("run")
+    write(a.folder, {"config.json": "{}"})
+    a.release()
+    b.pull()
+    assert read(b.folder) == {"config.json": "{}"}
+    assert {"run/", "run/tokens/"} <= {key.decode() for key in above._store.list().result()}  # not ours to remove
+
+
+def test_a_run_elsewhere_is_told_and_left_alone(
+    machines: tuple[Machine, Machine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = machines[0].mirror("gs://bucket/elsewhere")
+    a.take("train")
+    Workdir(a.folder).claim(resolve(load_experiment(str(TINY)), "tiny").resolved())
+    ledger.Ledger(a.folder).row("start", verb="train", command="rar-jax train --config tiny")
+    a.push()
+    machines[1].mirror(a.url)
+    assert cli.main(["inspect", a.url, "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert f"running    train, process {os.getpid()} on {socket.gethostname()}" in told
+    assert "killed" not in told and f"on {socket.gethostname()}, or died without a word: leave it alone" in told
+    a.release()
+    assert cli.main(["inspect", a.url, "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "running" not in told and "rar-jax train --config tiny" in told
+
+
+def test_a_folder_that_another_process_works_in_is_not_emptied(machines: tuple[Machine, Machine]) -> None:
+    a, b = (machine.mirror("gs://bucket/worked in") for machine in machines)
+    a.take("run")
+    write(a.folder, {"config.json": "{}"})
+    a.release()
+    write(b.folder, {"weights": "being read"})
+    held = lease.Lease(b.folder, "run")
+    with pytest.raises(LeaseError, match=r"is being written to by process \d+ on .* \(rar-jax run"):
+        Workdir(b.url).fetch()
+    assert read(b.folder).keys() == {"weights", lease.NAME}
+    held.release()
+    assert read(Workdir(b.url).fetch().path) == {"config.json": "{}"}
 
 
 @pytest.mark.parametrize("url", ["gs://bucket", "gs://", "http://host/run", "s3:///run", "gs://bucket/../run"])
