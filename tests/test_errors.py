@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from errors import Case, Page, Place, in_a_process
+from errors import Case, Missing, Page, Place, in_a_process, no_room
 from hub import CONTENT, served
 from PIL import Image
 
@@ -220,17 +220,6 @@ def empty_folder(at: Place) -> None:
     at.command("run --config my_images --config.data.source=folder:pictures --workdir runs/a", 2)
 
 
-class Missing:
-    """On sys.meta_path: what Python says of a package that was not installed."""
-
-    def __init__(self, package: str) -> None:
-        self.package = package
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name.partition(".")[0] == self.package:
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-
-
 @case("Images and tokens", "TFDS is not installed")
 def without_tfds(at: Place) -> None:
     at.patch.setattr(sys, "meta_path", [Missing("tensorflow_datasets"), *sys.meta_path])
@@ -320,10 +309,6 @@ def not_permitted(at: Place) -> None:
 
     at.patch.setattr(pathlib.Path, "mkdir", denied)  # who runs the tests may be permitted everything
     at.command(f"{RUN} -q", 2)
-
-
-def no_room(*_: Any, **__: Any) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @case("Work directory and disk", "A full disk while sampling")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import re
@@ -150,6 +151,21 @@ class Page:
             group = entry.group
         head, tail = self.text[: self.text.index(BEGIN) + len(BEGIN)], self.text[self.text.index(END) :]
         (PAGE.parents[1] / os.environ["ERRORS_PAGE"]).write_text(head + "\n".join(parts) + tail)
+
+
+class Missing:
+    """On sys.meta_path: what Python says of a package that was not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def no_room(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager

@@ -147,7 +147,9 @@ def test_the_page_is_of_this_notebook(name: str) -> None:
     page = (PAGES / f"{name}.md").read_text()
     for cell in render.nbformat.read(ROOT / f"notebooks/{name}.ipynb", 4).cells:
         if cell.cell_type in ("code", "markdown"):
-            assert render.linked(cell.source.strip()) in page, f"{cell.id} has changed: python docs/notebooks/render.py {name}"
+            assert render.linked(cell.source.strip()) in page, (
+                f"{cell.id} has changed: python docs/notebooks/render.py {name}"
+            )
     linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
     assert len(linked) == PICTURES[name]
     assert {PAGES / link for link in linked} == set((PAGES / f"{name}_files").iterdir())

@@ -19,7 +19,6 @@ from rar_jax.data.sources import load_source
 from rar_jax.evaluation import frechet, moments
 from rar_jax.evaluation.reference import Reference, write_reference
 from rar_jax.evaluation.sums import Totals
-from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs import evaluate
 from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate
@@ -76,30 +75,6 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
     found = {k: v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
     assert found.keys() == {"fid", "fid_in_graph_float32", "sfid", "inception_score", "precision", "recall", "kid"}
     return found
-
-
-@pytest.mark.usefixtures("cheap")
-def test_what_memory_does_not_hold_is_refused_before_it_runs(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One byte too few; what was given up left no chunk behind, and with that byte it goes on."""
-    takes: list[int] = []
-    real = memory.needed
-    monkeypatch.setattr(memory, "needed", lambda compiled: takes.append(real(compiled)) or takes[-1])
-    write_images(tmp_path / "given.npz", 8)
-
-    def run(out: str) -> dict[str, Any]:
-        images, settings = str(tmp_path / "given.npz"), Settings(batch_size=8, neighbours=False)
-        return evaluate.score_images(images, pathlib.Path("i"), tmp_path / out, settings=settings, quiet=True)
-
-    expected = run("plenty")["inception_score"]
-    monkeypatch.setattr(memory, "free", lambda device: takes[0] - 1)
-    with pytest.raises(ConfigError, match=r"batch_size 8 takes .* are free: (give|choose) "):
-        run("little")
-    assert not list((tmp_path / "little").rglob("totals.npz"))
-    monkeypatch.setattr(memory, "free", lambda device: takes[0])
-    assert run("little")["inception_score"] == expected
-    assert len(takes) == 3 and takes[0] > 0
 
 
 # ---------------------------------------------------------------- killed, resumed, damaged
