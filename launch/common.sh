@@ -21,6 +21,21 @@ run() {
     if [ -n "$dry_run" ]; then show "$@"; else "$@"; fi
 }
 
+# In a dry run, when what follows would be run.
+remark() { [ -z "$dry_run" ] || echo "# $*:"; }
+
+# Waits for child $1, whose exit code is its own. A signal for which there is a trap ends `wait` early, with a code that says nothing
+# about the child; so each such trap counts in `signals`. The shell remembers the code of a child that has ended meanwhile.
+signals=0
+await() {
+    local before code
+    while :; do
+        before=$signals code=0
+        wait "$1" || code=$?
+        [ "$signals" != "$before" ] || return "$code"
+    done
+}
+
 # A command as it could be typed: quoted only where it must be.
 show() {
     local word quote="'\\''" text=()

@@ -49,10 +49,10 @@ if [ -n "$dry_run" ]; then
 fi
 
 logs=$(mktemp -d)
-pids=() stopped=''
+pids=()
 # shellcheck disable=SC2317,SC2329  # traps call it
-stop() { kill "${pids[@]}" 2>/dev/null || true; }
-trap 'stopped=1; stop' INT TERM
+stop() { [ "${#pids[@]}" = 0 ] || kill "${pids[@]}" 2>/dev/null || true; }
+trap 'signals=$((signals + 1)); stop' INT TERM
 trap 'stop; rm -rf "$logs"' EXIT
 
 # Starts all and waits. Its code is that of the first process that failed; a lost one ends the others, which notice.
@@ -70,7 +70,8 @@ once() {
     done
     for ((k = 0; k < count; k++)); do
         failed=0
-        wait "${pids[k]}" || failed=$?
+        await "${pids[k]}" || failed=$?
+        unset "pids[k]" # a second SIGTERM would find another process, or end a save
         [ "$code" != 0 ] || code=$failed
     done
     [ "$code" != 0 ] || return 0
@@ -83,7 +84,7 @@ once() {
 
 code=0
 once "$@" || code=$?
-while [ "$code" = "$PREEMPTED" ] && [ -z "$stopped" ]; do
+while [ "$code" = "$PREEMPTED" ] && [ "$signals" = 0 ]; do
     code=0
     once "$@" || code=$?
 done

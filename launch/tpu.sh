@@ -37,15 +37,16 @@ state() {
     if [ -n "$dry_run" ]; then
         describe
     elif told=$(describe 2>&1); then
-        echo "$told"
+        echo "${told:-UNKNOWN}"
     elif [[ $told != *NOT_FOUND* ]]; then
         echo UNKNOWN
     fi
 }
 
-is_gone() { [[ " $gone " == *" $1 "* ]]; }
+is_gone() { [ -z "$1" ] || [[ " $gone " == *" $1 "* ]]; }
 
-# Makes the machines, or takes those that are there.
+# Makes the machines, or takes those that are there. This and what follows says itself where it ends: `watch` goes on after a
+# failure, and there `set -e` does nothing.
 up() {
     local now
     if [ -n "$dry_run" ]; then
@@ -54,26 +55,32 @@ up() {
         return
     fi
     now=$(state)
-    [ "$now" != UNKNOWN ] || die "gcloud cannot describe $name: $(describe 2>&1)"
-    # What was preempted stands in the way of its successor.
-    if is_gone "$now"; then
-        delete
-        now=
+    if [ "$now" = UNKNOWN ]; then
+        echo "gcloud cannot describe $name: $(describe 2>&1)" >&2
+        return 1
     fi
-    [ -n "$now" ] || create
+    if is_gone "$now"; then
+        # What was preempted stands in the way of its successor.
+        [ -z "$now" ] || delete || return
+        create || return
+    fi
     until [ "$now" = "$ready" ]; do
         now=$(state)
-        if is_gone "$now"; then die "$name is $now: no machines were given"; fi
+        if is_gone "$now"; then
+            echo "$name is ${now:-gone}: no machines were given" >&2
+            return 1
+        fi
         [ "$now" = "$ready" ] || sleep 30
     done
 }
 
-# The committed files of this repository, and an environment for them: the machines' own Python is older than 3.11.
+# The committed files of this repository, and an environment for them: the machines' own Python is older than 3.11. A run that is
+# alive keeps what it has, since Python reads some files late.
 copy() {
     local archive=/tmp/rar_jax_$name.tar.gz
-    run git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$archive" HEAD
-    copy_to_all "$archive" rar_jax.tar.gz
-    on_all 'rm -rf rar_jax && mkdir rar_jax && tar xzf rar_jax.tar.gz -C rar_jax && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --clear --python 3.11 ~/rar_jax_venv && ~/.local/bin/uv pip install -q --python ~/rar_jax_venv/bin/python -c rar_jax/requirements.lock -e "./rar_jax[tpu]"'
+    run git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$archive" HEAD || return
+    copy_to_all "$archive" rar_jax.tar.gz || return
+    on_all 'bash rar_jax/launch/background.sh --status 2>/dev/null | grep -qx running || (rm -rf rar_jax && mkdir rar_jax && tar xzf rar_jax.tar.gz -C rar_jax && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --clear --python 3.11 ~/rar_jax_venv && ~/.local/bin/uv pip install -q --python ~/rar_jax_venv/bin/python -c rar_jax/requirements.lock -e "./rar_jax[tpu]")' || return
     [ -z "$nfs" ] || on_all "sudo apt-get install -qy nfs-common && sudo mkdir -p /mnt/rar_jax && (mountpoint -q /mnt/rar_jax || sudo mount -t nfs $nfs /mnt/rar_jax)"
 }
 
@@ -86,43 +93,62 @@ stop() { on_all 'cd rar_jax && bash launch/background.sh --stop'; }
 
 down() { delete; }
 
+# What became of the run, by process 0; dead where nothing was copied yet.
+status() { on_one 'bash rar_jax/launch/background.sh --status || echo dead'; }
+
+last_words() { on_one 'tail -n 40 rar_jax.log'; }
+
+anew() { up && copy && start; }
+
 # Looks once a minute. Machines that were preempted are made anew, and the run goes on from its last checkpoint; a run that left
-# with the exit code of a preemption is started again.
+# with the exit code of a preemption is started again. What is due is tried until it works: just after a preemption there are often
+# no machines, and others go away while they are spoken to.
 watch() {
-    local now code
+    local now told due=''
+    [ -z "$dry_run" ] || { rehearse; return; }
     while :; do
         now=$(state)
-        if [ -z "$now" ] || is_gone "$now"; then
+        if is_gone "$now"; then
             echo "$name is ${now:-gone}: it is made anew"
-            up
-            copy
-            start
-        elif [ "$now" = "$ready" ]; then
-            code=$(on_one 'cat rar_jax.exit 2>/dev/null || true') || code= # no connection: asked again
-            case $code in
-                '') ;;
+            due=anew
+        elif [ "$now" = "$ready" ] && [ -z "$due" ]; then
+            told=$(status) || told= # no connection: asked again
+            case $told in
+                '' | running) ;;
                 0) echo "done; '${0##*/} down' gives the machines back"; return ;;
-                "$PREEMPTED") echo "preempted: started again"; start ;;
-                *) on_one 'tail -n 40 rar_jax.log'; echo "failed with exit code $code" >&2; return "$code" ;;
+                "$PREEMPTED") echo "preempted: started again"; due=start ;;
+                # A host that was rebooted has lost what `copy` mounted, too.
+                dead) echo "process 0 is gone, without an exit code: started again"; due=anew ;;
+                stopped) echo "stopped; '${0##*/} start' goes on" >&2; return 1 ;;
+                *) last_words || true; echo "failed with exit code $told" >&2; return "$told" ;;
             esac
+        fi
+        if [ -n "$due" ]; then
+            if "$due"; then due=; else echo "it did not work; it is tried again in a minute" >&2; fi
         fi
         sleep 60
     done
 }
 
+# What `watch` would run.
+rehearse() {
+    remark "each minute"
+    state
+    status
+    remark "after a preemption"
+    delete
+    anew
+    remark "after exit code $PREEMPTED"
+    start
+    remark "after another one"
+    last_words
+}
+
 act() {
-    case $action in
-        run)
-            up
-            copy
-            start
-            [ -n "$dry_run" ] || watch
-            ;;
-        watch)
-            # A dry run shows what a preemption would bring.
-            [ -z "$dry_run" ] || { state; delete; create; copy; start; return; }
-            watch
-            ;;
-        *) "$action" ;;
-    esac
+    if [ "$action" = run ]; then
+        anew
+        watch
+    else
+        "$action"
+    fi
 }

@@ -7,11 +7,11 @@
 #
 #   run     up, copy, start, watch
 #   up      create the slice, or take the one of this name
-#   copy    the committed files of this repository and their environment, to all hosts; mounts --nfs
+#   copy    the committed files of this repository and their environment, to all hosts where no run is alive; mounts --nfs
 #   start   the experiment on all hosts, in the background
 #   watch   until it ends; a slice that was preempted is made anew, and the run goes on from its last checkpoint
 #   logs    follow process 0
-#   stop    end the experiment; the slice stays
+#   stop    end the experiment, and what watches it; the slice stays
 #   down    delete the slice
 #
 #   --type T      accelerator type: v5litepod-16, v4-32, v6e-16

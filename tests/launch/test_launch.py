@@ -1,11 +1,19 @@
 """The scripts that start a run on other machines: what they would run, and what they do when a preemption comes."""
 
+import importlib.metadata
+import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+import tomllib
+from collections.abc import Callable
 
 import pytest
 
@@ -30,6 +38,25 @@ def launch(script: str, *args: str, **environ: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environ)
 
 
+def stand_in(folder: pathlib.Path, **programs: str) -> dict[str, str]:
+    """The PATH on which these shell scripts stand before the programs of the same name."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def lines_of(path: pathlib.Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def words(line: str) -> list[str]:
     """The words of a command; those of what it runs elsewhere, if it does."""
     found = shlex.split(line)
@@ -40,15 +67,41 @@ def words(line: str) -> list[str]:
 @pytest.mark.parametrize("script", STARTS)
 def test_ends_in_the_run(script: str, tmp_path: pathlib.Path) -> None:
     """Every word arrives as it was given, the blank in the folder's name too; and nothing is run."""
-    trap = tmp_path / "bin"
-    trap.mkdir()
-    for name in ("gcloud", "xpk", "docker", "srun", "scontrol", "python"):
-        (trap / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-        (trap / name).chmod(0o755)
-    done = launch(script, *STARTS[script], *EXPERIMENT, PATH=f"{trap}:{os.environ['PATH']}")
+    trap = dict.fromkeys(("gcloud", "xpk", "docker", "srun", "scontrol", "python"), f"touch {tmp_path}/ran")
+    done = launch(script, *STARTS[script], *EXPERIMENT, **stand_in(tmp_path, **trap))
     assert done.returncode == 0, done.stderr
-    assert words(done.stdout.splitlines()[-1])[-len(FINAL) :] == FINAL
+    told = [line for line in done.stdout.splitlines() if "rar_jax run" in line]
+    assert told and all(words(line)[-len(FINAL) :] == FINAL for line in told)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "tpu_multislice.sh"])
+def test_a_dry_run_shows_what_watching_would_do(script: str) -> None:
+    """What is asked each minute, and what a preemption, a lost run and a failure would bring."""
+    watched = [
+        "describe",
+        "--status",
+        "delete",
+        "describe",
+        "create",
+        "scp",
+        "uv venv",
+        "rar_jax run",
+        "rar_jax run",
+        "tail",
+    ]
+    for action, before in (("watch", []), ("run", ["describe", "create", "scp", "uv venv", "rar_jax run"])):
+        slices = ["--slices", "2"] if "slice" in script else []
+        lines = launch(script, action, "--dry-run", *TPU, *slices, *EXPERIMENT).stdout.splitlines()
+        commands = [line for line in lines if line.startswith("gcloud")]
+        expected = before + watched
+        assert len(commands) == len(expected), lines
+        assert all(word in line for word, line in zip(expected, commands, strict=True)), lines
+
+
+def test_a_dry_run_shows_that_slurm_is_asked_to_requeue() -> None:
+    lines = launch("slurm.sbatch", "--dry-run", *EXPERIMENT).stdout.splitlines()
+    assert lines[0].startswith("srun ") and lines[-1].startswith("scontrol requeue ")
 
 
 def test_local_gives_each_process_its_place() -> None:
@@ -66,7 +119,8 @@ def test_gcloud_is_asked_for_what_was_given() -> None:
     create = next(shlex.split(line) for line in lines if " create " in line)
     assert {"--node-count=2", "--accelerator-type=v5litepod-16", "--runtime-version=base", "--zone=here"} <= set(create)
     assert "--spot" not in create
-    assert all("--node=all --worker=all" in line for line in lines if " ssh " in line or " scp " in line)
+    given = [line for line in lines if any(word in line for word in (" scp ", "uv venv", "rar_jax run"))]
+    assert given and all("--node=all --worker=all" in line for line in given)
     lines = launch("tpu_pod.sh", *STARTS["tpu_pod.sh"], *EXPERIMENT).stdout.splitlines()
     assert [line for line in lines if " create " in line and "--spot" in line and "--version=base" in line]
     assert [line for line in lines if "mount -t nfs 10.0.0.2:/share /mnt/rar_jax" in line]
@@ -102,40 +156,85 @@ def test_shellcheck() -> None:
 # ---------------------------------------------------------------- preemption, with a gcloud that only says what it is told to
 
 
-GCLOUD = """#!/usr/bin/env bash
+# A word in `fails` is that of a command that fails, once.
+GCLOUD = """
 echo "$*" >> "$FAKE/asked"
+failing=$(head -n 1 "$FAKE/fails")
+if [ -n "$failing" ] && [[ $* == *"$failing"* ]]; then sed -i 1d "$FAKE/fails"; exit 1; fi
 next() { head -n 1 "$FAKE/$1"; sed -i 1d "$FAKE/$1"; }
 case $* in
     *describe*)
         state=$(next states)
         case $state in NOT_FOUND | BROKEN) echo "ERROR: $state" >&2; exit 1 ;; esac
         echo "$state" ;;
-    *rar_jax.exit*) next codes ;;
+    *"echo dead"*) next told ;;
 esac
 """
 
 
-def watch(tmp_path: pathlib.Path, states: str, codes: str) -> tuple[int, list[str]]:
-    """The exit code of tpu_pod.sh watch, and what it asked gcloud for besides states and codes."""
-    for name, text in (("states", states.replace(" ", "\n")), ("codes", codes.replace(" ", "\n"))):
-        (tmp_path / name).write_text(text + "\n")
-    for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/sh\n")):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = launch("tpu_pod.sh", "watch", *TPU, *EXPERIMENT, FAKE=str(tmp_path), PATH=path)
-    asked = (tmp_path / "asked").read_text().splitlines()
-    verbs = ("create", "delete", "scp", "background.sh")
-    return done.returncode, [verb for line in asked for verb in verbs if verb in line and "rm -rf" not in line]
+def watch(
+    tmp_path: pathlib.Path, states: str, told: str, fails: str = "", action: str = "watch"
+) -> tuple[int, list[str]]:
+    """The exit code of tpu_pod.sh, and what it did to the machines."""
+    for name, text in (("states", states), ("told", told), ("fails", fails)):
+        (tmp_path / name).write_text(text.replace(" ", "\n") + "\n")
+    # A watch that has seen all states and goes on is ended.
+    path = stand_in(tmp_path, gcloud=GCLOUD, git="", sleep='[ -s "$FAKE/states" ] || exit 99')
+    done = launch("tpu_pod.sh", action, *TPU, *EXPERIMENT, FAKE=str(tmp_path), **path)
+    verbs = {" create ": "create", " delete ": "delete", " scp ": "scp", "rar_jax run": "start"}
+    return done.returncode, [verbs[verb] for line in lines_of(tmp_path / "asked") for verb in verbs if verb in line]
 
 
 def test_a_preempted_slice_is_made_anew(tmp_path: pathlib.Path) -> None:
     states = "READY PREEMPTED PREEMPTED CREATING READY READY"
-    assert watch(tmp_path, states, " 0") == (0, ["delete", "create", "scp", "background.sh"])
+    assert watch(tmp_path, states, "running 0") == (0, ["delete", "create", "scp", "start"])
 
 
 def test_the_exit_code_of_a_preemption_starts_again(tmp_path: pathlib.Path) -> None:
-    assert watch(tmp_path, "READY READY", "75 0") == (0, ["background.sh"])
+    assert watch(tmp_path, "READY READY", "75 0") == (0, ["start"])
+
+
+@pytest.mark.parametrize(
+    ("states", "told", "fails", "expected"),
+    [
+        ("PREEMPTED PREEMPTED NOT_FOUND NOT_FOUND READY READY", "0", "create", "delete create create scp start"),
+        (
+            "PREEMPTED PREEMPTED TERMINATED TERMINATED TERMINATED READY READY",
+            "0",
+            "",
+            "delete create delete create scp start",
+        ),
+        ("PREEMPTED PREEMPTED PREEMPTED PREEMPTED READY READY", "0", "delete", "delete delete create scp start"),
+        ("PREEMPTED BROKEN BROKEN PREEMPTED PREEMPTED READY READY", "0", "", "delete create scp start"),
+        ("PREEMPTED PREEMPTED READY READY READY READY", "0", "scp", "delete create scp scp start"),
+        ("PREEMPTED PREEMPTED READY READY READY READY", "0", "venv", "delete create scp scp start"),
+        ("PREEMPTED PREEMPTED READY READY READY READY", "0", "--workdir", "delete create scp start scp start"),
+        ("READY READY READY", "75 0", "--workdir", "start start"),
+        ("READY PREEMPTED PREEMPTED READY READY", "75 0", "--workdir", "start delete create scp start"),
+    ],
+    ids=["no capacity", "none given", "delete", "describe", "scp", "environment", "start", "start again", "taken away"],
+)
+def test_a_gcloud_that_fails_is_asked_again(
+    tmp_path: pathlib.Path, states: str, told: str, fails: str, expected: str
+) -> None:
+    """Just after a preemption there are often no machines; each step is tried again until the run has started."""
+    assert watch(tmp_path, states, told, fails) == (0, expected.split())
+
+
+@pytest.mark.parametrize(
+    ("states", "fails", "expected"), [("BROKEN BROKEN", "", ""), ("READY READY", "scp", "scp")], ids=["describe", "scp"]
+)
+def test_what_cannot_be_begun_is_not_watched(tmp_path: pathlib.Path, states: str, fails: str, expected: str) -> None:
+    assert watch(tmp_path, states, "0", fails, "run") == (1, expected.split())
+
+
+def test_a_run_that_was_stopped_is_left_alone(tmp_path: pathlib.Path) -> None:
+    assert watch(tmp_path, "READY READY", "running stopped") == (1, [])
+
+
+def test_a_run_that_is_dead_is_started_again(tmp_path: pathlib.Path) -> None:
+    """A host that was rebooted has lost the process, and the mounted share too: that is part of copying."""
+    assert watch(tmp_path, "READY READY READY", "dead 0") == (0, ["scp", "start"])
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])
@@ -153,10 +252,8 @@ def test_local_starts_again_after_a_preemption_only(
     tmp_path: pathlib.Path, codes: str, expected: int, runs: int
 ) -> None:
     (tmp_path / "codes").write_text(codes.replace(" ", "\n") + "\n")
-    python = f'#!/bin/bash\necho >> {tmp_path}/runs\nread -r code < {tmp_path}/codes\nsed -i 1d {tmp_path}/codes\nexit "$code"\n'
-    (tmp_path / "python").write_text(python)
-    (tmp_path / "python").chmod(0o755)
-    done = launch("local.sh", "--port", "99", "1", *EXPERIMENT, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    python = f'echo >> {tmp_path}/runs\nread -r code < {tmp_path}/codes\nsed -i 1d {tmp_path}/codes\nexit "$code"'
+    done = launch("local.sh", "--port", "99", "1", *EXPERIMENT, **stand_in(tmp_path, python=python))
     assert done.returncode == expected and len((tmp_path / "runs").read_text()) == runs
 
 
@@ -164,24 +261,133 @@ def test_local_starts_again_after_a_preemption_only(
 def test_slurm_puts_a_job_into_the_queue_again_after_a_preemption_only(
     tmp_path: pathlib.Path, code: int, asked: str
 ) -> None:
-    for name, text in (("srun", f"exit {code}"), ("scontrol", f'echo "$*" >> {tmp_path}/asked')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    path = stand_in(tmp_path, srun=f"exit {code}", scontrol=f'echo "$*" >> {tmp_path}/asked')
     (tmp_path / "asked").touch()
-    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert launch("slurm.sbatch", *EXPERIMENT, **job).returncode == code
+    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    assert launch("slurm.sbatch", *EXPERIMENT, **job, **path).returncode == code
     assert (tmp_path / "asked").read_text() == asked
+
+
+# A training that saves for a while, and writes down each SIGTERM. Its sleep is not in the way of the trap.
+TRAINING = """
+trap 'echo TERM >> "$MARKS"' TERM
+echo began >> "$MARKS"
+until grep -q TERM "$MARKS"; do sleep 0.05; done
+for i in {1..10}; do sleep 0.05; done
+echo saved >> "$MARKS"
+exit 75
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_local_lets_its_processes_save(tmp_path: pathlib.Path, processes: int, number: int) -> None:
+    """One SIGTERM to each, as a second one would end the save; and their exit code is the script's."""
+    marks = tmp_path / "marks"
+    training = TRAINING.replace("$MARKS", f"{marks}.$RAR_JAX_PROCESS_INDEX")
+    command = ["bash", str(LAUNCH / "local.sh"), "--port", "99", str(processes), *EXPERIMENT]
+    environ = os.environ | stand_in(tmp_path, python=training)
+    running = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    told = [tmp_path / f"marks.{k}" for k in range(processes)]
+    wait_for(lambda: all(map(lines_of, told)))
+    running.send_signal(number)
+    code = running.wait(30)
+    wait_for(lambda: all("saved" in lines_of(path) for path in told))
+    assert (code, [lines_of(path) for path in told]) == (75, [["began", "TERM", "saved"]] * processes)
+
+
+# ---------------------------------------------------------------- what runs on the machines
+
+
+def status(home: dict[str, str]) -> str:
+    return launch("background.sh", "--status", **home).stdout.strip()
 
 
 def test_background(tmp_path: pathlib.Path) -> None:
     """The log and the exit code of a command that goes on by itself; SIGTERM reaches it, and its own code is kept."""
     home = {"HOME": str(tmp_path)}
+    assert status(home) == "dead"
     launch("background.sh", "bash", "-c", "trap 'echo saved; exit 75' TERM; echo began; sleep 60 & wait", **home)
-    wait = 'for i in $(seq 100); do [ ! -s "$1" ] || exit 0; sleep 0.1; done; exit 1'
-    for file in ("rar_jax.log", "rar_jax.exit"):
-        assert subprocess.run(["bash", "-c", wait, "wait", str(tmp_path / file)], timeout=30).returncode == 0
-        if file == "rar_jax.log":
-            assert launch("background.sh", "true", **home).stdout == "it runs already\n"
+    wait_for(lambda: lines_of(tmp_path / "rar_jax.log") == ["began"])
+    assert launch("background.sh", "true", **home).stdout == "it runs already\n"
+    assert status(home) == "running"
+    launch("background.sh", "--stop", **home)
+    wait_for(lambda: status(home) == "stopped")
+    assert lines_of(tmp_path / "rar_jax.log") == ["began", "saved"]
+    for code in ("75", "0"):
+        launch("background.sh", "bash", "-c", f"exit {code}", **home)
+        wait_for(lambda: status(home) not in ("running", "stopped"))
+        assert status(home) == code
+
+
+ENDS_AT_ONCE = 'trap "exit 75" TERM; echo began >> "$MARKS"; while :; do sleep 0.01; done'
+
+
+@pytest.mark.parametrize(
+    ("command", "stops", "times"), [(TRAINING, 2, 1), (ENDS_AT_ONCE, 1, 4)], ids=["twice", "at once"]
+)
+def test_background_keeps_the_code_of_the_command(tmp_path: pathlib.Path, command: str, stops: int, times: int) -> None:
+    """However many signals there were, and if the command ends at the first one at once: then it was often lost."""
+    home = {"HOME": str(tmp_path), "MARKS": str(tmp_path / "marks")}
+    for _ in range(times):
+        pathlib.Path(home["MARKS"]).unlink(missing_ok=True)
+        launch("background.sh", "bash", "-c", command, **home)
+        wait_for(lambda: bool(lines_of(tmp_path / "marks")))
+        for _ in range(stops):
             launch("background.sh", "--stop", **home)
-    assert (tmp_path / "rar_jax.exit").read_text() == "75\n"
-    assert (tmp_path / "rar_jax.log").read_text() == "began\nsaved\n"
+        wait_for(lambda: status(home) != "running")
+        assert lines_of(tmp_path / "rar_jax.exit") == ["75"]
+
+
+def test_background_tells_of_a_dead_run(tmp_path: pathlib.Path) -> None:
+    """As after a reboot: no process, and no exit code."""
+    home = {"HOME": str(tmp_path)}
+    launch("background.sh", "sleep", "60", **home)
+    assert status(home) == "running"
+    os.killpg(int((tmp_path / "rar_jax.pid").read_text()), signal.SIGKILL)
+    wait_for(lambda: status(home) != "running")
+    assert status(home) == "dead"
+
+
+def test_a_living_run_keeps_its_files(tmp_path: pathlib.Path) -> None:
+    """`run` takes a slice that is there, and then must not take the files away from what runs on it."""
+    home = tmp_path / "home"
+    shutil.copytree(LAUNCH, home / "rar_jax" / "launch")
+    with tarfile.open(home / "rar_jax.tar.gz", "w:gz") as archive:
+        archive.add(LAUNCH, "launch")
+    (home / ".local" / "bin").mkdir(parents=True)
+    stand_in(home / ".local" / "bin", uv=f"echo uv >> {home}/asked")
+    # What is told to a machine is done in the folder that stands for its home.
+    gcloud = """for word; do case $word in --command=*) cd ~ && bash -c "${word#*=}" ;; esac; done"""
+    environ = stand_in(tmp_path, gcloud=gcloud, git="", python3="") | {"HOME": str(home)}
+    old = home / "rar_jax" / "old"
+    old.touch()
+    launch("background.sh", "sleep", "60", **environ)
+    assert launch("tpu_pod.sh", "copy", *TPU, **environ).returncode == 0
+    assert old.exists() and not (home / "asked").exists()
+    launch("background.sh", "--stop", **environ)
+    wait_for(lambda: status(environ) != "running")
+    assert launch("tpu_pod.sh", "copy", *TPU, **environ).returncode == 0
+    assert not old.exists() and lines_of(home / "asked") == ["uv", "uv"]
+    assert (home / "rar_jax" / "launch" / "background.sh").exists()
+
+
+# ---------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(("name", "extra"), [("Dockerfile.gpu", "cuda12"), ("Dockerfile.tpu", "tpu")])
+def test_dockerfile(name: str, extra: str) -> None:
+    """The files that it copies are here, the extras that it installs are known, and it starts the package."""
+    lines = [line.split(maxsplit=1) for line in lines_of(LAUNCH / name) if line[:1] not in ("", "#")]
+    copied = [file for verb, rest in lines if verb == "COPY" for file in rest.split()[:-1]]
+    assert {"requirements.lock", "pyproject.toml", "rar_jax", "experiments"} <= set(copied)
+    assert all((ROOT / file).exists() for file in copied)
+    (install,) = (shlex.split(rest) for verb, rest in lines if verb == "RUN")
+    assert install[:2] == ["pip", "install"] and install[install.index("-c") + 1] == "requirements.lock"
+    assert f".[{extra}]" in install
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    known = {".": set(ours), "jax": set(importlib.metadata.metadata("jax").get_all("Provides-Extra"))}
+    wanted = [found.groups() for word in install if (found := re.fullmatch(r"(.+)\[(.+)\]", word))]
+    assert all(asked in known[package] for package, asked in wanted)
+    (command,) = (json.loads(rest) for verb, rest in lines if verb == "CMD")
+    assert command[:3] == ["python", "-m", "rar_jax"]
