@@ -12,7 +12,6 @@ restores a file with a flipped bit without a word.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -30,6 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rar_jax.parallel.processes import from_main, is_main
+from rar_jax.training.disk import full, is_full
 from rar_jax.training.preemption import checkpoint_manager
 
 MANIFEST = "manifest.json"
@@ -252,9 +252,7 @@ class Checkpointer:
         with self._full_disk_is_a_warning():
             size = sum(x.nbytes for x in jax.tree.leaves(state))
             if (free := from_main(lambda: shutil.disk_usage(self.folder).free)) < size:
-                raise OSError(
-                    errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({free:,} bytes free of {size:,})", str(self.folder)
-                )
+                raise full(self.folder, f"{free:,} bytes free of {size:,}")
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, force=True)
             self._unfinished, self._score = step, score
@@ -289,7 +287,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            if not _disk_is_full(error):
+            if not is_full(error):
                 raise
             self._unfinished = self._manifest = None
             self._failures += 1
@@ -323,8 +321,7 @@ class Checkpointer:
         """
         self.wait()
         good = good_step(self.folder, before=before)
-        if from_main(lambda: self._set_aside(good, before)):
-            self._manager.reload()
+        self._set_aside(good, before)
         if good is None:
             return None
         there = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.folder.absolute()) / str(good[0]) / "state").tree
@@ -333,12 +330,20 @@ class Checkpointer:
         restored = self._manager.restore(good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
         return {**restored["state"], **lacking}
 
-    def _set_aside(self, good: tuple[int, str] | None, before: int | None) -> list[int]:
+    def start_again(self) -> None:
+        """Sets aside all steps, damaged ones too: for what can be made again from elsewhere."""
+        self._set_aside(None, None, made_again=True)
+
+    def _set_aside(self, good: tuple[int, str] | None, before: int | None, *, made_again: bool = False) -> None:
+        if from_main(lambda: self._rename(good, before, made_again)):
+            self._manager.reload()
+
+    def _rename(self, good: tuple[int, str] | None, before: int | None, made_again: bool) -> list[int]:
         """Renames the steps that are newer than the good one. Process 0 does it."""
         newer = sorted(step for step in self._manager.all_steps() if good is None or step > good[0])
         rewound = [step for step in newer if before is not None and step >= before]
         damaged = [step for step in newer if step not in rewound and (self.folder / str(step) / MANIFEST).exists()]
-        if good is None and damaged:
+        if good is None and damaged and not made_again:
             raise CheckpointError(
                 f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
                 "copy, or move the folder away to start this stage again"
@@ -370,17 +375,6 @@ class Checkpointer:
             self._manager.close()
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Also of an error that wraps it, or has it as text only, as tensorstore's."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None, verify: bool) -> None:
     """Makes a step count, and marks it if it is the best by its score."""
     write_manifest(folder / str(step))
@@ -391,9 +385,13 @@ def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None, ve
 
 
 def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:
-    """Saves parameters that were not trained here as step 0, with the manifest that makes it count."""
+    """Saves parameters that were not trained here as step 0, with the manifest that makes it count.
+
+    What is there, of a save that was cut off or on a disk that rots, is set aside.
+    """
     checkpointer = Checkpointer(folder, keep=2)
     try:
+        checkpointer.start_again()
         checkpointer.save(0, {"params": params}, {"step": 0, **meta})
     finally:
         checkpointer.close()
