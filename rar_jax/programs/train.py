@@ -320,6 +320,7 @@ def train(
                 # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
                 if save_now and (last or not telling.bad_in_a_row):
                     save(step, state, best_by(told) if recipe.keep_best else None)
+            checkpointer.wait()  # here, where a signal does not cut the last save off
         except Preempted:
             if pending is not None:
                 telling.record(*pending)

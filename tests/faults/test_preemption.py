@@ -22,7 +22,7 @@ from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session
 from rar_jax.programs.train import train
-from rar_jax.training import ledger
+from rar_jax.training import checkpoint, ledger
 from rar_jax.training.checkpoint import Checkpointer, good_step
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.preemption import Preempted, Watch
@@ -207,17 +207,21 @@ def test_a_second_signal() -> None:
 
 @pytest.mark.promise(7, "SIGTERM during the last save of a stage: the save is finished, then the process leaves")
 def test_the_last_save(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, real = Session(Ledger(tmp_path)), Checkpointer.save
+    """The signal comes when the files are written, in the background, and the manifest is not."""
+    session, real, left = Session(Ledger(tmp_path)), checkpoint.write_manifest, []
+    monkeypatch.setattr(session.watch, "_leave", left.append)
 
-    def save(self: Checkpointer, step: int, *rest: Any) -> None:
-        real(self, step, *rest)
-        session.watch.noticed = step == 8
+    def write_manifest(folder: pathlib.Path) -> None:
+        if folder.name == "8":
+            time.sleep(1)
+            session.watch._signalled()
+        real(folder)
 
-    monkeypatch.setattr(Checkpointer, "save", save)
+    monkeypatch.setattr(checkpoint, "write_manifest", write_manifest)
     experiment = resolve(load_experiment(str(TINY)), "tiny")
     with pytest.raises(Preempted):
         train(experiment, "classifier", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True, session=session)
-    assert saved(tmp_path) == 8
+    assert saved(tmp_path) == 8 and left == []
 
 
 def test_listening_ends_as_it_began() -> None:
