@@ -1,10 +1,12 @@
-"""A disk that is full: how it is said, and how it is known."""
+"""A disk that is full: how it is said, how it is known, and rows of JSON that outlive it."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pathlib
+from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -23,3 +25,12 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def append(path: pathlib.Path, row: dict[str, Any]) -> None:
+    """Adds a line of JSON. It begins on a line of its own, whatever a full disk or a kill left of the row before."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        cut = end > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
