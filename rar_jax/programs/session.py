@@ -14,9 +14,9 @@ import jax
 
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.programs.machine import where
-from rar_jax.training.lease import Lease, LeaseError
+from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
-from rar_jax.training.object_store import Mirror, ObjectStoreError
+from rar_jax.training.object_store import Mirror
 from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
@@ -77,13 +77,7 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
             for one in held:  # the last first: the bucket gets what is left before the folder is let go of
                 stack.callback(one.release)
 
-    def leave_at_once() -> None:
-        try:
-            leave("preempted", "lost")
-        except (ObjectStoreError, LeaseError) as error:
-            print(f"rar-jax {verb}: {error}", file=sys.stderr, flush=True)
-
-    watch.on_leave = leave_at_once
+    watch.on_leave = lambda: leave("preempted", "lost")
     try:
         from_main(take)
         claim()
@@ -109,4 +103,9 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
         reason = f"{type(error).__name__}: {error}"[:300]
         raise
     finally:
-        leave(reason, "ending" if reason in ("done", "preempted") else "lost")
+        try:
+            leave(reason, "ending" if reason in ("done", "preempted") else "lost")
+        except Exception as error:
+            if reason == "done":
+                raise
+            print(f"rar-jax {verb}: {error}", file=sys.stderr, flush=True)  # what went wrong first is raised

@@ -3,7 +3,8 @@
 Nearly everything that a verb does can be stopped at any moment and goes on with the same command: shards of tokens, chunks of an
 evaluation, a compilation, a save. There a signal ends the process at once. Only a training has steps in memory that no file
 holds: within `saving()` the signal is a note, which the loop asks for by `reached()`, then saves and raises Preempted. A second
-signal ends the process at once anywhere, which does no harm (a kill does none).
+signal ends the process at once anywhere, which does no harm (a kill does none). Within moments of the first it is the same one:
+of a machine that shuts down a process may be told by the system and by the script that started it.
 
 One thread hears the signal, since Python's own handlers wait for the main thread, which may compile for minutes.
 
@@ -32,6 +33,7 @@ from rar_jax.config import PREEMPTED
 from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
 
 TICK_SECONDS = 0.5  # between two numbers that the thread asks for
+SAME_SECONDS = 2.0  # within which two signals are one
 
 
 class Preempted(Exception):
@@ -48,7 +50,7 @@ class Watch:
         self.on_leave: Callable[[], None] = lambda: None
         self.noticed: bool = False
         self._saving = False
-        self._signals = 0
+        self._first: float | None = None  # when the first signal came to this process
         self._asked = 0  # the last number that JAX was asked for
         self._many = False
         self._tell_jax: Callable[[int], None] | None = None
@@ -120,10 +122,13 @@ class Watch:
         os.close(pipe)
 
     def _signalled(self) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            self._leave("a second signal")
-        elif self._tell_jax is not None:
+        now = time.monotonic()
+        if self._first is not None:
+            if now - self._first >= SAME_SECONDS:
+                self._leave("a second signal")
+            return
+        self._first = now
+        if self._tell_jax is not None:
             self._tell_jax(signal.SIGTERM)
         else:
             self._notice()
@@ -151,16 +156,19 @@ class Watch:
             self.noticed = True
             if self._saving:
                 return
-        self._leave("SIGTERM")
+        # Process 0 last: with it goes what connects the others, who would be killed without a word.
+        self._leave("SIGTERM", GRACE_SECONDS if self._many and is_main() else 0.0)
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, why: str, grace: float = 0.0) -> None:
         print(f"\nrar-jax: {why}: stopped at once; the same command goes on from what is on disk", file=sys.stderr)
         sys.stderr.flush()
-        # Process 0 last: with it goes what connects the others, who would be killed without a word.
-        if self._many and is_main() and self._signals < 2:
-            time.sleep(GRACE_SECONDS)
-        self.on_leave()
-        os._exit(PREEMPTED)
+        time.sleep(grace)
+        try:
+            self.on_leave()
+        except Exception as error:  # of a thread's end nobody would hear, and the process would live on, deaf
+            print(f"rar-jax: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(PREEMPTED)
 
 
 class _CheckpointManager(ocp.CheckpointManager):
