@@ -150,7 +150,8 @@ def together(verb: str, function: Callable[[], int], failed: Callable[[int], int
     others, which wait for this one.
     """
     if jax.process_count() == 1:
-        return function()
+        code = function()
+        return code if code in (0, PREEMPTED) else failed(code)
     try:
         code = function()
         if code in (0, PREEMPTED):

@@ -42,6 +42,7 @@ class ChunkStore:
     def __init__(self, folder: pathlib.Path, what: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
         """what: everything that the sums depend on, as JSON. keep: names of the arrays that every chunk leaves here."""
         self.keep = keep
+        self.starts: range = range(0)  # of the chunks
         text = json.dumps({**what, "keep": keep}, sort_keys=True)
         self.folder: pathlib.Path = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -78,9 +79,9 @@ class ChunkStore:
         self._write("totals.npz", lambda file: np.savez(file, allow_pickle=False, **totals.arrays()))
 
     def kept(self, name: str) -> Iterator[np.ndarray]:
-        """What was kept of each chunk, in order."""
-        for path in sorted(self.folder.glob(f"{name}_*.npy")):
-            yield np.load(path, allow_pickle=False)
+        """What was kept of each chunk that `accumulate` went through, in order. By name: another process's folder may be stale."""
+        for start in self.starts:
+            yield np.load(self._path(name, start), allow_pickle=False)
 
     def _path(self, name: str, start: int) -> pathlib.Path:
         return self.folder / f"{name}_{start:08d}.npy"
@@ -109,7 +110,7 @@ def accumulate(
     Args:
       compute: function (start, count) -> Chunk of the images start .. start + count - 1.
     """
-    totals = store.load(split_size)
+    totals, store.starts = store.load(split_size), range(0, images, chunk)
     done = from_main(lambda: totals.done if store.whole(images, chunk, totals.done) else 0)
     if not done:
         totals = Totals(split_size)
@@ -118,7 +119,7 @@ def accumulate(
             f"{store.folder}: process 0 finds {done} images done, process {jax.process_index()} {totals.done}: give a path on "
             "storage that all hosts share"
         )
-    spans = [(start, min(chunk, images - start)) for start in range(totals.done, images, chunk)]
+    spans = [(start, min(chunk, images - start)) for start in store.starts if start >= totals.done]
     sizes = [count for _, count in spans]
     for start, count in progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):
         sums, kept = compute(start, count)

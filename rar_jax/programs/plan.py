@@ -139,8 +139,8 @@ def remedies_of(experiment: Experiment, chips: int) -> Iterator[tuple[list[str],
     for parts in (2, 4, 8, 16):
         for fsdp, mesh_flag in meshes:
             accumulation = experiment.train.accumulation * parts
-            rows = experiment.train.batch_size // accumulation
-            if rows % (chips // experiment.mesh.tensor):
+            rows, left = divmod(experiment.train.batch_size, accumulation)
+            if left or rows % (chips // experiment.mesh.tensor):
                 continue
             yield (
                 [*flags, *mesh_flag, f"--config.train.accumulation={accumulation}"],

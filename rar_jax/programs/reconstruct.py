@@ -87,8 +87,8 @@ def reconstruct(
     mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
     numbers = {"rfid": frechet.distance(theirs[0], theirs[1], mean, cov, n1=theirs[2], n2=source.num)}
     numbers["psnr"] = float(np.minimum(np.concatenate(list(store.kept("psnr"))), PSNR_OF_EQUAL).mean(dtype=np.float64))
-    if ssim := list(store.kept("ssim")):
-        numbers["ssim"] = float(np.concatenate(ssim).mean(dtype=np.float64))
+    if "ssim" in keep:
+        numbers["ssim"] = float(np.concatenate(list(store.kept("ssim"))).mean(dtype=np.float64))
     tokens = np.concatenate(list(store.kept("tokens"))).reshape(-1)
     numbers |= code_usage(np.bincount(tokens, minlength=tokenizer.config.codebook_size))
     said = remarks(source.num, None, reference, network.sha256)

@@ -93,7 +93,7 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
     def try_to_leave() -> None:
         try:
             leave("preempted", "lost")
-        except (ObjectStoreError, LeaseError) as error:
+        except Exception as error:  # nobody would hear of it from a thread
             print(f"rar-jax {verb}: {error}", file=sys.stderr, flush=True)
 
     def leave_at_once() -> None:
@@ -148,4 +148,9 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
     finally:
         over.set()
         watch.on_leave = lambda: None
-        leave(reason, "ending" if reason in ("done", "preempted") else "lost")
+        try:
+            leave(reason, "ending" if reason in ("done", "preempted") else "lost")
+        except Exception as error:
+            if reason == "done":
+                raise
+            print(f"rar-jax {verb}: {error}", file=sys.stderr, flush=True)  # what went wrong first is raised

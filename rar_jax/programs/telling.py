@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rar_jax.parallel.processes import from_main
 from rar_jax.programs.live_grids import Draw
 from rar_jax.programs.session import Session
 from rar_jax.training.recipe import Recipe
@@ -72,6 +73,10 @@ class Telling:
 
 
 def evaluated(workdir: Workdir, stage: str, step: int) -> bool:
-    """Whether the evaluation of a step was told. A preemption may have come before it."""
-    rows = read_metrics(workdir.path, stage)
-    return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
+    """Whether the evaluation of a step was told, as process 0 sees it. A preemption may have come before it."""
+
+    def told() -> bool:
+        rows = read_metrics(workdir.path, stage)
+        return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
+
+    return from_main(told)

@@ -299,7 +299,9 @@ def train(
                 if telling.bad_in_a_row >= recipe.most_skips:
                     first_bad = step - telling.bad_in_a_row
                     ledger.lap("training")
-                    if int(state["guard"]["rewinds"]) >= recipe.most_rewinds:
+                    checkpointer.wait()
+                    nowhere = good_step(folder) is not None and good_step(folder, before=first_bad) is None
+                    if nowhere or int(state["guard"]["rewinds"]) >= recipe.most_rewinds:
                         raise TrainingError(give_up(workdir, stage, recipe, state, batch))
                     back = newest(before=first_bad)
                     back["guard"] = guard.sent_back(back["guard"], state["guard"], steps=step - int(back["step"]))
@@ -320,6 +322,7 @@ def train(
                 # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
                 if save_now and (last or not telling.bad_in_a_row):
                     save(step, state, best_by(told) if recipe.keep_best else None)
+            checkpointer.wait()  # here, where a signal does not cut the last save off
         except Preempted:
             if pending is not None:
                 telling.record(*pending)
@@ -364,8 +367,8 @@ def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: B
     last batch on this process.
     """
     folder, step = workdir.path / "dump" / stage, int(state["step"])
+    from_main(lambda: shutil.rmtree(folder / str(step), ignore_errors=True))  # of an earlier time
     with contextlib.closing(Checkpointer(folder, keep=2)) as checkpointer:
-        from_main(lambda: shutil.rmtree(folder / str(step), ignore_errors=True))
         checkpointer.save(step, state, {"step": step, "stage": stage})
     here = {name: [np.asarray(s.data) for s in x.addressable_shards if s.replica_id == 0] for name, x in batch.items()}
     rows = {name: np.concatenate(parts) for name, parts in here.items() if parts}
@@ -373,7 +376,7 @@ def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: B
     seen = {name: int(state["guard"][name]) for name in ("skipped", "rewinds", "data_offset")}
     return (
         f"{stage}: {recipe.most_skips} updates in a row were bad (loss or gradient not finite, or a spike) by step {step}, after going "
-        f"back {seen['rewinds']} time(s); {seen['skipped']} were left out in all. The state and the last batch are in {folder}. Train in "
+        f"back {seen['rewinds']} time(s), as often as it may or can; {seen['skipped']} were left out in all. The state and the last batch are in {folder}. Train in "
         "a new --workdir with a lower learning_rate or a longer warmup; this one keeps its last good checkpoint"
     )
 

@@ -12,7 +12,6 @@ restores a file with a flipped bit without a word.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -30,6 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rar_jax.parallel.processes import from_main, is_main
+from rar_jax.training.disk import full, is_full
 from rar_jax.training.preemption import checkpoint_manager
 
 MANIFEST = "manifest.json"
@@ -133,12 +133,16 @@ def good_step(folder: pathlib.Path, *, before: int | None = None) -> tuple[int, 
 
 def good_steps(folder: pathlib.Path, *, before: int | None = None) -> Iterator[tuple[int, str]]:
     """Every step that verifies and its manifest's hash, the newest first; log warnings name what is bad. As this process sees it."""
-    steps = sorted((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), reverse=True)
-    for step in (step for step in steps if before is None or step < before):
+    for step in (step for step in _steps(folder) if before is None or step < before):
         try:
             yield step, verify_manifest(folder / str(step))
         except CheckpointError as error:
             log.warning("checkpoint step %d is passed over: %s", step, error)
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """All that are whole or were, the newest first."""
+    return sorted((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), reverse=True)
 
 
 def mark_best(folder: pathlib.Path, step: int, metric: str, value: float) -> None:
@@ -153,21 +157,6 @@ def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
         return {m: best for m, best in marked.items() if (folder / str(best["step"]) / MANIFEST).is_file()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}
-
-
-class _KeepBest:
-    """Orbax's retention: the newest steps, those that are marked, and in any case the newest that has a manifest: of the newer
-    ones nobody knows yet whether they are good."""
-
-    def __init__(self, folder: pathlib.Path, newest: int) -> None:
-        self._folder, self._newest = folder, newest
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        best = {marked["step"] for marked in best_steps(self._folder).values()}
-        best |= set([c.step for c in checkpoints if (self._folder / str(c.step) / MANIFEST).is_file()][-1:])
-        first = len(checkpoints) - self._newest
-        return [i >= first or c.step in best for i, c in enumerate(checkpoints)]
 
 
 def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
@@ -210,7 +199,7 @@ class Checkpointer:
     """Saves states of one training in the background and restores the newest good one.
 
     Args:
-      keep: so many of the newest steps, of which one may be being written.
+      keep: so many of the newest steps, besides those that are marked as the best and one that is being written.
       verify: reads each step again once it is on disk; a difference is an error at the next call.
       on_full_disk: told of each step that could not be saved for want of room.
     """
@@ -224,13 +213,10 @@ class Checkpointer:
         on_full_disk: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.folder: pathlib.Path = folder
-        self._verify, self._on_full_disk = verify, on_full_disk
+        self._keep, self._verify, self._on_full_disk = keep, verify, on_full_disk
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = checkpoint_manager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_KeepBest(folder, keep), cleanup_tmp_directories=True
-            ),
+            folder.absolute(), options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
         )
         self._threads = ThreadPoolExecutor(1)
         self._unfinished: int | None = None
@@ -252,9 +238,7 @@ class Checkpointer:
         with self._full_disk_is_a_warning():
             size = sum(x.nbytes for x in jax.tree.leaves(state))
             if (free := from_main(lambda: shutil.disk_usage(self.folder).free)) < size:
-                raise OSError(
-                    errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({free:,} bytes free of {size:,})", str(self.folder)
-                )
+                raise full(self.folder, f"{free:,} bytes free of {size:,}")
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, force=True)
             self._unfinished, self._score = step, score
@@ -266,7 +250,9 @@ class Checkpointer:
                 step, self._unfinished = self._unfinished, None
                 self._manager.wait_until_finished()  # raises what the background save raised
                 if is_main():  # orbax's save is in progress until every process has written
-                    self._manifest = self._threads.submit(_finish, self.folder, step, self._score, self._verify)
+                    self._manifest = self._threads.submit(
+                        _finish, self.folder, step, self._score, self._verify, self._keep
+                    )
                 else:
                     self._failures = 0
             if self._manifest is not None and self._manifest.done():
@@ -289,7 +275,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            if not _disk_is_full(error):
+            if not is_full(error):
                 raise
             self._unfinished = self._manifest = None
             self._failures += 1
@@ -323,8 +309,7 @@ class Checkpointer:
         """
         self.wait()
         good = good_step(self.folder, before=before)
-        if from_main(lambda: self._set_aside(good, before)):
-            self._manager.reload()
+        self._set_aside(good, before)
         if good is None:
             return None
         there = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.folder.absolute()) / str(good[0]) / "state").tree
@@ -333,12 +318,20 @@ class Checkpointer:
         restored = self._manager.restore(good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
         return {**restored["state"], **lacking}
 
-    def _set_aside(self, good: tuple[int, str] | None, before: int | None) -> list[int]:
+    def start_again(self) -> None:
+        """Sets aside all steps, damaged ones too: for what can be made again from elsewhere."""
+        self._set_aside(None, None, made_again=True)
+
+    def _set_aside(self, good: tuple[int, str] | None, before: int | None, *, made_again: bool = False) -> None:
+        if from_main(lambda: self._rename(good, before, made_again)):
+            self._manager.reload()
+
+    def _rename(self, good: tuple[int, str] | None, before: int | None, made_again: bool) -> list[int]:
         """Renames the steps that are newer than the good one. Process 0 does it."""
-        newer = sorted(step for step in self._manager.all_steps() if good is None or step > good[0])
+        newer = sorted(step for step in _steps(self.folder) if good is None or step > good[0])
         rewound = [step for step in newer if before is not None and step >= before]
         damaged = [step for step in newer if step not in rewound and (self.folder / str(step) / MANIFEST).exists()]
-        if good is None and damaged:
+        if good is None and damaged and not made_again:
             raise CheckpointError(
                 f"no step in {self.folder} is good; {damaged[-1]} is damaged (see the warnings above). Restore the files from a "
                 "copy, or move the folder away to start this stage again"
@@ -370,30 +363,27 @@ class Checkpointer:
             self._manager.close()
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Also of an error that wraps it, or has it as text only, as tensorstore's."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None, verify: bool) -> None:
-    """Makes a step count, and marks it if it is the best by its score."""
+def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None, verify: bool, keep: int) -> None:
+    """Makes a step count, marks it if it is the best by its score, and only then lets go of older ones."""
     write_manifest(folder / str(step))
     if verify:
         verify_from_disk(folder / str(step))
     if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
         mark_best(folder, step, *score)
+    best = {marked["step"] for marked in best_steps(folder).values()}
+    for old in _steps(folder)[keep:]:
+        if old not in best:
+            shutil.rmtree(folder / str(old), ignore_errors=True)
 
 
 def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:
-    """Saves parameters that were not trained here as step 0, with the manifest that makes it count."""
+    """Saves parameters that were not trained here as step 0, with the manifest that makes it count.
+
+    What is there, of a save that was cut off or on a disk that rots, is set aside.
+    """
     checkpointer = Checkpointer(folder, keep=2)
     try:
+        checkpointer.start_again()
         checkpointer.save(0, {"params": params}, {"step": 0, **meta})
     finally:
         checkpointer.close()

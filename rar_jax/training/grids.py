@@ -53,7 +53,7 @@ def save(folder: pathlib.Path, step: int, grid: Grid) -> None:
     text.add_itxt(TEXT, json.dumps({"rows": grid.rows, "columns": grid.columns, "cell": grid.images.shape[2:4]}))
     file = io.BytesIO()
     Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).save(file, "png", optimize=True, pnginfo=text)
-    temporary = folder / f"{step}.png.tmp"
+    temporary = folder / "new.tmp"  # one name, so that a full disk is left with one at most
     temporary.write_bytes(file.getvalue())
     os.replace(temporary, folder / f"{step}.png")
     kept = steps(folder)

@@ -9,6 +9,7 @@ written, so that a killed run has all rows but its last.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
@@ -16,6 +17,8 @@ import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
+
+from rar_jax.training.disk import append
 
 NAME = "ledger.jsonl"
 # What time goes into. The first three are what a run is for; starting is reading, restoring and compiling; ending is
@@ -48,11 +51,8 @@ class Ledger:
         if self._path is None:
             return
         row = {"time": round(time.time(), 3), "run": self._run, "event": event, **told, "seconds": seconds}
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            append(self._path, row)
 
 
 def read(folder: pathlib.Path) -> list[Row]:

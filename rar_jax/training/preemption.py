@@ -3,7 +3,8 @@
 Nearly everything that a verb does can be stopped at any moment and goes on with the same command: shards of tokens, chunks of an
 evaluation, a compilation, a save. There a signal ends the process at once. Only a training has steps in memory that no file
 holds: within `saving()` the signal is a note, which the loop asks for by `reached()`, then saves and raises Preempted. A second
-signal ends the process at once anywhere, which does no harm (a kill does none).
+signal ends the process at once anywhere, which does no harm (a kill does none). Within moments of the first it is the same one:
+of a machine that shuts down a process may be told by the system and by the script that started it.
 
 One thread hears the signal, since Python's own handlers wait for the main thread, which may compile for minutes.
 
@@ -32,6 +33,7 @@ from rar_jax.config import PREEMPTED
 from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
 
 TICK_SECONDS = 0.5  # between two numbers that the thread asks for
+SAME_SECONDS = 2.0  # within which two signals are one
 
 
 class Preempted(Exception):
@@ -41,14 +43,15 @@ class Preempted(Exception):
 class Watch:
     """Hears SIGTERM within `listening`, in this process or another one of the run.
 
-    on_leave: called before the process ends at once.
+    on_leave: called before the process ends at once. noticed: a signal came. hurried: a second one, to this process.
     """
 
     def __init__(self) -> None:
         self.on_leave: Callable[[], None] = lambda: None
         self.noticed: bool = False
+        self.hurried: bool = False
         self._saving = False
-        self._signals = 0
+        self._first: float | None = None  # when the first signal came to this process
         self._asked = 0  # the last number that JAX was asked for
         self._many = False
         self._tell_jax: Callable[[int], None] | None = None
@@ -106,11 +109,6 @@ class Watch:
             return self.noticed
         return self._ask()
 
-    @property
-    def hurried(self) -> bool:
-        """Whether a second signal came."""
-        return self._signals > 1
-
     def exit_code(self, code: int) -> int:
         """The code of a process that fails with `code`: what goes wrong after a signal, as connections do, is the preemption."""
         return PREEMPTED if self.noticed else code
@@ -125,10 +123,14 @@ class Watch:
         os.close(pipe)
 
     def _signalled(self) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            self._leave("a second signal")
-        elif self._tell_jax is not None:
+        now = time.monotonic()
+        if self._first is not None:
+            if now - self._first >= SAME_SECONDS:
+                self.hurried = True
+                self._leave("a second signal")
+            return
+        self._first = now
+        if self._tell_jax is not None:
             self._tell_jax(signal.SIGTERM)
         else:  # a thread, so that a second one is heard while this one's last words are sent
             threading.Thread(target=self._notice, daemon=True).start()
@@ -156,20 +158,23 @@ class Watch:
             self.noticed = True
             if self._saving:
                 return
-        self._leave("SIGTERM")
+        # Process 0 last: with it goes what connects the others, who would be killed without a word.
+        self._leave("SIGTERM", GRACE_SECONDS if self._many and is_main() else 0.0)
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, why: str, grace: float = 0.0) -> None:
         print(f"\nrar-jax: {why}: stopped at once; the same command goes on from what is on disk", file=sys.stderr)
         sys.stderr.flush()
-        # Process 0 last: with it goes what connects the others, who would be killed without a word.
-        if self._many and is_main() and self._signals < 2:
-            time.sleep(GRACE_SECONDS)
+        time.sleep(grace)
         last_words, self.on_leave = (
             self.on_leave,
             lambda: None,
         )  # once: a second signal does not wait for the first one's
-        last_words()
-        os._exit(PREEMPTED)
+        try:
+            last_words()
+        except Exception as error:  # of a thread's end nobody would hear, and the process would live on, deaf
+            print(f"rar-jax: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(PREEMPTED)
 
 
 class _CheckpointManager(ocp.CheckpointManager):

@@ -7,7 +7,9 @@ is seconds since 1970, every other value a finite number or null.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -24,6 +26,7 @@ import rich.table
 
 from rar_jax.parallel.processes import is_main
 from rar_jax.training import grids
+from rar_jax.training.disk import append, is_full
 from rar_jax.training.writers import TensorBoard, WandB, Writer
 
 T = TypeVar("T")
@@ -32,6 +35,7 @@ Row = dict[str, Any]
 PLAIN_SECONDS = 10.0  # between lines when the output is a file
 CELL = 48  # pixels that an image has at least in TensorBoard and Weights & Biases
 RATE_WINDOW = 30  # calls over which the rate is taken, so that it follows a change of speed
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -61,7 +65,8 @@ class Reporter:
         self._jsonl = self._workdir / "metrics.jsonl"
         self._line = _Line(stage, total_steps, "steps", quiet)
         self._quiet, self._wandb = quiet, wandb
-        self._open: list[Writer] = []
+        self._open: list[Writer] | None = None
+        self._said_full = False
         self._purge_step: int | None = None
         # A killed process may have left half a line, which the next row would be glued to.
         self._rewrite(lambda row: True)
@@ -73,8 +78,10 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._line.close()
-        while self._open:
-            self._open.pop().close()
+        for writer in self._open or ():
+            with self._room_or_without():
+                writer.close()
+        self._open = None
 
     def resume_from(self, step: int) -> None:
         """Forgets rows and grids of this stage after `step`: a crash leaves some ahead of the last checkpoint.
@@ -87,27 +94,27 @@ class Reporter:
         self._purge_step = step + 1
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one row; values are numbers or 0-d arrays, and NaN or infinity becomes null."""
+        """Appends one row; values are numbers or 0-d arrays, and NaN or infinity becomes null. A full disk costs the row."""
         if not self._tells:
             return
         finite = {name: x if math.isfinite(x := float(value)) else None for name, value in values.items()}
         row = {"stage": self.stage, "step": int(step), "time": round(time.time(), 3), **finite}
-        with open(self._jsonl, "a", encoding="utf-8") as file:  # closing flushes: a killed run keeps its rows
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-        for writer in self._writers():
-            writer.scalars({name: value for name, value in finite.items() if value is not None}, int(step))
+        with self._room_or_without():
+            append(self._jsonl, row)
+        known = {name: value for name, value in finite.items() if value is not None}
+        self._tell_writers(lambda writer: writer.scalars(known, int(step)))
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Shows a uint8 (height, width, 1 or 3) image in TensorBoard and Weights & Biases."""
         if self._tells:
-            for writer in self._writers():
-                writer.image(name, image, int(step))
+            self._tell_writers(lambda writer: writer.image(name, image, int(step)))
 
     def grid(self, name: str, grid: grids.Grid, step: int) -> None:
         """Keeps a grid for the report (grids.py) and shows it as `image` does, small cells enlarged."""
         if not self._tells:
             return
-        grids.save(self._workdir / "grids" / self.stage, int(step), grid)
+        with self._room_or_without():
+            grids.save(self._workdir / "grids" / self.stage, int(step), grid)
         scale = max(1, math.ceil(CELL / min(grid.images.shape[2:4])))
         self.image(name, grid.sheet().repeat(scale, axis=0).repeat(scale, axis=1), step)
 
@@ -115,12 +122,32 @@ class Reporter:
         """Redraws the progress line: `step` of the total are done, and these numbers are the last known."""
         self._line.update(step, **shown)
 
-    def _writers(self) -> Sequence[Writer]:
-        if not self._open:  # made late, since only here is it known whether the stage resumed
-            self._open.append(TensorBoard(self._workdir / "tensorboard" / self.stage, self._purge_step))
-            if self._wandb is not None:
-                self._open.append(WandB(self._workdir, self.stage, self._wandb, quiet=self._quiet))
-        return self._open
+    def _tell_writers(self, tell: Callable[[Writer], None]) -> None:
+        """A writer that a full disk stopped within what it wrote is told no more: nobody could read what follows."""
+        with self._room_or_without():
+            if self._open is None:  # made late, since only here is it known whether the stage resumed
+                self._open = []
+                self._open.append(TensorBoard(self._workdir / "tensorboard" / self.stage, self._purge_step))
+                if self._wandb is not None:
+                    self._open.append(WandB(self._workdir, self.stage, self._wandb, quiet=self._quiet))
+        for writer in self._open or ():
+            with self._room_or_without():
+                tell(writer)
+                continue
+            self._open = [other for other in self._open or () if other is not writer]
+
+    @contextlib.contextmanager
+    def _room_or_without(self) -> Iterator[None]:
+        """A full disk is said once, and what it has no room for is left out."""
+        try:
+            yield
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not self._said_full:
+                told = "rows and pictures are left out until there is room; the training goes on"
+                log.warning("the disk of %s is full: %s", self._workdir, told)
+            self._said_full = True
 
     def _rewrite(self, keep: Callable[[Row], bool]) -> None:
         """Keeps these rows and whole lines only; readers see the old file or the new one."""
@@ -140,7 +167,7 @@ class Reporter:
 def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> list[Row]:
     """Rows of workdir/metrics.jsonl in the order written, of one stage or of all; [] if there is no file.
 
-    A half-written last line is left out.
+    A half-written line, which a crash or a full disk leaves, is left out.
     Raises: ValueError naming the line if any other line is not JSON, or no row.
     """
     path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -152,8 +179,8 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            if number > len(lines):  # what follows the last newline: empty, or cut by a crash
-                break
+            if number > len(lines) or line.startswith("{"):  # what follows the last newline may be empty, or anything
+                continue
             raise ValueError(f"{path} line {number} is not JSON ({error}): delete that line") from None
         if not isinstance(row, dict) or not {"stage", "step"} <= row.keys():
             raise ValueError(f"{path} line {number} is no row with a stage and a step: delete that line")

@@ -6,11 +6,14 @@ import importlib
 import json
 import pathlib
 import secrets
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from rar_jax.config import ConfigError
 from rar_jax.training.checkpoint import write_json
@@ -25,20 +28,31 @@ class Writer(Protocol):
 
 
 class TensorBoard:
-    """Event files in `folder`; points from `purge_step` on, of a process before, are hidden."""
+    """Event files in `folder`; points from `purge_step` on, of a process before, are hidden.
+
+    Not tensorboardX's SummaryWriter, whose thread dies of a full disk and leaves the training waiting for it, for ever.
+    """
 
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
-        self._files = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._files.add_scalar(name, value, step)
+            self._write(Event(step=step, summary=summary.scalar(name, value)))
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        self._files.add_image(name, image, step, dataformats="HWC")
+        self._write(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
 
     def close(self) -> None:
-        self._files.close()
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._file.write_event(event)
+        self._file.flush()
 
 
 class WandB:

@@ -9,6 +9,7 @@ import random
 import shutil
 import tarfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.train import compile_training
 from rar_jax.training import checkpoint, guard
-from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step
+from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, load_params, save_params
 from rar_jax.training.workdir import Workdir
 
 OLD = sorted((pathlib.Path(__file__).parents[1] / "golden" / "checkpoints").glob("*.tar.gz"))
@@ -80,6 +81,31 @@ def test_verified_after_a_save(tmp_path: pathlib.Path, how: str, monkeypatch: py
             time.sleep(0.005)
     good = good_step(tmp_path)
     assert good is not None and good[0] == 1 and not (tmp_path / "3").exists()
+
+
+def flip_a_bit(step: pathlib.Path) -> None:
+    path = max((p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+@pytest.mark.promise(
+    5, "weights that were taken over, cut off before the manifest or with a flipped bit: taken over again"
+)
+@pytest.mark.parametrize(
+    ("damage", "aside"), [(lambda step: (step / "manifest.json").unlink(), "0.unfinished"), (flip_a_bit, "0.damaged")]
+)
+def test_taken_over_again(tmp_path: pathlib.Path, damage: Callable[[pathlib.Path], None], aside: str) -> None:
+    params = {"w": np.arange(1000.0)}
+    for _ in range(3):
+        save_params(tmp_path, params, {"stage": "tokenizer"})
+        damage(tmp_path / "0")
+        assert good_step(tmp_path) is None
+    save_params(tmp_path, params, {"stage": "tokenizer"})
+    good = good_step(tmp_path)
+    assert good is not None and good[0] == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["0", aside]
+    assert np.array_equal(load_params(tmp_path, 0)["w"], params["w"])
 
 
 def test_unfinished_saves_do_not_pile_up(tmp_path: pathlib.Path) -> None:

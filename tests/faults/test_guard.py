@@ -6,6 +6,7 @@ import functools
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import poisoned
 import pytest
@@ -15,8 +16,10 @@ from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session
-from rar_jax.programs.train import TrainingError, train
+from rar_jax.programs.train import TrainingError, give_up, train
+from rar_jax.training import guard
 from rar_jax.training import ledger as ledgers
+from rar_jax.training.checkpoint import load_params
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.preemption import Preempted
 from rar_jax.training.report import read_metrics
@@ -123,6 +126,31 @@ def test_giving_up_leaves_a_dump(tmp_path: pathlib.Path, poison: Any) -> None:
     for name, value in kept.items():
         if "guard" not in name and name != "['step']":
             assert ours[name] == value, name
+
+
+def test_giving_up_again_leaves_the_dump_again(tmp_path: pathlib.Path) -> None:
+    """The same command after it gave up comes to the same step."""
+    recipe = resolve(load_experiment(str(TINY)), "tiny").recipe("classifier")
+    assert recipe is not None
+    for value in (1.0, 2.0):
+        state = {"step": jnp.int32(8), "guard": guard.init(), "params": {"w": jnp.full(4, value)}}
+        assert "dump" in give_up(Workdir(tmp_path), "classifier", recipe, state, {"images": jnp.zeros((4, 8))})
+        kept = load_params(tmp_path / "dump" / "classifier", 8)
+        assert kept["w"].tolist() == [value] * 4
+
+
+@pytest.mark.promise(8, "no good step before the bad ones: stopped with a dump, not begun again at step 0")
+def test_no_way_back(tmp_path: pathlib.Path, poison: Any) -> None:
+    poison(*range(6, 40))
+    recipe = {"eval_every": 20, "keep_checkpoints": 2}
+    for poll in (7, 1):  # stopped within the bad steps, which are all that is kept then
+        with pytest.raises(Preempted):
+            stage(tmp_path, StopAt(tmp_path, poll), **recipe)
+    with pytest.raises(TrainingError, match=r"by step 9, after going back 0 time"):
+        stage(tmp_path, **recipe)
+    folder = tmp_path / "checkpoints" / "classifier"
+    assert sorted(p.name for p in folder.iterdir()) == ["7", "8"] and events(tmp_path, "rewind") == []
+    assert (tmp_path / "dump" / "classifier" / "batch.0.npz").exists()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,16 @@ from jax.experimental import multihost_utils
 
 from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX
+from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
+from rar_jax.programs import telling
 from rar_jax.programs.experiment import resolve
-from rar_jax.programs.session import Session
+from rar_jax.programs.session import Session, session
 from rar_jax.programs.train import train
-from rar_jax.training import ledger
+from rar_jax.training import checkpoint, ledger
 from rar_jax.training.checkpoint import Checkpointer, good_step
+from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
+from rar_jax.training.object_store import ObjectStoreError
 from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
@@ -188,18 +192,48 @@ with watch.listening(), watch.saving():
         if watch.reached():
             print("asked", flush=True)
 """
+LEAVES = """
+import time
+from rar_jax.training.preemption import Watch
+def on_leave():
+    raise OSError(28, "No space left on device")
+watch = Watch()
+watch.on_leave = on_leave
+with watch.listening():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
 
 
-@pytest.mark.promise(7, "a second signal ends a process at once that does not answer the first")
-def test_a_second_signal() -> None:
-    command = [sys.executable, "-c", DEAF]
+def script(text: str) -> tuple[subprocess.Popen[str], Callable[[], str]]:
+    """A process and what reads its next line; it is ready."""
+    command = [sys.executable, "-c", text]
     process = subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None
-    for word in ("ready\n", "asked\n"):
-        assert process.stdout.readline() == word
-        process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process, process.stdout.readline
+
+
+@pytest.mark.promise(
+    7, "a second signal, 2 seconds after the first or later, ends a process at once that does not answer"
+)
+def test_a_second_signal() -> None:
+    """Two within moments are one: a machine that shuts down may be told of by several."""
+    process, line = script(DEAF)
+    process.send_signal(signal.SIGTERM)
+    assert line() == "asked\n"
+    process.send_signal(signal.SIGTERM)
+    assert [line() for _ in range(5)] == ["asked\n"] * 5
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=10)[0]
     assert process.returncode == PREEMPTED and "a second signal: stopped at once" in out
+
+
+def test_an_error_of_leaving_at_once() -> None:
+    process, _ = script(LEAVES)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=10)[0]
+    assert process.returncode == PREEMPTED and "rar-jax: [Errno 28] No space left on device\n" in out
 
 
 # ---------------------------------------------------------------- without processes
@@ -207,17 +241,50 @@ def test_a_second_signal() -> None:
 
 @pytest.mark.promise(7, "SIGTERM during the last save of a stage: the save is finished, then the process leaves")
 def test_the_last_save(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, real = Session(Ledger(tmp_path)), Checkpointer.save
+    """The signal comes when the files are written, in the background, and the manifest is not."""
+    around, real, left = Session(Ledger(tmp_path)), checkpoint.write_manifest, []
+    monkeypatch.setattr(around.watch, "_leave", left.append)
 
-    def save(self: Checkpointer, step: int, *rest: Any) -> None:
-        real(self, step, *rest)
-        session.watch.noticed = step == 8
+    def write_manifest(folder: pathlib.Path) -> None:
+        if folder.name == "8":
+            time.sleep(1)
+            around.watch._signalled()
+        real(folder)
 
-    monkeypatch.setattr(Checkpointer, "save", save)
+    monkeypatch.setattr(checkpoint, "write_manifest", write_manifest)
     experiment = resolve(load_experiment(str(TINY)), "tiny")
     with pytest.raises(Preempted):
-        train(experiment, "classifier", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True, session=session)
-    assert saved(tmp_path) == 8
+        train(experiment, "classifier", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True, session=around)
+    assert saved(tmp_path) == 8 and left == []
+
+
+def test_an_error_of_leaving_does_not_hide_the_preemption(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def release(self: Lease) -> None:
+        raise ObjectStoreError("the bucket is away")
+
+    monkeypatch.setattr(Lease, "release", release)
+    with pytest.raises(Preempted), session(Workdir(tmp_path), "train", Watch(), lambda: None):
+        raise Preempted
+    assert capsys.readouterr().err == "rar-jax train: the bucket is away\n" and reasons(tmp_path) == ["preempted"]
+    (tmp_path / ".lease.json").unlink()
+    with pytest.raises(ObjectStoreError), session(Workdir(tmp_path), "train", Watch(), lambda: None):
+        pass
+
+
+def test_process_0_says_whether_a_step_was_evaluated(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that read the disk themselves could differ, and wait for each other within the evaluation."""
+    for said in (True, False):
+        monkeypatch.setattr(telling, "from_main", lambda function, said=said: said)
+        assert telling.evaluated(Workdir(tmp_path), "classifier", 8) is said
+
+
+def test_the_code_of_one_process_that_fails_after_a_signal() -> None:
+    watch = Watch()
+    watch.noticed = True
+    assert [together("train", lambda code=code: code, watch.exit_code) for code in (0, 1, PREEMPTED)] == [0, 75, 75]
+    assert together("train", lambda: 1, Watch().exit_code) == 1
 
 
 def test_listening_ends_as_it_began() -> None:

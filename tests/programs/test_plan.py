@@ -74,6 +74,11 @@ def test_remedies_change_nothing_that_is_learned() -> None:
         assert changed.train.batch_size == experiment.train.batch_size
 
 
+def test_remedies_are_of_parts_that_divide_the_batch() -> None:
+    found = [changed.train.accumulation for _, changed in remedies_of(experiment_of("rar_b", "train.batch_size=24"), 1)]
+    assert found == [1, 2, 4, 8]
+
+
 # ---------------------------------------------------------------- compiled, as far as this machine can
 
 

@@ -26,6 +26,8 @@ def test_rows_and_laps(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     with (tmp_path / ledger.NAME).open("a") as file:
         file.write('[1]\n{"time": 1}\n{"half')
     assert ledger.read(tmp_path) == rows and ledger.read(tmp_path / "none") == []
+    Ledger(tmp_path).row("start")  # of the run after the crash, on a line of its own
+    assert [row["event"] for row in ledger.read(tmp_path)] == ["saved", "stop", "start"]
     Ledger().row("start")  # nowhere
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import rich.console
 from events import pictures, read_events, scalars
-from tensorboardX.event_file_writer import EventFileWriter
 
 from rar_jax.training import report
 from rar_jax.training.grids import Grid
@@ -104,17 +103,12 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: pathlib.Path
         read_metrics(tmp_path)
 
 
-def test_tensorboard_gets_scalars_and_images_and_a_purge_step(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events = []
-    add = EventFileWriter.add_event
-    monkeypatch.setattr(EventFileWriter, "add_event", lambda self, e: (events.append(e), add(self, e))[1])
+def test_tensorboard_gets_scalars_and_images_and_a_purge_step(tmp_path: pathlib.Path) -> None:
     with Reporter(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
         reporter.resume_from(6)
         reporter.metrics(7, {"loss": 0.5, "bad": math.nan})
         reporter.image("samples", np.zeros((8, 8, 1), np.uint8), 7)
-    assert list((tmp_path / "tensorboard" / "generator").glob("events*"))
+    events = read_events(tmp_path / "tensorboard" / "generator")
     tags = [(e.step, value.tag) for e in events for value in e.summary.value]
     assert tags == [(7, "loss"), (7, "samples")]
     assert [e.step for e in events if e.session_log.status == e.session_log.START] == [7]
@@ -138,6 +132,43 @@ def test_tensorboard_files_hold_the_values_and_pixels(tmp_path: pathlib.Path) ->
     np.testing.assert_array_equal(
         shown["reconstructions", 2], by_hand.repeat(3, axis=-1)
     )  # grey; 8 pixels six times: 48 are seen
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_a_row_that_a_full_disk_cut_does_not_spoil_the_next(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(tmp_path, "generator", [10])
+    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
+        for cut, step in (('{"st', 20), ('{"stage": "generator", "step": 21', 30)):
+            with path.open("a") as file:
+                file.write(cut)
+            reporter.metrics(step, {"loss": 1.0})
+        assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30]
+    _write(tmp_path, "generator", [40])
+    assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30, 40] and len(path.read_text().splitlines()) == 4
+
+
+def test_a_full_disk_costs_the_row_and_is_said_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, grid = tmp_path / "metrics.jsonl", Grid(np.zeros((1, 1, 8, 8, 1), np.uint8), ("a",), ("b",))
+    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
+        path.symlink_to("/dev/full")
+        (tmp_path / "grids" / "generator").mkdir(parents=True)
+        (tmp_path / "grids" / "generator" / "new.tmp").symlink_to("/dev/full")
+        for step in (1, 2):
+            reporter.metrics(step, {"loss": 1.0})
+            reporter.grid("samples", grid, step)
+        path.unlink()
+        (tmp_path / "grids" / "generator" / "new.tmp").unlink()
+        reporter.metrics(3, {"loss": 1.0})
+        reporter.grid("samples", grid, 3)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [3]
+    assert [p.name for p in (tmp_path / "grids" / "generator").iterdir()] == ["3.png"]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"the disk of {tmp_path} is full: rows and pictures are left out until there is room; the training goes on"
+    ]
+    assert {step for _, step in scalars(read_events(tmp_path / "tensorboard" / "generator"))} == {1, 2, 3}
 
 
 # ---------------------------------------------------------------- the line
