@@ -88,7 +88,8 @@ def attend(q_rk: jax.Array, cache: Sequence[KeysValues], filled: jax.Array) -> j
     """One query a row against the stages of the cache, of whose last one `filled` slots are; float32 (*r, k)."""
     factors = cache[0][0].dtype  # a cache in bfloat16 is not widened, only the sums are
     if _is_fused(q_rk.shape[-1], factors):
-        return _attend_fused(q_rk.astype(factors), *cache, filled)
+        (stage,) = cache
+        return _attend_fused(q_rk.astype(factors), stage, filled)
 
     def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(spec, a, b, precision=matmul_precision(factors), preferred_element_type=jnp.float32)
