@@ -59,3 +59,25 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_pro
     assert told(killed) == told(tmp_path / "straight")
     assert not list((killed / "checkpoints" / "classifier").glob("*tmp*"))
     record_property("count", f"{done} of {kills} kills")
+
+
+@pytest.mark.slow
+@pytest.mark.promise(
+    2, "kill -9 of one of 2 processes: the other ends, and both go on, to the same state and rows, bitwise"
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_two_is_killed(tmp_path: pathlib.Path, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAR_JAX_HEARTBEAT_SECONDS", "5")
+    recipe = {"steps": 60, "checkpoint_every": 5, "log_every": 1}
+    flags = ["--stage=classifier", "--quiet", *(f"--config.classifier.train.{k}={v}" for k, v in recipe.items())]
+    finish(start("train", tmp_path / "straight", *flags, processes=2))
+    killed = tmp_path / "killed"
+    running = start("train", killed, *flags, processes=2)
+    wait_for(lambda: last_step(killed) > 12, running)
+    running[which].kill()
+    out = running[1 - which].communicate(timeout=60)[0]
+    assert running[1 - which].returncode not in (0, None), out[-3000:]
+    assert committed(killed) >= 5
+    finish(start("train", killed, *flags, processes=2))
+    assert state_of(killed, 60) == state_of(tmp_path / "straight", 60)
+    assert told(killed) == told(tmp_path / "straight")
