@@ -18,6 +18,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from rar_jax.config import ConfigError
 from rar_jax.training.checkpoint import write_json
 
+FLUSH_SECONDS = (
+    10.0  # between two times that events are sent to the disk: it is waited for, a tenth of a second where it is slow
+)
+
 
 class Writer(Protocol):
     """What a Reporter tells. Steps may come twice, and images are uint8 (height, width, 1 or 3)."""
@@ -36,6 +40,7 @@ class TensorBoard:
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = EventsWriter(str(folder / "events"))
+        self._flushed = -FLUSH_SECONDS
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -52,7 +57,9 @@ class TensorBoard:
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self._file.write_event(event)
-        self._file.flush()
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
 
 class WandB:

@@ -6,6 +6,7 @@ The stand-in drops nothing and checks nothing: what the real package wants was l
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 import sys
 import types
@@ -19,6 +20,7 @@ from rar_jax.config import ConfigError
 from rar_jax.training import report
 from rar_jax.training.grids import Grid
 from rar_jax.training.report import Reporter
+from rar_jax.training.writers import TensorBoard
 
 GRID = Grid(np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1), np.uint8), ("cat", "dog"), ("",) * 3)
 
@@ -145,3 +147,13 @@ def test_a_refusal_is_one_line_that_says_what_to_do(tmp_path: pathlib.Path, wand
         "Weights & Biases does not begin (No API key configured. Use `wandb login` to log in.): give `wandb login`, or set "
         "WANDB_MODE=offline"
     )
+
+
+def test_the_disk_is_not_waited_for_at_each_row(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(fsync(fd)))
+    writer = TensorBoard(tmp_path, None)
+    for step in range(50):
+        writer.scalars({"loss": 1.0, "bits": 2.0}, step)
+    writer.close()
+    assert 1 <= len(calls) <= 3
