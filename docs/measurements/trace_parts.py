@@ -28,12 +28,14 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", type=pathlib.Path)
 parser.add_argument("--top", type=int, default=12)
 args = parser.parse_args()
 
 texts = {path: path.read_text() for path in (args.folder / "hlo").glob("*after_optimizations.txt")}
+if not texts:
+    parser.error(f"{args.folder / 'hlo'} has no compiled text: run the bench with the XLA_FLAGS that --help shows")
 known = instructions(max(texts.values(), key=len))  # the benched program is by far the longest
 for trace in sorted(args.folder.rglob("*.xplane.pb")):
     spans = collections.Counter()

@@ -25,7 +25,7 @@ from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import on_devices
-from rar_jax.parallel.mesh import batch_divisor
+from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.programs.ceilings import Cost
 from rar_jax.programs.experiment import Experiment
@@ -114,9 +114,10 @@ def batch_sizes(experiment: Experiment, mesh: Mesh, options: Options) -> tuple[i
 
 
 def computes_in(experiment: Experiment, options: Options) -> str:
-    """The dtype that a bench multiplies in: what it is told, or what the verb of that name would take."""
+    """The dtype that a bench multiplies in: what it is told, or what the verb of that name would take; float32, as those do, where
+    the device has no bfloat16."""
     own = {"train": experiment.generator, "tokenize": experiment.tokenizer}.get(options.what)
-    return options.dtype or (own.config.dtype if own else "float32")
+    return matmul_dtype(options.dtype or (own.config.dtype if own else "float32"))
 
 
 # ---------------------------------------------------------------- generator
@@ -125,7 +126,8 @@ def computes_in(experiment: Experiment, options: Options) -> str:
 def sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
     """Labels to tokens, with the experiment's guidance; with `decode`, to images."""
     generator, tokenizer, guidance = experiment.generator, experiment.tokenizer, experiment.guidance
-    params = _decoding_params(generator, mesh, options.dtype)
+    dtype = computes_in(experiment, options)
+    params = _decoding_params(generator, mesh, dtype)
     if options.decode:
         params = {"generator": params, "tokenizer": random_params(tokenizer, mesh)}
 
@@ -138,7 +140,7 @@ def sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
         labels = jnp.arange(size, dtype=jnp.int32) % generator.config.num_classes
         batch = jax.device_put((labels, sample_keys(0, jnp.arange(size))), batch_sharding(mesh))
         compiled, seconds = _compile(mesh, size, jax.jit(sample), params, *batch, guidance)
-        cost = _sampling_cost(experiment, size, options.dtype)
+        cost = _sampling_cost(experiment, size, dtype)
         if options.decode:
             cost = _sum(cost, _decoding_cost(tokenizer, params["tokenizer"], size))
         run = functools.partial(compiled, params, *batch, guidance)

@@ -1,6 +1,7 @@
 """Decoding a slot at a time, in parts: against NumPy in float64, and against the same without the shortcut."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import re
@@ -83,6 +84,29 @@ def test_stages_change_nothing(stages: int, monkeypatch: pytest.MonkeyPatch) -> 
     expected = rar.sample(rar.TINY, params, labels, **keywords)
     monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [17 * i // stages for i in range(stages + 1)])
     np.testing.assert_array_equal(rar.sample(rar.TINY, params, labels, **keywords), expected)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_modulations_in_several_parts_of_a_stage(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More slots than are modulated at a time, as in the released sizes: the logits of the network that has no cache."""
+    config = dataclasses.replace(rar.TINY, num_tokens=160)
+    shapes = jax.eval_shape(lambda: rar.init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda s: 0.3 * jax.random.normal(jax.random.key(s.size), s.shape), shapes)
+    labels, tokens = jnp.asarray([3, 10]), jax.random.randint(jax.random.key(2), (2, 160), 0, 32)
+    parts: list[int] = []
+    slots_at_a_time = decoding.Conditions.slots_at_a_time
+
+    def told(given: decoding.Conditions, slots: int) -> int:
+        period = slots_at_a_time(given, slots)
+        parts.append(-(-slots // period))
+        return period
+
+    monkeypatch.setattr(decoding.Conditions, "slots_at_a_time", told)
+    monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [161 * i // stages for i in range(stages + 1)])
+    ours = rar.cached_logits(config, rar.prepare(config, params), tokens, labels)
+    assert parts == {1: [3], 2: [2, 2]}[stages]
+    orders = jnp.broadcast_to(jnp.arange(160), (2, 160))
+    np.testing.assert_allclose(ours, rar.logits(config, params, tokens, labels, orders), atol=2e-4)
 
 
 @pytest.mark.parametrize("shape", [None, (2, 1, 1), (1, 1, 2)])

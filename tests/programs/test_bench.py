@@ -107,6 +107,24 @@ def test_train(tiny: Experiment) -> None:
         assert r["flops"] == rar.train_flops(tiny.generator.config, batch_size=r["batch_size"])
 
 
+def test_a_device_without_bfloat16_is_benched_in_float32(monkeypatch: pytest.MonkeyPatch, tiny: Experiment) -> None:
+    """As sample and train have it there; the weights and the bytes of a draw are then float32's too."""
+    monkeypatch.setattr(
+        bench_cases, "matmul_dtype", lambda dtype: "float32"
+    )  # what it says there: tests/parallel/test_mesh.py
+    for what in ("sample", "train", "tokenize"):
+        assert bench_cases.computes_in(tiny, Options(what, dtype="bfloat16")) == "float32"
+    made: list[Any] = []
+    monkeypatch.setattr(bench_cases, "_compile", lambda mesh, size, jitted, *args: made.append(args) or (len, 0.0))
+    (case,) = bench_cases.sample_cases(
+        tiny, make_mesh(tiny.mesh), Options("sample", batch_sizes=(4,), dtype="bfloat16")
+    )
+    assert {x.dtype for x in jax.tree.leaves(made[0][0])} == {np.dtype(np.float32)}
+    assert case.cost is not None and case.cost.bytes == rar.sample_bytes(
+        tiny.generator.config, batch_size=4, guided=True
+    )
+
+
 def test_the_training_step_trains(tiny: Experiment) -> None:
     recipe = dataclasses.replace(tiny.train, warmup=0, learning_rate=1e-2, steps=100)
     experiment = dataclasses.replace(tiny, train=recipe)
