@@ -12,9 +12,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-AS_SHIPPED = "RAR_JAX_TESTS_AS_SHIPPED" in os.environ
-if not AS_SHIPPED:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] += "" if "RAR_JAX_TESTS_AS_SHIPPED" in os.environ else " --xla_cpu_use_fusion_emitters=false"
 
 import ast
 import dataclasses
@@ -30,7 +28,7 @@ import pytest
 from promises import Promises
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", not AS_SHIPPED)
+jax.config.update("jax_disable_most_optimizations", "RAR_JAX_TESTS_AS_SHIPPED" not in os.environ)
 # Many tests compile the same program. One folder for this run, which the workers of `pytest -n` inherit; one that was given is
 # kept, so that the next run finds in it what this one compiled. Only what takes long is worth it, and writing a program down is
 # where jaxlib 0.10.2 was once seen to crash.
