@@ -30,7 +30,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     kept |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
     if cache := os.environ.get("RAR_JAX_TEST_CACHE"):
         kept |= {"JAX_COMPILATION_CACHE_DIR": cache}
-    return kept | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"}
+    return kept | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
 class Command:

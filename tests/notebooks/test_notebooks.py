@@ -43,7 +43,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": os.environ["RAR_JAX_TEST_CACHE"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",  # one device, as a reader has; quicker to compile
+        "XLA_FLAGS": "",  # one device, as a reader has
         "HF_HUB_CACHE": str(folder / "hub"),  # no released weights
         "IPYTHONDIR": str(folder / "ipython"),
     }
