@@ -295,6 +295,7 @@ _BENCH = """\
   rar-jax bench evaluate --config rar_b --batch-size 16                 Inception; with --whole sampling and decoding too
   rar-jax bench tokenize --config rar_b --batch-size 8                  images to tokens; with --decode tokens to images
   rar-jax bench loader --config rar_b                                   records/s from a store made for it
-Weights are random and no files are needed. The ceilings (a large matmul, memory) are measured in the same run; the share is
-the time that arithmetic or memory traffic must take at those rates, whichever is longer, over the time measured.
+Weights are random and no files are needed. The ceilings (a large matmul, memory) are measured in the same run, before and
+after, and the better counts. The share is the time that arithmetic or memory traffic must take at those rates, whichever is
+longer, over the time measured.
 """

@@ -37,6 +37,10 @@ class Ceilings:
     flops_per_second: float
     bytes_per_second: float
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The higher of each."""
+        return Ceilings(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+
     def limit(self, cost: Cost) -> tuple[float, str]:
         """The seconds that a computation takes at least, and what they go into: "flops" or "bytes"."""
         return max((cost.flops / self.flops_per_second, "flops"), (cost.bytes / self.bytes_per_second, "bytes"))

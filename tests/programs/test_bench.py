@@ -18,8 +18,9 @@ from rar_jax.evaluation import sums
 from rar_jax.generators import rar
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.programs import bench as bench_program
 from rar_jax.programs import bench_cases, ceilings, scoring
-from rar_jax.programs.bench import CASES, _result, _time, bench, table
+from rar_jax.programs.bench import CASES, _result, _share, _time, bench, table
 from rar_jax.programs.bench_cases import Case, Options
 from rar_jax.programs.ceilings import Ceilings, Cost
 from rar_jax.programs.experiment import Experiment, resolve
@@ -199,11 +200,23 @@ def test_seconds_are_of_a_step_and_the_first_run_does_not_count() -> None:
     case = Case(3, 6, "records", run, steps=4, cost=Cost(30.0, 10.0))
     seconds = _time(case, Options("loader", repeats=3), True)
     assert len(runs) == 4 and len(seconds) == 3 and all(0.005 <= s < 0.1 for s in seconds)
-    result = _result(case, [1.0, 4.0, 2.0], Ceilings(flops_per_second=60.0, bytes_per_second=10.0))
+    result = _result(case, [1.0, 4.0, 2.0])
+    result |= _share(result, Ceilings(flops_per_second=60.0, bytes_per_second=10.0))
     assert result["rate"] == 3.0 and result["seconds"] == {"min": 1.0, "median": 2.0, "max": 4.0}
     # 0.5 s of arithmetic, 1 s of memory: half of the 2 s.
     assert (result["share_of_ceiling"], result["limited_by"]) == (0.5, "bytes")
     assert (result["flops_per_second"], result["bytes_per_second"]) == (15.0, 5.0)
+
+
+def test_a_ceiling_is_the_better_of_before_and_after(monkeypatch: pytest.MonkeyPatch, tiny: Experiment) -> None:
+    measured = iter([Ceilings(flops_per_second=3e12, bytes_per_second=1e9), Ceilings(1e12, 2e9)])
+    monkeypatch.setattr(bench_program, "measure_ceilings", lambda mesh, dtype: next(measured))
+    report = bench_program.bench(tiny, Options("tokenize", (8,), repeats=1))
+    assert report["ceilings"] == {"flops_per_second": 3e12, "bytes_per_second": 2e9}
+    (result,) = report["results"]
+    assert result["share_of_ceiling"] == pytest.approx(
+        max(result["flops_per_second"] / 3e12, result["bytes_per_second"] / 2e9)
+    )
 
 
 def test_ceilings_are_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
