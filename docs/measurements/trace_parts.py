@@ -36,14 +36,15 @@ args = parser.parse_args()
 texts = {path: path.read_text() for path in (args.folder / "hlo").glob("*after_optimizations.txt")}
 if not texts:
     parser.error(f"{args.folder / 'hlo'} has no compiled text: run the bench with the XLA_FLAGS that --help shows")
-known = instructions(max(texts.values(), key=len))  # the benched program is by far the longest
+programs = [instructions(text) for text in texts.values()]
 for trace in sorted(args.folder.rglob("*.xplane.pb")):
-    spans = collections.Counter()
-    for plane in ProfileData.from_file(str(trace)).planes:
-        for line in plane.lines:
-            for event in line.events:
-                if event.name in known:
-                    spans[event.name] += event.duration_ns / 1e9
+    lines = [line for plane in ProfileData.from_file(str(trace)).planes for line in plane.lines]
+    events = [event for line in lines for event in line.events]
+    times = collections.Counter()
+    for event in events:
+        times[event.name] += event.duration_ns / 1e9
+    known = max(programs, key=lambda program: sum(times[name] for name in program))  # the benched one takes the time
+    spans = collections.Counter({name: times[name] for name in known if name in times})
     print(trace.relative_to(args.folder), f"{sum(spans.values()):.2f} s in {len(spans)} instructions")
     parts, counts = collections.Counter(), collections.Counter()
     for name, seconds in spans.items():

@@ -38,7 +38,8 @@ def bench(
       profile: folder for a jax.profiler trace of one more run, in batch_<size>.
 
     Returns: what --json prints. {"bench", "config", "platform", "device_kind", "devices", "jax_version", "dtype", "guided",
-      "ceilings": {"flops_per_second", "bytes_per_second"}, "results": a dict for each batch size, see `_result` and `_share`}. The dtype
+      "ceilings": {"flops_per_second", "bytes_per_second"}, "results": a dict for each batch size, see `_result`
+      and `_share`}. The dtype
       and the ceilings of the loader are None.
     Raises: ConfigError for sizes that do not fit the mesh, or a `profile` that is no folder.
     """
