@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rar_jax.config import require
 from rar_jax.parallel.mesh import make_mesh
@@ -38,9 +39,8 @@ def bench(
       profile: folder for a jax.profiler trace of one more run, in batch_<size>.
 
     Returns: what --json prints. {"bench", "config", "platform", "device_kind", "devices", "jax_version", "dtype", "guided",
-      "ceilings": {"flops_per_second", "bytes_per_second"}, "results": a dict for each batch size, see `_result`
-      and `_share`}. The dtype
-      and the ceilings of the loader are None.
+      "ceilings": {"flops_per_second", "bytes_per_second"}, "results": a dict for each batch size, see `_result` and
+      `_share`}. The dtype and the ceilings of the loader are None.
     Raises: ConfigError for sizes that do not fit the mesh, or a `profile` that is no folder.
     """
     # What cannot be is refused before anything is measured.
@@ -50,19 +50,10 @@ def bench(
     quiet = quiet or not sys.stderr.isatty()
     dtype = None if options.what == "loader" else bench_cases.computes_in(experiment, options)
     ceilings = None if dtype is None else measure_ceilings(mesh, dtype)
-    results: list[dict[str, Any]] = []
-    with contextlib.closing(CASES[options.what](experiment, mesh, options)) as cases:  # pyright: ignore[reportArgumentType]
-        for case in cases:
-            seconds = _time(case, options, quiet)
-            results.append(_result(case, seconds))
-            if profile is not None:
-                with jax.profiler.trace(str(profile / f"batch_{case.batch_size}")):
-                    jax.block_until_ready(case.run())
-    if dtype is not None and ceilings is not None:
+    results = _results(experiment, mesh, options, profile, quiet)
+    if ceilings is not None:
         # Once more, and the better counts: what else runs on a machine must not make a ceiling that is too low.
         ceilings = ceilings.or_better(measure_ceilings(mesh, dtype))
-    for result in results:
-        result |= _share(result, ceilings)
     device = mesh.devices.flat[0]
     return {
         "bench": options.what,
@@ -74,8 +65,22 @@ def bench(
         "dtype": dtype,
         "guided": experiment.guidance.enabled,
         "ceilings": None if ceilings is None else vars(ceilings),
-        "results": results,
+        "results": [{**result, **_share(result, ceilings)} for result in results],
     }
+
+
+def _results(
+    experiment: Experiment, mesh: Mesh, options: Options, profile: pathlib.Path | None, quiet: bool
+) -> list[dict[str, Any]]:
+    """Of each batch size. Cases, with the memory they hold, are gone when it returns."""
+    results: list[dict[str, Any]] = []
+    with contextlib.closing(CASES[options.what](experiment, mesh, options)) as cases:  # pyright: ignore[reportArgumentType]
+        for case in cases:
+            results.append(_result(case, _time(case, options, quiet)))
+            if profile is not None:
+                with jax.profiler.trace(str(profile / f"batch_{case.batch_size}")):
+                    jax.block_until_ready(case.run())
+    return results
 
 
 def _time(case: Case, options: Options, quiet: bool) -> list[float]:
@@ -109,8 +114,8 @@ def _result(case: Case, seconds: list[float]) -> dict[str, Any]:
 
 
 def _share(result: Mapping[str, Any], ceilings: Ceilings | None) -> dict[str, Any]:
-    """ "share_of_ceiling": the time at the limit over the time measured; "limited_by" says whether the limit is of "flops" or
-    of "bytes". Both None without a known cost."""
+    """Adds "share_of_ceiling", the time at the limit over the time measured, and "limited_by", which says whether the limit is
+    of "flops" or of "bytes"; None without a known cost."""
     if ceilings is None or result["flops"] is None:
         return {"share_of_ceiling": None, "limited_by": None}
     limit, limited_by = ceilings.limit(Cost(result["flops"], result["bytes"]))
