@@ -117,7 +117,13 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     # Within a section a key may be missing, since fields have defaults; `build` checks its name.
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+    ):  # the last two of what is nested too deeply
         value = text
     with config.unlocked(), config.ignore_type():
         node[last] = value
@@ -173,6 +179,11 @@ def build(
         raise ConfigError(f"{where}: {error}") from None
 
 
+def _shown(value: Any) -> str:
+    """A value in one line, which a ConfigDict's own text is not, and no longer than a message should be."""
+    return " ".join(repr(value).split())[:200]
+
+
 def steps_fields(cls: type) -> list[str]:
     """Names of the fields of a Config that are durations."""
     return [name for name, hint in typing.get_type_hints(cls, include_extras=True).items() if hint == Steps]
@@ -186,7 +197,9 @@ def resolve_steps(value: Any, where: str, total_steps: int | None, steps_per_epo
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|ep)\s*", value) if isinstance(value, str) else None
     if match is None:
-        raise ConfigError(f"{where} is {value!r}: write steps (1000), a share of training ('50%') or epochs ('200ep')")
+        raise ConfigError(
+            f"{where} is {_shown(value)}: write steps (1000), a share of training ('50%') or epochs ('200ep')"
+        )
     number, unit = float(match[1]), match[2]
     base = total_steps if unit == "%" else steps_per_epoch
     if base is None:
@@ -205,7 +218,7 @@ def _check_type(value: Any, hint: Any, where: str) -> Any:
         return _check_type(value, inner, where)
     if origin is tuple and args[-1] is not Ellipsis and isinstance(value, (list, tuple)):
         if len(value) != len(args):
-            raise ConfigError(f"{where} is {value!r}: it must have {len(args)} entries")
+            raise ConfigError(f"{where} is {_shown(value)}: it must have {len(args)} entries")
         return tuple(_check_type(v, arg, f"{where}[{i}]") for i, (v, arg) in enumerate(zip(value, args, strict=True)))
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_check_type(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
@@ -215,7 +228,7 @@ def _check_type(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(plain, type) or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
         return value
     name = f"a list of {getattr(args[0], '__name__', args[0])}" if origin is tuple else plain.__name__
-    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}): it must be {name}")
+    raise ConfigError(f"{where} is {_shown(value)} ({type(value).__name__}): it must be {name}")
 
 
 def require(condition: bool, message: str) -> None:

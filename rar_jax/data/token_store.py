@@ -14,7 +14,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -196,13 +196,51 @@ def _read_card(folder: pathlib.Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_bytes())
         version = card["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read ({error!r}): run tokenize again") from None
-    if version not in (1, SCHEMA_VERSION):
+    if type(version) is not int or version not in (1, SCHEMA_VERSION):
         raise StoreError(f"{path} has schema version {version}, expected 1 or {SCHEMA_VERSION}: run tokenize again")
     needed = (*CARD_KEYS, "num_records", "num_tokens", "shards", *(_COUNTS if version > 1 else ()))
     if missing := [key for key in needed if key not in card]:
         raise StoreError(f"{path} lacks {', '.join(missing)}: run tokenize again")
     if version > 1 and card_sha256(card) != card["sha256"]:
         raise StoreError(f"{path} is damaged: its sha256 is not that of its content. Restore it or run tokenize again")
+    if wrong := next(_wrong_values(card), None):
+        raise StoreError(f"{path} is damaged: {wrong}. Restore it or run tokenize again")
     return card
+
+
+def _wrong_values(card: Mapping[str, Any]) -> Iterator[str]:
+    """What the store would stumble over: a card whose sha256 fits its content was still written by anybody."""
+
+    def is_number(x: Any, least: int = 0) -> bool:
+        return type(x) is int and least <= x < 2**31
+
+    def is_shard(x: Any) -> bool:
+        # A name alone, or a card could have files from elsewhere read.
+        fits = isinstance(x, dict) and isinstance(name := x.get("name"), str) and name.isprintable() and "/" not in name
+        fits = fits and name not in (".", "..") and is_number(x.get("records")) and isinstance(x.get("sha256"), str)
+        return fits and (card["schema_version"] == 1 or is_span(x))
+
+    def is_span(x: Mapping[str, Any]) -> bool:
+        span, bad = x.get("span"), x.get("bad_records")
+        return isinstance(span, list) and len(span) == 2 and all(map(is_number, span)) and isinstance(bad, list)
+
+    checks = {
+        "codebook_size": lambda x: is_number(x, 1),
+        "num_classes": lambda x: is_number(x, 1),
+        "num_tokens": lambda x: is_number(x, 1) and x < 2**20,
+        "num_records": is_number,
+        "grid": lambda x: isinstance(x, list) and all(map(is_number, x)),
+        "tokenizer_sha256": lambda x: x is None or isinstance(x, str),
+        "class_names": lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
+        "shards": lambda x: isinstance(x, list) and len(x) > 0 and all(map(is_shard, x)),
+    }
+    if card["schema_version"] > 1:
+        classes = card["num_classes"]
+        checks |= dict.fromkeys(("num_images", "num_bad_images"), is_number)
+        checks["crops"] = lambda x: isinstance(x, list) and len(x) > 0
+        checks["records_per_class"] = lambda x: isinstance(x, list) and len(x) == classes and all(map(is_number, x))
+    for key, fits in checks.items():
+        if not fits(card[key]):
+            yield f"{key} is {str(card[key])[:80]}"

@@ -175,16 +175,22 @@ def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
         if len(pickles) != 1:
             raise WeightsError("a zip file, but not one of torch: it has no data.pkl")
         root = pickles[0].removesuffix("data.pkl")
-        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        order = members.get(f"{root}byteorder")
+        if order is not None and (order.file_size != len(b"little") or archive.read(order) != b"little"):
             raise WeightsError("written on a big-endian machine, which is not supported")
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
             raise WeightsError("its data.pkl is too large for a state dict")
-        content = _next_pickle(io.BytesIO(archive.read(pickles[0])), {})
+        tensors = _tensors(_next_pickle(io.BytesIO(archive.read(pickles[0])), {}))
+    needed: dict[str, int] = {}  # bytes of each storage
+    for key, dtype, start, count in (tensor.storage for tensor in tensors.values()):
+        needed[key] = max(needed.get(key, 0), (start + count) * dtype.itemsize)
     unpacked: dict[str, np.ndarray] = {}  # compressed members, which torch.save does not make
     checked: set[str] = set()  # one storage may hold many tensors
 
     def read(key: str, info: zipfile.ZipInfo) -> np.ndarray:
         if info.compress_type != zipfile.ZIP_STORED:
+            if info.file_size > needed[key]:
+                raise WeightsError(f"refused: storage {key} unpacks to {info.file_size:,} bytes, of {needed[key]:,}")
             if key not in unpacked:
                 with zipfile.ZipFile(path) as archive:
                     unpacked[key] = np.frombuffer(archive.read(info), np.uint8)
@@ -204,7 +210,7 @@ def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
             raise WeightsError(f"storage {key} is missing: download it again")
         return info.file_size, functools.partial(read, key, info)
 
-    return _stored(_tensors(content), locate)
+    return _stored(tensors, locate)
 
 
 def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:

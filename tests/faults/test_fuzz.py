@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pathlib
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rar_jax.config import ConfigError, load_experiment
-from rar_jax.data.token_store import StoreError, TokenStore
+from rar_jax.data.token_store import StoreError, TokenStore, card_sha256, npy_header, record_dtype
 from rar_jax.evaluation.npz import ReferenceFileError, open_npz
 from rar_jax.interop.torch_zip import WeightsError, read
 from rar_jax.interop.weights_file import write
@@ -106,19 +107,75 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-CARD = {
-    "schema": 2, "codebook_size": 8, "grid": [4], "num_classes": 2, "class_names": ["a", "b"], "crops": ["center"], "source": "x",
-    "tokenizer_sha256": None, "num_records": 1, "shards": [{"name": "shard-0.npy", "num_records": 1}],
-}  # fmt: skip
 
 
-@pytest.mark.promise(9, "fuzz of the dataset card: a store or StoreError")
+def whole_store(folder: pathlib.Path) -> dict[str, Any]:
+    """Writes the only shard of a store of 3 records; its card."""
+    dtype = record_dtype(num_tokens=4, codebook_size=8)
+    content = npy_header(3, dtype) + np.zeros(3, dtype).tobytes()
+    (folder / "shard-0.npy").write_bytes(content)
+    shard = {
+        "name": "shard-0.npy",
+        "records": 3,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "span": [0, 3],
+        "bad_records": [],
+    }
+    return {
+        "schema_version": 2, "codebook_size": 8, "grid": [4], "num_classes": 2, "class_names": ["a", "b"], "crops": ["center"],
+        "source": "x", "tokenizer_sha256": None, "num_records": 3, "num_tokens": 4, "dtype": "<u2", "num_images": 3,
+        "num_bad_records": 0, "num_bad_images": 0, "records_per_class": [3, 0], "records_per_crop": {"0": 3}, "shards": [shard],
+    }  # fmt: skip
+
+
+CARD_KEYS = (
+    "schema_version",
+    "codebook_size",
+    "grid",
+    "num_classes",
+    "class_names",
+    "crops",
+    "source",
+    "tokenizer_sha256",
+)
+CARD_KEYS += ("num_records", "num_tokens", "num_images", "records_per_class", "records_per_crop", "shards")
+SHARD_KEYS = ("name", "records", "sha256", "span", "bad_records")
+
+
+@pytest.mark.promise(9, "fuzz of the dataset card, its own sha256 made to fit: a store or StoreError")
+@settings(quick, max_examples=4 * EXAMPLES)
+@given(
+    key=st.sampled_from(CARD_KEYS) | st.sampled_from(SHARD_KEYS).map(lambda key: ("shards", key)),
+    value=JSON | st.sampled_from([2**40, 2**31, -1, [[]], [{}], [None], "../shard-0.npy", "\0", True]),
+    schema=st.sampled_from([1, 2, 2]),
+)
+def test_card(key: Any, value: Any, schema: int, tmp_path: pathlib.Path) -> None:
+    card = whole_store(tmp_path) | {"schema_version": schema}
+    if isinstance(key, str):
+        card[key] = value
+    else:
+        card["shards"][0][key[1]] = value
+    (tmp_path / "card.json").write_text(json.dumps({**card, "sha256": card_sha256(card)}))
+    try:
+        TokenStore(tmp_path).verify()
+    except StoreError as error:
+        assert str(tmp_path) in str(error)
+
+
+def test_the_whole_card_is_a_store(tmp_path: pathlib.Path) -> None:
+    card = whole_store(tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps({**card, "sha256": card_sha256(card)}))
+    store = TokenStore(tmp_path)
+    store.verify()
+    assert len(store) == 3
+
+
+@pytest.mark.promise(9, "fuzz of what should be a dataset card: StoreError")
 @quick
-@given(key=st.sampled_from(sorted(CARD)), value=JSON, whole=st.none() | JSON | st.binary(max_size=60))
-def test_card(key: str, value: Any, whole: Any, tmp_path: pathlib.Path) -> None:
-    card = {**CARD, key: value} if whole is None else whole
-    (tmp_path / "card.json").write_bytes(card if isinstance(card, bytes) else json.dumps(card).encode())
-    with pytest.raises(StoreError):  # the shards are not there
+@given(content=JSON.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=60) | st.just(b"[" * 200_000))
+def test_no_card(content: bytes, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "card.json").write_bytes(content)
+    with pytest.raises(StoreError):
         TokenStore(tmp_path)
 
 
@@ -148,4 +205,12 @@ def test_overrides(override: str) -> None:
     try:
         resolve(load_experiment(str(TINY), [override]), "tiny")
     except ConfigError as error:
-        assert str(error)
+        assert str(error) and "\n" not in str(error)
+
+
+@pytest.mark.promise(11, "overrides nested deeper than Python reads: a ConfigError of one line")
+@pytest.mark.parametrize("text", ["-" * 20_000 + "1", "1" + "+1" * 5_000, "[" * 5_000, "{}", "{'a': {}}", "'a\nb'"])
+def test_nested_overrides(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(load_experiment(str(TINY), [f"train.steps={text}"]), "tiny")
+    assert str(caught.value) and "\n" not in str(caught.value)

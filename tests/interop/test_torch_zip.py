@@ -7,7 +7,9 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -113,6 +115,27 @@ def check_example(state):
 def test_zip_respects_strides_offsets_and_dtypes(tmp_path, compression):
     path = write_zip(tmp_path / "w.bin", example(), {"0": WEIGHT, "1": COUNTS}, compression)
     check_example(read(path))
+
+
+@pytest.mark.promise(9, "zip bombs in a torch file: refused, and not unpacked")
+@pytest.mark.parametrize("member", ["byteorder", "data/0"])
+def test_a_bomb_is_not_unpacked(tmp_path, member):
+    path = write_zip(tmp_path / "w.bin", example(), {"1": COUNTS} if member == "data/0" else {"0": WEIGHT, "1": COUNTS})
+    whole = zipfile.ZipFile(path)
+    bomb = tmp_path / "bomb.bin"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            if name != f"archive/{member}":
+                archive.writestr(name, whole.read(name))
+        archive.writestr(f"archive/{member}", bytes(2**26))
+    assert bomb.stat().st_size < 2**17
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match=re.escape(str(bomb))):
+            read(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_stream_format(tmp_path):
