@@ -217,9 +217,11 @@ def _wrong_values(card: Mapping[str, Any]) -> Iterator[str]:
         return type(x) is int and least <= x < 2**31
 
     def is_shard(x: Any) -> bool:
+        name = x.get("name") if isinstance(x, dict) else None
         # A name alone, or a card could have files from elsewhere read.
-        fits = isinstance(x, dict) and isinstance(name := x.get("name"), str) and name.isprintable() and "/" not in name
-        fits = fits and name not in (".", "..") and is_number(x.get("records")) and isinstance(x.get("sha256"), str)
+        if not isinstance(name, str) or not name.isprintable() or "/" in name or name in (".", ".."):
+            return False
+        fits = is_number(x.get("records")) and isinstance(x.get("sha256"), str)
         return fits and (card["schema_version"] == 1 or is_span(x))
 
     def is_span(x: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -119,15 +120,24 @@ class Scorer:
         }
 
     def samples(
-        self, generator_params: Any, ids: range, *, seed: int = 0, guidance: Guidance | None = None, chunk: int = 5
+        self,
+        generator_params: Any,
+        ids: range,
+        *,
+        seed: int = 0,
+        guidance: Guidance | None = None,
+        chunk: int = 5,
+        poll: Callable[[], None] = lambda: None,
     ) -> Score:
-        """Sums over the samples with these ids; sample i has class i modulo the classes, so classes are interleaved."""
+        """Sums over the samples with these ids; sample i has class i modulo the classes, so classes are interleaved. `poll` is
+        called before each chunk of so many batches."""
         experiment, classes = self.experiment, self.experiment.data.num_classes
         size = self.batch_size(len(ids))
         guidance = guidance or experiment.guidance
         params = {"generator": generator_params, **self._params()}
         total: Score | None = None
         for start in range(ids.start, ids.stop, size * chunk):
+            poll()
             count = min(chunk, -(-(ids.stop - start) // size))
             ids_sb = np.arange(start, start + count * size, dtype=np.int32).reshape(count, size)
             batch = ((ids_sb % classes).astype(np.int32), ids_sb, (ids_sb < ids.stop).astype(np.float32))
@@ -156,10 +166,10 @@ class Scorer:
         """fd_classifier to the training images, float64."""
         return frechet.distance(self.mean, self.cov, *moments.finalize(score.moments, self.mean))
 
-    def live(self, generator_params: Any) -> dict[str, float]:
+    def live(self, generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
         """The distance while training, on few samples; its name carries how many. float32, in graph to the end."""
         n = self.experiment.evaluate.live_samples
-        score = self.samples(generator_params, range(n))
+        score = self.samples(generator_params, range(n), poll=poll)
         return {f"fd_classifier_n{n}": self.distance_in_graph(score), "asked_class_share": float(score.asked) / n}
 
     def distance_in_graph(self, score: Score) -> float:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from rar_jax.evaluation import frechet, inception_score
 from rar_jax.evaluation.reference import read_reference
+from rar_jax.evaluation.sums import Totals
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.programs.evaluate import load_network
 from rar_jax.programs.experiment import Experiment
@@ -20,8 +21,8 @@ from rar_jax.programs.scoring import Program, Settings, check_protocol, shift_of
 from rar_jax.programs.stages import trained_params
 from rar_jax.training.workdir import Workdir
 
-# Function of the generator's parameters.
-Live = Callable[[Any], dict[str, float]]
+# Function of the generator's parameters, and of what it calls before each part of the work, which may raise Preempted.
+Live = Callable[[Any, Callable[[], None]], dict[str, float]]
 
 
 def live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[Live]:
@@ -50,7 +51,7 @@ def best_by(told: dict[str, float]) -> tuple[str, float] | None:
 
 
 def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Live:
-    """fid_n..., where there is a reference, and inception_score_n..., on float32 sums of one chunk.
+    """fid_n..., where there is a reference, and inception_score_n..., on float32 sums of each batch.
 
     Of few images a FID is far above that of 50,000, and the noisier the fewer: a curve, not a result.
     """
@@ -58,23 +59,30 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Live:
     assert config.inception is not None
     n, parts = config.live_samples, batch_divisor(mesh)
     size = -(-min(config.batch_size, n) // parts) * parts
-    settings = Settings(seed=experiment.seed, batch_size=size, chunk=n, split_size=n)
+    settings = Settings(seed=experiment.seed, batch_size=size, chunk=1, split_size=n)
     reference = read_reference(config.reference) if config.reference else None
     check_protocol(reference, settings)
     program = Program(load_network(pathlib.Path(config.inception), mesh, settings), mesh, settings, shift_of(reference))
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
     distance = jax.jit(frechet.distance_of_sums)
 
-    def score(generator_params: Any) -> dict[str, float]:
+    def score(generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
         models, params = (
             (experiment.generator, experiment.tokenizer),
             {"generator": generator_params, "tokenizer": tokenizer},
         )
-        sums = program.samples(models, params, experiment.guidance)(0, n).sums
-        told = {f"inception_score_n{n}": inception_score.score([sums.split])}
+        compute, totals = program.samples(models, params, experiment.guidance, whole_batches=True), Totals(n)
+        for start in range(0, n, size):
+            poll()
+            count = min(size, n - start)
+            totals.add(compute(start, count).sums, count)
+        told = {f"inception_score_n{n}": inception_score.score(totals.splits)}
         if reference is not None:
             told[f"fid_n{n}"] = float(
-                distance(jnp.asarray(reference.cov, jnp.float32), jax.tree.map(jnp.asarray, sums.pool3))
+                distance(
+                    jnp.asarray(reference.cov, jnp.float32),
+                    jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), totals.pool3),
+                )
             )
         return told
 

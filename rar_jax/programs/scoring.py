@@ -152,18 +152,25 @@ class Program:
     # ---- from the host
 
     def samples(
-        self, models: tuple[Model, Model], params: Mapping[str, Any], guidance: Guidance, keep: tuple[str, ...] = ()
+        self,
+        models: tuple[Model, Model],
+        params: Mapping[str, Any],
+        guidance: Guidance,
+        keep: tuple[str, ...] = (),
+        *,
+        whole_batches: bool = False,
     ) -> Callable[[int, int], Chunk]:
         """Function (start, count) -> Chunk of the samples with these ids; sample i has class i modulo the classes.
 
         Args:
           models: generator and tokenizer. Others of the same configs compile nothing anew.
           params: {"generator", "tokenizer"}.
+          whole_batches: of batch_size even where fewer images are wanted, so that the last few compile nothing anew.
         """
         classes = models[0].config.num_classes
 
         def compute(start: int, count: int) -> Chunk:
-            ids_sb, weights_sb = self._rows(start, count)
+            ids_sb, weights_sb = self._rows(start, count, self.settings.batch_size if whole_batches else count)
             rows = self._place(((ids_sb % classes).astype(np.int32), ids_sb, weights_sb))
             with sharded(self.mesh), self._mode():
                 given = {**params, **self._params}, rows, np.uint32(self.settings.seed), guidance
@@ -270,10 +277,10 @@ class Program:
         ids_sb, weights_sb = self._rows(0, count)
         return self._place((images.read(start, count)[np.minimum(ids_sb, count - 1)], weights_sb))
 
-    def _rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and 0/1 weights (steps, batch); the rows that fill up the last batch have weight 0."""
+    def _rows(self, start: int, count: int, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and 0/1 weights (steps, batch of at most `most`, by default `count`); those that fill up the last have weight 0."""
         parts = batch_divisor(self.mesh)
-        size = -(-min(self.settings.batch_size, count) // parts) * parts
+        size = -(-min(self.settings.batch_size, most or count) // parts) * parts
         steps = -(-count // size)
         ids_sb = np.arange(start, start + steps * size, dtype=np.int32).reshape(steps, size)
         return ids_sb, (ids_sb < start + count).astype(np.float32)

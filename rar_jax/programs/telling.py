@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rar_jax.parallel.processes import from_main
+from rar_jax.programs.live import Live
 from rar_jax.programs.live_grids import Draw
 from rar_jax.programs.session import Session
 from rar_jax.training.recipe import Recipe
@@ -29,7 +30,7 @@ class Telling:
         session: Session,
         state: State,
         validate: Callable[..., dict[str, float]],
-        scorers: Sequence[Callable[[Any], dict[str, float]]],
+        scorers: Sequence[Live],
         draw: Draw | None,
     ) -> None:
         self._stage, self._recipe, self._reporter, self._session = stage, recipe, reporter, session
@@ -52,13 +53,12 @@ class Telling:
             self._reporter.metrics(step, values)
 
     def evaluate(self, step: int, state: State) -> dict[str, float]:
-        """Validates and scores; all of it is told, and returned. Raises: Preempted between two parts."""
+        """Validates and scores; all of it is told, and returned. Raises: Preempted between two batches."""
         self._session.ledger.lap("training")
         params = evaluated_params(state)
         told = self._validate(params, self._session.poll)
         for scorer in self._scorers:
-            self._session.poll()
-            told |= scorer(params)
+            told |= scorer(params, self._session.poll)
         if self._draw is not None:
             self._session.poll()
             self._reporter.grid(

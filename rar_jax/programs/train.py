@@ -275,11 +275,9 @@ def train(
             ledger.lap("training")
             checkpointer.save(step, state, objective.meta | {"step": step}, score)
             ledger.lap("saving")
-            ledger.row("saved", stage=stage, step=step)
 
         # ---- the loop
         stack.enter_context(sharded(mesh))
-        stack.enter_context(session.watch.saving())
         pending: tuple[int, dict[str, Any]] | None = None
         ledger.lap("starting")
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
@@ -291,7 +289,9 @@ def train(
                 batch = next(data)
                 state, metrics = setup.step(state, batch, step_key, frozen)
                 if step == start + 1:
-                    ledger.lap("starting")  # it was compiled
+                    # It was compiled, and there is something to save: until here a signal ended the process at once.
+                    stack.enter_context(session.watch.saving())
+                    ledger.lap("starting")
                 # The metrics of the step before are fetched while this one runs: the device never waits for the host.
                 if pending is not None:
                     telling.record(*pending)
@@ -300,7 +300,8 @@ def train(
                     first_bad = step - telling.bad_in_a_row
                     ledger.lap("training")
                     checkpointer.wait()
-                    nowhere = good_step(folder) is not None and good_step(folder, before=first_bad) is None
+                    every = recipe.checkpoint_every
+                    nowhere = first_bad > every and good_step(folder, before=first_bad, every=every) is None
                     if nowhere or int(state["guard"]["rewinds"]) >= recipe.most_rewinds:
                         raise TrainingError(give_up(workdir, stage, recipe, state, batch))
                     back = newest(before=first_bad)
@@ -335,11 +336,13 @@ def train(
 
 
 def checkpointer_of(stage: str, folder: pathlib.Path, recipe: Recipe, ledger: Ledger) -> Checkpointer:
-    """The stage's checkpoints; a full disk is told to the ledger."""
+    """The stage's checkpoints; what counts, and a full disk, is told to the ledger."""
     return Checkpointer(
         folder,
         keep=recipe.keep_checkpoints,
+        every=recipe.checkpoint_every,
         verify=recipe.verify_saves,
+        on_saved=lambda step: ledger.row("saved", stage=stage, step=step),
         on_full_disk=lambda step: ledger.row("save_failed", stage=stage, step=step, reason="the disk is full"),
     )
 

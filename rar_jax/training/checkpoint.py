@@ -121,19 +121,20 @@ def verify_manifest(folder: pathlib.Path) -> str:
 # ---------------------------------------------------------------- saving and restoring
 
 
-def good_step(folder: pathlib.Path, *, before: int | None = None) -> tuple[int, str] | None:
-    """The newest step of a checkpoint folder (below `before`) that verifies, and its manifest's hash; None if there is none.
+def good_step(folder: pathlib.Path, *, before: int | None = None, every: int = 1) -> tuple[int, str] | None:
+    """The newest step of a checkpoint folder (below `before`, a multiple of `every`) that verifies, and its manifest's hash; None
+    if there is none.
 
     Newer steps that do not verify are reported by log warnings that name the bad file. Process 0 looks, and all go by what
     it finds: all processes call this.
     """
-    found = from_main(lambda: next(good_steps(folder, before=before), None))
+    found = from_main(lambda: next(good_steps(folder, before=before, every=every), None))
     return None if found is None else (found[0], found[1])
 
 
-def good_steps(folder: pathlib.Path, *, before: int | None = None) -> Iterator[tuple[int, str]]:
+def good_steps(folder: pathlib.Path, *, before: int | None = None, every: int = 1) -> Iterator[tuple[int, str]]:
     """Every step that verifies and its manifest's hash, the newest first; log warnings name what is bad. As this process sees it."""
-    for step in (step for step in _steps(folder) if before is None or step < before):
+    for step in (step for step in _steps(folder) if step % every == 0 and (before is None or step < before)):
         try:
             yield step, verify_manifest(folder / str(step))
         except CheckpointError as error:
@@ -200,8 +201,10 @@ class Checkpointer:
 
     Args:
       keep: so many of the newest steps, besides those that are marked as the best and one that is being written.
+      every: the steps that are saved in any case are its multiples. `keep` counts those; of others, which a preemption saved,
+        only the newest step of all stays, and no training is sent back to them: where it goes must not depend on when it was stopped.
       verify: reads each step again once it is on disk; a difference is an error at the next call.
-      on_full_disk: told of each step that could not be saved for want of room.
+      on_full_disk: told of each step that could not be saved for want of room. on_saved: on process 0, of each that counts.
     """
 
     def __init__(
@@ -209,11 +212,14 @@ class Checkpointer:
         folder: pathlib.Path,
         *,
         keep: int,
+        every: int = 1,
         verify: bool = False,
         on_full_disk: Callable[[int], None] = lambda step: None,
+        on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.folder: pathlib.Path = folder
-        self._keep, self._verify, self._on_full_disk = keep, verify, on_full_disk
+        self._keep, self._every, self._verify = keep, every, verify
+        self._on_full_disk, self._on_saved = on_full_disk, on_saved
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = checkpoint_manager(
             folder.absolute(), options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
@@ -251,7 +257,7 @@ class Checkpointer:
                 self._manager.wait_until_finished()  # raises what the background save raised
                 if is_main():  # orbax's save is in progress until every process has written
                     self._manifest = self._threads.submit(
-                        _finish, self.folder, step, self._score, self._verify, self._keep
+                        _finish, self.folder, step, self._score, self._verify, self._keep, self._every
                     )
                 else:
                     self._failures = 0
@@ -259,6 +265,7 @@ class Checkpointer:
                 manifest, self._manifest = self._manifest, None
                 manifest.result()
                 self._failures = 0
+                self._on_saved(self._step)
 
     def wait(self) -> None:
         """Returns once the last save and its manifest are on disk."""
@@ -302,13 +309,13 @@ class Checkpointer:
         they can be written again; of unfinished ones only the last are kept.
 
         Args:
-          before: only steps below this one count. added: parts of the state that steps of older versions lack, and what they
+          before: only steps below this one count, and of them multiples of `every`. added: parts of the state that steps of older versions lack, and what they
             are then.
 
         Raises: CheckpointError if there are damaged steps and no good one.
         """
         self.wait()
-        good = good_step(self.folder, before=before)
+        good = good_step(self.folder, before=before, every=1 if before is None else self._every)
         self._set_aside(good, before)
         if good is None:
             return None
@@ -329,7 +336,7 @@ class Checkpointer:
     def _rename(self, good: tuple[int, str] | None, before: int | None, made_again: bool) -> list[int]:
         """Renames the steps that are newer than the good one. Process 0 does it."""
         newer = sorted(step for step in _steps(self.folder) if good is None or step > good[0])
-        rewound = [step for step in newer if before is not None and step >= before]
+        rewound = [step for step in newer if before is not None and (step >= before or step % self._every)]
         damaged = [step for step in newer if step not in rewound and (self.folder / str(step) / MANIFEST).exists()]
         if good is None and damaged and not made_again:
             raise CheckpointError(
@@ -363,17 +370,20 @@ class Checkpointer:
             self._manager.close()
 
 
-def _finish(folder: pathlib.Path, step: int, score: tuple[str, float] | None, verify: bool, keep: int) -> None:
+def _finish(
+    folder: pathlib.Path, step: int, score: tuple[str, float] | None, verify: bool, keep: int, every: int
+) -> None:
     """Makes a step count, marks it if it is the best by its score, and only then lets go of older ones."""
     write_manifest(folder / str(step))
     if verify:
         verify_from_disk(folder / str(step))
     if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
         mark_best(folder, step, *score)
-    best = {marked["step"] for marked in best_steps(folder).values()}
-    for old in _steps(folder)[keep:]:
-        if old not in best:
-            shutil.rmtree(folder / str(old), ignore_errors=True)
+    steps = _steps(folder)
+    kept = {steps[0], *[known for known in steps if known % every == 0][:keep]}
+    kept |= {marked["step"] for marked in best_steps(folder).values()}
+    for old in set(steps) - kept:
+        shutil.rmtree(folder / str(old), ignore_errors=True)
 
 
 def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import shutil
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def test_one_bad_batch_is_left_out_and_counted(tmp_path: pathlib.Path, poison: A
 
 @pytest.mark.promise(
     8,
-    "3 in a row: back to the last good step, past the data window; the same, stopped 3 times on the way, ends bitwise the same",
+    "3 in a row: back to the last good step, past the data window; the same, stopped on the way (before, within and after the bad "
+    "steps), ends bitwise the same",
 )
 def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poison: Any) -> None:
     poison(10, 11, 12, 13)
@@ -103,14 +105,19 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
     }
     assert offset["['guard']['data_offset']"] == 5 and offset["['guard']['rewinds']"] == 1
     assert offset["['guard']['skipped']"] == 4 and offset["['guard']['in_a_row']"] == 0
-    # Stopped within the bad steps, in an evaluation, and after it went back.
-    stopped = tmp_path / "stopped"
-    stopped.mkdir()
-    for poll in (11, 2, 12):
-        with pytest.raises(Preempted):
-            stage(stopped, StopAt(stopped, poll))
-    stage(stopped)
-    assert state_of(stopped, 20) == state_of(tmp_path / "one", 20) and told(stopped) == told(tmp_path / "one")
+    # Stopped within the bad steps, in an evaluation, and after it went back; between the good step that it goes back to and the bad
+    # ones; and twice among the bad ones, with no more checkpoints kept than stops.
+    for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2)):
+        stopped = tmp_path / "-".join(map(str, polls))
+        stopped.mkdir()
+        for poll in polls:
+            with pytest.raises(Preempted):
+                stage(stopped, StopAt(stopped, poll), keep_checkpoints=keep)
+        stage(stopped, keep_checkpoints=keep)
+        assert events(stopped, "rewind") == [("rewind", 13, 8)], polls
+        assert state_of(stopped, 20) == state_of(tmp_path / "one", 20) and told(stopped) == told(tmp_path / "one"), (
+            polls
+        )
 
 
 @pytest.mark.promise(8, "a fault that stays: gone back from twice, then stopped with a dump of state and batch")
@@ -143,13 +150,14 @@ def test_giving_up_again_leaves_the_dump_again(tmp_path: pathlib.Path) -> None:
 def test_no_way_back(tmp_path: pathlib.Path, poison: Any) -> None:
     poison(*range(6, 40))
     recipe = {"eval_every": 20, "keep_checkpoints": 2}
-    for poll in (7, 1):  # stopped within the bad steps, which are all that is kept then
-        with pytest.raises(Preempted):
-            stage(tmp_path, StopAt(tmp_path, poll), **recipe)
+    with pytest.raises(Preempted):
+        stage(tmp_path, StopAt(tmp_path, 7), **recipe)
+    folder = tmp_path / "checkpoints" / "classifier"
+    assert sorted(p.name for p in folder.iterdir()) == ["4", "7"]
+    shutil.rmtree(folder / "4")  # 7 is of the bad steps, and all that is left
     with pytest.raises(TrainingError, match=r"by step 9, after going back 0 time"):
         stage(tmp_path, **recipe)
-    folder = tmp_path / "checkpoints" / "classifier"
-    assert sorted(p.name for p in folder.iterdir()) == ["7", "8"] and events(tmp_path, "rewind") == []
+    assert sorted(p.name for p in folder.iterdir()) == ["7"] and events(tmp_path, "rewind") == []
     assert (tmp_path / "dump" / "classifier" / "batch.0.npz").exists()
 
 
