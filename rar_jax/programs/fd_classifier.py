@@ -169,7 +169,7 @@ class Scorer:
     def live(self, generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
         """The distance while training, on few samples; its name carries how many. float32, in graph to the end."""
         n = self.experiment.evaluate.live_samples
-        score = self.samples(generator_params, range(n), poll=poll)
+        score = self.samples(generator_params, range(n), chunk=1, poll=poll)
         return {f"fd_classifier_n{n}": self.distance_in_graph(score), "asked_class_share": float(score.asked) / n}
 
     def distance_in_graph(self, score: Score) -> float:

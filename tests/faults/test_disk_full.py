@@ -40,7 +40,8 @@ def full(*_: Any, **__: Any) -> None:
 def test_the_disk_is_full_for_a_while(
     tmp_path: pathlib.Path, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpointer = Checkpointer(tmp_path, keep=2)
+    saved: list[int] = []
+    checkpointer = Checkpointer(tmp_path, keep=2, on_saved=saved.append)
     for step in (1, 2):
         checkpointer.save(step, state(step), {})
     checkpointer.wait()
@@ -62,6 +63,7 @@ def test_the_disk_is_full_for_a_while(
     checkpointer.save(5, state(5), {})
     checkpointer.close()
     assert [step for step, _ in good_steps(tmp_path)] == [5, 2] and names(tmp_path) == ["2", "5"]
+    assert saved == [1, 2, 5], "what could not be saved is not said to be"
 
 
 class _Usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import poisoned
 import pytest
 from commands import TINY, Command, environment, finish, start, terminate, wait_for
 from jax.experimental import multihost_utils
@@ -110,6 +112,18 @@ def test_nobody_else_asks_jax(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
         checkpointer.save(step, {"step": np.int32(step)}, {})
     checkpointer.close()
     assert good_step(tmp_path) is not None and asked == []
+
+
+@pytest.mark.promise(
+    7, "SIGTERM while the training step is compiled, which would take 5 minutes: it leaves at once with 75"
+)
+def test_the_compilation_of_the_step(tmp_path: pathlib.Path) -> None:
+    marker = tmp_path / "compiling"
+    running = start("train", tmp_path / "run", *CLASSIFIER, before=functools.partial(poisoned.endless, marker))
+    wait_for(marker.exists, running)
+    assert terminate(running) < 10
+    assert "SIGTERM: stopped at once" in finish(running, PREEMPTED)
+    assert reasons(tmp_path / "run") == ["preempted"] and saved(tmp_path / "run") == 0
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
-"""Batches that make the tiny classifier's loss NaN, wherever and whenever they come."""
+"""The tiny classifier's loss, made NaN by some batches, wherever and whenever they come; or one that takes minutes to compile."""
 
 from __future__ import annotations
 
+import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +29,16 @@ def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = se
         return value, metrics | {"loss": value}
 
     patch(classifier, "loss", loss)
+
+
+def endless(marker: pathlib.Path) -> None:
+    """From now on the compilation of the training step takes 5 minutes; the marker is there once it has begun."""
+    real = classifier.loss
+
+    def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
+        if key is not None:
+            marker.touch()
+            time.sleep(300)
+        return real(config, params, batch, key=key, step=step)
+
+    classifier.loss = loss

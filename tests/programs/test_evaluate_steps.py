@@ -15,7 +15,8 @@ from rar_jax.programs import evaluate, evaluate_steps
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.programs.scoring import Settings
-from rar_jax.training.checkpoint import best_steps, good_steps, mark_best
+from rar_jax.training.checkpoint import best_steps, good_steps, load_params, mark_best
+from rar_jax.training.preemption import Preempted
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
 
@@ -95,6 +96,31 @@ def test_curves_retention_and_steps(
             evaluate_steps.score_steps(
                 trained, pathlib.Path("i"), tmp_path / "no", steps=steps, samples=40, settings=settings
             )
+
+
+@pytest.mark.promise(
+    7, "live scores ask for a signal before each batch; their FID, of batches that do not divide, is NumPy's"
+)
+def test_live_scores_ask_before_each_batch(tmp_path: pathlib.Path, reference: pathlib.Path, cheap: Any) -> None:
+    workdir = tmp_path / "run"
+    arguments = ["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.evaluate.live_samples=0"]
+    assert cli.main(arguments) == 0
+    overrides = ["live_samples=50", "batch_size=20", "inception=inception", f"reference={reference}"]
+    experiment = resolve(load_experiment(TINY, [f"evaluate.{text}" for text in overrides]), "tiny")
+    params = load_params(Workdir(workdir).checkpoints("generator"), 24)
+    told: dict[str, float] = {}
+    for scorer in live_scorers(experiment, Workdir(workdir), make_mesh(experiment.mesh)):
+        polls: list[None] = []
+        told |= scorer(params, lambda polls=polls: polls.append(None))
+        assert len(polls) == 3, "of 20, 20 and 10 images"
+
+        def stop() -> None:
+            raise Preempted
+
+        with pytest.raises(Preempted):
+            scorer(params, stop)
+    assert told["fid_n50"] == pytest.approx(by_hand(cheap, workdir, 24, reference, 50), rel=1e-4)
+    assert 1 <= told["inception_score_n50"] <= 10 and told["fd_classifier_n50"] > 0
 
 
 def test_a_marked_step_outlives_newer_ones(tmp_path: pathlib.Path) -> None:
