@@ -76,7 +76,8 @@ class TokenStore:
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Records at `indices`, ints (b,): "tokens" int32 (b, n), "labels" int32 (b,), "ids" int64 (b,).
 
-        Raises: IndexError for an index outside [0, len).
+        Raises: IndexError for an index outside [0, len); StoreError naming file and record of a token outside the codebook, a label
+          outside the classes or a crop that the card does not have.
         """
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
@@ -90,11 +91,18 @@ class TokenStore:
             begin, end = bounds[j], bounds[j + 1]
             if begin < end:
                 records[order[begin:end]] = shard[ascending[begin:end] - (self._ends[j] - len(shard))]
-        return {
-            "tokens": records["tokens"].astype(np.int32),
-            "labels": records["label"].astype(np.int32),
-            "ids": records["source_id"].astype(np.int64),
-        }
+        tokens, labels, crops = records["tokens"].astype(np.int32), records["label"].astype(np.int32), records["crop"]
+        try:
+            check_ranges(tokens, labels, crops, self.card, "", 0)
+        except StoreError:  # which record of which file, is looked for only now
+            for k, index in enumerate(indices):
+                j = int(np.searchsorted(self._ends, index, side="right"))
+                path, place = (
+                    self.folder / self.card["shards"][j]["name"],
+                    index - (self._ends[j] - len(self._shards[j])),
+                )
+                check_ranges(tokens[k : k + 1], labels[k : k + 1], crops[k : k + 1], self.card, str(path), int(place))
+        return {"tokens": tokens, "labels": labels, "ids": records["source_id"].astype(np.int64)}
 
     def verify(self, *, seen: Any = iter) -> None:
         """Reads the whole store: checksums, ranges, and the card's counts against the records.

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import pathlib
 import shutil
 import sys
@@ -39,6 +40,7 @@ from rar_jax.sampling.sampler import Model
 from rar_jax.training.report import progress
 from rar_jax.training.workdir import Workdir
 
+log: logging.Logger = logging.getLogger(__name__)
 BATCH = 256
 # The crops of each way to cut an image, in the order of their ids.
 _FIVE = ("upper left", "upper right", "lower left", "lower right", "center")
@@ -164,7 +166,9 @@ def tokenized(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
         try:
             store = TokenStore(workdir.tokens(split))
             store.verify()
-        except StoreError:
+        except StoreError as error:
+            if (workdir.tokens(split) / "card.json").is_file():  # else it is not finished yet, which is no damage
+                log.warning("%s", error)
             return False
         if store.card["tokenizer_sha256"] not in hashes:
             return False

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rar_jax.cli import main
 from rar_jax.data import imagenet
-from rar_jax.data.token_store import TokenStore
+from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.interop import maskgit_vq
 from rar_jax.programs.verify_tokens import sample_of
@@ -66,6 +66,22 @@ def check_fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 # ---------------------------------------------------------------- verify
+
+
+@pytest.mark.promise(11, "a token, label or crop out of range in a batch of training: file and record named")
+@pytest.mark.parametrize(("field", "value"), [("tokens", 32), ("label", 5), ("label", -1), ("crop", 1)])
+def test_a_batch_with_a_record_out_of_range(store: pathlib.Path, field: str, value: int) -> None:
+    """Opening a store does not read it: a shard may have rotted, or been made by another program."""
+    good = TokenStore(store).gather(np.arange(100))
+    path = store / "shard-00001-of-00003.npy"
+    records = np.load(path, mmap_mode="r+")
+    records[field][11] = value
+    records.flush()
+    opened = TokenStore(store)
+    np.testing.assert_array_equal(opened.gather(np.array([99, 3, 50, 52]))["ids"], good["ids"][[99, 3, 50, 52]])
+    message = f"{path}: record 11 has {field.removesuffix('s')} {value}, outside 0"
+    with pytest.raises(StoreError, match=re.escape(message)):
+        opened.gather(np.array([99, 3, 51, 52]))
 
 
 def test_summary(store: pathlib.Path, weights: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
