@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tensorstore as ts
 from commands import TINY
 
 from rar_jax.config import ConfigError, load_experiment
@@ -123,6 +124,20 @@ def test_unfinished_saves_do_not_pile_up(tmp_path: pathlib.Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4.unfinished"]
 
 
+def arrays_by_tensorstore(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """All that the files of a state hold, by name, read without orbax and without knowing what should be there."""
+    store = {"driver": "ocdbt", "base": f"file://{folder}/"}
+    keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
+    names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
+    opened = {name: ts.open({"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}).result() for name in names}
+    return {name: array.read().result() for name, array in opened.items()}
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """A leaf's place in a tree as orbax names it."""
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path)
+
+
 @pytest.mark.promise(
     13, "a checkpoint kept from before the train state had a guard: restored to the bit, and trained on"
 )
@@ -136,9 +151,14 @@ def test_an_old_checkpoint_opens(two_steps: pathlib.Path) -> None:
     state = checkpointer.restore(setup.abstract_state, added={"guard": guard.init()})
     checkpointer.close()
     assert state is not None and int(state["step"]) == 12 and int(state["guard"]["seen"]) == 0
-    sums = {
-        jax.tree_util.keystr(p): float(np.abs(x).sum()) for p, x in jax.tree_util.tree_leaves_with_path(state["params"])
-    }
+    expected = arrays_by_tensorstore(two_steps / "12" / "state")
+    given = {name_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    given = {name: x for name, x in given.items() if not name.startswith("guard.")}
+    assert given.keys() == expected.keys() and len(given) > 100
+    for name, x in expected.items():
+        assert given[name].dtype == x.dtype and given[name].shape == x.shape, name
+        assert given[name].tobytes() == x.tobytes(), name
+    sums = {name: float(np.abs(x).sum()) for name, x in given.items() if name.startswith("params.")}
     assert sum(sums.values()) == pytest.approx(SUM, rel=1e-6)
     batch = {"images": np.zeros((64, 8, 8, 1), np.uint8), "labels": np.zeros(64, np.int32)}
     state, metrics = setup.step(state, batch, jax.random.key(0))

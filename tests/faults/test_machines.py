@@ -97,4 +97,6 @@ def test_the_stream_of_any_hosts_and_workers(record_property: Any) -> None:
 def test_samples_of_any_machine(ways: list[str], record_property: Any) -> None:
     counted = topologies("sample", *ways)
     assert counted["tokens"] == 640 * (len(ways) + 1)
-    record_property("count", f"{counted['differing']} of {counted['tokens']:,} tokens differ")
+    record_property(
+        "count", f"{counted['differing']} of {counted['tokens']:,} tokens differ; mesh:batch {'; '.join(ways)}"
+    )
