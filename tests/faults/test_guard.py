@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import pathlib
 import shutil
@@ -18,7 +19,7 @@ from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session
 from rar_jax.programs.train import TrainingError, give_up, train
-from rar_jax.training import guard
+from rar_jax.training import checkpoint, guard
 from rar_jax.training import ledger as ledgers
 from rar_jax.training.checkpoint import load_params
 from rar_jax.training.ledger import Ledger
@@ -159,6 +160,21 @@ def test_no_way_back(tmp_path: pathlib.Path, poison: Any) -> None:
         stage(tmp_path, **recipe)
     assert sorted(p.name for p in folder.iterdir()) == ["7"] and events(tmp_path, "rewind") == []
     assert (tmp_path / "dump" / "classifier" / "batch.0.npz").exists()
+
+
+@pytest.mark.promise(
+    5, "what goes wrong in a save in the background ends the training at the next step, not at the next save"
+)
+def test_an_error_of_a_save_is_raised_while_steps_go_on(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: pathlib.Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(checkpoint, "write_manifest", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        stage(tmp_path, steps=2000, checkpoint_every=1000, eval_every=2000)
+    assert 1000 <= told(tmp_path)[-1]["step"] < 2000 and events(tmp_path, "saved") == []
 
 
 @pytest.mark.slow
