@@ -117,13 +117,7 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     # Within a section a key may be missing, since fields have defaults; `build` checks its name.
     try:
         value = ast.literal_eval(text)
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # the last two of what is nested too deeply
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # nested too deeply, the last two
         value = text
     with config.unlocked(), config.ignore_type():
         node[last] = value

@@ -97,11 +97,9 @@ class TokenStore:
         except StoreError:  # which record of which file, is looked for only now
             for k, index in enumerate(indices):
                 j = int(np.searchsorted(self._ends, index, side="right"))
-                path, place = (
-                    self.folder / self.card["shards"][j]["name"],
-                    index - (self._ends[j] - len(self._shards[j])),
-                )
-                check_ranges(tokens[k : k + 1], labels[k : k + 1], crops[k : k + 1], self.card, str(path), int(place))
+                path, place = self.folder / self.card["shards"][j]["name"], int(index - self._ends[j])
+                place += len(self._shards[j])
+                check_ranges(tokens[k : k + 1], labels[k : k + 1], crops[k : k + 1], self.card, str(path), place)
         return {"tokens": tokens, "labels": labels, "ids": records["source_id"].astype(np.int64)}
 
     def verify(self, *, seen: Any = iter) -> None:
