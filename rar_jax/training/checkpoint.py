@@ -309,8 +309,8 @@ class Checkpointer:
         they can be written again; of unfinished ones only the last are kept.
 
         Args:
-          before: only steps below this one count, and of them multiples of `every`. added: parts of the state that steps of older versions lack, and what they
-            are then.
+          before: only steps below this one count, and of them multiples of `every`. added: parts of the state that steps of older
+            versions lack, and what they are then.
 
         Raises: CheckpointError if there are damaged steps and no good one.
         """
