@@ -81,8 +81,8 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.parallel.storage import StorageError
     from rar_jax.programs import refusals
     from rar_jax.programs.train import TrainingError
-    from rar_jax.training.checkpoint import CheckpointError
     from rar_jax.training.lease import LeaseError
+    from rar_jax.training.manifest import CheckpointError
     from rar_jax.training.object_store import ObjectStoreError
     from rar_jax.training.preemption import Preempted
 

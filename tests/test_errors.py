@@ -25,7 +25,7 @@ from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.interop import maskgit_vq as interop_vq
 from rar_jax.parallel import memory
-from rar_jax.programs import scoring, train
+from rar_jax.programs import objective, scoring, train
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.training import checkpoint
 from rar_jax.training.lease import Lease
@@ -190,8 +190,8 @@ def exhausted_while_sampling(at: Place) -> None:
 def exhausted_while_training(at: Place) -> None:
     made = train.compile_training
     at.patch.setattr(train, "compile_training", lambda *args: made(*args)._replace(init=exhausted))
-    at.patch.setattr(train, "open_tokens", lambda experiment, *_: train.open_source(experiment, "train"))
-    at.patch.setattr(train, "finished", lambda *_: None)
+    at.patch.setattr(objective, "open_tokens", lambda experiment, *_: objective.open_source(experiment, "train"))
+    at.patch.setattr(objective, "finished", lambda *_: None)
     at.how = "where the state takes 2^50 bytes"
     at.command("train --config tiny.py --workdir runs/a", 1)
 

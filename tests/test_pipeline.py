@@ -17,7 +17,7 @@ from rar_jax.interop import maskgit_vq, rar, released
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tokenizers import maskgit_vq as tokenizer
-from rar_jax.training.checkpoint import CheckpointError
+from rar_jax.training.manifest import CheckpointError
 
 LABELS = [3, 1, 4, 1, 5]
 GUIDANCE = rar_jax.Guidance(3.0, 1.0, 1.1)

@@ -23,7 +23,8 @@ from rar_jax.parallel.rules import sharded
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.train import compile_training
 from rar_jax.training import guard
-from rar_jax.training.checkpoint import Checkpointer, write_manifest
+from rar_jax.training.checkpoint import Checkpointer
+from rar_jax.training.manifest import write_manifest
 
 ROUNDS, STEPS = 15, 6
 

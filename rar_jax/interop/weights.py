@@ -20,7 +20,8 @@ from rar_jax.interop.torch_zip import WeightsError
 from rar_jax.parallel.mesh import find_devices
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, load_model
-from rar_jax.training.checkpoint import CheckpointError, file_sha256, good_step, load_params, verify_manifest
+from rar_jax.training.checkpoint import good_step, load_params
+from rar_jax.training.manifest import CheckpointError, file_sha256, verify_manifest
 from rar_jax.training.workdir import Workdir
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from rar_jax.evaluation.sums import Sums, Totals
 from rar_jax.parallel.processes import ProcessError, barrier, from_main, is_main
-from rar_jax.training.checkpoint import write_json
+from rar_jax.training.manifest import write_json
 from rar_jax.training.report import progress
 
 

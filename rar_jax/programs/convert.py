@@ -17,7 +17,8 @@ from rar_jax.interop import released
 from rar_jax.interop.torch_zip import WeightsError
 from rar_jax.interop.weights import Weights, open_weights
 from rar_jax.sampling.sampler import check_pair
-from rar_jax.training.checkpoint import file_sha256, save_params, write_json
+from rar_jax.training.checkpoint import save_params
+from rar_jax.training.manifest import file_sha256, write_json
 from rar_jax.training.report import progress
 from rar_jax.training.workdir import Workdir
 

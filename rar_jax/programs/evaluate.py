@@ -34,7 +34,7 @@ from rar_jax.programs.chunks import ChunkStore, accumulate
 from rar_jax.programs.image_sets import ImageSet, NpzImages, open_images
 from rar_jax.programs.machine import versions
 from rar_jax.programs.scoring import Network, Program, Settings, check_protocol, metrics, remarks, shift_of
-from rar_jax.training.checkpoint import file_sha256, write_json
+from rar_jax.training.manifest import file_sha256, write_json
 from rar_jax.training.pictures import grid
 
 

@@ -13,7 +13,8 @@ from rar_jax.parallel.processes import from_main
 from rar_jax.pipeline import load
 from rar_jax.programs.evaluate import evaluate, load_network, made_from
 from rar_jax.programs.scoring import Program, Settings, shift_of
-from rar_jax.training.checkpoint import best_steps, good_steps, mark_best, write_json
+from rar_jax.training.checkpoint import best_steps, good_steps, mark_best
+from rar_jax.training.manifest import write_json
 from rar_jax.training.workdir import Workdir
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from rar_jax.programs.inspect_text import LISTED, Report, problem_lines, readable
 from rar_jax.training import lease, ledger
-from rar_jax.training.checkpoint import CheckpointError, best_steps, verify_manifest
+from rar_jax.training.checkpoint import best_steps
+from rar_jax.training.manifest import CheckpointError, verify_manifest
 from rar_jax.training.object_store import is_url
 from rar_jax.training.report import progress, read_metrics
 from rar_jax.training.workdir import Workdir

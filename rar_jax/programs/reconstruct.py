@@ -21,7 +21,7 @@ from rar_jax.programs.chunks import ChunkStore, accumulate
 from rar_jax.programs.evaluate import cut, load_network, near_the_mean
 from rar_jax.programs.image_sets import open_images
 from rar_jax.programs.scoring import Program, Settings, check_protocol, remarks, shift_of
-from rar_jax.training.checkpoint import write_json
+from rar_jax.training.manifest import write_json
 
 PSNR_OF_EQUAL = 100.0  # decibels, which would be infinite: one equal image would be the mean's whole value
 

@@ -28,8 +28,8 @@ from rar_jax.programs.session import Session, session
 from rar_jax.programs.stages import check_start, finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
-from rar_jax.training.checkpoint import write_json
 from rar_jax.training.grids import spread
+from rar_jax.training.manifest import write_json
 from rar_jax.training.pictures import curves, grid, pairs
 from rar_jax.training.preemption import Watch
 from rar_jax.training.report import Reporter, read_metrics

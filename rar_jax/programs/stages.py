@@ -16,7 +16,8 @@ from rar_jax.parallel.processes import is_main
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.programs.experiment import Experiment
 from rar_jax.sampling.sampler import Model
-from rar_jax.training.checkpoint import CheckpointError, good_step, load_params, read_meta, save_params
+from rar_jax.training.checkpoint import good_step, load_params, read_meta, save_params
+from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.workdir import Workdir
 from rar_jax.training.writers import wandb_package
 

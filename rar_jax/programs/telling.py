@@ -16,7 +16,8 @@ from rar_jax.training.workdir import Workdir
 
 
 class Telling:
-    """Writes metrics and the ledger. shown: the numbers of the progress line. bad_in_a_row: as of the last step recorded.
+    """Writes metrics and the ledger. shown: the numbers of the progress line. bad_in_a_row: as of the last step recorded. compiled:
+    whether there was an evaluation.
 
     Args:
       state: where the training begins. validate, scorers, draw: functions of parameters.
@@ -38,6 +39,7 @@ class Telling:
         self._skipped = int(state["guard"]["skipped"])
         self.bad_in_a_row: int = int(state["guard"]["in_a_row"])
         self.shown: dict[str, float] = {}
+        self.compiled: bool = False
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Fetches and writes the metrics of a finished step."""
@@ -69,6 +71,7 @@ class Telling:
         watched = {name.removeprefix("validation/"): value for name, value in told.items()}
         self.shown |= {k: v for k, v in watched.items() if k.endswith(ends) or k.startswith(of_note)}
         self._session.ledger.lap("evaluating")
+        self.compiled = True
         return told
 
 

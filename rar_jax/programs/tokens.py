@@ -15,7 +15,7 @@ from rar_jax.data.token_store import TokenStore
 from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.stages import finished, stage_origin_sha256
 from rar_jax.programs.tokenize import tokenized
-from rar_jax.training.checkpoint import CheckpointError
+from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.workdir import Workdir
 
 log: logging.Logger = logging.getLogger(__name__)

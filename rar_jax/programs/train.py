@@ -1,13 +1,13 @@
 """Trains one thing: the tokenizer, the classifier or the generator. One loop for all; the objective says which.
 
-Read from top to bottom: what is trained, how it is validated, then the loop. The position in the data is the step, the
-randomness of a step comes from (seed, step), so a run that was killed and started again is the run that was not.
+Read from top to bottom: how it is validated, the state and its step, then the loop; what is trained is in objective.py. The
+position in the data is the step, the randomness of a step comes from (seed, step), so a run that was killed and started again is
+the run that was not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
@@ -23,20 +23,21 @@ from jax.sharding import Mesh
 from rar_jax.data.loader import Source, batches
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
-from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
+from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
-from rar_jax.programs.experiment import Experiment, open_source
+from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.programs.live_grids import live_grid
+from rar_jax.programs.objective import Objective, encoded, make_objective
 from rar_jax.programs.session import Session
-from rar_jax.programs.stages import STAGES, finished, given_generator, take_over_tokenizer, trained_params
+from rar_jax.programs.stages import STAGES, given_generator, take_over_tokenizer, trained_params
 from rar_jax.programs.telling import Telling, evaluated
-from rar_jax.programs.tokens import open_tokens
 from rar_jax.sampling.sampler import Model
 from rar_jax.training import guard
-from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, read_meta
+from rar_jax.training.checkpoint import Checkpointer, good_step, read_meta
 from rar_jax.training.ledger import Ledger
+from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.preemption import Preempted
 from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
@@ -46,53 +47,6 @@ from rar_jax.training.workdir import Workdir
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the message says why and from where to resume."""
-
-
-# ---------------------------------------------------------------- what is trained
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What the loop needs to know of a stage. `model` is a module with the contract functions init, axes, loss, ...
-
-    variants: held-out losses to watch, each a name and what it adds to a batch. meta: what each checkpoint says of itself.
-    encoder: the tokenizer, if the sources hold images and the loss takes tokens.
-    """
-
-    model: Any
-    config: Any
-    train: Source
-    heldout: Source
-    variants: Callable[[int], dict[str, dict[str, np.ndarray]]]
-    meta: dict[str, Any]
-    encoder: Model | None = None
-
-
-def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
-    """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
-    module, config = experiment.model(stage).module, experiment.model(stage).config
-    if hasattr(config, "dtype"):
-        config = dataclasses.replace(config, dtype=matmul_dtype(config.dtype))
-    meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
-    on_the_fly = stage == "generator" and experiment.data.on_the_fly
-    if stage == "generator" and not on_the_fly:
-        train, heldout = (open_tokens(experiment, workdir, split) for split in ("train", "heldout"))
-    else:
-        train, heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
-    if stage == "generator":
-        meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
-    plain: Callable[[int], dict[str, dict[str, np.ndarray]]] = lambda size: {"": {}}  # noqa: E731
-    offered = getattr(module, "validation_variants", None)
-    variants = functools.partial(offered, config) if offered else plain
-    return Objective(module, config, train, heldout, variants, meta, experiment.tokenizer if on_the_fly else None)
-
-
-def encoded(encoder: Model | None, params: Any, batch: Batch) -> Batch:
-    """The batch with its images as tokens, as a token store would have them; without an encoder, the batch. Traceable."""
-    if encoder is None:
-        return batch
-    tokens = encoder.module.encode(encoder.config, params, batch["images"])
-    return {**{name: x for name, x in batch.items() if name != "images"}, "tokens": tokens}
 
 
 # ---------------------------------------------------------------- validation
@@ -271,9 +225,11 @@ def train(
         reporter.resume_from(start)
         telling = Telling(stage, recipe, reporter, session, state, validate, scorers, draw)
 
-        def save(step: int, state: State, score: tuple[str, float] | None = None) -> None:
+        def save(step: int, state: State, told: dict[str, float], *, wait: bool = False) -> None:
             ledger.lap("training")
-            checkpointer.save(step, state, objective.meta | {"step": step}, score)
+            checkpointer.save(step, state, objective.meta | {"step": step}, best_by(told) if recipe.keep_best else None)
+            if wait:
+                checkpointer.wait()
             ledger.lap("saving")
 
         # ---- the loop
@@ -283,7 +239,9 @@ def train(
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
             if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
-                telling.evaluate(start, state)  # it was preempted there
+                told = telling.evaluate(start, state)  # it was preempted there
+                if recipe.keep_best and start % recipe.checkpoint_every == 0:
+                    checkpointer.mark(start, best_by(told))
             while step < recipe.steps:
                 step += 1
                 batch = next(data)
@@ -319,17 +277,25 @@ def train(
                 if evaluate_now or save_now:
                     telling.record(*pending)
                     pending = None
-                told = telling.evaluate(step, state) if evaluate_now else {}
+                told: dict[str, float] = {}
+                if evaluate_now and not (telling.compiled or last or telling.bad_in_a_row):
+                    # The first one compiles, maybe for minutes: nothing shall be in memory alone, so that a signal can end it at once.
+                    save(step, state, {}, wait=True)
+                    session.poll()
+                    with session.watch.nothing_to_save():
+                        told = telling.evaluate(step, state)
+                elif evaluate_now:
+                    told = telling.evaluate(step, state)
                 # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
                 if save_now and (last or not telling.bad_in_a_row):
-                    save(step, state, best_by(told) if recipe.keep_best else None)
+                    save(step, state, told)
             checkpointer.wait()  # here, where a signal does not cut the last save off
         except Preempted:
             if pending is not None:
                 telling.record(*pending)
             # The last step is saved when it has been evaluated: the stage would count as finished.
             if start != step < recipe.steps:
-                save(step, state)
+                save(step, state, {})
             raise
     if session.watch.noticed:  # during the last save
         raise Preempted

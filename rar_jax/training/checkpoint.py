@@ -12,11 +12,9 @@ restores a file with a flipped bit without a word.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,95 +28,19 @@ from etils import epath
 
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.training.disk import full, is_full
+from rar_jax.training.manifest import (
+    MANIFEST,
+    CheckpointError,
+    verify_from_disk,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
 from rar_jax.training.preemption import checkpoint_manager
 
-MANIFEST = "manifest.json"
 BEST = "best.json"
 MOST_FAILURES = 3  # saves in a row that a full disk may cost
 log: logging.Logger = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing or damaged: the message names the file."""
-
-
-# ---------------------------------------------------------------- manifests
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """Hex sha256 of a file's bytes. Never remembered: a disk that rots does not change a file's time.
-
-    Raises: CheckpointError if the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _digest(entries: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON so that the file is either whole or not there: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_manifest(folder: pathlib.Path) -> None:
-    """Writes manifest.json over all files below `folder`."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    entries = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
-    write_json(folder / MANIFEST, {"files": entries, "sha256": _digest(entries)})
-
-
-def verify_from_disk(folder: pathlib.Path) -> None:
-    """`verify_manifest` of what the disk holds, where the system lets go of what it remembers of files that were just written.
-
-    Raises: CheckpointError naming the file that is missing or changed.
-    """
-    for path in folder.rglob("*"):
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    verify_manifest(folder)
-
-
-def verify_manifest(folder: pathlib.Path) -> str:
-    """Checks every file below `folder` against its manifest.
-
-    Files that the manifest does not name (a desktop's or a file server's) do no harm and are passed over.
-
-    Returns: the manifest's own hash, which names this content.
-    Raises: CheckpointError naming the file that is missing or changed.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the save was not finished")
-    try:
-        manifest = json.loads(path.read_bytes())
-        entries = manifest["files"]
-        intact = _digest(entries) == manifest["sha256"] and manifest.keys() == {"files", "sha256"}
-    except (ValueError, KeyError, TypeError):
-        intact, entries, manifest = False, {}, {}
-    if not intact:
-        raise CheckpointError(f"{path} is damaged")
-    for name, entry in entries.items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing")
-        if file_sha256(folder / name) != entry["sha256"]:
-            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the manifest's")
-    return manifest["sha256"]
-
-
-# ---------------------------------------------------------------- saving and restoring
 
 
 def good_step(folder: pathlib.Path, *, before: int | None = None, every: int = 1) -> tuple[int, str] | None:
@@ -149,6 +71,11 @@ def _steps(folder: pathlib.Path) -> list[int]:
 def mark_best(folder: pathlib.Path, step: int, metric: str, value: float) -> None:
     """Marks a step in best.json: it is kept until another is the best by this metric, whatever the training's retention."""
     write_json(folder / BEST, best_steps(folder) | {metric: {"step": step, "value": value}})
+
+
+def _mark_if_best(folder: pathlib.Path, step: int, score: tuple[str, float] | None) -> None:
+    if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
+        mark_best(folder, step, *score)
 
 
 def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -227,11 +154,12 @@ class Checkpointer:
         self._threads = ThreadPoolExecutor(1)
         self._unfinished: int | None = None
         self._step, self._failures = 0, 0  # of the last save; in a row, for want of room
+        self._counts: int | None = None  # the last step that was saved here and has its manifest
         self._score: tuple[str, float] | None = None
         self._manifest: Future[None] | None = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any], score: tuple[str, float] | None = None) -> None:
-        """Starts a save; an error of the one before is raised here.
+        """Starts a save; an error of the one before is raised here. A step that it saved last is only marked by its score.
 
         A full disk is a warning, and the training goes on: what the save had written is removed, older steps stay. After
         MOST_FAILURES saves in a row it is an error.
@@ -240,6 +168,8 @@ class Checkpointer:
           score: name and value, lower is better: the step is marked as the best once it is on disk, if it is.
         """
         self.wait()
+        if step == self._counts:
+            return self.mark(step, score)
         self._step = step
         with self._full_disk_is_a_warning():
             size = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -248,6 +178,11 @@ class Checkpointer:
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, force=True)
             self._unfinished, self._score = step, score
+
+    def mark(self, step: int, score: tuple[str, float] | None) -> None:
+        """A saved step is the best if its score says so."""
+        if is_main():
+            _mark_if_best(self.folder, step, score)
 
     def poll(self) -> None:
         """Starts the manifest as soon as the files are whole; costs nothing otherwise. Call it every step."""
@@ -260,11 +195,11 @@ class Checkpointer:
                         _finish, self.folder, step, self._score, self._verify, self._keep, self._every
                     )
                 else:
-                    self._failures = 0
+                    self._counts, self._failures = step, 0
             if self._manifest is not None and self._manifest.done():
                 manifest, self._manifest = self._manifest, None
                 manifest.result()
-                self._failures = 0
+                self._counts, self._failures = self._step, 0
                 self._on_saved(self._step)
 
     def wait(self) -> None:
@@ -358,9 +293,8 @@ class Checkpointer:
         """Finishes what is under way and frees the threads."""
         try:
             self.wait()
-            if (
-                0 < self._failures < MOST_FAILURES
-            ):  # more have been an error already, which this would take the place of
+            # More have been an error already, which this would take the place of.
+            if 0 < self._failures < MOST_FAILURES:
                 raise CheckpointError(
                     f"step {self._step}, the last, could not be saved in {self.folder}: the disk is full. Make room and give the "
                     "same command again"
@@ -377,8 +311,7 @@ def _finish(
     write_manifest(folder / str(step))
     if verify:
         verify_from_disk(folder / str(step))
-    if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
-        mark_best(folder, step, *score)
+    _mark_if_best(folder, step, score)
     steps = _steps(folder)
     kept = {steps[0], *[known for known in steps if known % every == 0][:keep]}
     kept |= {marked["step"] for marked in best_steps(folder).values()}

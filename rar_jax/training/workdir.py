@@ -18,7 +18,7 @@ from typing import Any
 from rar_jax.config import ConfigError, differences
 from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
-from rar_jax.training.checkpoint import write_json
+from rar_jax.training.manifest import write_json
 from rar_jax.training.object_store import Mirror, is_url
 from rar_jax.training.recipe import Recipe
 

@@ -23,7 +23,8 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.train import compile_training
 from rar_jax.training import checkpoint, guard
-from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, load_params, save_params
+from rar_jax.training.checkpoint import Checkpointer, good_step, load_params, save_params
+from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.workdir import Workdir
 
 OLD = sorted((pathlib.Path(__file__).parents[1] / "golden" / "checkpoints").glob("*.tar.gz"))

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from rar_jax.training import checkpoint
-from rar_jax.training.checkpoint import Checkpointer, CheckpointError, good_step, good_steps
+from rar_jax.training.checkpoint import Checkpointer, good_step, good_steps
+from rar_jax.training.manifest import CheckpointError
 
 ROOT = pathlib.Path(__file__).parents[2]
 

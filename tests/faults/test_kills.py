@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import random
 import time
 from typing import Any
 
+import poisoned
 import pytest
 from commands import finish, start, state_of, wait_for
 
-from rar_jax.training.checkpoint import good_step
+from rar_jax.training.checkpoint import best_steps, good_step
 from rar_jax.training.report import read_metrics
 
 
@@ -59,6 +61,49 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_pro
     assert told(killed) == told(tmp_path / "straight")
     assert not list((killed / "checkpoints" / "classifier").glob("*tmp*"))
     record_property("count", f"{done} of {kills} kills")
+
+
+LOOP, SAVES = "rar_jax.programs.telling:Telling", "rar_jax.training.checkpoint"
+# Where it is killed, and the step that is committed then. Each start goes on from the one before.
+PHASES = [
+    (functools.partial(poisoned.stuck, owner="rar_jax.programs.train", name="batches_after"), 0),  # the first batches
+    (poisoned.endless, 0),  # the compilation of the step
+    (functools.partial(poisoned.stuck, owner=LOOP, name="record", after=True), 0),  # a step
+    (functools.partial(poisoned.stuck, owner=f"{SAVES}:Checkpointer", name="save", after=True), 0),  # a save under way
+    (functools.partial(poisoned.stuck, owner=SAVES, name="write_manifest"), 0),  # its files are whole
+    (functools.partial(poisoned.stuck, owner=SAVES, name="write_manifest", after=True), 5),  # it counts
+    (functools.partial(poisoned.stuck, owner=LOOP, name="evaluate"), 10),  # the first evaluation
+    (functools.partial(poisoned.stuck, owner=LOOP, name="evaluate", after=True), 10),  # the same, told
+    (
+        functools.partial(poisoned.stuck, owner="rar_jax.programs.train", name="best_by"),
+        10,
+    ),  # on the way to the next save
+]
+
+
+@pytest.mark.promise(
+    2,
+    "kill -9 in each phase in turn (first batches, compilation, step, save, before and after its manifest, evaluation): same state and rows, bitwise",
+)
+def test_killed_in_each_phase(tmp_path: pathlib.Path, record_property: Any) -> None:
+    recipe = {"steps": 20, "checkpoint_every": 5, "eval_every": 10, "log_every": 1, "keep_best": True}
+    flags = ["--stage=classifier", "--quiet", *(f"--config.classifier.train.{k}={v}" for k, v in recipe.items())]
+    finish(start("train", tmp_path / "straight", *flags))
+    killed = tmp_path / "killed"
+    for number, (phase, step) in enumerate(PHASES):
+        marker = tmp_path / f"phase{number}"
+        running = start("train", killed, *flags, before=functools.partial(phase, marker))
+        wait_for(marker.exists, running)
+        running[0].kill()
+        out = running[0].communicate()[0]
+        assert running[0].returncode == -9, out[-3000:]
+        assert committed(killed) == step, (number, out[-3000:])
+    finish(start("train", killed, *flags))
+    assert state_of(killed, 20) == state_of(tmp_path / "straight", 20)
+    assert told(killed) == told(tmp_path / "straight")
+    best = [best_steps(workdir / "checkpoints" / "classifier") for workdir in (killed, tmp_path / "straight")]
+    assert best[0] == best[1] != {}
+    record_property("count", f"{len(PHASES)} phases")
 
 
 @pytest.mark.slow

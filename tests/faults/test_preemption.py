@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import poisoned
 import pytest
-from commands import TINY, Command, environment, finish, start, terminate, wait_for
+from commands import TINY, Command, environment, finish, start, state_of, terminate, wait_for
 from jax.experimental import multihost_utils
 
 from rar_jax.config import PREEMPTED, load_experiment
@@ -52,6 +52,10 @@ def step_of(workdir: pathlib.Path) -> int:
 def saved(workdir: pathlib.Path) -> int:
     good = good_step(workdir / "checkpoints" / "classifier")
     return good[0] if good else 0
+
+
+def told(workdir: pathlib.Path) -> list[Any]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir)]
 
 
 def reasons(workdir: pathlib.Path) -> list[str]:
@@ -126,6 +130,50 @@ def test_the_compilation_of_the_step(tmp_path: pathlib.Path) -> None:
     assert reasons(tmp_path / "run") == ["preempted"] and saved(tmp_path / "run") == 0
 
 
+def recipe(**values: int) -> list[str]:
+    return [*CLASSIFIER, *(f"--config.classifier.train.{name}={value}" for name, value in values.items())]
+
+
+@pytest.mark.promise(
+    7, "SIGTERM during the first evaluation, which would compile for 5 minutes: all is saved, it leaves at once with 75"
+)
+@pytest.mark.parametrize(
+    ("processes", "which"), [(1, 0), *(pytest.param(2, which, marks=pytest.mark.slow) for which in (0, 1))]
+)
+def test_the_compilation_of_an_evaluation(tmp_path: pathlib.Path, processes: int, which: int) -> None:
+    flags, marker = recipe(steps=12, log_every=1, eval_every=5, checkpoint_every=100000), tmp_path / "evaluating"
+    stuck = functools.partial(poisoned.stuck, marker, "rar_jax.programs.telling:Telling", "evaluate")
+    finish(start("train", tmp_path / "straight", *flags, processes=processes))
+    running = start("train", tmp_path / "run", *flags, processes=processes, before=stuck)
+    wait_for(marker.exists, running)
+    assert terminate(running, which) < 10
+    finish(running, PREEMPTED)
+    assert reasons(tmp_path / "run") == ["preempted"] and saved(tmp_path / "run") == 5
+    finish(start("train", tmp_path / "run", *flags, processes=processes))
+    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert state_of(tmp_path / "run", 12) == state_of(tmp_path / "straight", 12)
+
+
+@pytest.mark.promise(
+    7, "a second signal while a save waits for the disk: it leaves at once with 75, and the next start ends the same"
+)
+def test_a_second_signal_does_no_harm(tmp_path: pathlib.Path) -> None:
+    flags, marker = recipe(steps=20, log_every=1, eval_every=100000, checkpoint_every=5), tmp_path / "saving"
+    stuck = functools.partial(poisoned.stuck, marker, "rar_jax.training.checkpoint", "write_manifest")
+    finish(start("train", tmp_path / "straight", *flags))
+    running = start("train", tmp_path / "run", *flags, before=stuck)
+    wait_for(marker.exists, running)
+    running[0].send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert running[0].poll() is None  # it saves
+    assert terminate(running) < 2
+    assert "a second signal: stopped at once" in finish(running, PREEMPTED)
+    assert saved(tmp_path / "run") == 0
+    finish(start("train", tmp_path / "run", *flags))
+    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert state_of(tmp_path / "run", 20) == state_of(tmp_path / "straight", 20)
+
+
 @pytest.mark.slow
 @pytest.mark.promise(7, "SIGTERM to one of 2 processes while they start and compile: both leave at once with 75")
 @pytest.mark.parametrize("which", [0, 1])
@@ -187,10 +235,6 @@ def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path, record_pr
     assert stops >= 6
     found = json.loads((tmp_path / "stopped" / "result.json").read_text())
     assert found["fd_classifier"] == expected["fd_classifier"]
-
-    def told(workdir: pathlib.Path) -> list[Any]:
-        return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir)]
-
     assert told(tmp_path / "stopped") == told(tmp_path / "straight")
     record_property("count", f"{stops} stops")
 

@@ -1,7 +1,8 @@
-"""The tiny classifier's loss, made NaN by some batches, wherever and whenever they come; or one that takes minutes to compile."""
+"""The command with something wrong in it: a loss that some batches make NaN, or a function that takes minutes where it took moments."""
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -29,6 +30,23 @@ def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = se
         return value, metrics | {"loss": value}
 
     patch(classifier, "loss", loss)
+
+
+def stuck(marker: pathlib.Path, owner: str, name: str, *, after: bool = False) -> None:
+    """From now on a function of a module, or of `module:Class`, takes 5 minutes when it is called, before its work or after it; the
+    marker is there once it has come to that."""
+    module, _, kind = owner.partition(":")
+    holder = importlib.import_module(module)
+    holder = getattr(holder, kind) if kind else holder
+    real = getattr(holder, name)
+
+    def call(*args: Any, **rest: Any) -> Any:
+        out = real(*args, **rest) if after else None
+        marker.touch()
+        time.sleep(300)
+        return out if after else real(*args, **rest)
+
+    setattr(holder, name, call)
 
 
 def endless(marker: pathlib.Path) -> None:

@@ -20,7 +20,8 @@ from rar_jax.programs.run import run
 from rar_jax.programs.stages import finished
 from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
-from rar_jax.training.checkpoint import CheckpointError, load_params, read_meta
+from rar_jax.training.checkpoint import load_params, read_meta
+from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
 

@@ -18,7 +18,8 @@ from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import Experiment, resolve
 from rar_jax.programs.run import run
 from rar_jax.programs.train import train
-from rar_jax.training.checkpoint import file_sha256, load_params, read_meta
+from rar_jax.training.checkpoint import load_params, read_meta
+from rar_jax.training.manifest import file_sha256
 from rar_jax.training.workdir import Workdir
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"

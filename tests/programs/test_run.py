@@ -18,7 +18,8 @@ from rar_jax.evaluation import classifier, frechet
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.sampling.sampler import load_model
 from rar_jax.training import grids
-from rar_jax.training.checkpoint import good_step, load_params, verify_manifest
+from rar_jax.training.checkpoint import good_step, load_params
+from rar_jax.training.manifest import verify_manifest
 from rar_jax.training.report import read_metrics
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")

@@ -23,7 +23,7 @@ from rar_jax.programs import tokenize as program
 from rar_jax.programs.tokenize import write_store
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
-from rar_jax.training.checkpoint import file_sha256
+from rar_jax.training.manifest import file_sha256
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

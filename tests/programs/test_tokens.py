@@ -17,9 +17,10 @@ from rar_jax.data.mixing import MixedSource
 from rar_jax.data.token_store import TokenStore, card_sha256
 from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.parallel.mesh import make_mesh
+from rar_jax.programs.objective import make_objective
 from rar_jax.programs.tokenize import tokenize
-from rar_jax.programs.train import make_objective, train
-from rar_jax.training.checkpoint import file_sha256
+from rar_jax.programs.train import train
+from rar_jax.training.manifest import file_sha256
 from rar_jax.training.workdir import Workdir
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"

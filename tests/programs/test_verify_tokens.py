@@ -20,7 +20,7 @@ from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.interop import maskgit_vq
 from rar_jax.programs.verify_tokens import sample_of
 from rar_jax.tokenizers import maskgit_vq as tokenizer
-from rar_jax.training.checkpoint import file_sha256
+from rar_jax.training.manifest import file_sha256
 from rar_jax.training.pictures import grid
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")

@@ -18,14 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.training import checkpoint
-from rar_jax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    good_step,
-    load_params,
-    read_meta,
-    verify_manifest,
-)
+from rar_jax.training.checkpoint import Checkpointer, good_step, load_params, read_meta
+from rar_jax.training.manifest import CheckpointError, verify_manifest
 
 SPECS = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("fsdp"), "step": PartitionSpec()}
 
