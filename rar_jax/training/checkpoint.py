@@ -12,6 +12,7 @@ restores a file with a flipped bit without a word.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -315,8 +316,11 @@ def _finish(
     steps = _steps(folder)
     kept = {steps[0], *[known for known in steps if known % every == 0][:keep]}
     kept |= {marked["step"] for marked in best_steps(folder).values()}
-    for old in set(steps) - kept:
-        shutil.rmtree(folder / str(old), ignore_errors=True)
+    old = set(steps) - kept
+    if old and not verify:  # the newest that verifies stays, whatever the disk made of those after it
+        old -= {known for known, _ in itertools.islice(good_steps(folder), 1)}
+    for gone in old:
+        shutil.rmtree(folder / str(gone), ignore_errors=True)
 
 
 def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:

@@ -194,3 +194,28 @@ def test_retention_keeps_the_newest_good_step(tmp_path: pathlib.Path, monkeypatc
         checkpointer.save(step, state(step, 100), {})
     checkpointer.close()
     assert names(tmp_path) == ["16", "16.damaged", "24", "24.unfinished"]
+
+
+@pytest.mark.promise(5, "the newest step that verifies stays, however many newer ones a disk did not keep as they were")
+@pytest.mark.parametrize("keep", [1, 2])
+def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+    real = checkpoint.write_manifest
+
+    def rots(folder: pathlib.Path) -> None:
+        real(folder)
+        (folder / "meta" / "metadata").write_text("rots")
+
+    checkpointer = Checkpointer(tmp_path, keep=keep)
+    checkpointer.save(8, state(8, 100), {})
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", rots)
+        for step in (16, 24, 32):
+            checkpointer.save(step, state(step, 100), {})
+            checkpointer.wait()
+    good = good_step(tmp_path)
+    assert good is not None and good[0] == 8
+    assert names(tmp_path) == sorted([*map(str, [16, 24, 32][-keep:]), "8"])
+    checkpointer.save(40, state(40, 100), {})
+    checkpointer.close()
+    assert names(tmp_path) == sorted(map(str, [16, 24, 32, 40][-keep:]))
