@@ -75,11 +75,11 @@ class Telling:
         return told
 
 
-def evaluated(workdir: Workdir, stage: str, step: int) -> bool:
-    """Whether the evaluation of a step was told, as process 0 sees it. A preemption may have come before it."""
+def evaluated(workdir: Workdir, stage: str, step: int) -> dict[str, Any]:
+    """The row that tells of the evaluation of a step, as process 0 sees it; empty if something stopped it before that."""
 
-    def told() -> bool:
-        rows = read_metrics(workdir.path, stage)
-        return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
+    def told() -> dict[str, Any]:
+        rows = (row for row in read_metrics(workdir.path, stage) if row["step"] == step)
+        return next((row for row in rows if any(name.startswith("validation/") for name in row)), {})
 
     return from_main(told)

@@ -238,8 +238,10 @@ def train(
         ledger.lap("starting")
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
-            if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
-                told = telling.evaluate(start, state)  # it was preempted there
+            if (
+                start and start % recipe.eval_every == 0
+            ):  # a stop may have come before its evaluation, or before its mark
+                told = evaluated(workdir, stage, start) or telling.evaluate(start, state)
                 if recipe.keep_best and start % recipe.checkpoint_every == 0:
                     checkpointer.mark(start, best_by(told))
             while step < recipe.steps:
