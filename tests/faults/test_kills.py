@@ -63,21 +63,25 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_pro
     record_property("count", f"{done} of {kills} kills")
 
 
-LOOP, SAVES = "rar_jax.programs.telling:Telling", "rar_jax.training.checkpoint"
+LOOP, TRAIN, SAVES = "rar_jax.programs.telling:Telling", "rar_jax.programs.train", "rar_jax.training.checkpoint"
+
+
+def stuck_in(owner: str, name: str, *, after: bool = False) -> Any:
+    return functools.partial(poisoned.stuck, owner=owner, name=name, after=after)
+
+
 # Where it is killed, and the step that is committed then. Each start goes on from the one before.
 PHASES = [
-    (functools.partial(poisoned.stuck, owner="rar_jax.programs.train", name="batches_after"), 0),  # the first batches
+    (stuck_in(TRAIN, "batches_after"), 0),  # the first batches
     (poisoned.endless, 0),  # the compilation of the step
-    (functools.partial(poisoned.stuck, owner=LOOP, name="record", after=True), 0),  # a step
-    (functools.partial(poisoned.stuck, owner=f"{SAVES}:Checkpointer", name="save", after=True), 0),  # a save under way
-    (functools.partial(poisoned.stuck, owner=SAVES, name="write_manifest"), 0),  # its files are whole
-    (functools.partial(poisoned.stuck, owner=SAVES, name="write_manifest", after=True), 5),  # it counts
-    (functools.partial(poisoned.stuck, owner=LOOP, name="evaluate"), 10),  # the first evaluation
-    (functools.partial(poisoned.stuck, owner=LOOP, name="evaluate", after=True), 10),  # the same, told
-    (
-        functools.partial(poisoned.stuck, owner="rar_jax.programs.train", name="best_by"),
-        10,
-    ),  # on the way to the next save
+    (stuck_in(LOOP, "record", after=True), 0),  # a step
+    (stuck_in(f"{SAVES}:Checkpointer", "save", after=True), 0),  # a save under way
+    (stuck_in(SAVES, "write_manifest"), 0),  # its files are whole
+    (stuck_in(SAVES, "write_manifest", after=True), 5),  # it counts
+    (stuck_in(LOOP, "evaluate"), 10),  # the first evaluation
+    (stuck_in(LOOP, "evaluate", after=True), 10),  # the same, told
+    (stuck_in(TRAIN, "best_by"), 10),  # on the way to its mark
+    (stuck_in(LOOP, "record"), 10),  # past it
 ]
 
 
@@ -98,6 +102,7 @@ def test_killed_in_each_phase(tmp_path: pathlib.Path, record_property: Any) -> N
         out = running[0].communicate()[0]
         assert running[0].returncode == -9, out[-3000:]
         assert committed(killed) == step, (number, out[-3000:])
+    assert best_steps(killed / "checkpoints" / "classifier")["validation/loss"]["step"] == 10
     finish(start("train", killed, *flags))
     assert state_of(killed, 20) == state_of(tmp_path / "straight", 20)
     assert told(killed) == told(tmp_path / "straight")
