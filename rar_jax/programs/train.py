@@ -238,9 +238,8 @@ def train(
         ledger.lap("starting")
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
-            if (
-                start and start % recipe.eval_every == 0
-            ):  # a stop may have come before its evaluation, or before its mark
+            # A stop may have come before the evaluation of this step, or before it was marked.
+            if start and start % recipe.eval_every == 0:
                 told = evaluated(workdir, stage, start) or telling.evaluate(start, state)
                 if recipe.keep_best and start % recipe.checkpoint_every == 0:
                     checkpointer.mark(start, best_by(told))
@@ -280,14 +279,15 @@ def train(
                     telling.record(*pending)
                     pending = None
                 told: dict[str, float] = {}
-                if evaluate_now and not (telling.compiled or last or telling.bad_in_a_row):
-                    # The first one compiles, maybe for minutes: nothing shall be in memory alone, so that a signal can end it at once.
-                    save(step, state, {}, wait=True)
-                    session.poll()
-                    with session.watch.nothing_to_save():
+                if evaluate_now:
+                    # The first one compiles, maybe for minutes. What is in memory alone is saved before: a signal can end it at once.
+                    saved = not (telling.compiled or last or telling.bad_in_a_row)
+                    if saved:
+                        save(step, state, {}, wait=True)
+                        session.poll()
+                        saved = checkpointer.has(step)  # or the disk is full
+                    with session.watch.nothing_to_save() if saved else contextlib.nullcontext():
                         told = telling.evaluate(step, state)
-                elif evaluate_now:
-                    told = telling.evaluate(step, state)
                 # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
                 if save_now and (last or not telling.bad_in_a_row):
                     save(step, state, told)

@@ -155,7 +155,7 @@ class Checkpointer:
         self._threads = ThreadPoolExecutor(1)
         self._unfinished: int | None = None
         self._step, self._failures = 0, 0  # of the last save; in a row, for want of room
-        self._counts: int | None = None  # the last step that was saved here and has its manifest
+        self._counts: int | None = None  # on process 0: the last step that was saved here and has its manifest
         self._score: tuple[str, float] | None = None
         self._manifest: Future[None] | None = None
 
@@ -169,7 +169,7 @@ class Checkpointer:
           score: name and value, lower is better: the step is marked as the best once it is on disk, if it is.
         """
         self.wait()
-        if step == self._counts:
+        if self.has(step):
             return self.mark(step, score)
         self._step = step
         with self._full_disk_is_a_warning():
@@ -179,6 +179,10 @@ class Checkpointer:
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, force=True)
             self._unfinished, self._score = step, score
+
+    def has(self, step: int) -> bool:
+        """Whether this is the last step that was saved here, and it counts. All processes call this, after `wait`."""
+        return bool(from_main(lambda: self._counts == step))
 
     def mark(self, step: int, score: tuple[str, float] | None) -> None:
         """A saved step is the best if its score says so."""
@@ -196,7 +200,7 @@ class Checkpointer:
                         _finish, self.folder, step, self._score, self._verify, self._keep, self._every
                     )
                 else:
-                    self._counts, self._failures = step, 0
+                    self._failures = 0
             if self._manifest is not None and self._manifest.done():
                 manifest, self._manifest = self._manifest, None
                 manifest.result()
@@ -251,6 +255,7 @@ class Checkpointer:
         Raises: CheckpointError if there are damaged steps and no good one.
         """
         self.wait()
+        self._counts = None  # a training that is sent back may come to the same step with another state
         good = good_step(self.folder, before=before, every=1 if before is None else self._every)
         self._set_aside(good, before)
         if good is None:
