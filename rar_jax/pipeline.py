@@ -19,7 +19,7 @@ from rar_jax.interop import released
 from rar_jax.interop.weights import open_weights, read_directory
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
-from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype
+from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, on_device
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
 from rar_jax.training.object_store import is_url
@@ -244,7 +244,7 @@ def load(
         guidance, class_names = known.guidance, imagenet.class_names()
     return Pipeline(
         generator.model,
-        of_images.model,
+        Model(of_images.model.module, on_device(of_images.model.config)),
         generator.place(mesh),
         of_images.place(mesh),
         guidance=guidance,

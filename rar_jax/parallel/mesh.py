@@ -49,6 +49,13 @@ def matmul_dtype(dtype: str, device: Any = None) -> str:
     return "float32"
 
 
+def on_device(config: Any, device: Any = None) -> Any:
+    """A model's Config with the `matmul_dtype` of its dtype; one without a dtype as it is."""
+    if not hasattr(config, "dtype"):
+        return config
+    return dataclasses.replace(config, dtype=matmul_dtype(config.dtype, device))
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes; at most one may be -1, "all devices that are left".

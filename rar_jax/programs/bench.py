@@ -40,7 +40,7 @@ def bench(
 
     Returns: what --json prints. {"bench", "config", "platform", "device_kind", "devices", "jax_version", "dtype", "guided",
       "ceilings": {"flops_per_second", "bytes_per_second"}, "results": a dict for each batch size, see `_result` and
-      `_share`}. The dtype and the ceilings of the loader are None.
+      `_share`}. The dtype of the loader is None.
     Raises: ConfigError for sizes that do not fit the mesh, or a `profile` that is no folder.
     """
     # What cannot be is refused before anything is measured.
@@ -49,11 +49,10 @@ def bench(
     bench_cases.batch_sizes(experiment, mesh, options)
     quiet = quiet or not sys.stderr.isatty()
     dtype = None if options.what == "loader" else bench_cases.computes_in(experiment, options)
-    ceilings = None if dtype is None else measure_ceilings(mesh, dtype)
+    ceilings = measure_ceilings(mesh, dtype or "float32")
     results = _results(experiment, mesh, options, profile, quiet)
-    if ceilings is not None:
-        # Once more, and the better counts: what else runs on a machine must not make a ceiling that is too low.
-        ceilings = ceilings.or_better(measure_ceilings(mesh, dtype))
+    # Once more, and the better counts: what else runs on a machine must not make a ceiling that is too low.
+    ceilings = ceilings.or_better(measure_ceilings(mesh, dtype or "float32"))
     device = mesh.devices.flat[0]
     return {
         "bench": options.what,
@@ -64,7 +63,7 @@ def bench(
         "jax_version": jax.__version__,
         "dtype": dtype,
         "guided": experiment.guidance.enabled,
-        "ceilings": None if ceilings is None else vars(ceilings),
+        "ceilings": vars(ceilings),
         "results": [{**result, **_share(result, ceilings)} for result in results],
     }
 
@@ -113,10 +112,10 @@ def _result(case: Case, seconds: list[float]) -> dict[str, Any]:
     }
 
 
-def _share(result: Mapping[str, Any], ceilings: Ceilings | None) -> dict[str, Any]:
+def _share(result: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
     """Adds "share_of_ceiling", the time at the limit over the time measured, and "limited_by", which says whether the limit is
     of "flops" or of "bytes"; None without a known cost."""
-    if ceilings is None or result["flops"] is None:
+    if result["flops"] is None:
         return {"share_of_ceiling": None, "limited_by": None}
     limit, limited_by = ceilings.limit(Cost(result["flops"], result["bytes"]))
     return {"share_of_ceiling": limit / result["seconds"]["median"], "limited_by": limited_by}
@@ -130,11 +129,10 @@ def table(report: Mapping[str, Any]) -> str:
     if r["bench"] in ("sample", "evaluate"):
         head += ", guided" if r["guided"] else ", without guidance"
     lines = [head]
-    if ceilings:
-        lines.append(
-            f"this machine, measured: {_short(ceilings['flops_per_second'])}FLOP/s in a large matmul, "
-            f"{_short(ceilings['bytes_per_second'])}B/s of memory"
-        )
+    lines.append(
+        f"this machine, measured: {_short(ceilings['flops_per_second'])}FLOP/s in a large matmul, "
+        f"{_short(ceilings['bytes_per_second'])}B/s of memory"
+    )
     rows: list[tuple[str, ...]] = [
         ("batch", "rate", "a step: min", "median", "max", "compiling", "FLOP/s", "B/s", "of the ceiling")
     ]
@@ -161,8 +159,8 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _short(number: float | None) -> str:
-    """Three digits and an SI prefix, "1.23 G"; "-" for None."""
-    if number is None:
+    """Three digits and an SI prefix, "1.23 G"; "-" for None and for nothing."""
+    if not number:
         return "-"
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
         if number >= factor:

@@ -223,6 +223,9 @@ def loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
     """Shuffled batches of a token store, placed on the devices as the training loop has them."""
     with tempfile.TemporaryDirectory() as folder:
         store = _random_store(experiment, pathlib.Path(folder) / "store", options.records)
+        record = _size(store.gather(np.arange(1))) + _stored_bytes(
+            store
+        )  # of a batch, and of the file that it is read from
         for size in batch_sizes(experiment, mesh, options):
             stream = batches(store, global_batch=size, seed=0, start_step=0, num_workers=experiment.data.workers)
             placed, waits = on_devices(stream, mesh), []
@@ -233,7 +236,12 @@ def loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
 
             more: Any = lambda waits=waits: {"longest_wait_seconds": max(waits[LOADER_STEPS:])}  # noqa: E731 (warm-up left out)
             with contextlib.closing(stream):  # pyright: ignore[reportArgumentType]
-                yield Case(size, size, "records", run, steps=LOADER_STEPS, more=more)
+                yield Case(size, size, "records", run, steps=LOADER_STEPS, cost=Cost(0, size * record), more=more)
+
+
+def _stored_bytes(store: TokenStore) -> float:
+    """Of one record on the disk."""
+    return sum(path.stat().st_size for path in store.folder.glob("*.npy")) / len(store)
 
 
 def _random_store(experiment: Experiment, folder: pathlib.Path, records: int) -> TokenStore:

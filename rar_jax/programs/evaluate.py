@@ -26,7 +26,7 @@ from rar_jax.guidance import Guidance
 from rar_jax.interop import inception, released
 from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.arrays import place
-from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.mesh import MeshConfig, make_mesh, matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated
 from rar_jax.pipeline import Pipeline, load
@@ -85,7 +85,7 @@ def made_from(
     return {
         "generator_sha256": open_weights(path, "generators", step=step).sha256(),
         "tokenizer_sha256": open_weights(other, "tokenizers").sha256(),
-        "generator_dtype": dtype or "float32",
+        "generator_dtype": matmul_dtype(dtype or "float32"),
     }
 
 

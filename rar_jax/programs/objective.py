@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rar_jax.data.loader import Source
-from rar_jax.parallel.mesh import matmul_dtype
+from rar_jax.parallel.mesh import on_device
 from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.stages import finished
 from rar_jax.programs.tokens import open_tokens
@@ -38,9 +38,7 @@ class Objective:
 
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
     """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
-    module, config = experiment.model(stage).module, experiment.model(stage).config
-    if hasattr(config, "dtype"):
-        config = dataclasses.replace(config, dtype=matmul_dtype(config.dtype))
+    module, config = experiment.model(stage).module, on_device(experiment.model(stage).config)
     meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
     on_the_fly = stage == "generator" and experiment.data.on_the_fly
     if stage == "generator" and not on_the_fly:
@@ -52,7 +50,8 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
     plain: Callable[[int], dict[str, dict[str, np.ndarray]]] = lambda size: {"": {}}  # noqa: E731
     offered = getattr(module, "validation_variants", None)
     variants = functools.partial(offered, config) if offered else plain
-    return Objective(module, config, train, heldout, variants, meta, experiment.tokenizer if on_the_fly else None)
+    encoder = Model(experiment.tokenizer.module, on_device(experiment.tokenizer.config)) if on_the_fly else None
+    return Objective(module, config, train, heldout, variants, meta, encoder)
 
 
 def encoded(encoder: Model | None, params: Any, batch: Batch) -> Batch:

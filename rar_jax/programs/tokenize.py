@@ -31,7 +31,7 @@ from rar_jax.data.token_writer import SHARD_RECORDS, TokenStoreWriter, sweep
 from rar_jax.interop.released import locate
 from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.arrays import global_batch
-from rar_jax.parallel.mesh import batch_divisor, own_mesh
+from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.programs.experiment import Experiment, open_images, open_source
@@ -216,7 +216,8 @@ def write_store(
     share = own_mesh(mesh).size / mesh.size
     mesh = own_mesh(mesh)
     size = -(-round(batch_size * share) // batch_divisor(mesh)) * batch_divisor(mesh)
-    encode = jax.jit(functools.partial(tokenizer.module.encode, tokenizer.config), out_shardings=replicated(mesh))
+    config = on_device(tokenizer.config)
+    encode = jax.jit(functools.partial(tokenizer.module.encode, config), out_shardings=replicated(mesh))
     missing = writer.missing()
     spans = [writer.span(j) for j in missing]
     sizes = [min(size, end - at) for begin, end in spans for at in range(begin, end, size)]

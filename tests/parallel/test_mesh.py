@@ -1,5 +1,6 @@
 """Meshes over the four fake devices of conftest."""
 
+import dataclasses
 import logging
 import types
 
@@ -9,7 +10,9 @@ import pytest
 from jax.sharding import AxisType
 
 from rar_jax.config import ConfigError
-from rar_jax.parallel.mesh import AXES, MeshConfig, batch_divisor, make_mesh, matmul_dtype
+from rar_jax.generators import rar
+from rar_jax.parallel.mesh import AXES, MeshConfig, batch_divisor, make_mesh, matmul_dtype, on_device
+from rar_jax.tokenizers import maskgit_vq
 
 
 @pytest.mark.parametrize(
@@ -81,5 +84,8 @@ def test_bfloat16_where_a_device_has_it(
     with caplog.at_level(logging.WARNING):
         assert matmul_dtype("bfloat16", device) == dtype
         assert matmul_dtype("float32", device) == "float32"
-    told = ["a chip has no bfloat16 (compute capability 7.5): float32 instead"] if dtype == "float32" else []
+    for config in (rar.Config(dtype="bfloat16"), maskgit_vq.Config(dtype="bfloat16")):
+        assert on_device(config, device) == dataclasses.replace(config, dtype=dtype)
+    assert on_device("has none", device) == "has none"
+    told = ["a chip has no bfloat16 (compute capability 7.5): float32 instead"] * 3 if dtype == "float32" else []
     assert [record.getMessage() for record in caplog.records] == told
