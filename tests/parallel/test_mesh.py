@@ -84,7 +84,7 @@ def test_bfloat16_where_a_device_has_it(
     with caplog.at_level(logging.WARNING):
         assert matmul_dtype("bfloat16", device) == dtype
         assert matmul_dtype("float32", device) == "float32"
-    for config in (rar.Config(dtype="bfloat16"), maskgit_vq.Config(dtype="bfloat16")):
+    for config in (rar.Config(dtype="bfloat16"), maskgit_vq.Config(image_size=16, dtype="bfloat16")):
         assert on_device(config, device) == dataclasses.replace(config, dtype=dtype)
     assert on_device("has none", device) == "has none"
     told = ["a chip has no bfloat16 (compute capability 7.5): float32 instead"] * 3 if dtype == "float32" else []
