@@ -24,7 +24,7 @@ from rar_jax.programs.experiment import resolve
 from rar_jax.programs.train import compile_training
 from rar_jax.training import guard
 from rar_jax.training.checkpoint import Checkpointer
-from rar_jax.training.manifest import verify_manifest, write_manifest
+from rar_jax.training.manifest import verify_from_disk, write_manifest
 
 ROUNDS, STEPS = 15, 6
 
@@ -69,7 +69,7 @@ def main(name: str) -> None:
         for _ in range(5):
             began = time.perf_counter()
             write_manifest(pathlib.Path(folder) / "1")
-            verify_manifest(pathlib.Path(folder) / "1")  # as retention does before it lets go of an older one
+            verify_from_disk(pathlib.Path(folder) / "1")  # as retention does before it lets go of an older one
             times.append(time.perf_counter() - began)
         size = sum(p.stat().st_size for p in pathlib.Path(folder).rglob("*") if p.is_file())
     share = min(times) / (recipe.checkpoint_every * with_guard)

@@ -16,8 +16,7 @@ from rar_jax.training.workdir import Workdir
 
 
 class Telling:
-    """Writes metrics and the ledger. shown: the numbers of the progress line. bad_in_a_row: as of the last step recorded. compiled:
-    whether there was an evaluation.
+    """Writes metrics and the ledger. shown: the numbers of the progress line. bad_in_a_row: as of the last step recorded.
 
     Args:
       state: where the training begins. validate, scorers, draw: functions of parameters.
@@ -39,7 +38,6 @@ class Telling:
         self._skipped = int(state["guard"]["skipped"])
         self.bad_in_a_row: int = int(state["guard"]["in_a_row"])
         self.shown: dict[str, float] = {}
-        self.compiled: bool = False
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Fetches and writes the metrics of a finished step."""
@@ -71,15 +69,14 @@ class Telling:
         watched = {name.removeprefix("validation/"): value for name, value in told.items()}
         self.shown |= {k: v for k, v in watched.items() if k.endswith(ends) or k.startswith(of_note)}
         self._session.ledger.lap("evaluating")
-        self.compiled = True
         return told
 
 
-def evaluated(workdir: Workdir, stage: str, step: int) -> dict[str, Any]:
-    """The row that tells of the evaluation of a step, as process 0 sees it; empty if something stopped it before that."""
+def evaluated(workdir: Workdir, stage: str, step: int) -> bool:
+    """Whether the evaluation of a step was told, as process 0 sees it. A preemption may have come before it."""
 
-    def told() -> dict[str, Any]:
-        rows = (row for row in read_metrics(workdir.path, stage) if row["step"] == step)
-        return next((row for row in rows if any(name.startswith("validation/") for name in row)), {})
+    def told() -> bool:
+        rows = read_metrics(workdir.path, stage)
+        return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
 
     return from_main(told)

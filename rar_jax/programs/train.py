@@ -225,11 +225,9 @@ def train(
         reporter.resume_from(start)
         telling = Telling(stage, recipe, reporter, session, state, validate, scorers, draw)
 
-        def save(step: int, state: State, told: dict[str, float], *, wait: bool = False) -> None:
+        def save(step: int, state: State, score: tuple[str, float] | None = None) -> None:
             ledger.lap("training")
-            checkpointer.save(step, state, objective.meta | {"step": step}, best_by(told) if recipe.keep_best else None)
-            if wait:
-                checkpointer.wait()
+            checkpointer.save(step, state, objective.meta | {"step": step}, score)
             ledger.lap("saving")
 
         # ---- the loop
@@ -238,11 +236,8 @@ def train(
         ledger.lap("starting")
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
-            # A stop may have come before the evaluation of this step, or before it was marked.
-            if start and start % recipe.eval_every == 0:
-                told = evaluated(workdir, stage, start) or telling.evaluate(start, state)
-                if recipe.keep_best and start % recipe.checkpoint_every == 0:
-                    checkpointer.mark(start, best_by(told))
+            if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
+                telling.evaluate(start, state)  # it was preempted there
             while step < recipe.steps:
                 step += 1
                 batch = next(data)
@@ -278,26 +273,17 @@ def train(
                 if evaluate_now or save_now:
                     telling.record(*pending)
                     pending = None
-                told: dict[str, float] = {}
-                if evaluate_now:
-                    # The first one compiles, maybe for minutes. What is in memory alone is saved before: a signal can end it at once.
-                    saved = not (telling.compiled or last or telling.bad_in_a_row)
-                    if saved:
-                        save(step, state, {}, wait=True)
-                        session.poll()
-                        saved = checkpointer.has(step)  # or the disk is full
-                    with session.watch.nothing_to_save() if saved else contextlib.nullcontext():
-                        told = telling.evaluate(step, state)
+                told = telling.evaluate(step, state) if evaluate_now else {}
                 # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
                 if save_now and (last or not telling.bad_in_a_row):
-                    save(step, state, told)
+                    save(step, state, best_by(told) if recipe.keep_best else None)
             checkpointer.wait()  # here, where a signal does not cut the last save off
         except Preempted:
             if pending is not None:
                 telling.record(*pending)
             # The last step is saved when it has been evaluated: the stage would count as finished.
             if start != step < recipe.steps:
-                save(step, state, {})
+                save(step, state)
             raise
     if session.watch.noticed:  # during the last save
         raise Preempted

@@ -12,7 +12,6 @@ restores a file with a flipped bit without a word.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import math
@@ -72,11 +71,6 @@ def _steps(folder: pathlib.Path) -> list[int]:
 def mark_best(folder: pathlib.Path, step: int, metric: str, value: float) -> None:
     """Marks a step in best.json: it is kept until another is the best by this metric, whatever the training's retention."""
     write_json(folder / BEST, best_steps(folder) | {metric: {"step": step, "value": value}})
-
-
-def _mark_if_best(folder: pathlib.Path, step: int, score: tuple[str, float] | None) -> None:
-    if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
-        mark_best(folder, step, *score)
 
 
 def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -155,12 +149,11 @@ class Checkpointer:
         self._threads = ThreadPoolExecutor(1)
         self._unfinished: int | None = None
         self._step, self._failures = 0, 0  # of the last save; in a row, for want of room
-        self._counts: int | None = None  # on process 0: the last step that was saved here and has its manifest
         self._score: tuple[str, float] | None = None
         self._manifest: Future[None] | None = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any], score: tuple[str, float] | None = None) -> None:
-        """Starts a save; an error of the one before is raised here. A step that it saved last is only marked by its score.
+        """Starts a save; an error of the one before is raised here.
 
         A full disk is a warning, and the training goes on: what the save had written is removed, older steps stay. After
         MOST_FAILURES saves in a row it is an error.
@@ -169,8 +162,6 @@ class Checkpointer:
           score: name and value, lower is better: the step is marked as the best once it is on disk, if it is.
         """
         self.wait()
-        if self.has(step):
-            return self.mark(step, score)
         self._step = step
         with self._full_disk_is_a_warning():
             size = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -179,15 +170,6 @@ class Checkpointer:
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, force=True)
             self._unfinished, self._score = step, score
-
-    def has(self, step: int) -> bool:
-        """Whether this is the last step that was saved here, and it counts. All processes call this, after `wait`."""
-        return bool(from_main(lambda: self._counts == step))
-
-    def mark(self, step: int, score: tuple[str, float] | None) -> None:
-        """A saved step is the best if its score says so."""
-        if is_main():
-            _mark_if_best(self.folder, step, score)
 
     def poll(self) -> None:
         """Starts the manifest as soon as the files are whole; costs nothing otherwise. Call it every step."""
@@ -204,7 +186,7 @@ class Checkpointer:
             if self._manifest is not None and self._manifest.done():
                 manifest, self._manifest = self._manifest, None
                 manifest.result()
-                self._counts, self._failures = self._step, 0
+                self._failures = 0
                 self._on_saved(self._step)
 
     def wait(self) -> None:
@@ -255,7 +237,6 @@ class Checkpointer:
         Raises: CheckpointError if there are damaged steps and no good one.
         """
         self.wait()
-        self._counts = None  # a training that is sent back may come to the same step with another state
         good = good_step(self.folder, before=before, every=1 if before is None else self._every)
         self._set_aside(good, before)
         if good is None:
@@ -317,15 +298,28 @@ def _finish(
     write_manifest(folder / str(step))
     if verify:
         verify_from_disk(folder / str(step))
-    _mark_if_best(folder, step, score)
+    if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
+        mark_best(folder, step, *score)
     steps = _steps(folder)
     kept = {steps[0], *[known for known in steps if known % every == 0][:keep]}
     kept |= {marked["step"] for marked in best_steps(folder).values()}
     old = set(steps) - kept
-    if old and not verify:  # the newest that verifies stays, whatever the disk made of those after it
-        old -= {known for known, _ in itertools.islice(good_steps(folder), 1)}
+    if step % every == 0 and old and not verify:
+        old -= _newest_on_disk(folder, every)
     for gone in old:
         shutil.rmtree(folder / str(gone), ignore_errors=True)
+
+
+def _newest_on_disk(folder: pathlib.Path, every: int) -> set[int]:
+    """The newest of the steps that trainings go back to which the disk holds as it was written; or nothing."""
+    for step in (step for step in _steps(folder) if step % every == 0):
+        try:
+            verify_from_disk(folder / str(step))
+        except CheckpointError as error:
+            log.warning("checkpoint step %d is not what was written: %s", step, error)
+        else:
+            return {step}
+    return set()
 
 
 def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:

@@ -2,8 +2,7 @@
 
 Nearly everything that a verb does can be stopped at any moment and goes on with the same command: shards of tokens, chunks of an
 evaluation, a compilation, a save. There a signal ends the process at once. Only a training has steps in memory that no file
-holds: within `saving()` the signal is a note, which the loop asks for by `reached()`, then saves and raises Preempted; but where
-the first evaluation compiles it has saved before, and leaves at once. A second
+holds: within `saving()` the signal is a note, which the loop asks for by `reached()`, then saves and raises Preempted. A second
 signal ends the process at once anywhere, which does no harm (a kill does none). Within moments of the first it is the same one:
 of a machine that shuts down a process may be told by the system and by the script that started it.
 
@@ -90,22 +89,19 @@ class Watch:
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Within it a signal is answered by `reached`. All processes enter and ask together."""
-        self._hold()
+        if self._many:
+            barrier("saving")  # until all are here the thread asks; then it stands still, and all go on from one number
+        with self._lock:
+            self._saving = True
+        if self._many:
+            meeting = max(int(text) for text in from_all(str(self._asked)))
+            while self._asked < meeting:
+                self._ask()
         try:
             yield
         finally:
             with self._lock:
                 self._saving = False
-
-    @contextlib.contextmanager
-    def nothing_to_save(self) -> Iterator[None]:
-        """Within `saving`, where all is on disk and something may compile for minutes: a signal ends the process at once again."""
-        with self._lock:
-            self._saving = False
-            if self.noticed:  # a moment ago, as a note
-                self._leave("SIGTERM")
-        yield
-        self._hold()
 
     def reached(self) -> bool:
         """Whether to save and stop here: the same answer on all processes."""
@@ -118,17 +114,6 @@ class Watch:
         return PREEMPTED if self.noticed else code
 
     # ---- the threads
-
-    def _hold(self) -> None:
-        """From here on a signal is a note."""
-        if self._many:
-            barrier("saving")  # until all are here the thread asks; then it stands still, and all go on from one number
-        with self._lock:
-            self._saving = True
-        if self._many:
-            meeting = max(int(text) for text in from_all(str(self._asked)))
-            while self._asked < meeting:
-                self._ask()
 
     def _listen(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):

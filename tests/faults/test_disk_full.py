@@ -57,7 +57,6 @@ def test_the_disk_is_full_for_a_while(
             checkpointer.save(step, state(step), {})
             checkpointer.wait()
             assert names(tmp_path) == ["1", "2"], where
-            assert checkpointer.has(2) and not checkpointer.has(step)
     assert [r.getMessage().split(":")[0] for r in caplog.records] == [
         f"step {step} could not be saved in {tmp_path}" for step in (3, 4)
     ]

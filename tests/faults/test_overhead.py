@@ -18,7 +18,11 @@ def test_guard_and_checksums(record_property: Any) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "docs/measurements/guard.py"), "digits"], env=env, text=True, capture_output=True
+        [sys.executable, str(ROOT / "docs/measurements/guard.py"), "digits"],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ratio, share = (re.findall(pattern, done.stdout) for pattern in (r"median ratio (\S+)", r"(\S+)% of the"))

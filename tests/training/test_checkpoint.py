@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.training import checkpoint
-from rar_jax.training.checkpoint import Checkpointer, best_steps, good_step, load_params, read_meta
+from rar_jax.training.checkpoint import Checkpointer, good_step, load_params, read_meta
 from rar_jax.training.manifest import CheckpointError, verify_manifest
 
 SPECS = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("fsdp"), "step": PartitionSpec()}
@@ -342,18 +342,6 @@ def test_retention(tmp_path: pathlib.Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["4", "5"]
     verify_manifest(tmp_path / "4")
     verify_manifest(tmp_path / "5")
-
-
-def test_a_step_is_saved_once_and_marked_later(tmp_path: pathlib.Path) -> None:
-    checkpointer = Checkpointer(tmp_path, keep=1)
-    checkpointer.save(1, put(numbers(1), one()), {})
-    checkpointer.wait()
-    manifest = (tmp_path / "1" / "manifest.json").read_bytes()
-    checkpointer.save(1, put(numbers(7), one()), {}, ("loss", 0.5))
-    assert best_steps(tmp_path) == {"loss": {"step": 1, "value": 0.5}}
-    checkpointer.save(2, put(numbers(2), one()), {}, ("loss", 0.7))
-    checkpointer.close()
-    assert best_steps(tmp_path)["loss"]["step"] == 1 and (tmp_path / "1" / "manifest.json").read_bytes() == manifest
 
 
 def test_a_training_that_is_sent_back_saves_the_same_step_again(tmp_path: pathlib.Path) -> None:
