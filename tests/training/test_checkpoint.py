@@ -345,9 +345,8 @@ def test_retention(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_training_that_is_sent_back_saves_the_same_step_again(tmp_path: pathlib.Path) -> None:
+    save(tmp_path, range(1, 3))
     checkpointer = Checkpointer(tmp_path, keep=9)
-    for step in (1, 2):
-        checkpointer.save(step, put(numbers(step), one()), {})
     assert int(checkpointer.restore(abstract(numbers(0), one()), before=2)["step"]) == 1
     checkpointer.save(2, put(numbers(7), one()), {})
     checkpointer.close()
