@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.networks.layers import gelu, has_fused_attention, matmul_precision, modulate
-from rar_jax.parallel.rules import is_sharded
+from rar_jax.parallel.rules import is_sharded, on_one_device
 
 Params = dict[str, Any]
 KeysValues = tuple[jax.Array, jax.Array]  # each (*r, m, k) with rows r = b, g, h, or one dimension of them all
@@ -171,9 +171,9 @@ class Conditions(NamedTuple):
         return batch, 1 if self.null_1d is None else 2
 
     def slots_at_a_time(self, slots: int) -> int:
-        """For how many of so many slots modulations are kept: about 1024 vectors, at most 64 and at least 8 slots, and such
-        that they divide evenly."""
-        most = min(64, max(8, 1024 // len(self.embedded_ed)))
+        """For how many of so many slots modulations are kept: about 1024 vectors on a device, at most 64 and at least 8 slots,
+        and such that they divide evenly."""
+        most = min(64, max(8, 1024 // on_one_device(len(self.embedded_ed))))
         return -(-slots // -(-slots // most))
 
     def modulations(self, params: Sequence[Params], steps_sd: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:
@@ -291,7 +291,7 @@ def generate(
         carry = [(empty, empty) for _ in layers], token_b, kept_s
         return jax.lax.fori_loop(0, -(-(end - begin) // period), some_slots, carry)
 
-    for begin, end in itertools.pairwise(_stage_ends(params, slots, math.prod(given.rows))):
+    for begin, end in itertools.pairwise(_stage_ends(params, slots, on_one_device(math.prod(given.rows)))):
         stage, token_b, kept_s = one_stage(begin, end, token_b, kept_s)
         done.append(stage)
     return kept_s

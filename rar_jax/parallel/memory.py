@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,23 @@ def free(device: Any) -> int | None:
         kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         return kib * 1024 // jax.local_device_count("cpu")
     return None
+
+
+def check_arrays(shapes: Any, shardings: Any, what: str) -> None:
+    """Refuses arrays that a device has no room for, before they are made.
+
+    Args:
+      shapes, shardings: the same tree, of ShapeDtypeStructs and of Shardings. what: they are, for the message.
+
+    Raises: ConfigError with both numbers.
+    """
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
+    takes, left = sum(jax.tree.leaves(sizes)), free(jax.local_devices()[0])
+    if left is not None and takes > left:
+        raise ConfigError(
+            f"{what}: {takes / 2**30:.3g} GiB on each device, {left / 2**30:.3g} are free: choose a smaller model, or more "
+            "devices and mesh.fsdp"
+        )
 
 
 def check(compiled: Any, batch_size: int, *, divisor: int = 1, where: str = "batch_size") -> None:

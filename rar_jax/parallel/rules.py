@@ -77,3 +77,9 @@ def is_sharded() -> bool:
     """Whether code is traced in the context of `sharded` on a mesh of more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
+
+
+def on_one_device(batch: int) -> int:
+    """How many samples of a batch each device has, in the context of `sharded`; all of them outside of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return -(-batch // math.prod(mesh.shape.get(axis, 1) for axis in dict(RULES)["batch"]))

@@ -297,6 +297,7 @@ def _random(shapes: Any, at: Any) -> Any:
         ]
         return tree.unflatten([x.astype(leaf.dtype) for x, leaf in zip(noise, leaves, strict=True)])
 
+    memory.check_arrays(shapes, at, "random weights")
     return jax.jit(draw, out_shardings=at)(jax.random.key(0))
 
 

@@ -69,6 +69,14 @@ def test_slots_at_a_time(classes: int, slots: int) -> None:
     assert period * classes <= 1024 or period <= 8
 
 
+def test_slots_at_a_time_go_by_what_one_device_has() -> None:
+    whole, part = (decoding.Conditions(jnp.zeros((rows, 2)), None) for rows in (128, 32))
+    expected = part.slots_at_a_time(257)
+    assert expected != whole.slots_at_a_time(257)
+    with sharded(make_mesh(MeshConfig(2, 2, 1))):
+        assert whole.slots_at_a_time(257) == expected
+
+
 def random_params(seed: int) -> Any:
     shapes = jax.eval_shape(lambda: rar.init(rar.TINY, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(shapes)
@@ -163,8 +171,10 @@ def test_stages_cover_the_slots_and_stay_few_to_compile(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
-def test_on_a_mesh(shape: tuple[int, int, int]) -> None:
-    """Rows are cut over the devices and parameters by rules.py: the logits of one device."""
+def test_on_a_mesh(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are cut over the devices and parameters by rules.py: the logits of one device, in stages for the rows that it has."""
+    stage_ends, rows = decoding._stage_ends, []
+    monkeypatch.setattr(decoding, "_stage_ends", lambda *args: rows.append(args[2]) or stage_ends(*args))
     config, params = rar.TINY, random_params(0)
     labels, keys = jnp.asarray([3, 1, 3, 10, 0, 2, 5, 5]), jax.random.split(jax.random.key(1), 8)
     tokens = jax.random.randint(jax.random.key(2), (8, 16), 0, 32)
@@ -177,3 +187,4 @@ def test_on_a_mesh(shape: tuple[int, int, int]) -> None:
         again = jax.jit(lambda p, c, k: rar.sample(config, p, c, keys=k, guidance=Guidance(2.0)))(params, labels, keys)
     np.testing.assert_allclose(ours, expected, atol=2e-5)
     np.testing.assert_array_equal(again, drawn)
+    assert rows == [8, 16, *(each // (shape[0] * shape[1]) for each in (8, 16))]  # cached_logits has no guidance

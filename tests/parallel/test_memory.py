@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rar_jax.config import ConfigError
 from rar_jax.parallel import memory
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
 
 
 def compiled(rows: int) -> Any:
@@ -43,3 +45,14 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: py
     monkeypatch.setattr(memory, "free", lambda device: 10)
     with pytest.raises(ConfigError, match="choose a smaller model, more devices"):
         memory.check(program, 4000)
+
+
+def test_arrays_that_do_not_fit_are_refused_by_what_one_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = make_mesh(MeshConfig(1, 4, 1))
+    tree = {"cut": jax.ShapeDtypeStruct((8, 100), jnp.float32), "whole": jax.ShapeDtypeStruct((50,), jnp.bfloat16)}
+    at = {"cut": NamedSharding(mesh, PartitionSpec("fsdp")), "whole": NamedSharding(mesh, PartitionSpec())}
+    monkeypatch.setattr(memory, "free", lambda device: 2 * 100 * 4 + 50 * 2)
+    memory.check_arrays(tree, at, "weights")
+    monkeypatch.setattr(memory, "free", lambda device: 2 * 100 * 4 + 50 * 2 - 1)
+    with pytest.raises(ConfigError, match=r"weights: 8\.38e-07 GiB on each device, 8\.37e-07 are free: choose"):
+        memory.check_arrays(tree, at, "weights")

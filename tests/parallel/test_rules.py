@@ -16,7 +16,15 @@ from rar_jax.evaluation import classifier
 from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import is_main
-from rar_jax.parallel.rules import RULES, batch_sharding, param_shardings, partition_spec, replicated, sharded
+from rar_jax.parallel.rules import (
+    RULES,
+    batch_sharding,
+    on_one_device,
+    param_shardings,
+    partition_spec,
+    replicated,
+    sharded,
+)
 
 MODELS = {
     **{name: find_module("generators", name) for name in module_names("generators")},
@@ -132,6 +140,10 @@ def test_replicated_and_the_context() -> None:
     mesh = make_mesh(MeshConfig(2, 1, 2))
     array = jax.device_put(np.arange(6.0), replicated(mesh))
     assert [s.data.shape for s in array.addressable_shards] == [(6,)] * 4
+    assert on_one_device(7) == 7
     with sharded(mesh):
         assert jax.sharding.get_abstract_mesh().axis_names == ("data", "fsdp", "tensor")
+        assert [on_one_device(batch) for batch in (1, 2, 7)] == [1, 1, 4]
+    with sharded(make_mesh(MeshConfig(2, 2, 1))):
+        assert on_one_device(8) == 2
     assert jax.sharding.get_abstract_mesh().empty

@@ -270,11 +270,18 @@ def test_what_cannot_be(argv: list[str], problem: str, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("what", ["sample", "train", "tokenize"])
 def test_a_batch_that_memory_does_not_hold(what: str, monkeypatch: pytest.MonkeyPatch, tiny: Experiment) -> None:
-    """It is refused before it is run."""
-    monkeypatch.setattr(memory, "free", lambda device: 2**10)
-    cases = CASES[what](tiny, make_mesh(tiny.mesh), Options(what, batch_sizes=(4,)))
+    """It is refused before it is run, and so are weights that are too large, before they are drawn."""
+    run = CASES[what]
+    left = iter([2**40, 2**10])  # with and without room for the weights
+    monkeypatch.setattr(memory, "free", lambda device: next(left))
     with pytest.raises(ConfigError, match=r"--batch-size 4 takes .* GiB on each device, .* are free"):
-        next(cases)
+        next(run(tiny, make_mesh(tiny.mesh), Options(what, batch_sizes=(4,))))
+    monkeypatch.setattr(memory, "free", lambda device: 2**10)
+    monkeypatch.setattr(bench_cases, "dropout_bits", None)
+    with pytest.raises(
+        ConfigError, match=r"random weights: .* GiB on each device, .* are free: choose a smaller model"
+    ):
+        next(run(tiny, make_mesh(tiny.mesh), Options(what, batch_sizes=(4,))))
 
 
 def test_the_loader_reads_codes_only(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
