@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -131,21 +132,26 @@ class Scorer:
     ) -> Score:
         """Sums over the samples with these ids; sample i has class i modulo the classes, so classes are interleaved. `poll` is
         called before each chunk of so many batches."""
-        experiment, classes = self.experiment, self.experiment.data.num_classes
         size = self.batch_size(len(ids))
-        guidance = guidance or experiment.guidance
-        params = {"generator": generator_params, **self._params()}
         total: Score | None = None
         for start in range(ids.start, ids.stop, size * chunk):
             poll()
-            count = min(chunk, -(-(ids.stop - start) // size))
-            ids_sb = np.arange(start, start + count * size, dtype=np.int32).reshape(count, size)
-            batch = ((ids_sb % classes).astype(np.int32), ids_sb, (ids_sb < ids.stop).astype(np.float32))
+            shape = min(chunk, -(-(ids.stop - start) // size)), size
             with sharded(self.mesh):
-                score = self._score_samples(params, *self._place(batch), np.uint32(seed), guidance)
+                score = self._score_samples(*self._to_sample(generator_params, start, shape, ids.stop, seed, guidance))
             total = score if total is None else total.add(score)
         assert total is not None
         return total
+
+    def _to_sample(
+        self, generator_params: Any, start: int, shape: tuple[int, int], stop: int, seed: int, guidance: Guidance | None
+    ) -> tuple[Any, ...]:
+        """Arguments of `_score_samples` for ids from `start` on, (batches, size); those from `stop` on do not count."""
+        ids_sb = np.arange(start, start + math.prod(shape), dtype=np.int32).reshape(shape)
+        classes = self.experiment.data.num_classes
+        batch = self._place(((ids_sb % classes).astype(np.int32), ids_sb, (ids_sb < stop).astype(np.float32)))
+        params = {"generator": generator_params, **self._params()}
+        return params, *batch, np.uint32(seed), guidance or self.experiment.guidance
 
     def images(self, source: ImageSource, n: int) -> Score:
         """Sums over the first n real images, each against its own label."""
@@ -165,6 +171,13 @@ class Scorer:
     def distance(self, score: Score) -> float:
         """fd_classifier to the training images, float64."""
         return frechet.distance(self.mean, self.cov, *moments.finalize(score.moments, self.mean))
+
+    def compile_live(self, generator_params: Any) -> None:
+        """Compiles what `live` runs, without running it."""
+        n = self.experiment.evaluate.live_samples
+        with sharded(self.mesh):
+            given = self._to_sample(generator_params, 0, (1, self.batch_size(n)), n, 0, None)
+            self._score_samples.lower(*given).compile()
 
     def live(self, generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
         """The distance while training, on few samples; its name carries how many. float32, in graph to the end."""

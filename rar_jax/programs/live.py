@@ -1,10 +1,10 @@
-"""Scores while training: on few samples, in graph to the last root, named with their number."""
+"""Numbers of an evaluation while training. Scores are on few samples, in graph to the last root, named with their number."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,27 @@ from rar_jax.programs.scoring import Program, Settings, check_protocol, shift_of
 from rar_jax.programs.stages import trained_params
 from rar_jax.training.workdir import Workdir
 
-# Function of the generator's parameters, and of what it calls before each part of the work, which may raise Preempted.
-Live = Callable[[Any, Callable[[], None]], dict[str, float]]
+
+class Numbers(NamedTuple):
+    """Numbers of a stage's parameters.
+
+    compile: of parameters, makes the programs that `of` calls. of: of parameters, and of what it calls before each part of the work,
+    which may raise Preempted.
+    """
+
+    compile: Callable[[Any], None]
+    of: Callable[[Any, Callable[[], None]], dict[str, float]]
 
 
-def live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[Live]:
+def live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[Numbers]:
     """What config.evaluate asks for: the distance on classifier features, and on Inception's.
 
     Raises: what reading Inception's weights and the reference raises, before anything is trained.
     """
-    scorers: list[Live] = []
+    scorers: list[Numbers] = []
     if experiment.evaluate.live_samples and experiment.classifier:
-        scorers.append(Scorer(experiment, workdir, mesh).live)
+        scorer = Scorer(experiment, workdir, mesh)
+        scorers.append(Numbers(scorer.compile_live, scorer.live))
     if experiment.evaluate.live_samples and experiment.evaluate.inception:
         scorers.append(_inception(experiment, workdir, mesh))
     return scorers
@@ -50,7 +59,7 @@ def best_by(told: dict[str, float]) -> tuple[str, float] | None:
     return None
 
 
-def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Live:
+def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Numbers:
     """fid_n..., where there is a reference, and inception_score_n..., on float32 sums of each batch.
 
     Of few images a FID is far above that of 50,000, and the noisier the fewer: a curve, not a result.
@@ -66,12 +75,15 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Live:
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
     distance = jax.jit(frechet.distance_of_sums)
 
+    def given(generator_params: Any) -> tuple[Any, ...]:
+        models = experiment.generator, experiment.tokenizer
+        return models, {"generator": generator_params, "tokenizer": tokenizer}, experiment.guidance
+
+    def compile(generator_params: Any) -> None:
+        program.compile_samples(*given(generator_params))
+
     def score(generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
-        models, params = (
-            (experiment.generator, experiment.tokenizer),
-            {"generator": generator_params, "tokenizer": tokenizer},
-        )
-        compute, totals = program.samples(models, params, experiment.guidance, whole_batches=True), Totals(n)
+        compute, totals = program.samples(*given(generator_params), whole_batches=True), Totals(n)
         for start in range(0, n, size):
             poll()
             count = min(size, n - start)
@@ -86,4 +98,4 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Live:
             )
         return told
 
-    return score
+    return Numbers(compile, score)

@@ -3,8 +3,8 @@ keeps of them. They are what `rar-jax report` shows over time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,15 @@ from rar_jax.training.workdir import Workdir
 
 PAIRS = 12  # held-out images of a tokenizer's grid
 
-# Function of a stage's parameters. All processes call it and get all images.
-Draw = Callable[[Any], Grid]
+
+class Draw(NamedTuple):
+    """Grids of a stage's parameters.
+
+    compile: of parameters, makes the program that `of` calls. of: of parameters; all processes call it and get all images.
+    """
+
+    compile: Callable[[Any], None]
+    of: Callable[[Any], Grid]
 
 
 def live_grid(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh) -> Draw | None:
@@ -49,14 +56,16 @@ def _samples(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Draw:
 
     program = jax.jit(draw, out_shardings=replicated(mesh))
     rows = tuple(data.class_names[label].split(",")[0] for label in shown)
+    rows_b = labels, np.arange(len(labels), dtype=np.int32)
+
+    def compile(params: Any) -> None:
+        _compile(program, {"generator": params, "tokenizer": tokenizer}, rows_b, experiment, mesh)
 
     def grid(params: Any) -> Grid:
-        both = {"generator": params, "tokenizer": tokenizer}
-        rows_b = labels, np.arange(len(labels), dtype=np.int32)
-        images = _in_batches(lambda *batch: program(both, *batch), rows_b, experiment, mesh)
+        images = _in_batches(program, {"generator": params, "tokenizer": tokenizer}, rows_b, experiment, mesh)
         return Grid(images.reshape(len(shown), columns, *images.shape[1:]), rows, ("",) * columns)
 
-    return grid
+    return Draw(compile, grid)
 
 
 def _reconstructions(experiment: Experiment, mesh: Mesh) -> Draw:
@@ -71,22 +80,39 @@ def _reconstructions(experiment: Experiment, mesh: Mesh) -> Draw:
 
     program = jax.jit(through, out_shardings=replicated(mesh))
 
+    def compile(params: Any) -> None:
+        _compile(program, params, (records["images"],), experiment, mesh)
+
     def grid(params: Any) -> Grid:
-        kept = _in_batches(lambda images: program(params, images), (records["images"],), experiment, mesh)
+        kept = _in_batches(program, params, (records["images"],), experiment, mesh)
         return Grid(np.stack([records["images"], kept]), ("original", "reconstruction"), tuple(names))
 
-    return grid
+    return Draw(compile, grid)
 
 
 def _in_batches(
-    program: Callable[..., jax.Array], rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh
+    program: Any, params: Any, rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh
 ) -> np.ndarray:
-    """The program's images of these rows, at most config.evaluate.batch_size at a time."""
+    """The jitted program's images of these rows."""
+    images = []
+    for batch in _batches(rows, experiment, mesh):
+        with sharded(mesh):
+            images.append(np.asarray(program(params, *batch)))
+    return np.concatenate(images)[: len(rows[0])]
+
+
+def _compile(
+    program: Any, params: Any, rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh
+) -> None:
+    """What `_in_batches` calls; all batches have one shape."""
+    with sharded(mesh):
+        program.lower(params, *next(_batches(rows, experiment, mesh))).compile()
+
+
+def _batches(rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh) -> Iterator[tuple[jax.Array, ...]]:
+    """The rows on the devices, at most config.evaluate.batch_size at a time; the last batch is filled up."""
     count, parts = len(rows[0]), batch_divisor(mesh)
     size = -(-min(experiment.evaluate.batch_size, count) // parts) * parts
-    images = []
     for start in range(0, count, size):
-        places = np.arange(start, start + size) % count  # the last batch is filled up, and cut again
-        with sharded(mesh):
-            images.append(np.asarray(program(*place([array[places] for array in rows], batch_sharding(mesh)))))
-    return np.concatenate(images)[:count]
+        places = np.arange(start, start + size) % count
+        yield tuple(place([array[places] for array in rows], batch_sharding(mesh)))

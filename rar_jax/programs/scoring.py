@@ -167,16 +167,28 @@ class Program:
           params: {"generator", "tokenizer"}.
           whole_batches: of batch_size even where fewer images are wanted, so that the last few compile nothing anew.
         """
-        classes = models[0].config.num_classes
 
         def compute(start: int, count: int) -> Chunk:
-            ids_sb, weights_sb = self._rows(start, count, self.settings.batch_size if whole_batches else count)
-            rows = self._place(((ids_sb % classes).astype(np.int32), ids_sb, weights_sb))
+            rows = self._rows(start, count, self.settings.batch_size if whole_batches else count)
             with sharded(self.mesh), self._mode():
-                given = {**params, **self._params}, rows, np.uint32(self.settings.seed), guidance
+                given = self._to_sample(models, params, guidance, rows)
                 return _flat(self._run(self._score_samples, *given, models=models, keep=keep))
 
         return compute
+
+    def compile_samples(self, models: tuple[Model, Model], params: Mapping[str, Any], guidance: Guidance) -> None:
+        """Compiles what `samples` of whole batches runs, without running it."""
+        rows = self._rows(0, self.settings.batch_size)
+        with sharded(self.mesh), self._mode():
+            self._compile(self._score_samples, *self._to_sample(models, params, guidance, rows), models=models, keep=())
+
+    def _to_sample(
+        self, models: tuple[Model, Model], params: Mapping[str, Any], guidance: Guidance, rows: tuple[np.ndarray, ...]
+    ) -> tuple[Any, ...]:
+        """Arguments of `_score_samples` for these ids and weights."""
+        ids_sb, weights_sb = rows
+        placed = self._place(((ids_sb % models[0].config.num_classes).astype(np.int32), ids_sb, weights_sb))
+        return {**params, **self._params}, placed, np.uint32(self.settings.seed), guidance
 
     def lower_samples(
         self, models: tuple[Model, Model], params: Mapping[str, Any], guidance: Guidance
@@ -258,8 +270,12 @@ class Program:
         return seconds
 
     def _run(self, program: Any, *args: Any, **static: Any) -> Chunk:
-        """Calls a jitted program, compiled once for each form of its arguments. Raises: ConfigError, before it runs, if a
-        device has not the memory that it takes."""
+        """Calls a jitted program. Raises: ConfigError as `_compile` does."""
+        return self._compile(program, *args, **static)(*args)
+
+    def _compile(self, program: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
+        """A jitted program for arguments of this form, compiled once. Raises: ConfigError, before it runs, if a device has not
+        the memory that it takes."""
         leaves, tree = jax.tree.flatten(args)
         form = program, tree, tuple((np.shape(x), jnp.result_type(x)) for x in leaves), tuple(static.items())
         if form not in self._compiled:
@@ -267,7 +283,7 @@ class Program:
             rows, parts = self.settings.batch_size, batch_divisor(self.mesh)
             memory.check(compiled, rows, divisor=parts)
             self._compiled[form] = compiled
-        return self._compiled[form](*args)
+        return self._compiled[form]
 
     def _mode(self) -> Any:
         return jax.enable_x64(self._dtype == np.float64)

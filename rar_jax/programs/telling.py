@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rar_jax.parallel.processes import from_main
-from rar_jax.programs.live import Live
+from rar_jax.programs.live import Numbers
 from rar_jax.programs.live_grids import Draw
 from rar_jax.programs.session import Session
 from rar_jax.training.recipe import Recipe
@@ -19,7 +19,7 @@ class Telling:
     """Writes metrics and the ledger. shown: the numbers of the progress line. bad_in_a_row: as of the last step recorded.
 
     Args:
-      state: where the training begins. validate, scorers, draw: functions of parameters.
+      state: where the training begins. numbers: of an evaluation. draw: its picture.
     """
 
     def __init__(
@@ -29,12 +29,11 @@ class Telling:
         reporter: Reporter,
         session: Session,
         state: State,
-        validate: Callable[..., dict[str, float]],
-        scorers: Sequence[Live],
+        numbers: Sequence[Numbers],
         draw: Draw | None,
     ) -> None:
         self._stage, self._recipe, self._reporter, self._session = stage, recipe, reporter, session
-        self._validate, self._scorers, self._draw = validate, scorers, draw
+        self._numbers, self._draw = numbers, draw
         self._skipped = int(state["guard"]["skipped"])
         self.bad_in_a_row: int = int(state["guard"]["in_a_row"])
         self.shown: dict[str, float] = {}
@@ -52,17 +51,23 @@ class Telling:
         if step % self._recipe.log_every == 0 or step == self._recipe.steps or bad:
             self._reporter.metrics(step, values)
 
+    def compile(self, state: State) -> None:
+        """Compiles what `evaluate` calls."""
+        params = evaluated_params(state)
+        for each in (*self._numbers, *([] if self._draw is None else [self._draw])):
+            each.compile(params)
+
     def evaluate(self, step: int, state: State) -> dict[str, float]:
         """Validates and scores; all of it is told, and returned. Raises: Preempted between two batches."""
         self._session.ledger.lap("training")
         params = evaluated_params(state)
-        told = self._validate(params, self._session.poll)
-        for scorer in self._scorers:
-            told |= scorer(params, self._session.poll)
+        told: dict[str, float] = {}
+        for each in self._numbers:
+            told |= each.of(params, self._session.poll)
         if self._draw is not None:
             self._session.poll()
             self._reporter.grid(
-                "reconstructions" if self._stage == "tokenizer" else "samples", self._draw(params), step
+                "reconstructions" if self._stage == "tokenizer" else "samples", self._draw.of(params), step
             )
         self._reporter.metrics(step, told)  # last: they say that the step was evaluated
         of_note, ends = ("fd_", "fid_", "acc"), ("bits", "psnr")

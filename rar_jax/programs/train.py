@@ -27,7 +27,7 @@ from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.programs.experiment import Experiment
-from rar_jax.programs.live import best_by, live_scorers
+from rar_jax.programs.live import Numbers, best_by, live_scorers
 from rar_jax.programs.live_grids import live_grid
 from rar_jax.programs.objective import Objective, encoded, make_objective
 from rar_jax.programs.session import Session
@@ -52,11 +52,8 @@ class TrainingError(RuntimeError):
 # ---------------------------------------------------------------- validation
 
 
-def make_validation(
-    objective: Objective, records: int, mesh: Mesh, frozen: Any = None
-) -> Callable[..., dict[str, float]]:
-    """Function params -> mean metrics over the first held-out `records` (rounded down to divide over the mesh); its second
-    argument is called before each batch.
+def make_validation(objective: Objective, records: int, mesh: Mesh, frozen: Any = None) -> Numbers:
+    """Mean metrics of parameters over the first held-out `records` (rounded down to divide over the mesh).
 
     frozen: parameters of the objective's encoder, if it has one: held-out images are encoded once, here.
     """
@@ -78,7 +75,12 @@ def make_validation(
         out_shardings=replicated(mesh),
     )
 
-    def validate(params: Any, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def compile(params: Any) -> None:
+        shapes = {str(jax.tree.map(jnp.shape, batch)): batch for _, batch in batches_by_variant}
+        for batch in shapes.values():
+            loss.lower(params, batch).compile()
+
+    def validate(params: Any, poll: Callable[[], None]) -> dict[str, float]:
         totals: dict[str, float] = {}
         for prefix, batch in batches_by_variant:
             poll()
@@ -87,7 +89,7 @@ def make_validation(
                 totals[key] = totals.get(key, 0.0) + float(value) / count
         return totals
 
-    return validate
+    return Numbers(compile, validate)
 
 
 # ---------------------------------------------------------------- state and step
@@ -214,8 +216,8 @@ def train(
 
         # ---- the data: a function of (seed, place in the stream); the place is the step and what the guard passed over
         data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
-        validate = make_validation(objective, recipe.eval_records, mesh, frozen)
-        scorers = live_scorers(experiment, workdir, mesh) if stage == "generator" else []
+        numbers = [make_validation(objective, recipe.eval_records, mesh, frozen)]
+        numbers += live_scorers(experiment, workdir, mesh) if stage == "generator" else []
         draw = live_grid(experiment, stage, workdir, mesh)
 
         # ---- what is told
@@ -223,7 +225,7 @@ def train(
             Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet, wandb=experiment.wandb)
         )
         reporter.resume_from(start)
-        telling = Telling(stage, recipe, reporter, session, state, validate, scorers, draw)
+        telling = Telling(stage, recipe, reporter, session, state, numbers, draw)
 
         def save(step: int, state: State, score: tuple[str, float] | None = None) -> None:
             ledger.lap("training")
@@ -236,6 +238,8 @@ def train(
         ledger.lap("starting")
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
+            if start < recipe.steps:
+                telling.compile(state)  # before there is a step to save: now a signal ends the process at once
             if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
                 telling.evaluate(start, state)  # it was preempted there
             while step < recipe.steps:
@@ -243,7 +247,7 @@ def train(
                 batch = next(data)
                 state, metrics = setup.step(state, batch, step_key, frozen)
                 if step == start + 1:
-                    # It was compiled, and there is something to save: until here a signal ended the process at once.
+                    # It was compiled too, and there is something to save.
                     stack.enter_context(session.watch.saving())
                     ledger.lap("starting")
                 # The metrics of the step before are fetched while this one runs: the device never waits for the host.

@@ -104,10 +104,15 @@ class Watch:
                 self._saving = False
 
     def reached(self) -> bool:
-        """Whether to save and stop here: the same answer on all processes."""
-        if not self._many:
-            return self.noticed
-        return self._ask()
+        """Whether to save and stop here: the same answer on all processes. Outside of `saving` it never is: once a signal came,
+        this process is about to end, and does not come back from asking."""
+        with self._lock:
+            saving = self._saving
+        if saving:
+            return self._ask() if self._many else self.noticed
+        if self.noticed:
+            threading.Event().wait()  # beside the last words of another thread nothing is to be said
+        return False
 
     def exit_code(self, code: int) -> int:
         """The code of a process that fails with `code`: what goes wrong after a signal, as connections do, is the preemption."""

@@ -119,11 +119,13 @@ def test_nobody_else_asks_jax(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.promise(
-    7, "SIGTERM while the training step is compiled, which would take 5 minutes: it leaves at once with 75"
+    7, "SIGTERM while the step or the evaluation of a training is compiled, which would take 5 minutes: it leaves at once with 75"
 )
-def test_the_compilation_of_the_step(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("validation", [False, True])
+def test_the_compilation_of_a_training(tmp_path: pathlib.Path, validation: bool) -> None:
     marker = tmp_path / "compiling"
-    running = start("train", tmp_path / "run", *CLASSIFIER, before=functools.partial(poisoned.endless, marker))
+    endless = functools.partial(poisoned.endless, marker, validation=validation)
+    running = start("train", tmp_path / "run", *CLASSIFIER, before=endless)
     wait_for(marker.exists, running)
     assert terminate(running) < 10
     assert "SIGTERM: stopped at once" in finish(running, PREEMPTED)
@@ -243,6 +245,22 @@ with watch.listening():
 """
 
 
+ASKS = """
+import time
+from rar_jax.training.preemption import Watch
+def on_leave():
+    time.sleep(1)
+    print("last words", flush=True)
+watch = Watch()
+watch.on_leave = on_leave
+with watch.listening():
+    print("ready", flush=True)
+    while not watch.reached():
+        time.sleep(0.01)
+    print("went on", flush=True)
+"""
+
+
 def script(text: str) -> tuple[subprocess.Popen[str], Callable[[], str]]:
     """A process and what reads its next line; it is ready."""
     command = [sys.executable, "-c", text]
@@ -272,6 +290,13 @@ def test_an_error_of_leaving_at_once() -> None:
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=10)[0]
     assert process.returncode == PREEMPTED and "rar-jax: [Errno 28] No space left on device\n" in out
+
+
+def test_nothing_goes_on_beside_the_last_words() -> None:
+    process, _ = script(ASKS)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=10)[0]
+    assert process.returncode == PREEMPTED and out.endswith("\nlast words\n") and "went on" not in out
 
 
 # ---------------------------------------------------------------- without processes

@@ -49,12 +49,12 @@ def stuck(marker: pathlib.Path, owner: str, name: str, *, after: bool = False) -
     setattr(holder, name, call)
 
 
-def endless(marker: pathlib.Path) -> None:
-    """From now on the compilation of the training step takes 5 minutes; the marker is there once it has begun."""
+def endless(marker: pathlib.Path, *, validation: bool = False) -> None:
+    """From now on the compilation of the training step, or of the validation, takes 5 minutes; the marker is there once it has begun."""
     real = classifier.loss
 
     def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
-        if key is not None:
+        if (key is None) == validation:
             marker.touch()
             time.sleep(300)
         return real(config, params, batch, key=key, step=step)

@@ -11,7 +11,7 @@ from rar_jax import cli, load
 from rar_jax.config import ConfigError, load_experiment
 from rar_jax.evaluation import frechet
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs import evaluate, evaluate_steps
+from rar_jax.programs import evaluate, evaluate_steps, fd_classifier, scoring
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.programs.scoring import Settings
@@ -101,7 +101,9 @@ def test_curves_retention_and_steps(
 @pytest.mark.promise(
     7, "live scores ask for a signal before each batch; their FID, of batches that do not divide, is NumPy's"
 )
-def test_live_scores_ask_before_each_batch(tmp_path: pathlib.Path, reference: pathlib.Path, cheap: Any) -> None:
+def test_live_scores_ask_before_each_batch(
+    tmp_path: pathlib.Path, reference: pathlib.Path, cheap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workdir = tmp_path / "run"
     arguments = ["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.evaluate.live_samples=0"]
     assert cli.main(arguments) == 0
@@ -109,16 +111,21 @@ def test_live_scores_ask_before_each_batch(tmp_path: pathlib.Path, reference: pa
     experiment = resolve(load_experiment(TINY, [f"evaluate.{text}" for text in overrides]), "tiny")
     params = load_params(Workdir(workdir).checkpoints("generator"), 24)
     told: dict[str, float] = {}
-    for scorer in live_scorers(experiment, Workdir(workdir), make_mesh(experiment.mesh)):
+    scorers = live_scorers(experiment, Workdir(workdir), make_mesh(experiment.mesh))
+    for scorer in scorers:
+        scorer.compile(params)
+    for module in (fd_classifier, scoring):
+        monkeypatch.setattr(module, "sample_images", None)  # nothing is traced again
+    for scorer in scorers:
         polls: list[None] = []
-        told |= scorer(params, lambda polls=polls: polls.append(None))
+        told |= scorer.of(params, lambda polls=polls: polls.append(None))
         assert len(polls) == 3, "of 20, 20 and 10 images"
 
         def stop() -> None:
             raise Preempted
 
         with pytest.raises(Preempted):
-            scorer(params, stop)
+            scorer.of(params, stop)
     assert told["fid_n50"] == pytest.approx(by_hand(cheap, workdir, 24, reference, 50), rel=1e-4)
     assert 1 <= told["inception_score_n50"] <= 10 and told["fd_classifier_n50"] > 0
 
