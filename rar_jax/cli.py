@@ -248,15 +248,16 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         found = search(experiment, topology, say=say)
         print(json.dumps(found, indent=1) if args.json else search_text(found))
         return
-    report = plan(
-        experiment,
-        topology,
-        sample_rows=args.sample_rows,
-        parts=(args.only,) if args.only else ("train", "sample"),
-        remedies=not args.as_is,
-        say=say,
-    )
-    print(json.dumps(report, indent=1) if args.json else plan_text(report))
+    report: dict[str, Any] = {}
+    for part in (args.only,) if args.only else ("train", "sample"):  # each is told when it is there: they take minutes
+        found = plan(
+            experiment, topology, sample_rows=args.sample_rows, parts=(part,), remedies=not args.as_is, say=say
+        )
+        if not args.json:
+            print(plan_text(found, heading=not report), flush=True)
+        report |= found
+    if args.json:
+        print(json.dumps(report, indent=1))
 
 
 def _say(text: str) -> None:

@@ -23,10 +23,12 @@ from rar_jax.programs.plan_programs import (
     lower_sampling,
     lower_training,
     sampling_mesh,
+    shapes_of,
 )
 
 SAMPLES = 50_000  # of a FID
 GPU_SHARE = 0.4  # of the peak: what is assumed of GPUs, for which nothing is compiled
+GPU_FLOAT32 = 1 / 16  # what float32 has of the bfloat16 peak, on an A100 and an H100
 
 
 def plan(
@@ -52,7 +54,7 @@ def plan(
     report |= {"from": "arithmetic" if topology.is_gpu else "compiler", "versions": {"jax": jax.__version__}}
     devices: Any = None
     if topology.is_gpu:
-        train, parts = functools.partial(_by_arithmetic, topology=topology), ("train",)
+        train = functools.partial(_by_arithmetic, topology=topology)
     else:
         devices = devices_of(topology)
         report["versions"]["libtpu"] = importlib.metadata.version("libtpu")
@@ -62,7 +64,9 @@ def plan(
         if not report["train"]["fits"] and remedies:
             report["remedy"] = _remedy(experiment, topology.chips, train)
     if "sample" in parts:
-        report["sample"] = _sample(experiment, topology, devices, sample_rows, say)
+        require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
+        sample = functools.partial(_sample, devices=devices, say=say) if devices else _sample_by_arithmetic
+        report["sample"] = sample(experiment, topology=topology, rows=sample_rows)
     return report
 
 
@@ -106,9 +110,8 @@ def _model_flops(experiment: Experiment) -> int | None:
 
 
 def _sample(
-    experiment: Experiment, topology: Topology, devices: Any, rows: int, say: Callable[[str], None]
+    experiment: Experiment, *, topology: Topology, rows: int, devices: Any, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    require(rows >= 1, f"--sample-rows is {rows}: it must be at least 1")
     mesh = sampling_mesh(experiment, devices)
     size = rows * mesh.shape["data"]
     say(f"compiling sampling and FID of {size} images for {topology}")
@@ -183,6 +186,27 @@ def _by_arithmetic(experiment: Experiment, *, topology: Topology) -> dict[str, A
         seconds = flops * again / (topology.chips * topology.chip.flops * GPU_SHARE)
         train |= {"seconds": {"all": seconds}, **_rates(experiment, topology, seconds)}
     return {"mesh": dict(mesh.shape), "train": train}
+
+
+def _sample_by_arithmetic(experiment: Experiment, *, topology: Topology, rows: int) -> dict[str, Any]:
+    """As `_sample`, from formulas: of the tokens alone, in float32, as `evaluate` draws them. Memory: weights and cache."""
+    chip, guided = topology.chip, experiment.guidance.enabled
+    sizes = mesh_sizes(MeshConfig(tensor=experiment.mesh.tensor), topology.chips)
+    mesh: Any = AbstractMesh(tuple(sizes), AXES)
+    size, tensor = rows * mesh.shape["data"], mesh.shape["tensor"]
+    module, c = experiment.generator.module, experiment.generator.config
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes_of(experiment.generator, mesh))) // tensor
+    weights += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes_of(experiment.tokenizer, mesh)))
+    cache = rows * (1 + guided) * c.depth * 2 * (c.num_tokens + 1) * c.width * 4 // tensor
+    memory = {"arguments": weights, "temporaries": cache, "peak": weights + cache, "available": int(chip.memory)}
+    told = {"mesh": dict(mesh.shape), "batch_size": size, "fits": weights + cache < chip.memory, "memory": memory}
+    if hasattr(module, "sample_flops") and hasattr(module, "sample_bytes"):
+        given = {"batch_size": rows, "guided": guided}
+        flops, moved = module.sample_flops(c, **given), module.sample_bytes(c, **given)
+        seconds = max(flops / (chip.flops * GPU_FLOAT32 * GPU_SHARE), moved / chip.bandwidth) / tensor
+        rate = size / seconds
+        told |= {"images_per_second": rate, "minutes": SAMPLES / rate / 60, "images": SAMPLES}
+    return told
 
 
 def activation_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh) -> int:

@@ -61,7 +61,8 @@ def lower_training(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
-    """Labels to sums of Inception features, as `evaluate` jits it, for one batch. The mesh has no fsdp."""
+    """Labels to sums of Inception features, as `evaluate` jits it, for one batch. The mesh has no fsdp. Raises: DoesNotFitError as
+    `compile_lowered`."""
     models = (experiment.generator, experiment.tokenizer)
     generator = experiment.generator
     prepare = functools.partial(generator.module.prepare, generator.config)
@@ -70,7 +71,7 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
     at: Any = jax.tree.map(lambda _: replicated(mesh), prepared)
     if mesh.shape["tensor"] > 1:  # where they come to lie, the compiler says
         with sharded(mesh):
-            at = jax.jit(prepare).lower(given).compile().output_shardings
+            at = _compile(jax.jit(prepare).lower(given)).output_shardings
     params = {"generator": _placed(prepared, at), "tokenizer": shapes_of(experiment.tokenizer, mesh)}
     image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
     inception = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
@@ -112,17 +113,21 @@ class Compiled:
 def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
     """Compiles and reads what came out. Raises: DoesNotFitError if the memory of a chip is too small."""
     began = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DoesNotFitError(re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])) from None
+    compiled = _compile(lowered)
     seconds = time.perf_counter() - began
     told: Any = compiled.memory_analysis()
     arguments, temporaries = told.argument_size_in_bytes, told.temp_size_in_bytes
     peak = arguments + memory.needed(compiled)
     return Compiled(seconds, arguments, temporaries, peak, hlo.totals(compiled.as_text() or ""))
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])) from None
 
 
 def describe(compiled: Compiled, topology: Topology, devices: Any, mesh: Mesh) -> dict[str, Any]:

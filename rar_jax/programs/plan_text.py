@@ -9,13 +9,14 @@ from rar_jax.parallel.topology import GIB
 from rar_jax.programs.plan import GPU_SHARE
 
 
-def plan_text(report: Mapping[str, Any]) -> str:
-    """Lines of what `plan` returned."""
+def plan_text(report: Mapping[str, Any], *, heading: bool = True) -> str:
+    """Lines of what `plan` returned; what it is of and by what it was found, in the heading."""
     compiled = report["from"] == "compiler"
     by = f"compiled by libtpu {report['versions'].get('libtpu')}" if compiled else "arithmetic alone, nothing compiled"
     lines = [
         f"{report['config']} on {report['topology']}: {report['chips']} chips; {by}, jax {report['versions']['jax']}"
     ]
+    lines = lines if heading else []
     if "train" in report:
         lines += ["", f"training step, mesh {mesh_text(report['mesh'])}", *_program(report["train"], compiled)]
         lines += _rates(report["train"], compiled)
@@ -30,9 +31,12 @@ def plan_text(report: Mapping[str, Any]) -> str:
     if sample := report.get("sample"):
         lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {mesh_text(sample['mesh'])}"]
         lines += _program(sample, compiled)
-        if sample["fits"]:
+        if not sample["fits"]:
+            lines.append("  give fewer images a chip with --sample-rows, or cut the model with --config.mesh.tensor")
+        elif "images_per_second" in sample:
+            at = "" if compiled else " of tokens alone, by the bytes or by FLOPs in float32, the slower of the two"
             lines.append(
-                f"  {sample['images_per_second']:.1f} images/s: {sample['images']} in {sample['minutes']:.1f} minutes"
+                f"  {sample['images_per_second']:.1f} images/s{at}: {sample['images']} in {sample['minutes']:.1f} minutes"
             )
     return "\n".join(lines)
 

@@ -62,6 +62,24 @@ def test_fsdp_cuts_the_state_and_remat_is_what_makes_it_fit() -> None:
     assert "arithmetic alone, nothing compiled" in text and "does NOT fit" in text and "which is assumed" in text
 
 
+@pytest.mark.parametrize(("tensor", "rows", "fits"), [(1, 16, True), (2, 16, True), (1, 512, False)])
+def test_sampling_on_gpus_is_weights_and_cache(tensor: int, rows: int, fits: bool) -> None:
+    report = plan(
+        experiment_of("rar_xxl", "mesh.fsdp=1", f"mesh.tensor={tensor}"), parse_topology("gpu:8xH100"), sample_rows=rows, parts=("sample",)
+    )
+    told, memory = report["sample"], report["sample"]["memory"]
+    assert (told["fits"], told["batch_size"], told["mesh"]["tensor"]) == (fits, rows * 8 // tensor, tensor)
+    cache = rows * 2 * 40 * 2 * 257 * 1408 * 4 / tensor
+    assert memory["temporaries"] == pytest.approx(cache) and memory["peak"] == memory["arguments"] + cache
+    assert memory["arguments"] == pytest.approx(4 * (1495.50e6 / tensor + 54.5e6), rel=0.01)
+    text = plan_text(report)
+    assert "training step" not in text and ("images/s of tokens alone" in text) == fits
+    assert ("give fewer images a chip with --sample-rows" in text) != fits
+    if rows == 16:  # a weight of 4 bytes is read 256 times, and so is most of what else there is
+        least = rows * 8 / tensor / (256 * 4 * 1495.50e6 / tensor / 3350e9)
+        assert least / 3 < told["images_per_second"] < least * 1.5
+
+
 def test_remedies_change_nothing_that_is_learned() -> None:
     experiment = experiment_of("rar_b")
     found = list(remedies_of(experiment, 16))
@@ -226,6 +244,9 @@ def test_the_page_of_topologies_is_made_of_its_numbers() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--config", "rar_b", "--topology", "gpu:8xH100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["remedy"]["flags"] == ["--config.generator.remat=True"]
+    assert cli.main(["plan", "--config", "rar_b", "--topology", "gpu:8xH100"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("arithmetic alone") == 1 and out.index("training step") < out.index("sampling and FID, 128 images")
     assert cli.main(["plan", "--config", "rar_b", "--topology", "gpu:7xH100"]) == 2
     assert "train.batch_size 2048 is not divisible by the 7 devices" in capsys.readouterr().err
 
