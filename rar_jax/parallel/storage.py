@@ -7,10 +7,6 @@ import pathlib
 import secrets
 import socket
 
-import jax
-
-from rar_jax.parallel.processes import from_all, from_main, is_main
-
 
 class StorageError(RuntimeError):
     """The processes do not share a directory: the message says which of them does not, and how."""
@@ -22,6 +18,10 @@ def check_shared(folder: pathlib.Path) -> None:
 
     Raises: StorageError, on all processes.
     """
+    import jax  # late: `trouble` is asked by `rar-jax doctor` where jax cannot be imported
+
+    from rar_jax.parallel.processes import from_all, from_main, is_main
+
     if jax.process_count() == 1:
         return
     nonce = from_main(lambda: secrets.token_hex(8))

@@ -195,7 +195,7 @@ def evaluate(
         compute = program.samples((source.generator, source.tokenizer), source.params, guidance, keep)
     else:
         compute = program.images(source, keep)
-    said = remarks(images, classes, reference, network.sha256)
+    said = remarks(images, classes, reference, network.sha256, _size(source))
     for remark in said if is_main() and not quiet else []:  # before hours of work, and in the result again
         print(f"note: {remark}", file=sys.stderr)
     store = ChunkStore(out / "chunks", {**what, **cut(program)}, keep)
@@ -222,6 +222,13 @@ def evaluate(
     }
     from_main(lambda: write_json(out / "result.json", result))
     return result
+
+
+def _size(source: Pipeline | ImageSet) -> tuple[int, int]:
+    """Height and width of the images."""
+    if isinstance(source, Pipeline):
+        return source.tokenizer.module.image_spec(source.tokenizer.config).shape[:2]
+    return source.read(0, 1).shape[1:3]  # pyright: ignore[reportReturnType]
 
 
 def _check_count(images: int, name: str) -> None:

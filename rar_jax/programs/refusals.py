@@ -39,6 +39,6 @@ def of_import(error: ImportError) -> str:
         return f"a package cannot be used ({error}): install it again, in the version of requirements.lock"
     name = error.name.partition(".")[0]
     return (
-        f"the package '{name}' is not installed: pip install --upgrade rar_jax brings all that it needs; what an experiment "
-        "file imports besides, install yourself"
+        f"the package '{name}' is not installed: install rar_jax again (pip install -e . in its checkout), which brings all that "
+        "it needs; what an experiment file imports besides, install yourself"
     )

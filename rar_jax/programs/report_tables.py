@@ -24,6 +24,9 @@ CONDITIONS = (
     ("sampled in", ("generator_dtype",)),
     ("seed", ("seed",)),
     ("guidance", ("guidance",)),
+    ("images a split", ("split_size",)),
+    ("device", ("device",)),
+    ("jax", ("versions.jax",)),
 )
 # These stand, with what they depend on, in evaluation/result.json; result.json has them beside fd_classifier's conditions.
 BY_INCEPTION = re.compile(r"(fid|fid_in_graph_float32|sfid|inception_score|precision|recall|kid)_n\d+")
@@ -146,9 +149,8 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
     walk(told, "")
     everything = dict(flat(made_from))
     everything |= {name: _guidance(made_from["guidance"]) for name in ("guidance",) if made_from.get(name)}
-    everything |= {
-        name: str(value) for name, value in made_on.items() if name in ("protocol", "features", "generator_dtype")
-    }
+    beside = ("protocol", "features", "generator_dtype", "split_size", "device", "versions.jax")
+    everything |= {name: text for name, text in flat(made_on) if name in beside}
     distance = result.get("fd_classifier") or {}
     everything.setdefault("reference", distance.get("reference") or result.get("reference") or "none")
     conditions = {

@@ -360,9 +360,22 @@ def check_protocol(reference: Reference | None, settings: Settings) -> None:
         )
 
 
-def remarks(n: int, classes: int | None, reference: Reference | None, inception_sha256: str) -> list[str]:
-    """What a reader of the number must know."""
+def remarks(
+    n: int,
+    classes: int | None,
+    reference: Reference | None,
+    inception_sha256: str,
+    size: tuple[int, int] | None = None,
+) -> list[str]:
+    """What a reader of the number must know; size: height and width of the images."""
     said = []
+    if reference is not None and reference.images is not None and size is not None:
+        theirs = reference.images.height, reference.images.width
+        if size != theirs:
+            said.append(
+                f"the reference's images have {theirs[0]} x {theirs[1]} pixels, these {size[0]} x {size[1]}: the distance is of the "
+                "size, too"
+            )
     if n < ENOUGH:
         said.append(f"n is {n}, below {ENOUGH}: the covariance is singular, and the FID is far above that of 50,000")
     if classes is not None and n % classes:

@@ -140,6 +140,17 @@ def test_no_devices_at_all() -> None:
     assert "unset JAX_PLATFORMS (it is 'nonsense')" in done.stdout and "Traceback" not in done.stderr
 
 
+def test_a_jax_that_cannot_be_imported(tmp_path: pathlib.Path) -> None:
+    """All the rest is looked at as ever."""
+    (tmp_path / "jax.py").write_text("raise ImportError('jaxlib is too old')")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [sys.executable, "-m", "rar_jax", "doctor", "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "BAD        jax finds no devices: ImportError: jaxlib is too old" in done.stdout
+    assert f"workdir    {tmp_path / 'run'}: files are made, renamed and locked" in done.stdout
+
+
 # ---------------------------------------------------------------- work directory
 
 

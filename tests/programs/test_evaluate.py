@@ -3,6 +3,7 @@
 Inception, with random weights, runs in test_scoring only; here a projection of the pixels stands for it (conftest.py).
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -17,7 +18,7 @@ from rar_jax import cli, load
 from rar_jax.config import ConfigError
 from rar_jax.data.sources import load_source
 from rar_jax.evaluation import frechet, moments
-from rar_jax.evaluation.reference import Reference, write_reference
+from rar_jax.evaluation.reference import ImageFile, Reference, write_reference
 from rar_jax.evaluation.sums import Totals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs import evaluate
@@ -378,6 +379,10 @@ def test_remarks() -> None:
 
     assert remarks(50_000, 1000, reference(10_000), "sha") == [] == remarks(2048, None, None, "sha")
     assert remarks(50_000, 1000, reference(None), "sha") == []
+    with_images = dataclasses.replace(reference(None), images=ImageFile(pathlib.Path("r"), 9, 256, 256))
+    assert remarks(50_000, 1000, with_images, "sha", (256, 256)) == []
+    (sizes,) = remarks(50_000, 1000, with_images, "sha", (64, 256))
+    assert sizes.startswith("the reference's images have 256 x 256 pixels, these 64 x 256: ")
     (small,) = remarks(2047, None, None, "sha")
     assert small.startswith("n is 2047, below 2048: the covariance is singular")
     (uneven,) = remarks(2500, 1000, None, "sha")
