@@ -10,6 +10,7 @@ It needs `pip install 'rar_jax[tpu]'` and no TPU. Killed, it goes on where it wa
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import pathlib
 import subprocess
@@ -19,11 +20,12 @@ from collections.abc import Iterator
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
-STORE, PAGE = HERE / "topologies.json", HERE.parent / "topologies.md"
+STORE, TRIED, PAGE = HERE / "topologies.json", HERE / "topologies_tried.json", HERE.parent / "topologies.md"
 MODELS = {"rar_b": "RAR-B", "rar_l": "RAR-L", "rar_xl": "RAR-XL", "rar_xxl": "RAR-XXL"}
 SLICES = {"v5e-16": "v5e:4x4", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16", "v5p-64": "v5p:4x4x4", "v6e-64": "v6e:8x8"}
 SCALING = {16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 1024: "v5p:8x8x16"}
 BATCH = 2048
+Rows = dict[str, dict[str, Any]]
 
 
 def cells() -> dict[str, tuple[str, str, int, int]]:
@@ -37,53 +39,74 @@ def cells() -> dict[str, tuple[str, str, int, int]]:
 
 
 def order() -> list[str]:
-    """Names of all compiles. Chips with much memory come first: what does not fit there need not be tried on smaller ones."""
-    return sorted(cells(), key=lambda name: ("v5p" not in cells()[name][1], "v5e-16" in name))
+    """Names of all compiles. Scaling comes first. Of the others chips with much memory do: what does not fit there need not be tried on smaller ones."""
+    first = ["strong_256", "weak_16", "weak_256", "slices_2", "strong_1024", "weak_1024"]
+    rest = sorted(set(cells()) - set(first), key=lambda name: ("v5p" not in cells()[name][1], "v5e-16" in name, name))
+    return [*first, *rest]
 
 
-def compile_cell(name: str, store: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What `rar-jax plan` says of it, or of the first remedy that makes it fit. What a row of the store shows to be too large is
-    not compiled."""
-    import jax
-
-    from rar_jax.config import ConfigError, load_experiment
+def attempts(name: str) -> Iterator[tuple[list[str], Any, Any]]:
+    """Flags, the experiment with them, and the topology: as the file is, then each remedy."""
+    from rar_jax.config import load_experiment
     from rar_jax.parallel.topology import parse_topology
     from rar_jax.programs.experiment import resolve
-    from rar_jax.programs.plan import plan, remedies_of
+    from rar_jax.programs.plan import remedies_of
 
-    jax.config.update("jax_platforms", "cpu")
     model, slice_, slices, batch = cells()[name]
     experiment = resolve(load_experiment(model, [f"train.batch_size={batch}"]), model)
     topology = parse_topology(slice_, slices)
-    for flags, changed in [([], experiment), *remedies_of(experiment, topology.chips)]:
-        rows = batch // changed.train.accumulation / topology.chips
-        shape = {"model": model, "remat": changed.generator.config.remat, "fsdp": changed.mesh.fsdp, "rows": rows}
+    yield [], experiment, topology
+    for flags, changed in remedies_of(experiment, topology.chips):
+        yield flags, changed, topology
+
+
+def compile_one(name: str, place: int) -> dict[str, Any]:
+    """What `rar-jax plan` says of one attempt at a cell."""
+    import jax
+
+    from rar_jax.config import ConfigError
+    from rar_jax.programs.plan import plan
+
+    jax.config.update("jax_platforms", "cpu")
+    _, experiment, topology = next(itertools.islice(attempts(name), place, None))
+    try:
+        return plan(experiment, topology, parts=("train",), remedies=False, say=lambda t: print(t, file=sys.stderr))
+    except ConfigError as error:  # a width that does not divide
+        return {"train": {"fits": False, "why": str(error)}}
+
+
+def compile_cell(name: str, store: Rows, tried: dict[str, str], limit: float) -> dict[str, Any]:
+    """A row of the store: of the first attempt that fits. Each compile is a process of its own, so that one that hangs can be
+    given up. `tried` has why an attempt did not fit; it is added to. What a row of the store shows to be too large is not compiled.
+
+    Raises: subprocess.TimeoutExpired for a compile that takes longer than `limit`; what came before stays in `tried`.
+    """
+    chips, versions = 0, {}
+    for place, (flags, changed, topology) in enumerate(attempts(name)):
+        chips = topology.chips
+        said = " ".join(flags) or "as it is"
+        rows = changed.train.batch_size / changed.train.accumulation / topology.chips
+        remat, fsdp = changed.generator.config.remat, changed.mesh.fsdp
+        shape = {"model": cells()[name][0], "remat": remat, "fsdp": fsdp, "rows": rows}
         if larger := too_large(shape, topology.chip.memory, store):
-            print(f"{name} {flags}: too large, by {larger}", file=sys.stderr)
+            tried.setdefault(said, f"too large, by {larger}")
+        if said in tried:
+            print(f"{name}, {said}: {tried[said]}", flush=True)
             continue
-        try:
-            report = plan(changed, topology, parts=("train",), remedies=False, say=lambda t: print(t, file=sys.stderr))
-        except ConfigError as error:  # a width that does not divide
-            print(f"{name} {flags}: {error}", file=sys.stderr)
-            continue
-        told = report["train"]
+        command = [sys.executable, __file__, "--one", name, str(place)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=True)
+        report = json.loads(done.stdout)
+        told, versions = report["train"], report.get("versions", versions)
         if told["fits"]:
-            break
-        print(f"{name} {flags}: {told['why']}", file=sys.stderr)
-    else:
-        return {"chips": topology.chips, "fits": False, "versions": report["versions"]}
-    return {
-        "chips": topology.chips,
-        "fits": not flags,
-        "flags": flags,
-        "shape": shape,
-        "mesh": report["mesh"],
-        "versions": report["versions"],
-        **{k: v for k, v in told.items() if k not in ("fits", "steps")},
-    }
+            kept = {k: v for k, v in told.items() if k not in ("fits", "steps")}
+            head = {"chips": topology.chips, "fits": not flags, "flags": flags, "shape": shape}
+            return {**head, "mesh": report["mesh"], "versions": versions, **kept}
+        tried[said] = told["why"]
+        print(f"{name}, {said}: {told['why']}", flush=True)
+    return {"chips": chips, "fits": False, "versions": versions}
 
 
-def too_large(shape: dict[str, Any], available: float, store: dict[str, dict[str, Any]]) -> str | None:
+def too_large(shape: dict[str, Any], available: float, store: Rows) -> str | None:
     """The row that says so: the same on as many rows a chip, or fewer, took more than there is, by a seventh at least, since
     chips of two kinds do not take quite the same."""
     for name, row in store.items():
@@ -96,9 +119,11 @@ def too_large(shape: dict[str, Any], available: float, store: dict[str, dict[str
 # ---------------------------------------------------------------- the page
 
 
-def page(rows: dict[str, dict[str, Any]]) -> str:
+def page(rows: Rows) -> str:
     """Markdown of all that is there; a cell that has not been compiled yet is a dash."""
-    versions = sorted({" ".join(f"{k} {v}" for k, v in sorted(row["versions"].items())) for row in rows.values()})
+    versions = sorted(
+        {" ".join(f"{k} {v}" for k, v in sorted(row["versions"].items())) for row in rows.values() if row["versions"]}
+    )
     lines = [HEAD.format(versions="; ".join(versions))]
     lines += [
         "| model | slice | fits? | GiB a chip | s a step | of it wire | MFU | images/s | days | chip-hours |",
@@ -199,23 +224,21 @@ if __name__ == "__main__":
     flags.add_argument(
         "--limit", type=float, default=280, help="seconds after which a compile is given up (default 280)"
     )
-    flags.add_argument("--one", choices=tuple(cells()), help=argparse.SUPPRESS)
+    flags.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.one:
-        print(json.dumps(compile_cell(args.one, json.loads(STORE.read_text()) if STORE.exists() else {})))
+        print(json.dumps(compile_one(args.one[0], int(args.one[1]))))
         raise SystemExit
-    store = json.loads(STORE.read_text()) if STORE.exists() else {}
+    store, tried = (json.loads(path.read_text()) if path.exists() else {} for path in (STORE, TRIED))
     for name in [] if args.page else [name for name in args.only or order() if args.only or name not in store]:
-        # Each in a process of its own: one whose compile hangs is given up without the others.
-        command = [sys.executable, __file__, "--one", name]
         with _locked(args.lock):
             print(name, flush=True)
             try:
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=args.limit, check=True)
-                store[name] = json.loads(done.stdout)
+                store[name] = compile_cell(name, store, tried.setdefault(name, {}), args.limit)
             except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
-        STORE.write_text(json.dumps(store, indent=1) + "\n")
+        for path, rows in ((STORE, store), (TRIED, {name: why for name, why in tried.items() if why})):
+            path.write_text(json.dumps(rows, indent=1) + "\n")
         PAGE.write_text(page(store))
         time.sleep(30 if args.lock else 0)
     PAGE.write_text(page(store))

@@ -101,9 +101,7 @@ def _in_batches(
     return np.concatenate(images)[: len(rows[0])]
 
 
-def _compile(
-    program: Any, params: Any, rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh
-) -> None:
+def _compile(program: Any, params: Any, rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh) -> None:
     """What `_in_batches` calls; all batches have one shape."""
     with sharded(mesh):
         program.lower(params, *next(_batches(rows, experiment, mesh))).compile()

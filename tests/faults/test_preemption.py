@@ -119,7 +119,8 @@ def test_nobody_else_asks_jax(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.promise(
-    7, "SIGTERM while the step or the evaluation of a training is compiled, which would take 5 minutes: it leaves at once with 75"
+    7,
+    "SIGTERM while the step or the evaluation of a training is compiled, which would take 5 minutes: it leaves at once with 75",
 )
 @pytest.mark.parametrize("validation", [False, True])
 def test_the_compilation_of_a_training(tmp_path: pathlib.Path, validation: bool) -> None:

@@ -65,7 +65,10 @@ def test_fsdp_cuts_the_state_and_remat_is_what_makes_it_fit() -> None:
 @pytest.mark.parametrize(("tensor", "rows", "fits"), [(1, 16, True), (2, 16, True), (1, 512, False)])
 def test_sampling_on_gpus_is_weights_and_cache(tensor: int, rows: int, fits: bool) -> None:
     report = plan(
-        experiment_of("rar_xxl", "mesh.fsdp=1", f"mesh.tensor={tensor}"), parse_topology("gpu:8xH100"), sample_rows=rows, parts=("sample",)
+        experiment_of("rar_xxl", "mesh.fsdp=1", f"mesh.tensor={tensor}"),
+        parse_topology("gpu:8xH100"),
+        sample_rows=rows,
+        parts=("sample",),
     )
     told, memory = report["sample"], report["sample"]["memory"]
     assert (told["fits"], told["batch_size"], told["mesh"]["tensor"]) == (fits, rows * 8 // tensor, tensor)
