@@ -65,19 +65,23 @@ def compile_one(name: str, place: int) -> dict[str, Any]:
     import jax
 
     from rar_jax.config import ConfigError
+    from rar_jax.parallel.topology import devices_of
     from rar_jax.programs.plan import plan
 
     jax.config.update("jax_platforms", "cpu")
     _, experiment, topology = next(itertools.islice(attempts(name), place, None))
+    devices_of(topology)  # what is wrong without it is no property of the experiment
     try:
         return plan(experiment, topology, parts=("train",), remedies=False, say=lambda t: print(t, file=sys.stderr))
     except ConfigError as error:  # a width that does not divide
         return {"train": {"fits": False, "why": str(error)}}
 
 
-def compile_cell(name: str, store: Rows, tried: dict[str, str], limit: float) -> dict[str, Any]:
+def compile_cell(
+    name: str, store: Rows, tried: dict[str, str], limit: float, lock: pathlib.Path | None
+) -> dict[str, Any]:
     """A row of the store: of the first attempt that fits. Each compile is a process of its own, so that one that hangs can be
-    given up. `tried` has why an attempt did not fit; it is added to. What a row of the store shows to be too large is not compiled.
+    given up, alone on the machine under `lock`. `tried` has why an attempt did not fit; it is added to. What a row of the store shows to be too large is not compiled.
 
     Raises: subprocess.TimeoutExpired for a compile that takes longer than `limit`; what came before stays in `tried`.
     """
@@ -88,13 +92,13 @@ def compile_cell(name: str, store: Rows, tried: dict[str, str], limit: float) ->
         rows = changed.train.batch_size / changed.train.accumulation / topology.chips
         remat, fsdp = changed.generator.config.remat, changed.mesh.fsdp
         shape = {"model": cells()[name][0], "remat": remat, "fsdp": fsdp, "rows": rows}
-        if larger := too_large(shape, topology.chip.memory, store):
-            tried.setdefault(said, f"too large, by {larger}")
-        if said in tried:
-            print(f"{name}, {said}: {tried[said]}", flush=True)
+        larger = too_large(shape, topology.chip.memory, store)
+        if why := tried.get(said) or (larger and f"too large, by {larger}"):
+            print(f"{name}, {said}: {why}", flush=True)
             continue
         command = [sys.executable, __file__, "--one", name, str(place)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=True)
+        with _locked(lock):
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=True)
         report = json.loads(done.stdout)
         told, versions = report["train"], report.get("versions", versions)
         if told["fits"]:
@@ -103,6 +107,7 @@ def compile_cell(name: str, store: Rows, tried: dict[str, str], limit: float) ->
             return {**head, "mesh": report["mesh"], "versions": versions, **kept}
         tried[said] = told["why"]
         print(f"{name}, {said}: {told['why']}", flush=True)
+        TRIED.write_text(json.dumps({**_read(TRIED), name: tried}, indent=1) + "\n")
     return {"chips": chips, "fits": False, "versions": versions}
 
 
@@ -205,13 +210,18 @@ Mesh data x fsdp 4. Strong: batch 2048 on more chips. Weak: 32 images a chip. Ef
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path | None) -> Iterator[None]:
-    """Alone on this machine, where others measure on it."""
+    """Alone on this machine, where others measure on it, who then have 30 s to come in."""
     if path is None:
         yield
         return
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    time.sleep(30)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":
@@ -229,16 +239,16 @@ if __name__ == "__main__":
     if args.one:
         print(json.dumps(compile_one(args.one[0], int(args.one[1]))))
         raise SystemExit
-    store, tried = (json.loads(path.read_text()) if path.exists() else {} for path in (STORE, TRIED))
+    store = _read(STORE)
     for name in [] if args.page else [name for name in args.only or order() if args.only or name not in store]:
-        with _locked(args.lock):
-            print(name, flush=True)
-            try:
-                store[name] = compile_cell(name, store, tried.setdefault(name, {}), args.limit)
-            except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
-        for path, rows in ((STORE, store), (TRIED, {name: why for name, why in tried.items() if why})):
-            path.write_text(json.dumps(rows, indent=1) + "\n")
+        tried = {} if args.only else _read(TRIED).get(name, {})
+        print(name, flush=True)
+        try:
+            store[name] = compile_cell(name, store, tried, args.limit, args.lock)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
+        STORE.write_text(json.dumps(store, indent=1) + "\n")
+        TRIED.write_text(json.dumps({k: v for k, v in _read(TRIED).items() if k != name}, indent=1) + "\n")
         PAGE.write_text(page(store))
-        time.sleep(30 if args.lock else 0)
     PAGE.write_text(page(store))

@@ -104,7 +104,7 @@ class Npz:
         with self.member(key) as member:
             if member.shape != shape:
                 raise ReferenceFileError(
-                    f"{where} has shape {member.shape}, expected {shape}: these are the statistics of another network"
+                    f"{where} has shape {member.shape}, expected {shape}: these are the statistics of another network. Give ADM's file, or make one: rar-jax evaluate --make-reference"
                 )
             if member.dtype.kind != "f" or member.dtype.itemsize not in (4, 8):
                 raise ReferenceFileError(f"{where} is {member.dtype}, expected float32 or float64")

@@ -24,7 +24,8 @@ class Chip:
     """Peaks of one chip. flops: bfloat16, a second. memory: bytes that a program can have. bandwidth: of that memory, bytes/s.
     link: bytes/s that one link to a neighbour carries one way. network: bytes/s a chip between slices (or hosts of GPUs).
     clock: Hz of the matmul units, by which the compiler's cycles are seconds: flops / (their multiply-adds a cycle x 2).
-    wraps: an axis of so many chips is a ring (of a multiple, on v5p); dimensions: of the torus, 0 where all reach all."""
+    wraps: an axis of so many chips is a ring (of a multiple, on v5p); dimensions: of the torus, 0 where all reach all.
+    float32: operations a second outside of the matmul units, asked of GPUs only."""
 
     flops: float
     memory: float
@@ -34,21 +35,22 @@ class Chip:
     clock: float = 0.0
     wraps: int = 0
     dimensions: int = 0
+    float32: float = 0.0
 
 
 # TPUs: cloud.google.com/tpu/docs/v5e, v5p, v6e (ICI: 1600, 4800 and 3200 Gbit/s a chip over 4, 6 and 4 links; the data centre's
 # network a pod over its chips, for v5p a host's NIC over 4); memory: what the compiler says is available. GPUs: data sheets,
-# dense bfloat16; a link is NVLink in one direction, the network an InfiniBand port of 400 Gbit/s.
+# dense bfloat16, and float32; a link is NVLink in one direction, the network an InfiniBand port of 400 Gbit/s.
 CHIPS = {
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, 197e12 / (4 * 128**2 * 2), 16, 2),
     "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, 459e12 / (8 * 128**2 * 2), 4, 3),
     "v6e": Chip(918e12, 31.25 * GIB, 1640e9, 100e9, 12.5e9, 918e12 / (4 * 256**2 * 2), 16, 2),
 }
 GPUS = {
-    "H100": Chip(989e12, 79 * GIB, 3350e9, 450e9, 50e9),
-    "A100": Chip(312e12, 79 * GIB, 2039e9, 300e9, 25e9),
+    "H100": Chip(989e12, 79 * GIB, 3350e9, 450e9, 50e9, float32=67e12),
+    "A100": Chip(312e12, 79 * GIB, 2039e9, 300e9, 25e9, float32=19.5e12),
     # A card for one's desk, such as an RTX 4090: without NVLink.
-    "24GB": Chip(165e12, 23.5 * GIB, 1008e9, 16e9, 1e9),
+    "24GB": Chip(165e12, 23.5 * GIB, 1008e9, 16e9, 1e9, float32=82.6e12),
 }
 
 

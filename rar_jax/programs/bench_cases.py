@@ -275,11 +275,13 @@ def _decoding_params(generator: Model, mesh: Mesh, dtype: str | None) -> Any:
 
 
 def _random_state(abstract: Any) -> Any:
-    params = _random(abstract["params"], jax.tree.map(lambda s: s.sharding, abstract["params"]))
+    at = jax.tree.map(lambda s: s.sharding, abstract)
+    memory.check_arrays(abstract, at, "random weights and the optimizer's state")
+    params = _random(abstract["params"], at["params"])
     rest = {name: part for name, part in abstract.items() if name != "params"}
     zeros = jax.jit(
         lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest),
-        out_shardings=jax.tree.map(lambda s: s.sharding, rest),
+        out_shardings={name: at[name] for name in rest},
     )
     return {"params": params, **zeros()}
 

@@ -178,6 +178,7 @@ class Scorer:
         with sharded(self.mesh):
             given = self._to_sample(generator_params, 0, (1, self.batch_size(n)), n, 0, None)
             self._score_samples.lower(*given).compile()
+        self._root.lower(jnp.asarray(self.cov, jnp.float32), moments.zero(len(self.mean))).compile()
 
     def live(self, generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
         """The distance while training, on few samples; its name carries how many. float32, in graph to the end."""

@@ -28,7 +28,6 @@ from rar_jax.programs.plan_programs import (
 
 SAMPLES = 50_000  # of a FID
 GPU_SHARE = 0.4  # of the peak: what is assumed of GPUs, for which nothing is compiled
-GPU_FLOAT32 = 1 / 16  # what float32 has of the bfloat16 peak, on an A100 and an H100
 
 
 def plan(
@@ -50,6 +49,7 @@ def plan(
     Returns: what --json prints: {"config", "topology", "chips", "from", "mesh", "train", "sample", "versions"}; see `_train`.
     Raises: ConfigError without libtpu, for an unknown slice, or where batch or parameters do not divide over it.
     """
+    require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
     report: dict[str, Any] = {"config": experiment.name, "topology": str(topology), "chips": topology.chips}
     report |= {"from": "arithmetic" if topology.is_gpu else "compiler", "versions": {"jax": jax.__version__}}
     devices: Any = None
@@ -64,7 +64,6 @@ def plan(
         if not report["train"]["fits"] and remedies:
             report["remedy"] = _remedy(experiment, topology.chips, train)
     if "sample" in parts:
-        require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
         sample = functools.partial(_sample, devices=devices, say=say) if devices else _sample_by_arithmetic
         report["sample"] = sample(experiment, topology=topology, rows=sample_rows)
     return report
@@ -203,7 +202,7 @@ def _sample_by_arithmetic(experiment: Experiment, *, topology: Topology, rows: i
     if hasattr(module, "sample_flops") and hasattr(module, "sample_bytes"):
         given = {"batch_size": rows, "guided": guided}
         flops, moved = module.sample_flops(c, **given), module.sample_bytes(c, **given)
-        seconds = max(flops / (chip.flops * GPU_FLOAT32 * GPU_SHARE), moved / chip.bandwidth) / tensor
+        seconds = max(flops / (chip.float32 * GPU_SHARE), moved / chip.bandwidth) / tensor
         rate = size / seconds
         told |= {"images_per_second": rate, "minutes": SAMPLES / rate / 60, "images": SAMPLES}
     return told

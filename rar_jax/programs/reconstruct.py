@@ -91,7 +91,7 @@ def reconstruct(
         numbers["ssim"] = float(np.concatenate(list(store.kept("ssim"))).mean(dtype=np.float64))
     tokens = np.concatenate(list(store.kept("tokens"))).reshape(-1)
     numbers |= code_usage(np.bincount(tokens, minlength=tokenizer.config.codebook_size))
-    said = remarks(source.num, None, reference, network.sha256)
+    said = remarks(source.num, None, reference, network.sha256, given[:2])
     if reference is None:
         said.append("rfid is to the images themselves")
     result = {

@@ -373,8 +373,8 @@ def remarks(
         theirs = reference.images.height, reference.images.width
         if size != theirs:
             said.append(
-                f"the reference's images have {theirs[0]} x {theirs[1]} pixels, these {size[0]} x {size[1]}: the distance is of the "
-                "size, too"
+                f"the reference's images have {theirs[0]} x {theirs[1]} pixels, these {size[0]} x {size[1]}, which is a part of the "
+                "distance: rar-jax evaluate --make-reference makes one of images of this size"
             )
     if n < ENOUGH:
         said.append(f"n is {n}, below {ENOUGH}: the covariance is singular, and the FID is far above that of 50,000")

@@ -143,7 +143,9 @@ def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -
     adapt = functools.partial(module.adapt, experiment.generator.config, other_config=weights.model.config)
     adapt = jax.jit(adapt, out_shardings=jax.tree.map(lambda s: s.sharding, setup.abstract_state["params"]))
     params = adapt(state["params"], other_params=weights.place(mesh))
-    extra = {name: jax.tree.map(jnp.copy, params) for name in state["extra"]}  # an EMA starts from the parameters
+    # An EMA starts from the parameters, and lies as they do: otherwise all that takes it would be compiled twice.
+    copy = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=jax.tree.map(lambda x: x.sharding, params))
+    extra = {name: copy(params) for name in state["extra"]}
     return {**state, "params": params, "extra": extra}, {"path": str(weights.path), "sha256": weights.sha256()}
 
 
@@ -239,7 +241,10 @@ def train(
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
             if start < recipe.steps:
+                if not quiet and is_main():
+                    print(f"{stage}: compiling")
                 telling.compile(state)  # before there is a step to save: now a signal ends the process at once
+                ledger.lap("starting")
             if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
                 telling.evaluate(start, state)  # it was preempted there
             while step < recipe.steps:

@@ -92,7 +92,8 @@ class Watch:
         if self._many:
             barrier("saving")  # until all are here the thread asks; then it stands still, and all go on from one number
         with self._lock:
-            self._saving = True
+            self._saving = not self.noticed
+        self._stop_beside_last_words()
         if self._many:
             meeting = max(int(text) for text in from_all(str(self._asked)))
             while self._asked < meeting:
@@ -110,9 +111,13 @@ class Watch:
             saving = self._saving
         if saving:
             return self._ask() if self._many else self.noticed
-        if self.noticed:
-            threading.Event().wait()  # beside the last words of another thread nothing is to be said
+        self._stop_beside_last_words()
         return False
+
+    def _stop_beside_last_words(self) -> None:
+        """Outside of `saving` one who was noticed is about to end, by another thread: nothing else is to be said or written."""
+        if self.noticed and not self._saving:
+            threading.Event().wait()
 
     def exit_code(self, code: int) -> int:
         """The code of a process that fails with `code`: what goes wrong after a signal, as connections do, is the preemption."""

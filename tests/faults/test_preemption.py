@@ -247,6 +247,7 @@ with watch.listening():
 
 
 ASKS = """
+import contextlib
 import time
 from rar_jax.training.preemption import Watch
 def on_leave():
@@ -256,8 +257,10 @@ watch = Watch()
 watch.on_leave = on_leave
 with watch.listening():
     print("ready", flush=True)
-    while not watch.reached():
-        time.sleep(0.01)
+    time.sleep(0.5)
+    with SAVING:
+        while not watch.reached():
+            time.sleep(0.01)
     print("went on", flush=True)
 """
 
@@ -293,8 +296,10 @@ def test_an_error_of_leaving_at_once() -> None:
     assert process.returncode == PREEMPTED and "rar-jax: [Errno 28] No space left on device\n" in out
 
 
-def test_nothing_goes_on_beside_the_last_words() -> None:
-    process, _ = script(ASKS)
+@pytest.mark.parametrize("entered", ["contextlib.nullcontext()", "watch.saving()"])
+def test_nothing_goes_on_beside_the_last_words(entered: str) -> None:
+    """A signal that came before there was a step to save."""
+    process, _ = script(ASKS.replace("SAVING", entered))
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=10)[0]
     assert process.returncode == PREEMPTED and out.endswith("\nlast words\n") and "went on" not in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -213,6 +214,14 @@ def test_the_class_filter(page: Chrome, workdir: pathlib.Path) -> None:
 # ---------------------------------------------------------------- the rest
 
 
+@pytest.mark.parametrize("missing", ["chromium", "chromedriver"])
+def test_a_missing_browser_fails_by_name(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == missing else f"/usr/bin/{name}")
+    message = f"{missing} is not installed: apt-get install -y chromium chromium-driver"
+    with pytest.raises(pytest.fail.Exception, match=message), browser():
+        pass
+
+
 def test_names_are_text(page: Chrome) -> None:
     """Names that are HTML are shown as they are written: in the config, the ledger, the chips and the remarks."""
     assert page.title == "run"
@@ -238,6 +247,9 @@ def test_tables(page: Chrome) -> None:
         ["sampled in", "bfloat16"],
         ["seed", "3"],
         ["guidance", "scale 4, power 1.5"],
+        ["images a split", "5000"],
+        ["device", "TPU v5p"],
+        ["jax", "0.10.2"],
     ]
     own = rows("result.json")
     assert own[0] == ["fd_classifier samples_n40", "1.25", "40"] and ["reference", "the 1437 training images"] in own
