@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from rar_jax.evaluation import frechet, inception_score, moments
 from rar_jax.evaluation.reference import read_reference
-from rar_jax.evaluation.sums import POOL3, Totals
+from rar_jax.evaluation.sums import Totals
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.programs.evaluate import load_network
 from rar_jax.programs.experiment import Experiment
@@ -82,7 +82,7 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Numbers:
     def compile(generator_params: Any) -> None:
         program.compile_samples(*given(generator_params))
         if reference is not None:
-            distance.lower(jnp.asarray(reference.cov, jnp.float32), moments.zero(POOL3)).compile()
+            distance.lower(jnp.asarray(reference.cov, jnp.float32), moments.zero(len(reference.mean))).compile()
 
     def score(generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
         compute, totals = program.samples(*given(generator_params), whole_batches=True), Totals(n)

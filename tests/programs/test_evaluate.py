@@ -382,7 +382,9 @@ def test_remarks() -> None:
     with_images = dataclasses.replace(reference(None), images=ImageFile(pathlib.Path("r"), 9, 256, 256))
     assert remarks(50_000, 1000, with_images, "sha", (256, 256)) == []
     (sizes,) = remarks(50_000, 1000, with_images, "sha", (64, 256))
-    assert sizes.startswith("the reference's images have 256 x 256 pixels, these 64 x 256: ")
+    assert sizes.startswith(
+        "the reference's images have 256 x 256 pixels, these 64 x 256, which is a part of the distance: rar-jax"
+    )
     (small,) = remarks(2047, None, None, "sha")
     assert small.startswith("n is 2047, below 2048: the covariance is singular")
     (uneven,) = remarks(2500, 1000, None, "sha")
