@@ -223,9 +223,8 @@ def loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
     """Shuffled batches of a token store, placed on the devices as the training loop has them."""
     with tempfile.TemporaryDirectory() as folder:
         store = _random_store(experiment, pathlib.Path(folder) / "store", options.records)
-        record = _size(store.gather(np.arange(1))) + _stored_bytes(
-            store
-        )  # of a batch, and of the file that it is read from
+        # Bytes of a record in a batch, and in the file that it is read from.
+        record = _size(store.gather(np.arange(1))) + _stored_bytes(store)
         for size in batch_sizes(experiment, mesh, options):
             stream = batches(store, global_batch=size, seed=0, start_step=0, num_workers=experiment.data.workers)
             placed, waits = on_devices(stream, mesh), []

@@ -3,7 +3,7 @@
     <folder>/<step>/state/...       the train state (orbax, OCDBT)
     <folder>/<step>/meta/metadata   JSON: what was trained, for a person
     <folder>/<step>/manifest.json   sha256 and size of every file above, and a hash of itself
-    <folder>/best.json              the steps that retention keeps, and by which metric
+    <folder>/best.json              steps that were found the best later, and by which metric: retention keeps them
 
 A step without a manifest that verifies does not count: it is what a crash or a bad disk left. Measured: orbax 0.12.8 alone
 restores a file with a flipped bit without a word.
@@ -70,11 +70,24 @@ def _steps(folder: pathlib.Path) -> list[int]:
 
 def mark_best(folder: pathlib.Path, step: int, metric: str, value: float) -> None:
     """Marks a step in best.json: it is kept until another is the best by this metric, whatever the training's retention."""
-    write_json(folder / BEST, best_steps(folder) | {metric: {"step": step, "value": value}})
+    write_json(folder / BEST, _marked(folder) | {metric: {"step": step, "value": value}})
 
 
 def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What was marked: {metric: {"step", "value"}}; of steps that are gone, or in a damaged file, nothing."""
+    """The best step by each metric that one was marked or saved with, the lowest: {metric: {"step", "value"}}.
+
+    Of steps that are gone, or in a damaged file, nothing.
+    """
+    best = _marked(folder)
+    for step in reversed(_steps(folder)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or saved without a score
+            metric, value = read_meta(folder, step)["score"]
+            if (folder / str(step) / MANIFEST).is_file() and value < best.get(metric, {"value": math.inf})["value"]:
+                best[metric] = {"step": step, "value": value}
+    return best
+
+
+def _marked(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     try:
         marked = json.loads((folder / BEST).read_text())
         return {m: best for m, best in marked.items() if (folder / str(best["step"]) / MANIFEST).is_file()}
@@ -149,7 +162,6 @@ class Checkpointer:
         self._threads = ThreadPoolExecutor(1)
         self._unfinished: int | None = None
         self._step, self._failures = 0, 0  # of the last save; in a row, for want of room
-        self._score: tuple[str, float] | None = None
         self._manifest: Future[None] | None = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any], score: tuple[str, float] | None = None) -> None:
@@ -159,7 +171,7 @@ class Checkpointer:
         MOST_FAILURES saves in a row it is an error.
 
         Args:
-          score: name and value, lower is better: the step is marked as the best once it is on disk, if it is.
+          score: name and value, lower is better, kept in `meta`: the best step by it outlives the retention.
         """
         self.wait()
         self._step = step
@@ -167,9 +179,10 @@ class Checkpointer:
             size = sum(x.nbytes for x in jax.tree.leaves(state))
             if (free := from_main(lambda: shutil.disk_usage(self.folder).free)) < size:
                 raise full(self.folder, f"{free:,} bytes free of {size:,}")
+            meta = meta if score is None else meta | {"score": score}
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, force=True)
-            self._unfinished, self._score = step, score
+            self._unfinished = step
 
     def poll(self) -> None:
         """Starts the manifest as soon as the files are whole; costs nothing otherwise. Call it every step."""
@@ -179,7 +192,7 @@ class Checkpointer:
                 self._manager.wait_until_finished()  # raises what the background save raised
                 if is_main():  # orbax's save is in progress until every process has written
                     self._manifest = self._threads.submit(
-                        _finish, self.folder, step, self._score, self._verify, self._keep, self._every
+                        _finish, self.folder, step, self._verify, self._keep, self._every
                     )
                 else:
                     self._failures = 0
@@ -291,15 +304,11 @@ class Checkpointer:
             self._manager.close()
 
 
-def _finish(
-    folder: pathlib.Path, step: int, score: tuple[str, float] | None, verify: bool, keep: int, every: int
-) -> None:
-    """Makes a step count, marks it if it is the best by its score, and only then lets go of older ones."""
+def _finish(folder: pathlib.Path, step: int, verify: bool, keep: int, every: int) -> None:
+    """Makes a step count, and only then lets go of older ones."""
     write_manifest(folder / str(step))
     if verify:
         verify_from_disk(folder / str(step))
-    if score is not None and score[1] < best_steps(folder).get(score[0], {"value": math.inf})["value"]:
-        mark_best(folder, step, *score)
     steps = _steps(folder)
     kept = {steps[0], *[known for known in steps if known % every == 0][:keep]}
     kept |= {marked["step"] for marked in best_steps(folder).values()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -22,8 +23,8 @@ from rar_jax.config import ConfigError, load_experiment
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.train import compile_training
-from rar_jax.training import checkpoint, guard
-from rar_jax.training.checkpoint import Checkpointer, good_step, load_params, save_params
+from rar_jax.training import checkpoint, guard, manifest
+from rar_jax.training.checkpoint import Checkpointer, best_steps, good_step, load_params, save_params
 from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.workdir import Workdir
 
@@ -37,6 +38,27 @@ def two_steps(tmp_path: pathlib.Path) -> pathlib.Path:
         archive.extractall(tmp_path, filter="data")
     shutil.copytree(tmp_path / "12", tmp_path / "11")
     return tmp_path
+
+
+def test_the_best_is_known_as_soon_as_it_counts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed just after the manifest of the best step: the retention of the next start keeps it."""
+
+    def save(step: int, loss: float) -> None:
+        with contextlib.closing(Checkpointer(tmp_path, keep=1)) as checkpointer:
+            checkpointer.save(step, {"x": jax.numpy.zeros(3)}, {"step": step}, ("loss", loss))
+
+    def killed(folder: pathlib.Path) -> None:
+        manifest.write_manifest(folder)
+        raise KeyboardInterrupt
+
+    save(1, 2.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_manifest", killed)
+        save(2, 1.0)
+    save(3, float("nan"))
+    save(4, 1.5)
+    assert best_steps(tmp_path) == {"loss": {"step": 2, "value": 1.0}}
+    assert sorted(int(path.name) for path in tmp_path.glob("*") if path.is_dir()) == [2, 4]
 
 
 @pytest.mark.promise(

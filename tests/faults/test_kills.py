@@ -80,7 +80,7 @@ PHASES = [
     (stuck_in(SAVES, "write_manifest", after=True), 5),  # it counts
     (stuck_in(LOOP, "evaluate"), 5),  # an evaluation
     (stuck_in(LOOP, "evaluate", after=True), 5),  # the same, told
-    (stuck_in(SAVES, "mark_best"), 10),  # on the way to the mark of the best
+    (stuck_in(SAVES, "write_manifest", after=True), 10),  # the best so far counts, and older ones are still there
 ]
 
 

@@ -17,7 +17,7 @@ from rar_jax.interop import maskgit_vq, rar
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import Experiment, resolve
 from rar_jax.programs.run import run
-from rar_jax.programs.train import train
+from rar_jax.programs.train import compile_training, start_from, train
 from rar_jax.training.checkpoint import load_params, read_meta
 from rar_jax.training.manifest import file_sha256
 from rar_jax.training.workdir import Workdir
@@ -85,6 +85,24 @@ def test_the_first_step_starts_from_the_weights(files: dict[str, pathlib.Path], 
     assert not np.array_equal(
         last["transformer"]["blocks"]["mlp"]["fc1"]["kernel"], ours["transformer"]["blocks"]["mlp"]["fc1"]["kernel"]
     )
+
+
+def test_an_ema_lies_as_the_parameters(files: dict[str, pathlib.Path]) -> None:
+    """Over four devices: what takes the one is compiled once for both."""
+    experiment = experiment_from(files, "mesh.fsdp=4", "train.ema_decay=0.9")
+    mesh, recipe = make_mesh(experiment.mesh), experiment.recipe("generator")
+    assert recipe is not None
+    setup = compile_training(experiment.generator.module, experiment.generator.config, recipe, mesh)
+    state, _ = start_from(experiment, setup.init(jax.random.key(0)), setup, mesh)
+    assert any(len(x.sharding.device_set) == 4 and not x.is_fully_replicated for x in jax.tree.leaves(state["params"]))
+    same = jax.tree.map(
+        lambda x, ema: bool(
+            x.sharding.is_equivalent_to(ema.sharding, x.ndim) and x.committed == ema.committed and (x == ema).all()
+        ),
+        state["params"],
+        state["extra"]["ema"],
+    )
+    assert jax.tree.all(same)
 
 
 def test_a_tokenizer_of_another_size(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
