@@ -143,9 +143,7 @@ def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -
     adapt = functools.partial(module.adapt, experiment.generator.config, other_config=weights.model.config)
     adapt = jax.jit(adapt, out_shardings=jax.tree.map(lambda s: s.sharding, setup.abstract_state["params"]))
     params = adapt(state["params"], other_params=weights.place(mesh))
-    # An EMA starts from the parameters, and lies as they do: otherwise all that takes it would be compiled twice.
-    copy = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=jax.tree.map(lambda x: x.sharding, params))
-    extra = {name: copy(params) for name in state["extra"]}
+    extra = {name: jax.tree.map(jnp.copy, params) for name in state["extra"]}  # an EMA starts from the parameters
     return {**state, "params": params, "extra": extra}, {"path": str(weights.path), "sha256": weights.sha256()}
 
 

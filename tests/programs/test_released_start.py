@@ -87,20 +87,17 @@ def test_the_first_step_starts_from_the_weights(files: dict[str, pathlib.Path], 
     )
 
 
-def test_an_ema_lies_as_the_parameters(files: dict[str, pathlib.Path]) -> None:
-    """Over four devices: what takes the one is compiled once for both."""
-    experiment = experiment_from(files, "mesh.fsdp=4", "train.ema_decay=0.9")
-    mesh, recipe = make_mesh(experiment.mesh), experiment.recipe("generator")
+@pytest.mark.parametrize("devices", [1, 4])
+def test_an_ema_lies_as_the_parameters(files: dict[str, pathlib.Path], devices: int) -> None:
+    """What takes the one is compiled once for both."""
+    experiment = experiment_from(files, f"mesh.fsdp={devices}", "train.ema_decay=0.9")
+    mesh, recipe = make_mesh(experiment.mesh, jax.devices()[:devices]), experiment.recipe("generator")
     assert recipe is not None
     setup = compile_training(experiment.generator.module, experiment.generator.config, recipe, mesh)
     state, _ = start_from(experiment, setup.init(jax.random.key(0)), setup, mesh)
-    assert any(len(x.sharding.device_set) == 4 and not x.is_fully_replicated for x in jax.tree.leaves(state["params"]))
+    assert devices == 1 or not all(x.is_fully_replicated for x in jax.tree.leaves(state["params"]))
     same = jax.tree.map(
-        lambda x, ema: bool(
-            x.sharding.is_equivalent_to(ema.sharding, x.ndim) and x.committed == ema.committed and (x == ema).all()
-        ),
-        state["params"],
-        state["extra"]["ema"],
+        lambda x, ema: bool(x.sharding == ema.sharding and (x == ema).all()), state["params"], state["extra"]["ema"]
     )
     assert jax.tree.all(same)
 
