@@ -20,7 +20,7 @@ def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = se
     """From now on the loss of the first row of these batches (the first is 1) is NaN; that row lies on one device."""
     stream = batches(load_source("digits", "train", image_size=8, channels=1), global_batch=64, seed=0, start_step=0)
     sums = [int(np.asarray(next(stream)["images"], np.int64).sum()) for _ in range(max(numbers))]
-    bad, real = jnp.array([sums[k - 1] for k in numbers]), classifier.loss
+    bad, real = np.array([sums[k - 1] for k in numbers]), classifier.loss  # JAX may not have begun yet
 
     def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
         value, metrics = real(config, params, batch, key=key, step=step)
