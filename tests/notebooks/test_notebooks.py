@@ -4,17 +4,25 @@ Facts of the models (the annealing, causality, sums of attention) are asserted i
 """
 
 import base64
+import dataclasses
 import importlib.util
 import io
+import json
 import os
 import pathlib
 import re
 import subprocess
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+
+from rar_jax.data import imagenet
+from rar_jax.generators import rar
+from rar_jax.interop import rar as interop_rar
+from rar_jax.programs.convert import convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "notebooks"
@@ -33,10 +41,14 @@ render = _render()
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each notebook with its outputs: one work directory, trained by the first, and one compilation cache."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    environment = {
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module")
+def environment(folder: pathlib.Path) -> dict[str, str]:
+    """One work directory, trained by the first notebook, and one compilation cache."""
+    return {
         "RAR_JAX_SHORT": "1",
         "RAR_JAX_WORKDIR": str(folder / "digits"),
         "JAX_PLATFORMS": "cpu",
@@ -47,6 +59,11 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "HF_HUB_CACHE": str(folder / "hub"),  # no released weights
         "IPYTHONDIR": str(folder / "ipython"),
     }
+
+
+@pytest.fixture(scope="module")
+def executed(folder: pathlib.Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Each notebook with its outputs."""
     return {name: render.execute(name, folder, environment) for name in render.NAMES}
 
 
@@ -93,6 +110,20 @@ def test_sampling_says_which_weights(executed: dict[str, Any]) -> None:
     text = _text(executed["sample"])
     assert "Not rar_b: rar_b.bin is not here" in text and "not the released ones" in text
     assert "golden retriever, otter -> [207, 360]" in text and "Did you mean 'goldfish'" in text
+
+
+def test_sampling_from_given_weights(folder: pathlib.Path, environment: dict[str, str], released_pair: Any) -> None:
+    """A directory of ImageNet's 1000 classes, as `rar-jax convert` makes it of released files."""
+    config, weights = dataclasses.replace(rar.TINY, num_tokens=64, num_classes=1000), folder / "rar_1000"
+    interop_rar.save(folder / "rar_1000.bin", config, rar.init(config, jax.random.key(0)))
+    convert(str(folder / "rar_1000.bin"), weights, tokenizer=str(released_pair.tokenizer), quiet=True)
+    told = json.loads((weights / "config.json").read_text())
+    told["data"]["class_names"] = list(imagenet.class_names())  # convert knows them of the released sizes
+    (weights / "config.json").write_text(json.dumps(told))
+    notebook = render.execute("sample", folder, {**environment, "RAR_JAX_WEIGHTS": str(weights)})
+    text = _text(notebook)
+    assert f"These are the released or given weights {weights}." in text and "1000 classes" in text
+    assert "Not " not in text and len(_pictures(notebook)) == PICTURES["sample"]
 
 
 def test_how_rar_works_was_of_the_trained_model(executed: dict[str, Any]) -> None:
