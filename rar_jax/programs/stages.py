@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from rar_jax.config import ConfigError, differences, require, to_dict
 from rar_jax.interop.released import locate
 from rar_jax.interop.weights import Weights, open_weights
-from rar_jax.parallel.processes import is_main
+from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.programs.experiment import Experiment
 from rar_jax.sampling.sampler import Model
 from rar_jax.training.checkpoint import good_step, load_params, read_meta, save_params
 from rar_jax.training.manifest import CheckpointError
+from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
 from rar_jax.training.writers import wandb_package
 
@@ -25,7 +26,7 @@ STAGES = ("tokenizer", "classifier", "generator")
 
 
 def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None:
-    """The hash of the stage's last checkpoint if it is trained to the end and verifies, else None.
+    """The hash of the stage's last checkpoint if it is trained to the end and evaluated, and verifies, else None.
 
     A generator counts only with the tokenizer whose tokens it was trained on.
     """
@@ -33,11 +34,22 @@ def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None
     good = good_step(folder)
     if good is None or good[0] != experiment.last_step(stage):
         return None
-    if stage == "generator" and read_meta(folder, good[0])["tokenizer_sha256"] != finished(
-        experiment, "tokenizer", workdir
-    ):
+    meta = read_meta(folder, good[0])
+    if meta.get("unevaluated") and not evaluated(workdir, stage, good[0]):
+        return None
+    if stage == "generator" and meta["tokenizer_sha256"] != finished(experiment, "tokenizer", workdir):
         return None
     return good[1]
+
+
+def evaluated(workdir: Workdir, stage: str, step: int) -> bool:
+    """Whether the evaluation of a step was told, as process 0 sees it. A preemption may have come before it."""
+
+    def told() -> bool:
+        rows = read_metrics(workdir.path, stage)
+        return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
+
+    return from_main(told)
 
 
 def trained_params(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh) -> tuple[Any, str]:

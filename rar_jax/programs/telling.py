@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rar_jax.parallel.processes import from_main
 from rar_jax.programs.live import Numbers
 from rar_jax.programs.live_grids import Draw
 from rar_jax.programs.session import Session
 from rar_jax.training.recipe import Recipe
-from rar_jax.training.report import Reporter, read_metrics
+from rar_jax.training.report import Reporter
 from rar_jax.training.state import State, evaluated_params
-from rar_jax.training.workdir import Workdir
 
 
 class Telling:
@@ -75,13 +73,3 @@ class Telling:
         self.shown |= {k: v for k, v in watched.items() if k.endswith(ends) or k.startswith(of_note)}
         self._session.ledger.lap("evaluating")
         return told
-
-
-def evaluated(workdir: Workdir, stage: str, step: int) -> bool:
-    """Whether the evaluation of a step was told, as process 0 sees it. A preemption may have come before it."""
-
-    def told() -> bool:
-        rows = read_metrics(workdir.path, stage)
-        return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
-
-    return from_main(told)

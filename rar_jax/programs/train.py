@@ -31,11 +31,11 @@ from rar_jax.programs.live import Numbers, best_by, live_scorers
 from rar_jax.programs.live_grids import live_grid
 from rar_jax.programs.objective import Objective, encoded, make_objective
 from rar_jax.programs.session import Session
-from rar_jax.programs.stages import STAGES, given_generator, take_over_tokenizer, trained_params
-from rar_jax.programs.telling import Telling, evaluated
+from rar_jax.programs.stages import STAGES, evaluated, given_generator, take_over_tokenizer, trained_params
+from rar_jax.programs.telling import Telling
 from rar_jax.sampling.sampler import Model
 from rar_jax.training import guard
-from rar_jax.training.checkpoint import Checkpointer, good_step, read_meta
+from rar_jax.training.checkpoint import Checkpointer, good_step, mark_if_best, read_meta
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.preemption import Preempted
@@ -227,10 +227,16 @@ def train(
         reporter.resume_from(start)
         telling = Telling(stage, recipe, reporter, session, state, numbers, draw)
 
-        def save(step: int, state: State, score: tuple[str, float] | None = None) -> None:
+        def save(step: int, state: State, score: tuple[str, float] | None = None, unevaluated: bool = False) -> None:
             ledger.lap("training")
-            checkpointer.save(step, state, objective.meta | {"step": step}, score)
+            told = {"step": step} | ({"unevaluated": True} if unevaluated else {})
+            checkpointer.save(step, state, objective.meta | told, score)
             ledger.lap("saving")
+
+        def due(step: int) -> tuple[bool, bool]:
+            """Whether a step is to be evaluated, and saved."""
+            last = step == recipe.steps
+            return last or step % recipe.eval_every == 0, last or step % recipe.checkpoint_every == 0
 
         # ---- the loop
         stack.enter_context(sharded(mesh))
@@ -243,8 +249,11 @@ def train(
                     print(f"{stage}: compiling")
                 telling.compile(state)  # before there is a step to save: now a signal ends the process at once
                 ledger.lap("starting")
-            if start and start % recipe.eval_every == 0 and not evaluated(workdir, stage, start):
-                telling.evaluate(start, state)  # it was preempted there
+            evaluate_now, save_now = due(start)
+            if start and evaluate_now and not evaluated(workdir, stage, start):  # it was preempted there
+                score = best_by(telling.evaluate(start, state))
+                if recipe.keep_best and save_now and score is not None:
+                    from_main(lambda: mark_if_best(folder, start, *score))
             while step < recipe.steps:
                 step += 1
                 batch = next(data)
@@ -275,22 +284,21 @@ def train(
                 reporter.progress(step, **telling.shown)
                 checkpointer.poll()
                 session.poll()
-                last = step == recipe.steps
-                evaluate_now, save_now = (last or step % n == 0 for n in (recipe.eval_every, recipe.checkpoint_every))
+                evaluate_now, save_now = due(step)
                 if evaluate_now or save_now:
                     telling.record(*pending)
                     pending = None
                 told = telling.evaluate(step, state) if evaluate_now else {}
                 # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
-                if save_now and (last or not telling.bad_in_a_row):
+                if save_now and (step == recipe.steps or not telling.bad_in_a_row):
                     save(step, state, best_by(told) if recipe.keep_best else None)
             checkpointer.wait()  # here, where a signal does not cut the last save off
         except Preempted:
             if pending is not None:
                 telling.record(*pending)
-            # The last step is saved when it has been evaluated: the stage would count as finished.
-            if start != step < recipe.steps:
-                save(step, state)
+            if start != step:
+                # The stage counts as finished once its last step has been evaluated.
+                save(step, state, unevaluated=step == recipe.steps)
             raise
     if session.watch.noticed:  # during the last save
         raise Preempted

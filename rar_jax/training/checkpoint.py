@@ -73,6 +73,12 @@ def mark_best(folder: pathlib.Path, step: int, metric: str, value: float) -> Non
     write_json(folder / BEST, _marked(folder) | {metric: {"step": step, "value": value}})
 
 
+def mark_if_best(folder: pathlib.Path, step: int, metric: str, value: float) -> None:
+    """`mark_best` if no other step is known with a lower value."""
+    if value < best_steps(folder).get(metric, {"value": math.inf})["value"]:
+        mark_best(folder, step, metric, value)
+
+
 def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """The best step by each metric that one was marked or saved with, the lowest: {metric: {"step", "value"}}.
 
@@ -80,9 +86,10 @@ def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """
     best = _marked(folder)
     for step in reversed(_steps(folder)):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or saved without a score
+        with contextlib.suppress(CheckpointError, OSError, KeyError):  # unfinished, damaged, or saved without a score
+            verify_manifest(folder / str(step), part="meta/")
             metric, value = read_meta(folder, step)["score"]
-            if (folder / str(step) / MANIFEST).is_file() and value < best.get(metric, {"value": math.inf})["value"]:
+            if value < best.get(metric, {"value": math.inf})["value"]:
                 best[metric] = {"step": step, "value": value}
     return best
 
@@ -136,8 +143,8 @@ class Checkpointer:
 
     Args:
       keep: so many of the newest steps, besides those that are marked as the best and one that is being written.
-      every: the steps that are saved in any case are its multiples. `keep` counts those; of others, which a preemption saved,
-        only the newest step of all stays, and no training is sent back to them: where it goes must not depend on when it was stopped.
+      every: the steps that are saved in any case are its multiples. `keep` counts those; others, which a preemption saved, stay until
+        a newer step was read, and no training is sent back to them: where it goes must not depend on when it was stopped.
       verify: reads each step again once it is on disk; a difference is an error at the next call.
       on_full_disk: told of each step that could not be saved for want of room. on_saved: on process 0, of each that counts.
     """
@@ -254,6 +261,7 @@ class Checkpointer:
         self._set_aside(good, before)
         if good is None:
             return None
+        from_main(lambda: _let_go(self.folder, {s for s in _steps(self.folder) if s < good[0] and s % self._every}))
         there = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.folder.absolute()) / str(good[0]) / "state").tree
         lacking = {name: part for name, part in (added or {}).items() if name not in there}
         wanted = {name: part for name, part in abstract_state.items() if name not in lacking}
@@ -309,26 +317,33 @@ def _finish(folder: pathlib.Path, step: int, verify: bool, keep: int, every: int
     write_manifest(folder / str(step))
     if verify:
         verify_from_disk(folder / str(step))
+    if step % every:
+        return  # a preemption's: there is no time to read what is older, and nothing goes unless a newer one was read
     steps = _steps(folder)
-    kept = {steps[0], *[known for known in steps if known % every == 0][:keep]}
-    kept |= {marked["step"] for marked in best_steps(folder).values()}
-    old = set(steps) - kept
-    if step % every == 0 and old and not verify:
+    old = set(steps) - {steps[0], *[known for known in steps if known % every == 0][:keep]}
+    if old and not verify:
         old -= _newest_on_disk(folder, every)
-    for gone in old:
-        shutil.rmtree(folder / str(gone), ignore_errors=True)
+    _let_go(folder, old)
+
+
+def _let_go(folder: pathlib.Path, old: set[int]) -> None:
+    for step in old - {best["step"] for best in best_steps(folder).values()}:
+        shutil.rmtree(folder / str(step), ignore_errors=True)
 
 
 def _newest_on_disk(folder: pathlib.Path, every: int) -> set[int]:
-    """The newest of the steps that trainings go back to which the disk holds as it was written; or nothing."""
-    for step in (step for step in _steps(folder) if step % every == 0):
+    """The newest step that the disk holds as it was written and the newest such step that trainings go back to, and any between."""
+    found: set[int] = set()
+    for step in _steps(folder):
         try:
             verify_from_disk(folder / str(step))
         except CheckpointError as error:
             log.warning("checkpoint step %d is not what was written: %s", step, error)
         else:
-            return {step}
-    return set()
+            found.add(step)
+            if step % every == 0:
+                break
+    return found
 
 
 def save_params(folder: pathlib.Path, params: Any, meta: dict[str, Any]) -> None:

@@ -61,8 +61,8 @@ def verify_from_disk(folder: pathlib.Path) -> None:
     verify_manifest(folder)
 
 
-def verify_manifest(folder: pathlib.Path) -> str:
-    """Checks every file below `folder` against its manifest.
+def verify_manifest(folder: pathlib.Path, *, part: str = "") -> str:
+    """Checks every file below `folder`, or of a part of it, against its manifest.
 
     Files that the manifest does not name (a desktop's or a file server's) do no harm and are passed over.
 
@@ -81,6 +81,8 @@ def verify_manifest(folder: pathlib.Path) -> str:
     if not intact:
         raise CheckpointError(f"{path} is damaged")
     for name, entry in entries.items():
+        if not name.startswith(part):
+            continue
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing")
         if file_sha256(folder / name) != entry["sha256"]:

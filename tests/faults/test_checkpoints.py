@@ -61,6 +61,17 @@ def test_the_best_is_known_as_soon_as_it_counts(tmp_path: pathlib.Path, monkeypa
     assert sorted(int(path.name) for path in tmp_path.glob("*") if path.is_dir()) == [2, 4]
 
 
+@pytest.mark.parametrize("damaged", ["meta/metadata", "manifest.json"])
+def test_a_damaged_score_is_not_believed(tmp_path: pathlib.Path, damaged: str) -> None:
+    with contextlib.closing(Checkpointer(tmp_path, keep=2)) as checkpointer:
+        for step, loss in ((1, 2.5), (2, 3.5)):
+            checkpointer.save(step, {"x": jax.numpy.zeros(3)}, {"step": step}, ("loss", loss))
+    assert best_steps(tmp_path) == {"loss": {"step": 1, "value": 2.5}}
+    path = tmp_path / "2" / damaged
+    path.write_text(path.read_text().replace("3.5", "1.5").replace('"sha256": "', '"sha256": "0'))
+    assert best_steps(tmp_path) == {"loss": {"step": 1, "value": 2.5}}
+
+
 @pytest.mark.promise(
     5, "a random bit flipped in each file of a checkpoint in turn: found, the file named, the step before used"
 )

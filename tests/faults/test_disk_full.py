@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -219,3 +220,44 @@ def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: 
     checkpointer.save(40, state(40, 100), {})
     checkpointer.close()
     assert names(tmp_path) == sorted(map(str, [16, 24, 32, 40][-keep:]))
+
+
+@pytest.mark.promise(
+    5, "the same of steps that preemptions saved: the newest that verifies stays, and the newest that is gone back to"
+)
+@pytest.mark.parametrize(
+    ("saved", "rotten", "left"),
+    [
+        ((8, 12, 16), (8, 16), (8, 12, 16)),  # nothing that verifies is newer than 12
+        ((8, 16, 24, 32, 37), (16, 24, 32), (8, 24, 32, 37)),  # no multiple of 8 is newer than 8
+        ((8, 12, 16), (), (8, 16)),
+        ((8, 12, 13), (), (8, 12, 13)),  # the next start lets go of 12
+    ],
+)
+def test_retention_of_a_preempted_training(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saved: tuple[int, ...],
+    rotten: tuple[int, ...],
+    left: tuple[int, ...],
+) -> None:
+    real = checkpoint.write_manifest
+
+    def rots(folder: pathlib.Path) -> None:
+        real(folder)
+        if int(folder.name) in rotten:
+            (folder / "meta" / "metadata").write_text("rots")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", rots)
+    with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
+        for step in saved:
+            checkpointer.save(step, state(step, 100), {})
+            checkpointer.wait()
+    assert names(tmp_path) == sorted(map(str, left))
+    with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
+        restored = checkpointer.restore(state(0, 100))
+    assert restored is not None and int(restored["step"]) == max(set(saved) - set(rotten))
+    there = {int(name) for name in names(tmp_path) if name.isdigit()}
+    assert there == {step for step in left if step % 8 == 0 or step == max(set(saved) - set(rotten))} - {
+        step for step in rotten if step > int(restored["step"])
+    }

@@ -13,34 +13,18 @@ import numpy as np
 import poisoned
 import pytest
 from commands import Command, finish, start, state_of, terminate, wait_for
+from stopped import RECIPE, StopAt, stage, told
 
 from rar_jax.config import PREEMPTED, load_experiment
-from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import resolve
-from rar_jax.programs.session import Session
-from rar_jax.programs.train import TrainingError, give_up, train
+from rar_jax.programs.train import TrainingError, give_up
 from rar_jax.training import checkpoint, guard
 from rar_jax.training import ledger as ledgers
 from rar_jax.training.checkpoint import load_params
-from rar_jax.training.ledger import Ledger
 from rar_jax.training.preemption import Preempted
-from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
-RECIPE = {"steps": 20, "log_every": 1, "eval_every": 10, "checkpoint_every": 4, "most_skips": 3, "keep_checkpoints": 9}
-
-
-def stage(workdir: pathlib.Path, session: Session | None = None, **recipe: Any) -> None:
-    """Trains the tiny classifier, which compiles fastest."""
-    overrides = [f"classifier.train.{name}={value}" for name, value in {**RECIPE, **recipe}.items()]
-    experiment = resolve(load_experiment(str(TINY), overrides), "tiny")
-    session = session or Session(Ledger(workdir))
-    train(experiment, "classifier", Workdir(workdir), make_mesh(experiment.mesh), quiet=True, session=session)
-
-
-def told(workdir: pathlib.Path) -> list[Any]:
-    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir, "classifier")]
 
 
 def events(workdir: pathlib.Path, *names: str) -> list[tuple[Any, ...]]:
@@ -52,19 +36,6 @@ def events(workdir: pathlib.Path, *names: str) -> list[tuple[Any, ...]]:
 def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Function of batch numbers, see poisoned.py."""
     return lambda *numbers: poisoned.poison(numbers, monkeypatch.setattr)
-
-
-class StopAt(Session):
-    """A session that is preempted at its k-th poll."""
-
-    def __init__(self, workdir: pathlib.Path, poll: int) -> None:
-        super().__init__(Ledger(workdir))
-        self.left = poll
-
-    def poll(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Preempted
 
 
 @pytest.mark.promise(8, "a NaN batch in the real loop: one update left out and counted, the step after is normal")

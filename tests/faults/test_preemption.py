@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
-from rar_jax.programs import telling
+from rar_jax.programs import stages
 from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session, session
 from rar_jax.programs.train import train
@@ -345,8 +345,8 @@ def test_an_error_of_leaving_does_not_hide_the_preemption(
 def test_process_0_says_whether_a_step_was_evaluated(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that read the disk themselves could differ, and wait for each other within the evaluation."""
     for said in (True, False):
-        monkeypatch.setattr(telling, "from_main", lambda function, said=said: said)
-        assert telling.evaluated(Workdir(tmp_path), "classifier", 8) is said
+        monkeypatch.setattr(stages, "from_main", lambda function, said=said: said)
+        assert stages.evaluated(Workdir(tmp_path), "classifier", 8) is said
 
 
 def test_the_code_of_one_process_that_fails_after_a_signal() -> None:

@@ -1,0 +1,62 @@
+"""Stopped at a step that is to be evaluated, the last one too: it is saved, and evaluated by the next start."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from commands import state_of
+from stopped import StopAt, stage, tiny, told
+
+from rar_jax.programs.stages import finished
+from rar_jax.training.checkpoint import best_steps, good_step
+from rar_jax.training.preemption import Preempted
+from rar_jax.training.workdir import Workdir
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("straight")
+    stage(workdir, eval_every=8, checkpoint_every=8, keep_best=True)
+    return workdir
+
+
+def newest(folder: pathlib.Path) -> int:
+    good = good_step(folder)
+    return good[0] if good else 0
+
+
+def stopped(workdir: pathlib.Path, *polls: int) -> None:
+    for poll in polls:
+        with pytest.raises(Preempted):
+            stage(workdir, StopAt(workdir, poll), eval_every=8, checkpoint_every=8, keep_best=True)
+
+
+@pytest.mark.promise(
+    7, "stopped at the last step or in its evaluation: saved, not counted as finished, evaluated by the next start"
+)
+@pytest.mark.parametrize("into", [0, 1])
+def test_the_last_step(tmp_path: pathlib.Path, straight: pathlib.Path, into: int) -> None:
+    folder = tmp_path / "checkpoints" / "classifier"
+    stopped(tmp_path, 19)
+    stopped(
+        tmp_path, 20 - newest(folder) + into
+    )  # a training asks after each step, and in an evaluation before each batch
+    assert newest(folder) == 20 and finished(tiny(), "classifier", Workdir(tmp_path)) is None
+    assert told(tmp_path) == [row for row in told(straight) if row["step"] < 20 or "validation/loss" not in row]
+    stopped(tmp_path, 1)  # in the evaluation again
+    assert finished(tiny(), "classifier", Workdir(tmp_path)) is None
+    stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)
+    assert finished(tiny(), "classifier", Workdir(tmp_path)) is not None
+    assert told(tmp_path) == told(straight) and state_of(tmp_path, 20) == state_of(straight, 20)
+    assert best_steps(folder) == best_steps(straight / "checkpoints" / "classifier")
+
+
+@pytest.mark.promise(7, "stopped in the evaluation of a step that is the best: it is kept as the best")
+def test_the_best_step(tmp_path: pathlib.Path, straight: pathlib.Path) -> None:
+    folder = tmp_path / "checkpoints" / "classifier"
+    stopped(tmp_path, 9)
+    assert newest(folder) == 8 and best_steps(folder) == {}
+    stopped(tmp_path, 4)
+    (first,) = (row["validation/loss"] for row in told(straight) if row["step"] == 8 and "validation/loss" in row)
+    assert best_steps(folder) == {"validation/loss": {"step": 8, "value": first}}
