@@ -17,7 +17,7 @@ import pytest
 
 from rar_jax.training import checkpoint
 from rar_jax.training.checkpoint import Checkpointer, good_step, good_steps
-from rar_jax.training.manifest import CheckpointError
+from rar_jax.training.manifest import CheckpointError, verify_from_disk
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -248,7 +248,12 @@ def test_retention_of_a_preempted_training(
         if int(folder.name) in rotten:
             (folder / "meta" / "metadata").write_text("rots")
 
+    def read(folder: pathlib.Path) -> None:
+        assert step % 8 == 0, "a preemption has no time for it"
+        verify_from_disk(folder)
+
     monkeypatch.setattr(checkpoint, "write_manifest", rots)
+    monkeypatch.setattr(checkpoint, "verify_from_disk", read)
     with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
         for step in saved:
             checkpointer.save(step, state(step, 100), {})

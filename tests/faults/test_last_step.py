@@ -39,9 +39,8 @@ def stopped(workdir: pathlib.Path, *polls: int) -> None:
 def test_the_last_step(tmp_path: pathlib.Path, straight: pathlib.Path, into: int) -> None:
     folder = tmp_path / "checkpoints" / "classifier"
     stopped(tmp_path, 19)
-    stopped(
-        tmp_path, 20 - newest(folder) + into
-    )  # a training asks after each step, and in an evaluation before each batch
+    # A training asks after each step, and in an evaluation before each batch.
+    stopped(tmp_path, 20 - newest(folder) + into)
     assert newest(folder) == 20 and finished(tiny(), "classifier", Workdir(tmp_path)) is None
     assert told(tmp_path) == [row for row in told(straight) if row["step"] < 20 or "validation/loss" not in row]
     stopped(tmp_path, 1)  # in the evaluation again
