@@ -56,6 +56,16 @@ def test_one_bad_batch_is_left_out_and_counted(tmp_path: pathlib.Path, poison: A
     assert told(stopped) == told(tmp_path) and state_of(stopped, 12) == state_of(tmp_path, 12)
 
 
+@pytest.mark.promise(8, "a spike in the real loop, of a hundred times the loss: the same")
+def test_one_spike_is_left_out_and_counted(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned.poison((77,), monkeypatch.setattr, 6400.0)  # of one row of 64
+    stage(tmp_path, steps=80)
+    rows = {row["step"]: row for row in told(tmp_path) if "loss" in row}
+    assert [step for step, row in rows.items() if 50 < row["loss"] / rows[1]["loss"] < 200] == [77]
+    assert [rows[step]["skipped"] for step in (76, 77, 78, 80)] == [0, 1, 1, 1]
+    assert events(tmp_path, "skipped", "rewind") == [("skipped", 77, None)]
+
+
 @pytest.mark.promise(
     8,
     "3 in a row: back to the last good step, past the data window; the same, stopped on the way (before, within and after the bad "

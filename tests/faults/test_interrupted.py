@@ -16,6 +16,7 @@ from commands import TINY, Command, finish, start, terminate, wait_for
 from rar_jax.config import PREEMPTED
 from rar_jax.data.sources import load_source
 from rar_jax.data.token_store import TokenStore
+from rar_jax.evaluation.reference import write_reference
 from rar_jax.interop import maskgit_vq
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 
@@ -104,7 +105,15 @@ def test_two_that_tokenize(tokenized: Any, tmp_path: pathlib.Path, which: int) -
 )
 def test_evaluating(released_pair: Any, tmp_path: pathlib.Path, record_property: Any) -> None:
     pair = ("--weights", str(released_pair.generator), "--tokenizer", str(released_pair.tokenizer))
-    sizes = ("--inception=any", "--samples=200", "--chunk=4", "--batch-size=4")
+    about = {"n": 100, "protocol": "adm", "weights_sha256": "0" * 64, "source": "made up"}
+    write_reference(tmp_path / "reference.npz", mean=np.zeros(12), cov=np.eye(12), **about)
+    sizes = (
+        f"--reference={tmp_path / 'reference.npz'}",
+        "--inception=any",
+        "--samples=200",
+        "--chunk=4",
+        "--batch-size=4",
+    )
 
     def begin(out: pathlib.Path) -> list[Command]:
         flags = (*pair, *sizes, "--samples-npz", "--out", str(out))
@@ -127,5 +136,5 @@ def test_evaluating(released_pair: Any, tmp_path: pathlib.Path, record_property:
             images = file["arr_0"]
         assert images.shape[0] == 200
         results.append(({k: v for k, v in told.items() if isinstance(v, float) and k != "seconds"}, images.tobytes()))
-    assert results[0] == results[1] and "inception_score" in results[0][0]
+    assert results[0] == results[1] and {"inception_score", "fid"} <= results[0][0].keys()
     record_property("count", "200 images, once each")

@@ -1,5 +1,5 @@
 """Promise 1: a run that was killed and started again is, to the bit, the run that was not. With the real command,
-dropout on, across an epoch boundary (step 22.5) and both annealing boundaries (steps 12 and 18)."""
+dropout on, across an epoch boundary (step 22.5) and both annealing boundaries (steps 20 and 30)."""
 
 import json
 import os

@@ -16,8 +16,9 @@ from rar_jax.data.sources import load_source
 from rar_jax.evaluation import classifier
 
 
-def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    """From now on the loss of the first row of these batches (the first is 1) is NaN; that row lies on one device."""
+def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = setattr, factor: float = np.nan) -> None:
+    """From now on the loss of the first row of these batches (the first is 1) is NaN, or so many times itself; that row lies on one
+    device."""
     stream = batches(load_source("digits", "train", image_size=8, channels=1), global_batch=64, seed=0, start_step=0)
     sums = [int(np.asarray(next(stream)["images"], np.int64).sum()) for _ in range(max(numbers))]
     bad, real = np.array([sums[k - 1] for k in numbers]), classifier.loss  # JAX may not have begun yet
@@ -25,7 +26,7 @@ def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = se
     def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
         value, metrics = real(config, params, batch, key=key, step=step)
         found = (batch["images"].astype(jnp.int32).sum() == bad).any() & (key is not None)
-        rows = jnp.where(found & (jnp.arange(len(batch["labels"])) == 0), jnp.nan, 1.0)
+        rows = jnp.where(found & (jnp.arange(len(batch["labels"])) == 0), factor, 1.0)
         value = rows.mean() * value
         return value, metrics | {"loss": value}
 

@@ -28,6 +28,7 @@ def calm(count: int, seed: int = 0) -> list[tuple[float, float]]:
     return [tuple(row) for row in 2 + 0.1 * np.random.default_rng(seed).standard_normal((count, 2))]
 
 
+@pytest.mark.promise(8, "not finite is bad from the first step, and never in the history")
 @pytest.mark.parametrize("worst", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", [0, 1])
 def test_not_finite_is_bad_from_the_first_step_and_never_remembered(worst: float, which: int) -> None:
@@ -45,6 +46,7 @@ def test_a_spike_right_after_a_nan_is_seen() -> None:
     assert judged([*calm(200), (np.nan, 2.0), (1e6, 2.0), (2.0, 2.0)])[0][200:] == [True, True, False]
 
 
+@pytest.mark.promise(8, "a spike is more than 6 deviations above the mean of the last 128: against NumPy in float64")
 def test_the_limit_is_the_mean_and_deviation_of_the_last_128() -> None:
     values = calm(300)
     last = np.array(values[-guard.WINDOW :], np.float64)
