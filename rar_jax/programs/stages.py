@@ -34,20 +34,22 @@ def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None
     good = good_step(folder)
     if good is None or good[0] != experiment.last_step(stage):
         return None
-    meta = read_meta(folder, good[0])
-    if meta.get("unevaluated") and not evaluated(workdir, stage, good[0]):
+    meta = from_main(lambda: read_meta(folder, good[0]))
+    if meta.get("unevaluated") and evaluated(workdir, stage, good[0]) is None:
         return None
     if stage == "generator" and meta["tokenizer_sha256"] != finished(experiment, "tokenizer", workdir):
         return None
     return good[1]
 
 
-def evaluated(workdir: Workdir, stage: str, step: int) -> bool:
-    """Whether the evaluation of a step was told, as process 0 sees it. A preemption may have come before it."""
+def evaluated(workdir: Workdir, stage: str, step: int) -> dict[str, float] | None:
+    """The numbers that the evaluation of a step told, as process 0 sees them; None if a preemption came before it."""
 
-    def told() -> bool:
-        rows = read_metrics(workdir.path, stage)
-        return any(row["step"] == step and any(k.startswith("validation/") for k in row) for row in rows)
+    def told() -> dict[str, float] | None:
+        for row in read_metrics(workdir.path, stage):
+            if row["step"] == step and any(name.startswith("validation/") for name in row):
+                return {name: value for name, value in row.items() if isinstance(value, float)}
+        return None
 
     return from_main(told)
 

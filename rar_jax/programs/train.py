@@ -35,7 +35,7 @@ from rar_jax.programs.stages import STAGES, evaluated, given_generator, take_ove
 from rar_jax.programs.telling import Telling
 from rar_jax.sampling.sampler import Model
 from rar_jax.training import guard
-from rar_jax.training.checkpoint import Checkpointer, good_step, mark_if_best, read_meta
+from rar_jax.training.checkpoint import IRREGULAR, Checkpointer, good_step, mark_if_best, read_meta
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.preemption import Preempted
@@ -210,7 +210,7 @@ def train(
             return state
 
         state = newest()
-        step = start = int(state["step"])
+        step = start = begun = int(state["step"])  # begun: where it went on from last
         if start and not quiet and is_main():
             print(f"{stage}: goes on from step {start} of {recipe.steps}")
 
@@ -227,20 +227,29 @@ def train(
         reporter.resume_from(start)
         telling = Telling(stage, recipe, reporter, session, state, numbers, draw)
 
-        def save(step: int, state: State, score: tuple[str, float] | None = None, unevaluated: bool = False) -> None:
-            ledger.lap("training")
-            told = {"step": step} | ({"unevaluated": True} if unevaluated else {})
-            checkpointer.save(step, state, objective.meta | told, score)
-            ledger.lap("saving")
-
         def due(step: int) -> tuple[bool, bool]:
             """Whether a step is to be evaluated, and saved."""
             last = step == recipe.steps
             return last or step % recipe.eval_every == 0, last or step % recipe.checkpoint_every == 0
 
+        def amid_bad(step: int) -> bool:
+            """Whether the way may lead back: then a step is not saved, but for the last, unless a signal came."""
+            return telling.bad_in_a_row > 0 and step < recipe.steps
+
+        def save(step: int, state: State, score: tuple[str, float] | None = None, *, preempted: bool = False) -> None:
+            ledger.lap("training")
+            meta = objective.meta | {"step": step}
+            if preempted and step == recipe.steps:
+                meta["unevaluated"] = True  # a stage is finished when its last step has been evaluated
+            if preempted and amid_bad(step):
+                meta[IRREGULAR] = True
+            checkpointer.save(step, state, meta, score, retain=not preempted)
+            ledger.lap("saving")
+
         # ---- the loop
         stack.enter_context(sharded(mesh))
         pending: tuple[int, dict[str, Any]] | None = None
+        compiled = False
         ledger.lap("starting")
         ledger.row("stage", stage=stage, step=start, steps=recipe.steps)
         try:
@@ -250,16 +259,24 @@ def train(
                 telling.compile(state)  # before there is a step to save: now a signal ends the process at once
                 ledger.lap("starting")
             evaluate_now, save_now = due(start)
-            if start and evaluate_now and not evaluated(workdir, stage, start):  # it was preempted there
-                score = best_by(telling.evaluate(start, state))
-                if recipe.keep_best and save_now and score is not None:
+            if start and evaluate_now:
+                told = evaluated(workdir, stage, start)
+                if told is None:  # it was preempted there
+                    told = telling.evaluate(start, state)
+                    if start == recipe.steps and evaluated(workdir, stage, start) is None:
+                        raise TrainingError(
+                            f"{stage}: the evaluation of the last step could not be written to {workdir.path}, and counts only "
+                            "then: make room and give the same command again"
+                        )
+                score = best_by(told) if recipe.keep_best and save_now and not amid_bad(start) else None
+                if score is not None:
                     from_main(lambda: mark_if_best(folder, start, *score))
             while step < recipe.steps:
                 step += 1
                 batch = next(data)
                 state, metrics = setup.step(state, batch, step_key, frozen)
-                if step == start + 1:
-                    # It was compiled too, and there is something to save.
+                if not compiled:
+                    compiled = True  # and there is something to save
                     stack.enter_context(session.watch.saving())
                     ledger.lap("starting")
                 # The metrics of the step before are fetched while this one runs: the device never waits for the host.
@@ -278,6 +295,7 @@ def train(
                     back["guard"] = guard.sent_back(back["guard"], state["guard"], steps=step - int(back["step"]))
                     ledger.row("rewind", stage=stage, step=step, to=int(back["step"]))
                     state, step, pending, telling.bad_in_a_row = back, int(back["step"]), None, 0
+                    begun = step
                     data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
                     reporter.resume_from(step)
                     continue
@@ -289,16 +307,15 @@ def train(
                     telling.record(*pending)
                     pending = None
                 told = telling.evaluate(step, state) if evaluate_now else {}
-                # Last, so that a resumed run has the rows of this step; and not on a way that may lead back.
-                if save_now and (step == recipe.steps or not telling.bad_in_a_row):
+                # Last, so that a resumed run has the rows of this step.
+                if save_now and not amid_bad(step):
                     save(step, state, best_by(told) if recipe.keep_best else None)
             checkpointer.wait()  # here, where a signal does not cut the last save off
         except Preempted:
             if pending is not None:
                 telling.record(*pending)
-            if start != step:
-                # The stage counts as finished once its last step has been evaluated.
-                save(step, state, unevaluated=step == recipe.steps)
+            if step != begun:
+                save(step, state, preempted=True)
             raise
     if session.watch.noticed:  # during the last save
         raise Preempted

@@ -39,13 +39,14 @@ from rar_jax.training.manifest import (
 from rar_jax.training.preemption import checkpoint_manager
 
 BEST = "best.json"
+IRREGULAR = "amid_bad_updates"  # in `meta`: a training that was not stopped here would not have saved the step
 MOST_FAILURES = 3  # saves in a row that a full disk may cost
 log: logging.Logger = logging.getLogger(__name__)
 
 
-def good_step(folder: pathlib.Path, *, before: int | None = None, every: int = 1) -> tuple[int, str] | None:
-    """The newest step of a checkpoint folder (below `before`, a multiple of `every`) that verifies, and its manifest's hash; None
-    if there is none.
+def good_step(folder: pathlib.Path, *, before: int | None = None, every: int | None = None) -> tuple[int, str] | None:
+    """The newest step of a checkpoint folder (below `before`, regular by `every`) that verifies, and its manifest's hash; None if
+    there is none.
 
     Newer steps that do not verify are reported by log warnings that name the bad file. Process 0 looks, and all go by what
     it finds: all processes call this.
@@ -54,9 +55,13 @@ def good_step(folder: pathlib.Path, *, before: int | None = None, every: int = 1
     return None if found is None else (found[0], found[1])
 
 
-def good_steps(folder: pathlib.Path, *, before: int | None = None, every: int = 1) -> Iterator[tuple[int, str]]:
+def good_steps(
+    folder: pathlib.Path, *, before: int | None = None, every: int | None = None
+) -> Iterator[tuple[int, str]]:
     """Every step that verifies and its manifest's hash, the newest first; log warnings name what is bad. As this process sees it."""
-    for step in (step for step in _steps(folder) if step % every == 0 and (before is None or step < before)):
+    for step in _steps(folder):
+        if not _is_regular(folder, step, every) or (before is not None and step >= before):
+            continue
         try:
             yield step, verify_manifest(folder / str(step))
         except CheckpointError as error:
@@ -68,15 +73,30 @@ def _steps(folder: pathlib.Path) -> list[int]:
     return sorted((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), reverse=True)
 
 
+def _is_regular(folder: pathlib.Path, step: int, every: int | None) -> bool:
+    """Whether a training saves this step however often it is stopped, so that it may be sent back there. None: all of them count."""
+    if every is None:
+        return True
+    try:
+        return step % every == 0 and not read_meta(folder, step).get(IRREGULAR)
+    except (OSError, ValueError):  # unfinished or damaged, which its verification will say
+        return step % every == 0
+
+
 def mark_best(folder: pathlib.Path, step: int, metric: str, value: float) -> None:
     """Marks a step in best.json: it is kept until another is the best by this metric, whatever the training's retention."""
     write_json(folder / BEST, _marked(folder) | {metric: {"step": step, "value": value}})
 
 
 def mark_if_best(folder: pathlib.Path, step: int, metric: str, value: float) -> None:
-    """`mark_best` if no other step is known with a lower value."""
-    if value < best_steps(folder).get(metric, {"value": math.inf})["value"]:
-        mark_best(folder, step, metric, value)
+    """`mark_best` if no other step is known with a lower value. A full disk is a warning."""
+    try:
+        if value < best_steps(folder).get(metric, {"value": math.inf})["value"]:
+            mark_best(folder, step, metric, value)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        log.warning("step %d could not be marked in %s: the disk is full; the next start tries again", step, folder)
 
 
 def best_steps(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -143,8 +163,9 @@ class Checkpointer:
 
     Args:
       keep: so many of the newest steps, besides those that are marked as the best and one that is being written.
-      every: the steps that are saved in any case are its multiples. `keep` counts those; others, which a preemption saved, stay until
-        a newer step was read, and no training is sent back to them: where it goes must not depend on when it was stopped.
+      every: the steps that are saved in any case, the regular ones, are its multiples; None: all. `keep` counts those; others, which a
+        preemption saved, stay until a newer step was read, and no training is sent back to them: where it goes must not depend on
+        when it was stopped.
       verify: reads each step again once it is on disk; a difference is an error at the next call.
       on_full_disk: told of each step that could not be saved for want of room. on_saved: on process 0, of each that counts.
     """
@@ -154,7 +175,7 @@ class Checkpointer:
         folder: pathlib.Path,
         *,
         keep: int,
-        every: int = 1,
+        every: int | None = None,
         verify: bool = False,
         on_full_disk: Callable[[int], None] = lambda step: None,
         on_saved: Callable[[int], None] = lambda step: None,
@@ -169,16 +190,27 @@ class Checkpointer:
         self._threads = ThreadPoolExecutor(1)
         self._unfinished: int | None = None
         self._step, self._failures = 0, 0  # of the last save; in a row, for want of room
+        self._retain = True
         self._manifest: Future[None] | None = None
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], score: tuple[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: dict[str, Any],
+        score: tuple[str, float] | None = None,
+        *,
+        retain: bool = True,
+    ) -> None:
         """Starts a save; an error of the one before is raised here.
 
         A full disk is a warning, and the training goes on: what the save had written is removed, older steps stay. After
         MOST_FAILURES saves in a row it is an error.
 
         Args:
+          meta: JSON; with IRREGULAR no training is sent back to this step, whatever its number.
           score: name and value, lower is better, kept in `meta`: the best step by it outlives the retention.
+          retain: lets go of older steps. Not where there is no time to read what is newer: a preemption.
         """
         self.wait()
         self._step = step
@@ -189,7 +221,7 @@ class Checkpointer:
             meta = meta if score is None else meta | {"score": score}
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, force=True)
-            self._unfinished = step
+            self._unfinished, self._retain = step, retain
 
     def poll(self) -> None:
         """Starts the manifest as soon as the files are whole; costs nothing otherwise. Call it every step."""
@@ -199,7 +231,7 @@ class Checkpointer:
                 self._manager.wait_until_finished()  # raises what the background save raised
                 if is_main():  # orbax's save is in progress until every process has written
                     self._manifest = self._threads.submit(
-                        _finish, self.folder, step, self._verify, self._keep, self._every
+                        _finish, self.folder, step, self._verify, self._retain, self._keep, self._every
                     )
                 else:
                     self._failures = 0
@@ -257,11 +289,12 @@ class Checkpointer:
         Raises: CheckpointError if there are damaged steps and no good one.
         """
         self.wait()
-        good = good_step(self.folder, before=before, every=1 if before is None else self._every)
+        good = good_step(self.folder, before=before, every=None if before is None else self._every)
         self._set_aside(good, before)
         if good is None:
             return None
-        from_main(lambda: _let_go(self.folder, {s for s in _steps(self.folder) if s < good[0] and s % self._every}))
+        older = [step for step in _steps(self.folder) if step < good[0]]
+        from_main(lambda: _let_go(self.folder, {s for s in older if not _is_regular(self.folder, s, self._every)}))
         there = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.folder.absolute()) / str(good[0]) / "state").tree
         lacking = {name: part for name, part in (added or {}).items() if name not in there}
         wanted = {name: part for name, part in abstract_state.items() if name not in lacking}
@@ -279,7 +312,8 @@ class Checkpointer:
     def _rename(self, good: tuple[int, str] | None, before: int | None, made_again: bool) -> list[int]:
         """Renames the steps that are newer than the good one. Process 0 does it."""
         newer = sorted(step for step in _steps(self.folder) if good is None or step > good[0])
-        rewound = [step for step in newer if before is not None and (step >= before or step % self._every)]
+        irregular = [step for step in newer if not _is_regular(self.folder, step, self._every)]
+        rewound = [step for step in newer if before is not None and (step >= before or step in irregular)]
         damaged = [step for step in newer if step not in rewound and (self.folder / str(step) / MANIFEST).exists()]
         if good is None and damaged and not made_again:
             raise CheckpointError(
@@ -290,6 +324,9 @@ class Checkpointer:
         if unfinished:  # or a training that is killed often would fill the disk with what nobody needs
             for earlier in self.folder.glob("*.unfinished"):
                 shutil.rmtree(earlier, ignore_errors=True)
+        if marked := {metric for metric, best in _marked(self.folder).items() if best["step"] in rewound}:
+            # The step will be another one when it is written again.
+            write_json(self.folder / BEST, {k: v for k, v in _marked(self.folder).items() if k not in marked})
         for step in newer:
             why = "rewound" if step in rewound else "damaged" if step in damaged else "unfinished"
             aside = self.folder / f"{step}.{why}"
@@ -312,15 +349,15 @@ class Checkpointer:
             self._manager.close()
 
 
-def _finish(folder: pathlib.Path, step: int, verify: bool, keep: int, every: int) -> None:
+def _finish(folder: pathlib.Path, step: int, verify: bool, retain: bool, keep: int, every: int | None) -> None:
     """Makes a step count, and only then lets go of older ones."""
     write_manifest(folder / str(step))
     if verify:
         verify_from_disk(folder / str(step))
-    if step % every:
-        return  # a preemption's: there is no time to read what is older, and nothing goes unless a newer one was read
+    if not retain:
+        return
     steps = _steps(folder)
-    old = set(steps) - {steps[0], *[known for known in steps if known % every == 0][:keep]}
+    old = set(steps) - {steps[0], *[known for known in steps if _is_regular(folder, known, every)][:keep]}
     if old and not verify:
         old -= _newest_on_disk(folder, every)
     _let_go(folder, old)
@@ -331,8 +368,8 @@ def _let_go(folder: pathlib.Path, old: set[int]) -> None:
         shutil.rmtree(folder / str(step), ignore_errors=True)
 
 
-def _newest_on_disk(folder: pathlib.Path, every: int) -> set[int]:
-    """The newest step that the disk holds as it was written and the newest such step that trainings go back to, and any between."""
+def _newest_on_disk(folder: pathlib.Path, every: int | None) -> set[int]:
+    """The newest step that the disk holds as it was written, the newest regular one, and any between."""
     found: set[int] = set()
     for step in _steps(folder):
         try:
@@ -341,7 +378,7 @@ def _newest_on_disk(folder: pathlib.Path, every: int) -> set[int]:
             log.warning("checkpoint step %d is not what was written: %s", step, error)
         else:
             found.add(step)
-            if step % every == 0:
+            if _is_regular(folder, step, every):
                 break
     return found
 

@@ -61,6 +61,18 @@ def test_the_best_is_known_as_soon_as_it_counts(tmp_path: pathlib.Path, monkeypa
     assert sorted(int(path.name) for path in tmp_path.glob("*") if path.is_dir()) == [2, 4]
 
 
+def test_the_mark_of_a_step_that_was_gone_back_from(tmp_path: pathlib.Path) -> None:
+    """It will be another one when it is saved again; what is older keeps its mark."""
+    with contextlib.closing(Checkpointer(tmp_path, keep=2, every=4)) as checkpointer:
+        for step in (4, 8):
+            checkpointer.save(step, {"x": jax.numpy.zeros(3)}, {"step": step})
+            checkpointer.wait()
+            checkpoint.mark_best(tmp_path, step, f"fid_n{step}", 9.0)
+        assert checkpointer.restore({"x": jax.numpy.zeros(3)}, before=8) is not None
+        checkpointer.save(8, {"x": jax.numpy.ones(3)}, {"step": 8})
+    assert best_steps(tmp_path) == {"fid_n4": {"step": 4, "value": 9.0}}
+
+
 @pytest.mark.parametrize("damaged", ["meta/metadata", "manifest.json"])
 def test_a_damaged_score_is_not_believed(tmp_path: pathlib.Path, damaged: str) -> None:
     with contextlib.closing(Checkpointer(tmp_path, keep=2)) as checkpointer:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rar_jax.training import checkpoint
-from rar_jax.training.checkpoint import Checkpointer, good_step, good_steps
+from rar_jax.training.checkpoint import IRREGULAR, Checkpointer, good_step, good_steps
 from rar_jax.training.manifest import CheckpointError, verify_from_disk
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,7 +106,7 @@ sys.path[:0] = [{root!r}, {here!r}]
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from test_disk_full import state, names
-from rar_jax.training.checkpoint import Checkpointer, good_steps
+from rar_jax.training.checkpoint import IRREGULAR, Checkpointer, good_steps
 from rar_jax.training import checkpoint
 folder = pathlib.Path({folder!r})
 checkpointer = Checkpointer(folder, keep=2)
@@ -226,21 +226,25 @@ def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: 
     5, "the same of steps that preemptions saved: the newest that verifies stays, and the newest that is gone back to"
 )
 @pytest.mark.parametrize(
-    ("saved", "rotten", "left"),
+    ("saved", "preempted", "rotten", "left"),
     [
-        ((8, 12, 16), (8, 16), (8, 12, 16)),  # nothing that verifies is newer than 12
-        ((8, 16, 24, 32, 37), (16, 24, 32), (8, 24, 32, 37)),  # no multiple of 8 is newer than 8
-        ((8, 12, 16), (), (8, 16)),
-        ((8, 12, 13), (), (8, 12, 13)),  # the next start lets go of 12
+        ((8, 12, 16), (12,), (8, 16), (8, 12, 16)),  # nothing that verifies is newer than 12
+        ((8, 16, 24, 32, 37), (37,), (16, 24, 32), (8, 24, 32, 37)),  # nothing to go back to is newer than 8
+        ((8, 12, 16), (12,), (), (8, 16)),
+        ((8, 12, 13), (12, 13), (), (8, 12, 13)),  # the next start lets go of 12
+        ((8, 16, 24), (16, 24), (), (8, 16, 24)),  # and of 16
+        ((8, 16, 24, 32), (16, 24), (), (8, 32)),
     ],
 )
 def test_retention_of_a_preempted_training(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     saved: tuple[int, ...],
+    preempted: tuple[int, ...],
     rotten: tuple[int, ...],
     left: tuple[int, ...],
 ) -> None:
+    """Multiples of 8 amid bad updates are not gone back to."""
     real = checkpoint.write_manifest
 
     def rots(folder: pathlib.Path) -> None:
@@ -249,20 +253,27 @@ def test_retention_of_a_preempted_training(
             (folder / "meta" / "metadata").write_text("rots")
 
     def read(folder: pathlib.Path) -> None:
-        assert step % 8 == 0, "a preemption has no time for it"
+        assert step not in preempted, "a preemption has no time for it"
         verify_from_disk(folder)
 
     monkeypatch.setattr(checkpoint, "write_manifest", rots)
     monkeypatch.setattr(checkpoint, "verify_from_disk", read)
     with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
         for step in saved:
-            checkpointer.save(step, state(step, 100), {})
+            meta = {IRREGULAR: True} if step in preempted and step % 8 == 0 else {}
+            checkpointer.save(step, state(step, 100), meta, retain=step not in preempted)
             checkpointer.wait()
     assert names(tmp_path) == sorted(map(str, left))
+    good = set(saved) - set(rotten)
+    newest, regular = max(good), max(good - set(preempted), default=None)
     with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
         restored = checkpointer.restore(state(0, 100))
-    assert restored is not None and int(restored["step"]) == max(set(saved) - set(rotten))
-    there = {int(name) for name in names(tmp_path) if name.isdigit()}
-    assert there == {step for step in left if step % 8 == 0 or step == max(set(saved) - set(rotten))} - {
-        step for step in rotten if step > int(restored["step"])
-    }
+        assert restored is not None and int(restored["step"]) == newest
+        there = {int(name) for name in names(tmp_path) if name.isdigit()}
+        assert there == {k for k in left if k <= newest and (k == newest or k not in preempted)}
+        if regular is None:
+            with pytest.raises(CheckpointError, match=r"no step in .* is good; 8 is damaged"):
+                checkpointer.restore(state(0, 100), before=newest + 1)
+        else:
+            restored = checkpointer.restore(state(0, 100), before=newest + 1)
+            assert restored is not None and int(restored["step"]) == regular

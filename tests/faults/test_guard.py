@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import pathlib
 import shutil
+import signal
+import time
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,11 +20,12 @@ from stopped import RECIPE, StopAt, stage, told
 
 from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.programs.experiment import resolve
+from rar_jax.programs.session import Session
 from rar_jax.programs.train import TrainingError, give_up
 from rar_jax.training import checkpoint, guard
 from rar_jax.training import ledger as ledgers
 from rar_jax.training.checkpoint import load_params
-from rar_jax.training.preemption import Preempted
+from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.workdir import Workdir
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
@@ -88,8 +92,8 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
     assert offset["['guard']['data_offset']"] == 5 and offset["['guard']['rewinds']"] == 1
     assert offset["['guard']['skipped']"] == 4 and offset["['guard']['in_a_row']"] == 0
     # Stopped within the bad steps, in an evaluation, and after it went back; between the good step that it goes back to and the bad
-    # ones; and twice among the bad ones, with no more checkpoints kept than stops.
-    for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2)):
+    # ones; twice among the bad ones, with no more checkpoints kept than stops; and at 12, which is saved then, and not otherwise.
+    for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2), ((13,), 2)):
         stopped = tmp_path / "-".join(map(str, polls))
         stopped.mkdir()
         for poll in polls:
@@ -100,6 +104,34 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
         assert state_of(stopped, 20) == state_of(tmp_path / "one", 20) and told(stopped) == told(tmp_path / "one"), (
             polls
         )
+
+
+@pytest.mark.promise(
+    7, "SIGTERM while a training goes back to the step that it was started from: saved, and the same end"
+)
+@pytest.mark.timeout(120)
+def test_a_signal_while_it_goes_back(tmp_path: pathlib.Path, poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(9, 10, 11)
+    (tmp_path / "one").mkdir()
+    stage(tmp_path / "one")
+    with pytest.raises(Preempted):
+        stage(tmp_path, StopAt(tmp_path, 8))
+    watch, restore = Watch(), checkpoint.Checkpointer.restore
+
+    def signalled(self: Any, *args: Any, before: int | None = None, **rest: Any) -> Any:
+        out = restore(self, *args, before=before, **rest)
+        if before is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not watch.noticed:
+                time.sleep(0.01)
+        return out
+
+    with watch.listening(), monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(checkpoint.Checkpointer, "restore", signalled)
+        stage(tmp_path, Session(ledgers.Ledger(tmp_path), watch))
+    assert events(tmp_path, "rewind") == [("rewind", 12, 8)]
+    stage(tmp_path)
+    assert state_of(tmp_path, 20) == state_of(tmp_path / "one", 20) and told(tmp_path) == told(tmp_path / "one")
 
 
 @pytest.mark.promise(8, "a fault that stays: gone back from twice, then stopped with a dump of state and batch")

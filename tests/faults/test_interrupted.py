@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import cheap_inception
 import jax
 import numpy as np
+import poisoned
 import pytest
 from commands import TINY, Command, finish, start, terminate, wait_for
 
@@ -52,7 +54,8 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Callable[..., l
         return start("tokenize", None, *flags, "--out", str(out), **rest)
 
     finish(begin(folder / "straight"))
-    return begin, folder / "straight"
+    writer = "rar_jax.data.token_writer:TokenStoreWriter"
+    return functools.partial(begin, before=functools.partial(poisoned.slow, writer, "shard", 0.05)), folder / "straight"
 
 
 def shards(folder: pathlib.Path) -> int:

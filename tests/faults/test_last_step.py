@@ -8,6 +8,7 @@ import pytest
 from commands import state_of
 from stopped import StopAt, stage, tiny, told
 
+from rar_jax.programs import train
 from rar_jax.programs.stages import finished
 from rar_jax.training.checkpoint import best_steps, good_step
 from rar_jax.training.preemption import Preempted
@@ -52,10 +53,18 @@ def test_the_last_step(tmp_path: pathlib.Path, straight: pathlib.Path, into: int
 
 
 @pytest.mark.promise(7, "stopped in the evaluation of a step that is the best: it is kept as the best")
-def test_the_best_step(tmp_path: pathlib.Path, straight: pathlib.Path) -> None:
+def test_the_best_step(tmp_path: pathlib.Path, straight: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints" / "classifier"
     stopped(tmp_path, 9)
     assert newest(folder) == 8 and best_steps(folder) == {}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # when it has told of the evaluation
+        patch.setattr(train, "mark_if_best", killed)
+        stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)
+    assert best_steps(folder) == {}
     stopped(tmp_path, 4)
     (first,) = (row["validation/loss"] for row in told(straight) if row["step"] == 8 and "validation/loss" in row)
     assert best_steps(folder) == {"validation/loss": {"step": 8, "value": first}}

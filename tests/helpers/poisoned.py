@@ -36,10 +36,7 @@ def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = se
 def stuck(marker: pathlib.Path, owner: str, name: str, *, after: bool = False) -> None:
     """From now on a function of a module, or of `module:Class`, takes 5 minutes when it is called, before its work or after it; the
     marker is there once it has come to that."""
-    module, _, kind = owner.partition(":")
-    holder = importlib.import_module(module)
-    holder = getattr(holder, kind) if kind else holder
-    real = getattr(holder, name)
+    holder, real = _found(owner, name)
 
     def call(*args: Any, **rest: Any) -> Any:
         out = real(*args, **rest) if after else None
@@ -48,6 +45,24 @@ def stuck(marker: pathlib.Path, owner: str, name: str, *, after: bool = False) -
         return out if after else real(*args, **rest)
 
     setattr(holder, name, call)
+
+
+def slow(owner: str, name: str, seconds: float) -> None:
+    """From now on a function takes so much longer, so that there is time to stop what calls it, however fast the machine."""
+    holder, real = _found(owner, name)
+
+    def call(*args: Any, **rest: Any) -> Any:
+        time.sleep(seconds)
+        return real(*args, **rest)
+
+    setattr(holder, name, call)
+
+
+def _found(owner: str, name: str) -> tuple[Any, Any]:
+    module, _, kind = owner.partition(":")
+    holder = importlib.import_module(module)
+    holder = getattr(holder, kind) if kind else holder
+    return holder, getattr(holder, name)
 
 
 def endless(marker: pathlib.Path, *, validation: bool = False) -> None:

@@ -46,7 +46,7 @@ def test_a_spike_right_after_a_nan_is_seen() -> None:
     assert judged([*calm(200), (np.nan, 2.0), (1e6, 2.0), (2.0, 2.0)])[0][200:] == [True, True, False]
 
 
-@pytest.mark.promise(8, "a spike is more than 6 deviations above the mean of the last 128: against NumPy in float64")
+@pytest.mark.promise(8, "a spike is so many deviations above the mean of the last 128: against NumPy in float64")
 def test_the_limit_is_the_mean_and_deviation_of_the_last_128() -> None:
     values = calm(300)
     last = np.array(values[-guard.WINDOW :], np.float64)
