@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import pytest
 from commands import state_of
@@ -10,7 +11,7 @@ from stopped import StopAt, stage, tiny, told
 
 from rar_jax.programs import train
 from rar_jax.programs.stages import finished
-from rar_jax.training.checkpoint import best_steps, good_step
+from rar_jax.training.checkpoint import Checkpointer, best_steps, good_step
 from rar_jax.training.preemption import Preempted
 from rar_jax.training.workdir import Workdir
 
@@ -50,6 +51,18 @@ def test_the_last_step(tmp_path: pathlib.Path, straight: pathlib.Path, into: int
     assert finished(tiny(), "classifier", Workdir(tmp_path)) is not None
     assert told(tmp_path) == told(straight) and state_of(tmp_path, 20) == state_of(straight, 20)
     assert best_steps(folder) == best_steps(straight / "checkpoints" / "classifier")
+
+
+def test_there_is_no_time_for_retention(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, retained = Checkpointer.save, {}
+
+    def seen(self: Checkpointer, step: int, *args: Any, retain: bool = True) -> None:
+        retained[step] = retain
+        save(self, step, *args, retain=retain)
+
+    monkeypatch.setattr(Checkpointer, "save", seen)
+    stopped(tmp_path, 11)
+    assert retained == {8: True, 10: False}
 
 
 @pytest.mark.promise(7, "stopped in the evaluation of a step that is the best: it is kept as the best")
