@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -48,7 +49,8 @@ def evaluated(workdir: Workdir, stage: str, step: int) -> dict[str, float] | Non
     def told() -> dict[str, float] | None:
         for row in read_metrics(workdir.path, stage):
             if row["step"] == step and any(name.startswith("validation/") for name in row):
-                return {name: value for name, value in row.items() if isinstance(value, float)}
+                numbers = {name: math.nan if value is None else value for name, value in row.items()}
+                return {name: value for name, value in numbers.items() if isinstance(value, float)}
         return None
 
     return from_main(told)
@@ -121,7 +123,7 @@ def stage_origin_sha256(experiment: Experiment, workdir: Workdir) -> str:
 
 
 def _origin(folder: pathlib.Path, good: tuple[int, str]) -> str:
-    return read_meta(folder, good[0]).get("made_from", {}).get("sha256", good[1])
+    return from_main(lambda: read_meta(folder, good[0])).get("made_from", {}).get("sha256", good[1])
 
 
 def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:

@@ -32,9 +32,13 @@ class Telling:
     ) -> None:
         self._stage, self._recipe, self._reporter, self._session = stage, recipe, reporter, session
         self._numbers, self._draw = numbers, draw
+        self.shown: dict[str, float] = {}
+        self.go_on_from(state)
+
+    def go_on_from(self, state: State) -> None:
+        """The next step recorded is the one after this state."""
         self._skipped = int(state["guard"]["skipped"])
         self.bad_in_a_row: int = int(state["guard"]["in_a_row"])
-        self.shown: dict[str, float] = {}
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Fetches and writes the metrics of a finished step."""

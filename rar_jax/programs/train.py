@@ -294,8 +294,9 @@ def train(
                     back = newest(before=first_bad)
                     back["guard"] = guard.sent_back(back["guard"], state["guard"], steps=step - int(back["step"]))
                     ledger.row("rewind", stage=stage, step=step, to=int(back["step"]))
-                    state, step, pending, telling.bad_in_a_row = back, int(back["step"]), None, 0
-                    begun = step
+                    state, pending = back, None
+                    step = begun = int(state["step"])
+                    telling.go_on_from(state)
                     data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
                     reporter.resume_from(step)
                     continue
@@ -373,7 +374,11 @@ def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: B
 def _refuse_other_tokens(folder: pathlib.Path, objective: Objective) -> None:
     good = good_step(folder)
     known = objective.meta.get("tokenizer_sha256")
-    if good is not None and known is not None and read_meta(folder, good[0])["tokenizer_sha256"] != known:
+    if (
+        good is not None
+        and known is not None
+        and from_main(lambda: read_meta(folder, good[0]))["tokenizer_sha256"] != known
+    ):
         raise CheckpointError(
             f"{folder} was trained on the tokens of another tokenizer than the one in this work directory: move it away"
         )

@@ -212,6 +212,7 @@ class Checkpointer:
           score: name and value, lower is better, kept in `meta`: the best step by it outlives the retention.
           retain: lets go of older steps. Not where there is no time to read what is newer: a preemption.
         """
+        self._retain &= retain  # what is still to be done for the step before
         self.wait()
         self._step = step
         with self._full_disk_is_a_warning():
@@ -324,9 +325,12 @@ class Checkpointer:
         if unfinished:  # or a training that is killed often would fill the disk with what nobody needs
             for earlier in self.folder.glob("*.unfinished"):
                 shutil.rmtree(earlier, ignore_errors=True)
-        if marked := {metric for metric, best in _marked(self.folder).items() if best["step"] in rewound}:
-            # The step will be another one when it is written again.
-            write_json(self.folder / BEST, {k: v for k, v in _marked(self.folder).items() if k not in marked})
+        marked = _marked(self.folder)
+        if (
+            before is not None
+            and (kept := {m: best for m, best in marked.items() if best["step"] not in newer}) != marked
+        ):
+            write_json(self.folder / BEST, kept)  # the others' steps will be other ones when they are written again
         for step in newer:
             why = "rewound" if step in rewound else "damaged" if step in damaged else "unfinished"
             aside = self.folder / f"{step}.{why}"

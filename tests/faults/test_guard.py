@@ -24,7 +24,7 @@ from rar_jax.programs.session import Session
 from rar_jax.programs.train import TrainingError, give_up
 from rar_jax.training import checkpoint, guard
 from rar_jax.training import ledger as ledgers
-from rar_jax.training.checkpoint import load_params
+from rar_jax.training.checkpoint import good_step, load_params, read_meta
 from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.workdir import Workdir
 
@@ -81,6 +81,9 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
     stage(tmp_path / "one")
     # Steps 10, 11 and 12 are bad, which is known while 13 runs; back to 8, and step 9 trains on batch 14.
     assert events(tmp_path / "one", "rewind") == [("rewind", 13, 8)]
+    assert [step for _, step, _ in events(tmp_path / "one", "skipped")] == [10, 11, 12], (
+        "13 went with what was gone back from"
+    )
     assert not list((tmp_path / "one/checkpoints/classifier").glob("*.rewound")), (
         "nothing is saved on a way that leads back"
     )
@@ -92,13 +95,20 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
     assert offset["['guard']['data_offset']"] == 5 and offset["['guard']['rewinds']"] == 1
     assert offset["['guard']['skipped']"] == 4 and offset["['guard']['in_a_row']"] == 0
     # Stopped within the bad steps, in an evaluation, and after it went back; between the good step that it goes back to and the bad
-    # ones; twice among the bad ones, with no more checkpoints kept than stops; and at 12, which is saved then, and not otherwise.
-    for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2), ((13,), 2)):
+    # ones; twice among the bad ones, with no more checkpoints kept than stops; and at 12, which is saved then, and not otherwise, and
+    # once more at 12 when it had gone back from there.
+    for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2), ((13,), 2), ((13, 5), 9)):
         stopped = tmp_path / "-".join(map(str, polls))
         stopped.mkdir()
         for poll in polls:
             with pytest.raises(Preempted):
                 stage(stopped, StopAt(stopped, poll), keep_checkpoints=keep)
+            if poll == 13:
+                meta = read_meta(stopped / "checkpoints" / "classifier", 12)
+                assert meta["step"] == 12 and meta[checkpoint.IRREGULAR], "no training goes back to it"
+        if polls == (13, 5):
+            good = good_step(stopped / "checkpoints" / "classifier")
+            assert good is not None and good[0] == 12 and len(events(stopped, "rewind")) == 1
         stage(stopped, keep_checkpoints=keep)
         assert events(stopped, "rewind") == [("rewind", 13, 8)], polls
         assert state_of(stopped, 20) == state_of(tmp_path / "one", 20) and told(stopped) == told(tmp_path / "one"), (

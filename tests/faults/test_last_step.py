@@ -13,6 +13,7 @@ from rar_jax.programs import train
 from rar_jax.programs.stages import finished
 from rar_jax.training.checkpoint import Checkpointer, best_steps, good_step
 from rar_jax.training.preemption import Preempted
+from rar_jax.training.report import Reporter
 from rar_jax.training.workdir import Workdir
 
 
@@ -51,6 +52,18 @@ def test_the_last_step(tmp_path: pathlib.Path, straight: pathlib.Path, into: int
     assert finished(tiny(), "classifier", Workdir(tmp_path)) is not None
     assert told(tmp_path) == told(straight) and state_of(tmp_path, 20) == state_of(straight, 20)
     assert best_steps(folder) == best_steps(straight / "checkpoints" / "classifier")
+
+
+def test_an_evaluation_that_cannot_be_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of room: it would count as unfinished for ever, without a word."""
+    stopped(tmp_path, 19)
+    stopped(tmp_path, 20 - newest(tmp_path / "checkpoints" / "classifier"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "metrics", lambda *_: None)
+        with pytest.raises(train.TrainingError, match=r"evaluation of the last step could not be written .* make room"):
+            stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)
+    stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)
+    assert finished(tiny(), "classifier", Workdir(tmp_path)) is not None
 
 
 def test_there_is_no_time_for_retention(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
