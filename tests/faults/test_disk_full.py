@@ -262,8 +262,7 @@ def test_retention_of_a_preempted_training(
         for step in saved:
             meta = {IRREGULAR: True} if step in preempted and step % 8 == 0 else {}
             checkpointer.save(step, state(step, 100), meta, retain=step not in preempted)
-            if step not in preempted:  # what a preemption still finds under way has no time for it either
-                checkpointer.wait()
+            checkpointer.wait()
     assert names(tmp_path) == sorted(map(str, left))
     good = set(saved) - set(rotten)
     newest, regular = max(good), max(good - set(preempted), default=None)
@@ -278,3 +277,14 @@ def test_retention_of_a_preempted_training(
         else:
             restored = checkpointer.restore(state(0, 100), before=newest + 1)
             assert restored is not None and int(restored["step"]) == regular
+
+
+def test_a_preemption_does_not_wait_for_retention(tmp_path: pathlib.Path) -> None:
+    """Nor for that of the save that it finds under way."""
+    with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
+        for step in (8, 16):
+            checkpointer.save(step, state(step, 100), {})
+            checkpointer.wait()
+        checkpointer.save(24, state(24, 100), {})
+        checkpointer.save(28, state(28, 100), {}, retain=False)
+    assert names(tmp_path) == ["16", "24", "28", "8"]
