@@ -106,7 +106,7 @@ sys.path[:0] = [{root!r}, {here!r}]
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from test_disk_full import state, names
-from rar_jax.training.checkpoint import IRREGULAR, Checkpointer, good_steps
+from rar_jax.training.checkpoint import Checkpointer, good_steps
 from rar_jax.training import checkpoint
 folder = pathlib.Path({folder!r})
 checkpointer = Checkpointer(folder, keep=2)
