@@ -150,14 +150,36 @@ def page(rows: Rows) -> str:
             lines.append(
                 f"| {chips} | {BATCH if kind == 'strong' else BATCH // 64 * chips} | {_scaled(row, base, kind)} |"
             )
+    if (base := rows.get("strong_16")) and (most := rows.get("strong_256")):
+        lines += ["", _why(base, most)]
     if two := rows.get("slices_2"):
-        sent = sum(row["network_bytes"] for row in two["collectives"].values())
         lines += [
             "",
             f"Two slices of v5e-16 with RAR-B, copies over the data centre's network: {two['seconds']['all']:.3f} s a step, of which "
-            f"{two['seconds']['wire']:.3f} s of wire; each chip sends {sent / 1e6:.0f} MB to the other slice.",
+            f"{two['seconds']['wire']:.3f} s of wire within a slice. {_between(two)}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _why(base: dict[str, Any], most: dict[str, Any]) -> str:
+    """What keeps a step on more chips from being as much shorter."""
+    ideal = base["seconds"]["computing"] * base["chips"] / most["chips"]
+    sent = sum(one["wire_bytes"] for one in most["collectives"].values())
+    return (
+        f"Strong scaling to {most['chips']} chips: of {most['seconds']['all']:.3f} s {ideal:.3f} s are the work of {base['chips']} chips shared out. "
+        f"{most['seconds']['wire']:.3f} s are wire: a chip sends {sent / 1e9:.1f} GB, weights and gradients of its fsdp group of "
+        f"{most['mesh']['fsdp']}, however few images it has. The other {most['seconds']['computing'] - ideal:.3f} s are computing that "
+        f"{BATCH // most['chips']} images a chip do not fill."
+    )
+
+
+def _between(row: dict[str, Any]) -> str:
+    sent = sum(one["network_bytes"] for one in row["collectives"].values())
+    if sent == 0:
+        return (
+            "No collective between the slices stands in what the compiler made: their exchange is not in these seconds."
+        )
+    return f"Each chip sends {sent / 1e6:.0f} MB to the other slice."
 
 
 def _cells(row: dict[str, Any] | None) -> str:
