@@ -167,8 +167,8 @@ def _why(base: dict[str, Any], most: dict[str, Any]) -> str:
     sent = sum(one["wire_bytes"] for one in most["collectives"].values())
     return (
         f"Strong scaling to {most['chips']} chips: of {most['seconds']['all']:.3f} s {ideal:.3f} s are the work of {base['chips']} chips shared out. "
-        f"{most['seconds']['wire']:.3f} s are wire: a chip sends {sent / 1e9:.1f} GB, weights and gradients of its fsdp group of "
-        f"{most['mesh']['fsdp']}, however few images it has. The other {most['seconds']['computing'] - ideal:.3f} s are computing that "
+        f"{most['seconds']['wire']:.3f} s are wire: a chip sends {sent / 1e9:.1f} GB, weights and gradients, "
+        f"however few images it has. The other {most['seconds']['computing'] - ideal:.3f} s are computing that "
         f"{BATCH // most['chips']} images a chip do not fill."
     )
 
