@@ -95,19 +95,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = find_devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    # Auto axes: RAR gathers by a permutation, which the Explicit axes that make_mesh now gives cannot type.
+    # Auto axes: RAR gathers by a permutation, which Explicit axes cannot type.
     auto = (AxisType.Auto,) * 3
     # GPUs know slices, too, of hosts: there XLA finds its own way over them.
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    # Splitting: 16 x 4 on 8 x 8 chips, where no axis of the torus is one of the mesh.
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+        laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(laid, AXES, axis_types=auto)
     if sizes[0] % slices:
         raise ConfigError(
             f"mesh {dict(zip(AXES, sizes, strict=True))} does not lie on {slices} slices: data must be a multiple of {slices}, "
             f"so that fsdp x tensor fits the {len(devices) // slices} devices of one"
         )
     within = (sizes[0] // slices, *sizes[1:])
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=auto)
+    laid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=auto)
 
 
 def own_mesh(mesh: Mesh) -> Mesh:

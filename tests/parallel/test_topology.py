@@ -26,9 +26,10 @@ class Device:
     process_index: int = 0
 
 
-def slices_of(count: int, x: int, y: int) -> list[Any]:
-    """Devices of so many slices of x by y chips."""
-    return [Device(s * x * y + j * x + i, (i, j, 0), s) for s in range(count) for j in range(y) for i in range(x)]
+def slices_of(count: int, x: int, y: int, z: int = 1, *, kind: str = "TPU v5 lite") -> list[Any]:
+    """Devices of so many slices of x by y by z chips."""
+    places = [(s, i, j, k) for s in range(count) for k in range(z) for j in range(y) for i in range(x)]
+    return [Device(number, (i, j, k), s, device_kind=kind) for number, (s, i, j, k) in enumerate(places)]
 
 
 def places(topology: Topology) -> np.ndarray:
@@ -102,7 +103,19 @@ def test_between_slices_goes_only_a_chip_s_share() -> None:
     assert (pairs.bytes, pairs.network_bytes) == (500, 0) and pairs.seconds == pytest.approx(500 / 50e9)
 
 
-# ---------------------------------------------------------------- meshes over slices
+# ---------------------------------------------------------------- meshes
+
+
+@pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v5 lite", "TPU v5"])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (8, 8, 16), (2, 2, 4)])
+@pytest.mark.parametrize("config", [MeshConfig(-1, 4, 1), MeshConfig(-1, 2, 2)])
+def test_an_axis_may_be_a_part_of_one_of_the_torus(kind: str, shape: Any, config: MeshConfig) -> None:
+    """Copies of the model over 4 chips, on 8 x 8 and more: each copy lies on chips next to each other."""
+    mesh = make_mesh(config, slices_of(1, *shape, kind=kind))
+    assert len({device.id for device in mesh.devices.flat}) == np.prod(shape)
+    for copy in mesh.devices.reshape(-1, 4):
+        spans = np.ptp([device.coords for device in copy], axis=0) + 1
+        assert np.prod(spans) == 4, f"the copy lies in a box of {spans} chips"
 
 
 @pytest.mark.parametrize("config", [MeshConfig(-1, 4, 1), MeshConfig(4, 2, 2), MeshConfig(2, 8, 1)])
