@@ -17,6 +17,8 @@ from rar_jax.config import ConfigError, nearest, require
 from rar_jax.parallel.hlo import Collective, wire_bytes
 
 GIB = 2**30
+# Of the compiler's threads: with the 64 kB that they have by themselves it dies of SIGSEGV on matmuls for v6e (libtpu 0.0.42).
+COMPILER_STACK = "--fibers_default_thread_stack_size=1048576"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,9 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         ) from None
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks Google's metadata server what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: two plans at a time do no harm
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if "thread_stack_size" not in flags:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {COMPILER_STACK}".strip()
     from jax.experimental import topologies
 
     slices: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}

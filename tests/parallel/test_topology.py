@@ -1,16 +1,27 @@
 """Chips by their data sheets, the wire by hand, and meshes over several slices."""
 
 import dataclasses
+import os
 import sys
+import types
 from typing import Any
 
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from rar_jax.config import ConfigError
 from rar_jax.parallel.hlo import Collective
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.parallel.topology import CHIPS, Topology, chip_places, devices_of, parse_topology, wire
+from rar_jax.parallel.topology import (
+    CHIPS,
+    COMPILER_STACK,
+    Topology,
+    chip_places,
+    devices_of,
+    parse_topology,
+    wire,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,30 @@ def test_what_cannot(text: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_topology(text)
     assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, COMPILER_STACK),
+        ("--xla_a=1", f"--xla_a=1 {COMPILER_STACK}"),
+        ("--fibers_default_thread_stack_size=9", "--fibers_default_thread_stack_size=9"),
+    ],
+)
+def test_the_compiler_s_threads_get_a_larger_stack(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    asked: list[Any] = []
+
+    def described(**asked_for: Any) -> Any:
+        asked.append((asked_for["topology_name"], os.environ["LIBTPU_INIT_ARGS"]))
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    monkeypatch.setattr(topologies, "get_topology_desc", described)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", given or "")
+    devices_of(parse_topology("v6e:2x2"))
+    assert asked == [("v6e:2x2", expected)]
 
 
 def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
