@@ -227,7 +227,10 @@ def _modulations(
         ]
 
     empty = [jnp.zeros((slots, *p["bias"].shape, len(padded_ed)), jnp.float32) for p in params]
-    return jax.lax.fori_loop(0, -(-distinct // tile), one_tile, empty)
+    tiles = jnp.minimum(
+        -(-distinct // tile), len(padded_ed) // tile
+    )  # which says the most to who counts what runs, hlo.py
+    return jax.lax.fori_loop(0, tiles, one_tile, empty)
 
 
 # ---------------------------------------------------------------- the loop over the slots

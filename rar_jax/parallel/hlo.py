@@ -1,7 +1,8 @@
 """What one device does in a compiled program, read off its HLO text: collectives, matmuls, the compiler's own cycles.
 
 Loops are multiplied out by running their counters: of each computation only the scalar integers are evaluated, so that bounds
-which depend on an outer loop (the sampler's) count as often as they run.
+which depend on an outer loop (the sampler's) count as often as they run. A bound that is the smaller of something that depends on
+data and of a number counts as that number.
 """
 
 from __future__ import annotations
@@ -254,6 +255,8 @@ class _Scope:
             value = self.value(i.operands[0])
             return value if not isinstance(value, tuple) else None
         given = [self.value(x) for x in i.operands]
+        if i.opcode == "minimum":  # of a number and of what depends on data: the most that it can be
+            return min((x for x in given if x is not None), default=None)
         if any(x is None or isinstance(x, tuple) for x in given):
             return None
         if i.opcode == "compare" and (direction := re.search(r"direction=(\w+)", i.rest)):

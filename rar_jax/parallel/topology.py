@@ -119,10 +119,12 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {COMPILER_STACK}".strip()
     from jax.experimental import topologies
 
-    slices: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if min(topology.shape[:2]) == 1:  # a host has 2 x 2 chips unless it is told; this one has a part of them
+        options["chips_per_host_bounds"] = [*(min(2, size) for size in topology.shape[:2]), 1]
     name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"libtpu has no {name}: {str(error).splitlines()[0]}") from None
 

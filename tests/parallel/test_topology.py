@@ -87,17 +87,30 @@ def test_what_cannot(text: str, problem: str) -> None:
 def test_the_compiler_s_threads_get_a_larger_stack(
     monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
 ) -> None:
-    asked: list[Any] = []
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", given or "")
+    asked = what_libtpu_is_asked_for("v6e:2x2", monkeypatch)
+    assert asked == {"topology_name": "v6e:2x2"} and os.environ["LIBTPU_INIT_ARGS"] == expected
 
-    def described(**asked_for: Any) -> Any:
-        asked.append((asked_for["topology_name"], os.environ["LIBTPU_INIT_ARGS"]))
+
+@pytest.mark.parametrize(
+    ("name", "host"), [("v5e:1x1", [1, 1, 1]), ("v6e:1x2", [1, 2, 1]), ("v5p:1x1x1", [1, 1, 1]), ("v5e:2x4", None)]
+)
+def test_less_than_a_host_s_chips(monkeypatch: pytest.MonkeyPatch, name: str, host: list[int] | None) -> None:
+    asked = what_libtpu_is_asked_for(name, monkeypatch)
+    assert asked.get("chips_per_host_bounds") == host
+
+
+def what_libtpu_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+
+    def described(platform: str, **options: Any) -> Any:
+        asked.update(options)
         return types.SimpleNamespace(devices=[])
 
     monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
     monkeypatch.setattr(topologies, "get_topology_desc", described)
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", given or "")
-    devices_of(parse_topology("v6e:2x2"))
-    assert asked == [("v6e:2x2", expected)]
+    devices_of(parse_topology(name))
+    return asked
 
 
 def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:

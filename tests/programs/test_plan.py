@@ -135,6 +135,17 @@ def test_the_whole_way(as_if: None) -> None:
     assert json.loads(json.dumps(report)) == report
 
 
+def test_one_chip_samples_as_each_of_four_does(as_if: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device the sampler computes modulations for distinct classes alone: how many there are is data."""
+    experiment = experiment_of("digits", *SMALL)
+    totals = hlo.totals
+    monkeypatch.setattr(hlo, "totals", lambda text: dataclasses.replace(totals(text), cycles=1e9))  # a CPU's has none
+    four = plan(experiment, parse_topology("v5e:2x2"), sample_rows=2, parts=("sample",))["sample"]
+    monkeypatch.setattr(plan_module, "devices_of", lambda topology: jax.devices()[:1])
+    one = plan(experiment, parse_topology("v5e:1x1"), sample_rows=2, parts=("sample",))["sample"]
+    assert one["batch_size"] == 2 and one["flops"] == pytest.approx(four["flops"] / 4, rel=0.02)
+
+
 def test_what_does_not_fit_and_then_does(as_if: None, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
 
