@@ -124,6 +124,7 @@ def test_the_whole_way(as_if: None) -> None:
     params = jax.eval_shape(lambda: experiment.generator.module.init(config, jax.random.key(0)))
     once = sum(4 * int(np.prod(x.shape)) for x in jax.tree.leaves(params))
     assert once < train["memory"]["arguments"] < 3 * once  # three copies, most of each cut in two
+    assert train["memory"]["arguments"] < train["memory"]["peak"] < 2**30
     # Weights are gathered over fsdp; every gradient is summed over all four, as scattered parts or whole.
     gathered = sum(4 * int(np.prod(x.shape)) for x in jax.tree.leaves(params) if x.ndim > 2)
     assert train["collectives"]["all-gather"]["bytes"] >= gathered
