@@ -63,12 +63,14 @@ class Computation:
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective of the text. size: bytes of the larger of its operands and results on one device. groups: the devices
-    that each unites, places in the order of the mesh; None where the text names none. asynchronous: it runs beside other work."""
+    that each unites, places in the order of the mesh; None where the text names none. asynchronous: it runs beside other work.
+    slices: that it joins over the data centre's network, each chip with its counterparts; 1 within a slice."""
 
     kind: str
     size: int
     groups: tuple[tuple[int, ...], ...] | None
     asynchronous: bool
+    slices: int = 1
 
 
 @dataclasses.dataclass
@@ -329,6 +331,8 @@ def _bits(dtype: str) -> int:
 def _collective(i: Instruction, computation: Computation, fused: bool) -> Collective | None:
     """What an instruction sends, if it does; None for one that only waits for what another began."""
     kind = re.sub("-start$", "", i.opcode)
+    if kind == "send":
+        return _between_slices(i, computation)
     if kind not in COLLECTIVES:
         return None
     overlapped = i.opcode.endswith("-start")
@@ -346,6 +350,19 @@ def _collective(i: Instruction, computation: Computation, fused: bool) -> Collec
     if i.opcode in ("all-gather-start", "collective-permute-start"):  # their result holds the operands, too
         made -= given
     return Collective(kind, max(given, made), replica_groups(i.rest), overlapped)
+
+
+def _between_slices(i: Instruction, computation: Computation) -> Collective | None:
+    """A TPU's compiler makes of a collective over slices one within each, and of a chip's share this send and its recv. What runs
+    between the two is not looked at: all of it counts as waited for."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
+    target = re.search(r'_xla_megascale_target="{([\d,:]+)}', i.rest)
+    if not (kind and target):  # to the host
+        return None
+    ends = [[int(end) for end in part.split(":")] for part in target[1].split(",")]
+    slices = sum(part[-1] - part[0] + 1 for part in ends)
+    size = _bytes(computation.instructions[i.operands[0]].shapes)
+    return Collective(kind[1].lower().replace("_", "-"), size, None, asynchronous=False, slices=slices)
 
 
 def replica_groups(text: str) -> tuple[tuple[int, ...], ...] | None:

@@ -147,7 +147,11 @@ def wire(topology: Topology, collective: Collective, places: np.ndarray) -> Wire
     Args:
       places: int (chips, 1 + dimensions): slice and coordinates of the chips in the order of the mesh, see `chip_places`.
     """
-    chip, group = topology.chip, collective.groups and np.asarray(collective.groups[0])
+    chip = topology.chip
+    if collective.slices > 1:
+        outside = wire_bytes(collective.kind, collective.size, collective.slices)
+        return Wire(0.0, outside, outside / chip.network)
+    group = collective.groups and np.asarray(collective.groups[0])
     members = places if group is None or not len(group) else places[group]
     spans = [len(np.unique(members[:, axis])) for axis in range(1, places.shape[1])]
     slices = len(np.unique(members[:, 0]))

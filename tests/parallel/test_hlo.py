@@ -206,6 +206,26 @@ def test_a_tpu_s_text() -> None:
     }
 
 
+@pytest.mark.parametrize(("target", "slices"), [("{1,2}x{0:3}", 2), ("{1:4}x{0:63}", 4), ("{1,3:5}x{0:3}", 4)])
+def test_between_slices(target: str, slices: int) -> None:
+    """As libtpu 0.0.42 writes the sum of gradients over slices; what goes to the host is none."""
+    attributes = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"'
+    megascale = f'_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{target}"'
+    text = f"""HloModule jit_step
+
+ENTRY %main (p.1: bf16[144,8,128]) -> token[] {{
+  %p.1 = bf16[144,8,128]{{2,1,0:T(8,128)(2,1)}} parameter(0)
+  %after-all.12 = token[] after-all()
+  %send.11 = (bf16[144,8,128]{{2,1,0}}, u32[], token[]) send(%p.1, %after-all.12), channel_id=2, is_host_transfer=true
+  %send.12 = (bf16[144,8,128]{{2,1,0:T(8,128)(2,1)}}, u32[], token[]) send(%p.1, %after-all.12), channel_id=26, {attributes},_xla_host_transfer_rendezvous="all-reduce.40_0",{megascale},_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %recv.12 = (bf16[144,8,128]{{2,1,0:T(8,128)(2,1)}}, u32[], token[]) recv(%after-all.12), channel_id=25, {attributes},{megascale},_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %recv-done.12 = (bf16[144,8,128]{{2,1,0}}, token[]) recv-done(%recv.12), channel_id=25, is_host_transfer=true
+  ROOT %send-done.12 = token[] send-done(%send.12), channel_id=26, is_host_transfer=true
+}}
+"""
+    assert hlo.totals(text).collectives == {Collective("all-reduce", 144 * 8 * 128 * 2, None, False, slices=slices): 1}
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

@@ -147,6 +147,10 @@ def test_between_slices_goes_only_a_chip_s_share() -> None:
         1000,
     )  # within the 16, then a sixteenth there and back between 2
     assert sent.seconds == pytest.approx(30_000 / 100e9 + 1000 / 3.125e9)
+    share = wire(
+        topology, Collective("all-reduce", 1000, None, False, slices=2), places(topology)
+    )  # as a TPU's text has it
+    assert (share.bytes, share.network_bytes, share.seconds) == (0, 1000, pytest.approx(1000 / 3.125e9))
     pairs = wire(topology, Collective("collective-permute", 500, None, True), places(topology))
     assert (pairs.bytes, pairs.network_bytes) == (500, 0) and pairs.seconds == pytest.approx(500 / 50e9)
 
