@@ -107,3 +107,20 @@ def test_verbs_that_take_long_show_how_far_they_are(
         assert re.search(rf"(\d+)/\1 {unit}  [\d.e+-]+ {unit}/s", in_terminal(*verb)), verb
     quiet = in_terminal("sample", *given, "--classes", "1", "--out", tmp_path / "quiet", "--quiet")
     assert quiet == ""
+
+
+@pytest.mark.slow
+def test_scores_show_how_many_images_are_through(
+    released_pair: Any, inception_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    given = (
+        "--weights",
+        released_pair.generator,
+        "--tokenizer",
+        released_pair.tokenizer,
+        "--inception",
+        inception_file,
+    )
+    shown = in_terminal("evaluate", *given, "--samples", 12, "--chunk", 4, "--batch-size", 4, "--out", tmp_path)
+    assert re.search(r"(\d+)/12 images  [\d.e+-]+ images/s", shown), shown[-500:]
+    assert "12/12 images" in shown and "inception_score" in shown

@@ -6,12 +6,15 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from commands import environment
 from PIL import Image
+from terminal import frames, shown_by
 
 from rar_jax.cli import main
 from rar_jax.data import imagenet
@@ -54,6 +57,15 @@ def store(weights: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
             )
     writer.finish()
     return tmp_path / "store"
+
+
+def test_a_terminal_shows_how_far_it_is(store: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "rar_jax", "tokenize", "--verify", str(store)]
+    code, output = shown_by(command, environment())
+    shown = [line for screen in frames(output) for line in screen]
+    assert code == 0 and any(re.search(r"3/3 shards  [\d.e+-]+ shards/s", line) for line in shown), shown[-5:]
+    code, output = shown_by([*command, "--quiet"], environment())
+    assert code == 0 and b"shards/s" not in output
 
 
 def check_fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
