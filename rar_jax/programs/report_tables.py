@@ -26,7 +26,9 @@ CONDITIONS = (
     ("guidance", ("guidance",)),
     ("images a split", ("split_size",)),
     ("device", ("device",)),
+    ("mesh", ("mesh",)),
     ("jax", ("versions.jax",)),
+    ("rar_jax", ("versions.rar_jax",)),
 )
 # These stand, with what they depend on, in evaluation/result.json; result.json has them beside fd_classifier's conditions.
 BY_INCEPTION = re.compile(r"(fid|fid_in_graph_float32|sfid|inception_score|precision|recall|kid)_n\d+")
@@ -148,9 +150,10 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
 
     walk(told, "")
     everything = dict(flat(made_from))
-    everything |= {name: _guidance(made_from["guidance"]) for name in ("guidance",) if made_from.get(name)}
-    beside = ("protocol", "features", "generator_dtype", "split_size", "device", "versions.jax")
+    beside = ("protocol", "features", "generator_dtype", "split_size", "device", "versions.jax", "versions.rar_jax")
     everything |= {name: text for name, text in flat(made_on) if name in beside}
+    together = {"guidance": made_from.get("guidance"), "mesh": made_on.get("mesh")}
+    everything |= {name: _in_one(values) for name, values in together.items() if values}
     distance = result.get("fd_classifier") or {}
     everything.setdefault("reference", distance.get("reference") or result.get("reference") or "none")
     conditions = {
@@ -166,5 +169,5 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _guidance(guidance: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in guidance.items())
+def _in_one(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())

@@ -74,7 +74,8 @@ def trained(path: pathlib.Path) -> pathlib.Path:
         "guidance": {"scale": 4.0, "power": 1.5}, "seed": 3, "rounding": "round",
     }  # fmt: skip
     scored = {"fid": 2.5, "n": 50000, "reference": "in.npz", "made_from": made_from, "remarks": [NASTY], "seconds": 9.0}
-    scored["made_on"] = {"split_size": 5000, "mesh": {"data": 4}, "device": "TPU v5p", "versions": {"jax": "0.10.2"}}
+    versions = {"jax": "0.10.2", "rar_jax": "0.1.0"}
+    scored["made_on"] = {"split_size": 5000, "mesh": {"data": 4, "fsdp": 2}, "device": "TPU v5p", "versions": versions}
     (path / "evaluation" / "result.json").write_text(json.dumps(scored))
     book.row("saved", stage="generator", step=1000)
     book.row("stop", reason="done")

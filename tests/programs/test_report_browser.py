@@ -249,7 +249,9 @@ def test_tables(page: Chrome) -> None:
         ["guidance", "scale 4, power 1.5"],
         ["images a split", "5000"],
         ["device", "TPU v5p"],
+        ["mesh", "data 4, fsdp 2"],
         ["jax", "0.10.2"],
+        ["rar_jax", "0.1.0"],
     ]
     own = rows("result.json")
     assert own[0] == ["fd_classifier samples_n40", "1.25", "40"] and ["reference", "the 1437 training images"] in own
