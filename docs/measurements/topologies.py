@@ -21,6 +21,7 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 STORE, TRIED, PAGE = HERE / "topologies.json", HERE / "topologies_tried.json", HERE.parent / "topologies.md"
+GUIDE = HERE.parent / "imagenet.md"  # which has some of the rows between two comments
 MODELS = {"rar_b": "RAR-B", "rar_l": "RAR-L", "rar_xl": "RAR-XL", "rar_xxl": "RAR-XXL"}
 SLICES = {"v5e-16": "v5e:4x4", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16", "v5p-64": "v5p:4x4x4", "v6e-64": "v6e:8x8"}
 SCALING = {16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 1024: "v5p:8x8x16"}
@@ -177,6 +178,28 @@ def page(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
+def costs(rows: Rows) -> str:
+    """Rows of the guide to ImageNet: of what fits, days and chip-hours of the whole training."""
+    lines = ["| | chips | flags | days | chip-hours, so dollars at 1 dollar a chip-hour |", "|" + "---|" * 5]
+    for model, title in MODELS.items():
+        for name in ("v5e-64", "v5p-64", "v6e-64"):
+            row = rows.get(f"{model}_{name}", {})
+            if "days" in row:
+                flags = " ".join(f"`{flag}`" for flag in row["flags"])
+                lines.append(f"| {title} | {name} | {flags} | {row['days']:.1f} | {row['chip_hours']:,.0f} |")
+    return "\n".join(lines)
+
+
+def write(rows: Rows) -> None:
+    """The page, and the guide's rows."""
+    PAGE.write_text(page(rows))
+    before, rest = GUIDE.read_text().split(COSTS[0])
+    GUIDE.write_text(f"{before}{COSTS[0]}\n\n{costs(rows)}\n\n{COSTS[1]}{rest.split(COSTS[1])[1]}")
+
+
+COSTS = "<!-- rows by docs/measurements/topologies.py -->", "<!-- end of rows -->"
+
+
 def _why(base: dict[str, Any], most: dict[str, Any]) -> str:
     """What keeps a step on more chips from being as much shorter."""
     ideal = base["seconds"]["computing"] * base["chips"] / most["chips"]
@@ -301,5 +324,5 @@ if __name__ == "__main__":
             continue
         STORE.write_text(json.dumps(store, indent=1) + "\n")
         TRIED.write_text(json.dumps({k: v for k, v in _read(TRIED).items() if k != name}, indent=1) + "\n")
-        PAGE.write_text(page(store))
-    PAGE.write_text(page(store))
+        write(store)
+    write(store)

@@ -251,6 +251,7 @@ def test_the_page_of_topologies_is_made_of_its_numbers() -> None:
     spec.loader.exec_module(module)
     store = json.loads(module.STORE.read_text())
     assert set(store) <= set(module.cells()) and module.page(store) == module.PAGE.read_text()
+    assert f"{module.COSTS[0]}\n\n{module.costs(store)}\n\n{module.COSTS[1]}" in module.GUIDE.read_text()
 
 
 # ---------------------------------------------------------------- the command
