@@ -7,6 +7,7 @@
 PREEMPTED=75
 
 dry_run=
+own='--dry-run'
 
 # The comment at the head of a script is its help.
 usage() { sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "$0"; }
@@ -45,8 +46,17 @@ show() {
     echo "${text[*]}"
 }
 
+# The script's own options, which are in `own`, are none of rar_jax: behind its flags they would be passed on to it, --dry-run too.
+need_own_first() {
+    local word
+    for word in "$@"; do
+        [[ " $own " != *" ${word%%=*} "* ]] || die "$word must stand before --config; see --help"
+    done
+}
+
 # `rar_jax run` needs both.
 need_experiment() {
+    need_own_first "$@"
     [[ " $* " == *" --config"[\ =]* && " $* " == *" --workdir"[\ =]* ]] || die "give --config and --workdir; see --help"
 }
 

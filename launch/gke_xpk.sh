@@ -3,7 +3,7 @@
 #
 #   launch/gke_xpk.sh [options] --config CONFIG --workdir DIR [flags of rar_jax run]
 #   launch/gke_xpk.sh --cluster mine --zone us-west4-a --project P --name rar-b --type v5litepod-16 --image REGISTRY/rar_jax \
-#       --config rar_b --workdir /mnt/rar_jax/rar_b
+#       --config rar_b --workdir /mnt/rar_jax/rar_b --config.generator.remat=True
 #
 # DIR must lie on storage that the cluster's pods mount (xpk storage attach). xpk starts a workload again after the exit code of
 # a preemption, and after 42 and 127 to 255, which is how a pod ends whose node was taken away.
@@ -21,6 +21,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
+own+=' --cluster --zone --project --name --type --slices --image --no-build --restarts --stop'
 cluster='' zone='' project='' name='' type='' image='' slices=1 restarts=100 build=1 stop=''
 while [ $# -gt 0 ]; do
     case $1 in

@@ -15,13 +15,14 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
+own+=' --devices --port'
 devices='' port=''
 while [ $# -gt 0 ]; do
     case $1 in
         --help) usage; exit ;;
         --dry-run) dry_run=1; shift ;;
-        --devices) devices=$2; shift 2 ;;
-        --port) port=$2; shift 2 ;;
+        --devices) devices=$(value "$@"); shift 2 ;;
+        --port) port=$(value "$@"); shift 2 ;;
         *) break ;;
     esac
 done
@@ -29,7 +30,7 @@ done
 count=$1 verb=run
 shift
 if [ $# -gt 0 ] && [[ $1 != --* ]]; then verb=$1; shift; fi
-[ "$verb" != run ] || need_experiment "$@"
+if [ "$verb" = run ]; then need_experiment "$@"; else need_own_first "$@"; fi
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 # What stands before the command of process $1.

@@ -2,6 +2,8 @@
 # What tpu_pod.sh and tpu_multislice.sh share: the actions, over functions that each defines (create, describe, delete, on_all,
 # on_one, copy_to_all) and the states that it calls ready and gone.
 
+own+=' --spot --name --zone --type --runtime --nfs --slices'
+
 parse() {
     action=${1:-}
     [ $# -eq 0 ] || shift
@@ -74,6 +76,9 @@ up() {
     done
 }
 
+# A machine that has just begun updates itself.
+WAIT='-o DPkg::Lock::Timeout=600'
+
 # The committed files of this repository, and an environment for them: the machines' own Python is older than 3.11. A run that is
 # alive keeps what it has, since Python reads some files late.
 copy() {
@@ -81,7 +86,7 @@ copy() {
     run git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$archive" HEAD || return
     copy_to_all "$archive" rar_jax.tar.gz || return
     on_all 'bash rar_jax/launch/background.sh --status 2>/dev/null | grep -qx running || (rm -rf rar_jax && mkdir rar_jax && tar xzf rar_jax.tar.gz -C rar_jax && python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --clear --python 3.11 ~/rar_jax_venv && ~/.local/bin/uv pip install -q --python ~/rar_jax_venv/bin/python -c rar_jax/requirements.lock -e "./rar_jax[tpu]")' || return
-    [ -z "$nfs" ] || on_all "sudo apt-get install -qy nfs-common && sudo mkdir -p /mnt/rar_jax && (mountpoint -q /mnt/rar_jax || sudo mount -t nfs $nfs /mnt/rar_jax)"
+    [ -z "$nfs" ] || on_all "(command -v mount.nfs || (sudo apt-get $WAIT update -q && sudo apt-get $WAIT install -qy nfs-common)) && sudo mkdir -p /mnt/rar_jax && (mountpoint -q /mnt/rar_jax || sudo mount -t nfs $nfs /mnt/rar_jax)"
 }
 
 # On all workers, in the background, so that it goes on when the connection ends.
@@ -93,8 +98,10 @@ stop() { on_all 'cd rar_jax && bash launch/background.sh --stop'; }
 
 down() { delete; }
 
-# What became of the run, by process 0; dead where nothing was copied yet.
-status() { on_one 'bash rar_jax/launch/background.sh --status || echo dead'; }
+# What became of the run; dead where nothing was copied yet. By process 0, and by all.
+STATUS='bash rar_jax/launch/background.sh --status || echo dead'
+status() { on_one "$STATUS"; }
+statuses() { on_all "$STATUS"; }
 
 last_words() { on_one 'tail -n 40 rar_jax.log'; }
 
@@ -104,7 +111,7 @@ anew() { up && copy && start; }
 # with the exit code of a preemption is started again. What is due is tried until it works: just after a preemption there are often
 # no machines, and others go away while they are spoken to.
 watch() {
-    local now told due=''
+    local now told all due=''
     [ -z "$dry_run" ] || { rehearse; return; }
     while :; do
         now=$(state)
@@ -120,7 +127,19 @@ watch() {
                 # A host that was rebooted has lost what `copy` mounted, too.
                 dead) echo "process 0 is gone, without an exit code: started again"; due=anew ;;
                 stopped) echo "stopped; '${0##*/} start' goes on" >&2; return 1 ;;
-                *) last_words || true; echo "failed with exit code $told" >&2; return "$told" ;;
+                *)
+                    # When a host is lost, its peers leave with the code of a failure. If it was taken away, gcloud says so later.
+                    if ! all=$(statuses) || [ "$(state)" != "$ready" ]; then
+                        echo "exit code $told, and not all hosts answer: asked again"
+                    elif grep -qx dead <<<"$all"; then
+                        echo "the process of a host is gone, without an exit code: all are started again"
+                        due=anew
+                    else
+                        last_words || true
+                        echo "failed with exit code $told" >&2
+                        return "$told"
+                    fi
+                    ;;
             esac
         fi
         if [ -n "$due" ]; then
@@ -141,12 +160,16 @@ rehearse() {
     remark "after exit code $PREEMPTED"
     start
     remark "after another one"
+    statuses
     last_words
 }
 
 act() {
     if [ "$action" = run ]; then
-        anew
+        if ! anew; then
+            echo "it could not be begun; '${0##*/} down' gives machines back, if there are any" >&2
+            return 1
+        fi
         watch
     else
         "$action"

@@ -3,10 +3,10 @@
 #
 #   launch/tpu_multislice.sh ACTION --name NAME --zone ZONE [options] --config CONFIG --workdir DIR [flags of rar_jax run]
 #   launch/tpu_multislice.sh run --name mine --zone us-west4-a --slices 2 --type v5litepod-16 --runtime v2-alpha-tpuv5-lite \
-#       --nfs 10.0.0.2:/share --config rar_b --workdir /mnt/rar_jax/rar_b --config.mesh.fsdp=16
+#       --nfs 10.0.0.2:/share --config rar_b --workdir /mnt/rar_jax/rar_b --config.generator.remat=True
 #
-# ACTION is run, up, copy, start, watch, logs, stop or down, as in tpu_pod.sh. Let the mesh's data axis be the one that reaches
-# over slices: fsdp x tensor = the chips of one.
+# ACTION is run, up, copy, start, watch, logs, stop or down, as in tpu_pod.sh. The mesh's data axis reaches over the slices:
+# fsdp x tensor must lie within one.
 #
 #   --slices N    how many, at least 2
 #   --type T      accelerator type of each: v5litepod-16, v4-32, v6e-16

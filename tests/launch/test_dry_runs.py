@@ -7,12 +7,12 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "launching.md"
-RAR_B = "--config rar_b --workdir /mnt/rar_jax/rar_b"
+RAR_B = "--config rar_b --workdir /mnt/rar_jax/rar_b --config.generator.remat=True"
 TPU = "--name mine --zone us-west4-a --type v5litepod-16 --runtime v2-alpha-tpuv5-lite"
 GKE = "--cluster mine --zone us-west4-a --project P --name rar-b --type v5litepod-16 --image REGISTRY/rar_jax"
 COMMANDS = {
     "One TPU slice": f"launch/tpu_pod.sh run --dry-run {TPU} --spot --nfs 10.0.0.2:/share {RAR_B}",
-    "Several TPU slices": f"launch/tpu_multislice.sh run --dry-run {TPU} --slices 2 --nfs 10.0.0.2:/share {RAR_B} --config.mesh.fsdp=16",
+    "Several TPU slices": f"launch/tpu_multislice.sh run --dry-run {TPU} --slices 2 --nfs 10.0.0.2:/share {RAR_B}",
     "GKE": f"launch/gke_xpk.sh --dry-run {GKE} {RAR_B}",
     "Slurm": "bash launch/slurm.sbatch --dry-run --config rar_b --workdir runs/rar_b",
     "This machine": "launch/local.sh --dry-run --devices 2 2 --config digits --workdir runs/two",

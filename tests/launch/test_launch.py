@@ -75,6 +75,22 @@ def test_ends_in_the_run(script: str, tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("script", STARTS)
+def test_a_script_s_option_is_not_passed_on_to_the_run(script: str, tmp_path: pathlib.Path) -> None:
+    """`... --config rar_b --dry-run` made machines, once."""
+    trap = dict.fromkeys(("gcloud", "git", "xpk", "docker", "srun", "scontrol", "python"), f"touch {tmp_path}/ran")
+    start = [word for word in STARTS[script] if word != "--dry-run"]
+    done = launch(script, *start, *EXPERIMENT, "--dry-run", **stand_in(tmp_path, **trap))
+    assert done.returncode == 2 and "--dry-run must stand before --config" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("option", ["--devices", "--port"])
+def test_local_s_options_have_values(option: str) -> None:
+    done = launch("local.sh", option)
+    assert done.returncode == 2 and f"{option} needs a value" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "tpu_multislice.sh"])
 def test_a_dry_run_shows_what_watching_would_do(script: str) -> None:
     """What is asked each minute, and what a preemption, a lost run and a failure would bring."""
@@ -88,6 +104,7 @@ def test_a_dry_run_shows_what_watching_would_do(script: str) -> None:
         "uv venv",
         "rar_jax run",
         "rar_jax run",
+        "--status",
         "tail",
     ]
     for action, before in (("watch", []), ("run", ["describe", "create", "scp", "uv venv", "rar_jax run"])):
@@ -101,7 +118,7 @@ def test_a_dry_run_shows_what_watching_would_do(script: str) -> None:
 
 def test_a_dry_run_shows_that_slurm_is_asked_to_requeue() -> None:
     lines = launch("slurm.sbatch", "--dry-run", *EXPERIMENT).stdout.splitlines()
-    assert lines[0].startswith("srun ") and lines[-1].startswith("scontrol requeue ")
+    assert lines[0].startswith("srun ") and " --cpus-per-task=8 " in lines[0] and lines[-1].startswith("scontrol requeue ")
 
 
 def test_local_gives_each_process_its_place() -> None:
@@ -239,7 +256,18 @@ def test_a_run_that_is_dead_is_started_again(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("code", [1, 2, 130])
 def test_no_other_exit_code_does(tmp_path: pathlib.Path, code: int) -> None:
-    assert watch(tmp_path, "READY", str(code)) == (code, [])
+    assert watch(tmp_path, "READY READY", f"{code} {code}") == (code, [])
+
+
+def test_a_host_that_is_lost_is_no_failure(tmp_path: pathlib.Path) -> None:
+    """Process 0 left with a failure's code since another is gone; or was taken away, which gcloud says later."""
+    assert watch(tmp_path, "READY READY READY READY", "1 dead 0") == (0, ["scp", "start"])
+    taken = "READY PREEMPTED PREEMPTED PREEMPTED CREATING READY READY"
+    assert watch(tmp_path, taken, "1 1 0") == (0, ["scp", "start", "delete", "create", "scp", "start"])
+
+
+def test_hosts_that_do_not_answer_are_asked_again(tmp_path: pathlib.Path) -> None:
+    assert watch(tmp_path, "READY READY READY", "1 1 1", "worker=all") == (1, [])
 
 
 def test_what_cannot_be_seen_is_left_alone(tmp_path: pathlib.Path) -> None:
