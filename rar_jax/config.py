@@ -63,7 +63,9 @@ def find_experiment(name: str) -> pathlib.Path:
         if (path := folder / f"{pathlib.Path(name).stem}.py").is_file():
             return path
     known = sorted(p.stem for folder in experiments_folders() for p in folder.glob("[!_]*.py"))
-    raise ConfigError(f"no experiment '{name}': give a path or one of: {', '.join(known)}.{nearest(name, known)}")
+    near = difflib.get_close_matches(str(name), known, n=1)
+    meant = f" Did you mean '{near[0]}'?" if near else ""
+    raise ConfigError(f"no experiment '{name}': give a path or one of: {', '.join(known)}.{meant}")
 
 
 def load_experiment(name: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import secrets
@@ -41,9 +42,9 @@ def check_shared(folder: pathlib.Path) -> None:
             raise _not_shared(folder, wrong[0] + more)
         from_main(look)
     finally:
-        renamed[jax.process_index()].unlink(missing_ok=True)
+        _remove(renamed[jax.process_index()])
         if is_main():
-            shared.unlink(missing_ok=True)
+            _remove(shared)
 
 
 def trouble(folder: pathlib.Path) -> str:
@@ -58,7 +59,12 @@ def trouble(folder: pathlib.Path) -> str:
         return f"cannot create a file there ({error})"
     finally:
         for path in (shared, own, own.with_name(f"{own.name}.tmp")):
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):  # on a file system that can only be read
+        path.unlink(missing_ok=True)
 
 
 def _not_shared(folder: pathlib.Path, what: str) -> StorageError:

@@ -102,15 +102,12 @@ def doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
     try:
         devices = _devices()
     except Exception as error:  # whatever a broken installation raises
-        reason = str(error).strip().splitlines()
-        asked = os.environ.get("JAX_PLATFORMS")
-        problems.append(
-            Problem(
-                "jax finds no devices",
-                f"{type(error).__name__}: {reason[0] if reason else ''}",
-                f"unset JAX_PLATFORMS (it is '{asked}'), or install jax again" if asked else "install jax again",
-            )
-        )
+        reason = str(error).strip().splitlines() or ["no plugin of that name is installed"]
+        asked = None if isinstance(error, ImportError) else os.environ.get("JAX_PLATFORMS")
+        remedy = "install jax again"
+        if asked:
+            remedy = f"unset JAX_PLATFORMS (it is '{asked}'), or pip install 'rar_jax[cuda12]' or 'rar_jax[tpu]' for the accelerator"
+        problems.append(Problem("jax finds no devices", f"{type(error).__name__}: {reason[0]}", remedy))
     files = {kind: any(_glob(pattern) for pattern in patterns) for kind, patterns in DEVICE_FILES.items()}
     problems += missing_accelerator({device["platform"] for device in devices}, files, installed, os.environ)
     notes = _notes(installed, files, devices)

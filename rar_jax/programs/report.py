@@ -40,7 +40,7 @@ def report(workdirs: Sequence[str | pathlib.Path], out: pathlib.Path | None = No
       out: the HTML file; default report.html in the first work directory.
 
     Returns: the file.
-    Raises: ConfigError if one is no work directory, or there are more than two.
+    Raises: ConfigError if one is no work directory, there are more than two, or the file cannot be written.
     """
     require(1 <= len(workdirs) <= MOST_WORKDIRS, f"{len(workdirs)} work directories: give one, or two to compare")
     out = out or pathlib.Path(workdirs[0]) / "report.html"
@@ -52,8 +52,11 @@ def report(workdirs: Sequence[str | pathlib.Path], out: pathlib.Path | None = No
     compared = side_by_side(*(run["scores"] for run in runs)) if len(runs) > 1 else []
     text = page({"made": made, "version": rar_jax.__version__, "runs": runs, "compared": compared})
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror}): give another place with --out FILE") from error
     return out
 
 
@@ -91,7 +94,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
         "state": _state(summary),
         "curves": curves(metrics),
         "grids": [grid for stage in STAGES if (grid := _grids(path / "grids" / stage, stage, problems))],
-        "pictures": [{"name": name, "image": _picture(path / name)} for name in PICTURES if (path / name).is_file()],
+        "pictures": [told for name in PICTURES if (told := _picture(path / name, problems))],
         "scores": scores(path, problems),
         "config": flat(config),
         "environment": _environment(events),
@@ -153,14 +156,22 @@ def _grids(folder: pathlib.Path, stage: str, problems: list[str]) -> dict[str, A
     return {"stage": stage, **layout, "steps": shown[::-1]} if shown else None
 
 
-def _picture(path: pathlib.Path) -> str:
-    data = path.read_bytes()
-    if len(data) <= LARGE:
-        return _uri(data, "png")
+def _picture(path: pathlib.Path, problems: list[str]) -> dict[str, str] | None:
+    """{"name", "image"}; None if it is not there, or no picture, which `problems` then says."""
+    if not path.is_file():
+        return None
     file = io.BytesIO()
-    with Image.open(path) as image:
-        image.save(file, "webp", quality=90)
-    return _uri(file.getvalue(), "webp")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if small := path.stat().st_size <= LARGE:
+                file.write(path.read_bytes())
+            else:
+                image.save(file, "webp", quality=90)
+    except (OSError, ValueError, SyntaxError) as error:  # the last is Pillow's of a damaged PNG
+        problems.append(f"{path} cannot be read ({error}): remove it")
+        return None
+    return {"name": path.name, "image": _uri(file.getvalue(), "png" if small else "webp")}
 
 
 def _uri(data: bytes, kind: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -101,12 +102,11 @@ def scores(workdir: pathlib.Path, problems: list[str]) -> list[dict[str, Any]]:
             result = json.loads(path.read_text())
             if not isinstance(result, dict):
                 raise ValueError("it holds no mapping")
+            found.append({"file": str(path.relative_to(workdir)), **_score(result)})
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # of types that are not ours, too
             problems.append(f"{path} cannot be read ({error}): remove it, and run the same command again")
-            continue
-        found.append({"file": str(path.relative_to(workdir)), **_score(result)})
     return found
 
 
@@ -141,6 +141,8 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
                 walk(value, f"{prefix}{name} ")
             elif isinstance(value, bool) or value is None or name == "step":
                 continue
+            elif isinstance(value, float) and not math.isfinite(value):
+                said.append(f"{prefix}{name}: {value}")
             elif isinstance(value, int | float):
                 n = re.search(r"_n(\d+)", name)
                 whole = result.get("n")

@@ -182,8 +182,8 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
             if number > len(lines) or line.startswith("{"):  # what follows the last newline may be empty, or anything
                 continue
             raise ValueError(f"{path} line {number} is not JSON ({error}): delete that line") from None
-        if not isinstance(row, dict) or not {"stage", "step"} <= row.keys():
-            raise ValueError(f"{path} line {number} is no row with a stage and a step: delete that line")
+        if not isinstance(row, dict) or not {"stage", "step", "time"} <= row.keys():
+            raise ValueError(f"{path} line {number} is no row with a stage, a step and a time: delete that line")
         rows.append(row)
     return [row for row in rows if stage is None or row["stage"] == stage]
 

@@ -118,7 +118,9 @@ def test_a_dry_run_shows_what_watching_would_do(script: str) -> None:
 
 def test_a_dry_run_shows_that_slurm_is_asked_to_requeue() -> None:
     lines = launch("slurm.sbatch", "--dry-run", *EXPERIMENT).stdout.splitlines()
-    assert lines[0].startswith("srun ") and " --cpus-per-task=8 " in lines[0] and lines[-1].startswith("scontrol requeue ")
+    assert (
+        lines[0].startswith("srun ") and " --cpus-per-task=8 " in lines[0] and lines[-1].startswith("scontrol requeue ")
+    )
 
 
 def test_local_gives_each_process_its_place() -> None:

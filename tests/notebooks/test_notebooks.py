@@ -126,6 +126,16 @@ def test_sampling_from_given_weights(folder: pathlib.Path, environment: dict[str
     assert "Not " not in text and len(_pictures(notebook)) == PICTURES["sample"]
 
 
+def test_sampling_from_a_run_of_one_s_own(
+    executed: dict[str, Any], folder: pathlib.Path, environment: dict[str, str]
+) -> None:
+    """A work directory, whose classes are not ImageNet's."""
+    weights = environment["RAR_JAX_WORKDIR"]
+    notebook = render.execute("sample", folder, {**environment, "RAR_JAX_WEIGHTS": weights})
+    assert f"These are the released or given weights {weights}." in (text := _text(notebook)) and "10 classes" in text
+    assert len(_pictures(notebook)) == PICTURES["sample"]
+
+
 def test_how_rar_works_was_of_the_trained_model(executed: dict[str, Any]) -> None:
     text = _text(executed["how_rar_works"])
     assert "16 tokens of 64 codes an image, 4 layers of 4 heads" in text

@@ -140,6 +140,21 @@ def test_no_devices_at_all() -> None:
     assert "unset JAX_PLATFORMS (it is 'nonsense')" in done.stdout and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_an_accelerator_that_is_asked_for_and_not_there(
+    platform: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def devices() -> Any:
+        raise AssertionError  # as JAX does where no plugin is
+
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    monkeypatch.setattr(doctor, "_devices", devices)
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "AssertionError: no plugin of that name is installed" in text
+    assert f"unset JAX_PLATFORMS (it is '{platform}'), or pip install 'rar_jax[cuda12]'" in text
+
+
 def test_a_jax_that_cannot_be_imported(tmp_path: pathlib.Path) -> None:
     """All the rest is looked at as ever."""
     (tmp_path / "jax.py").write_text("raise ImportError('jaxlib is too old')")
@@ -148,6 +163,7 @@ def test_a_jax_that_cannot_be_imported(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "BAD        jax finds no devices: ImportError: jaxlib is too old" in done.stdout
+    assert "unset JAX_PLATFORMS" not in done.stdout
     assert f"workdir    {tmp_path / 'run'}: files are made, renamed and locked" in done.stdout
 
 
@@ -173,6 +189,14 @@ def test_a_folder_that_cannot_be_written_to(
     monkeypatch.setattr(storage, "_create", refuse)  # root, which tests may run as, is refused nothing
     assert main(["doctor", "--workdir", str(tmp_path)]) == 1
     assert "cannot create a file there ([Errno 13] Permission denied" in capsys.readouterr().out
+
+
+def test_a_folder_that_can_only_be_read(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "rar_jax", "doctor", "--workdir", str(tmp_path)]
+    mount = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$@"', "sh"]
+    done = subprocess.run([*mount, *command], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "cannot create a file there ([Errno 30] Read-only file system" in done.stdout
 
 
 def test_a_file_in_its_place_and_a_full_disk(

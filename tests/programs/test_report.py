@@ -17,6 +17,7 @@ from rar_jax.programs import report as report_module
 from rar_jax.programs import report_tables
 from rar_jax.programs.report import _names, read_run, report
 from rar_jax.programs.report_tables import curves
+from rar_jax.training import ledger
 from rar_jax.training.grids import Grid
 from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger
@@ -104,6 +105,37 @@ def test_what_is_damaged_is_said_and_the_rest_shown(tmp_path: pathlib.Path) -> N
         file.write("\n[1]\n")
     (problem,) = (text for text in read_run(path)["problems"] if "metrics" in text)
     assert "metrics.jsonl line" in problem and "delete that line" in problem
+
+
+def test_results_that_are_not_as_ours_are(tmp_path: pathlib.Path) -> None:
+    """NaN is no JSON for a browser; types of someone's own end no report; nor does a large picture that is none."""
+    run = trained(tmp_path / "run")
+    (run / "result.json").write_text('{"nearest": NaN, "fd_classifier": {"samples_n40": Infinity}, "kid": 0.5}')
+    (run / "evaluation" / "result.json").write_text('{"fid": 2.5, "made_from": ["a", "list"]}')
+    (run / "samples.png").write_bytes(b"no picture" * 200_000)
+    Image.new("RGB", (4, 4)).save(run / "reconstructions.png")
+    (told,) = data_of(report([run], tmp_path / "page.html").read_text())["runs"]
+    (score,) = told["scores"]
+    assert score["numbers"] == [["kid", 0.5, None]]
+    assert {"nearest: nan", "fd_classifier samples_n40: inf"} <= set(score["said"])
+    assert [picture["name"] for picture in told["pictures"]] == ["reconstructions.png"]
+    wrong = [text for text in told["problems"] if "cannot be read" in text]
+    assert len(wrong) == 2 and "samples.png" in wrong[0] and "evaluation/result.json" in wrong[1]
+
+
+def test_a_page_that_cannot_be_written(finished: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    out = tmp_path / "nowhere" / "page.html"
+    assert main(["report", str(finished), "--out", str(out)]) == 2
+    assert (
+        f"{out} cannot be written (No such file or directory): give another place with --out FILE"
+        in capsys.readouterr().err
+    )
+
+
+def test_each_kind_of_time_has_a_colour() -> None:
+    script = (pathlib.Path(report_module.__file__).parent / "page" / "page.js").read_text()
+    (hues,) = re.findall(r"const hue = {(.*?)}", script)
+    assert set(re.findall(r"(\w+):", hues)) == {*ledger.KINDS, "lost", "stopped"}
 
 
 def test_of_much_the_newest_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

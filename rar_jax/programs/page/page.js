@@ -60,7 +60,7 @@ function overview(run) {
     return [el("span", {}, name), el("div", { class: "bar" }, el("i", { style: { width: `${100 * share}%`, background: colour(0) } })), el("span", { class: "mono" }, text)];
   });
   const parts = Object.entries(summary.seconds).filter(([kind, s]) => kind !== "wall" && s > 0.0005 * summary.seconds.wall).sort((a, b) => b[1] - a[1]);
-  const hue = { training: 0, evaluating: 2, tokenizing: 5, starting: 4, saving: 3, lost: 1, stopped: 7 };
+  const hue = { training: 0, evaluating: 2, tokenizing: 5, starting: 4, saving: 3, ending: 6, lost: 1, stopped: 7 };
   const wall = summary.seconds.wall;
   const time = wall ? [
     note(`${duration(wall)} in all, ${(100 * summary.goodput).toFixed(1)} % of it training, evaluating or tokenizing (goodput)`),
