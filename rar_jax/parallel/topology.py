@@ -78,17 +78,17 @@ class Topology:
         return math.prod(self.shape) * self.slices
 
     def __str__(self) -> str:
-        if self.is_gpu:
-            return f"gpu:{self.shape[0]}x{self.kind}"
-        one = f"{self.kind}:{'x'.join(map(str, self.shape))}"
-        return one if self.slices == 1 else f"{self.slices} slices of {one}"
+        one = f"gpu:{self.shape[0]}x{self.kind}" if self.is_gpu else f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        several = f"{self.slices} {'hosts' if self.is_gpu else 'slices'} of {one}"
+        return one if self.slices == 1 else several
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
     """ "v5p:4x4x4", "v5e:4x4", "v6e:8x8", "gpu:8xH100". Raises: ConfigError for what is none."""
     require(slices >= 1, f"--slices is {slices}: it must be at least 1")
     if gpu := re.fullmatch(r"gpu:(\d+)x(\w+)", text):
-        require(gpu[2] in GPUS and int(gpu[1]) >= 1, f"--topology {text}: known GPUs are {', '.join(GPUS)}")
+        require(gpu[2] in GPUS, f"--topology {text}: known GPUs are {', '.join(GPUS)}")
+        require(int(gpu[1]) >= 1, f"--topology {text}: give at least one GPU, such as gpu:1x{gpu[2]}")
         return Topology(gpu[2], (int(gpu[1]),), slices)
     kind, _, sizes = text.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sizes):

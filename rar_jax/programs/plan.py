@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from rar_jax.programs.plan_programs import (
 
 SAMPLES = 50_000  # of a FID
 GPU_SHARE = 0.4  # of the peak: what is assumed of GPUs, for which nothing is compiled
+GPU_ROOM = 0.9  # of a GPU's memory: what formulas may fill, which are rough
 
 
 def plan(
@@ -50,6 +52,7 @@ def plan(
     Raises: ConfigError without libtpu, for an unknown slice, or where batch or parameters do not divide over it.
     """
     require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
+    experiment = _on_fewer(experiment, topology.chips, say)
     report: dict[str, Any] = {"config": experiment.name, "topology": str(topology), "chips": topology.chips}
     report |= {"from": "arithmetic" if topology.is_gpu else "compiler", "versions": {"jax": jax.__version__}}
     devices: Any = None
@@ -67,6 +70,22 @@ def plan(
         sample = functools.partial(_sample, devices=devices, say=say) if devices else _sample_by_arithmetic
         report["sample"] = sample(experiment, topology=topology, rows=sample_rows)
     return report
+
+
+def _on_fewer(experiment: Experiment, chips: int, say: Callable[[str], None]) -> Experiment:
+    """The experiment with as much fsdp as divides so few chips: RAR-XXL, which has 4, on one card."""
+    mesh = experiment.mesh
+    if (
+        mesh.data != -1
+        or mesh.fsdp < 1
+        or mesh.tensor < 1
+        or chips % mesh.tensor
+        or not chips % (mesh.fsdp * mesh.tensor)
+    ):
+        return experiment
+    fsdp = math.gcd(mesh.fsdp, chips // mesh.tensor)
+    say(f"mesh.fsdp {mesh.fsdp} does not divide {chips} chips: this is with --config.mesh.fsdp={fsdp}")
+    return dataclasses.replace(experiment, mesh=dataclasses.replace(mesh, fsdp=fsdp))
 
 
 def _train(experiment: Experiment, *, topology: Topology, devices: Any, say: Callable[[str], None]) -> dict[str, Any]:
@@ -179,7 +198,7 @@ def _by_arithmetic(experiment: Experiment, *, topology: Topology) -> dict[str, A
     peak = state + state // (4 if experiment.train.ema_decay else 3) + kept
     memory = {"arguments": state, "temporaries": peak - state, "peak": peak, "available": int(topology.chip.memory)}
     flops = _model_flops(experiment)
-    train: dict[str, Any] = {"fits": peak < topology.chip.memory, "memory": memory}
+    train: dict[str, Any] = {"fits": peak < GPU_ROOM * topology.chip.memory, "memory": memory}
     if flops is not None:
         again = 4 / 3 if getattr(experiment.generator.config, "remat", False) else 1
         seconds = flops * again / (topology.chips * topology.chip.flops * GPU_SHARE)
@@ -198,7 +217,12 @@ def _sample_by_arithmetic(experiment: Experiment, *, topology: Topology, rows: i
     weights += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes_of(experiment.tokenizer, mesh)))
     cache = rows * (1 + guided) * c.depth * 2 * (c.num_tokens + 1) * c.width * 4 // tensor
     memory = {"arguments": weights, "temporaries": cache, "peak": weights + cache, "available": int(chip.memory)}
-    told = {"mesh": dict(mesh.shape), "batch_size": size, "fits": weights + cache < chip.memory, "memory": memory}
+    told = {
+        "mesh": dict(mesh.shape),
+        "batch_size": size,
+        "fits": weights + cache < GPU_ROOM * chip.memory,
+        "memory": memory,
+    }
     if hasattr(module, "sample_flops") and hasattr(module, "sample_bytes"):
         given = {"batch_size": rows, "guided": guided}
         flops, moved = module.sample_flops(c, **given), module.sample_bytes(c, **given)

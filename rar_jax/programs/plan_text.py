@@ -32,9 +32,15 @@ def plan_text(report: Mapping[str, Any], *, heading: bool = True) -> str:
         lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {mesh_text(sample['mesh'])}"]
         lines += _program(sample, compiled)
         if not sample["fits"]:
-            lines.append("  give fewer images a chip with --sample-rows, or cut the model with --config.mesh.tensor")
+            lines.append(
+                "  give fewer images a chip with --sample-rows, or cut the model with --config.mesh.tensor (evaluate, sample: --tensor)"
+            )
         elif "images_per_second" in sample:
-            at = "" if compiled else " of tokens alone, by the bytes or by FLOPs in float32, the slower of the two"
+            at = (
+                ""
+                if compiled
+                else " of tokens alone (nor is the decoder's memory counted), by the bytes or by FLOPs in float32, the slower of the two"
+            )
             lines.append(
                 f"  {sample['images_per_second']:.1f} images/s{at}: {sample['images']} in {sample['minutes']:.1f} minutes"
             )
@@ -53,8 +59,9 @@ def _program(told: Mapping[str, Any], compiled: bool) -> list[str]:
             [*lines, f"  parameters and optimizer alone are {gib(told['state'])} a chip"] if "state" in told else lines
         )
     memory = told["memory"]
+    fits = "fits" if compiled else "should fit, by formulas that are rough"
     lines = [
-        f"  {'fits' if told['fits'] else 'does NOT fit'}: peak {gib(memory['peak'])} of {gib(memory['available'])} a chip "
+        f"  {fits if told['fits'] else 'does NOT fit'}: peak {gib(memory['peak'])} of {gib(memory['available'])} a chip "
         f"(arguments {gib(memory['arguments'])}, temporaries {gib(memory['temporaries'])})"
     ]
     if not compiled:

@@ -92,6 +92,13 @@ def test_the_compiler_s_threads_get_a_larger_stack(
     assert asked == {"topology_name": "v6e:2x2"} and os.environ["LIBTPU_INIT_ARGS"] == expected
 
 
+def test_hosts_of_gpus() -> None:
+    topology = parse_topology("gpu:8xH100", 4)
+    assert topology.chips == 32 and str(topology) == "4 hosts of gpu:8xH100"
+    with pytest.raises(ConfigError, match=r"gpu:0x24GB: give at least one GPU, such as gpu:1x24GB"):
+        parse_topology("gpu:0x24GB")
+
+
 @pytest.mark.parametrize(
     ("name", "host"), [("v5e:1x1", [1, 1, 1]), ("v6e:1x2", [1, 2, 1]), ("v5p:1x1x1", [1, 1, 1]), ("v5e:2x4", None)]
 )

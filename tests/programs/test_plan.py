@@ -83,6 +83,28 @@ def test_sampling_on_gpus_is_weights_and_cache(tensor: int, rows: int, fits: boo
         assert least / 3 < told["images_per_second"] < least * 1.5
 
 
+@pytest.mark.parametrize(("topology", "fsdp"), [("gpu:1x24GB", 1), ("gpu:2xH100", 2), ("gpu:8xH100", 4)])
+def test_fewer_chips_than_the_mesh_asks_for(topology: str, fsdp: int) -> None:
+    """RAR-XXL has fsdp 4. On one card its state alone is too much, and the plan says so."""
+    said: list[str] = []
+    report = plan(experiment_of("rar_xxl"), parse_topology(topology), say=said.append)
+    assert report["mesh"]["fsdp"] == fsdp and report["mesh"]["tensor"] == 1
+    assert [f"this is with --config.mesh.fsdp={fsdp}" in text for text in said] == [True] * (fsdp < 4)
+    if fsdp == 1:
+        state = report["train"]["memory"]["arguments"]
+        assert state == pytest.approx(12e6 * 1495.50, rel=1e-3) and not report["train"]["fits"]
+        assert "this fits" not in plan_text(report) and report["sample"]["fits"]
+
+
+def test_formulas_leave_a_tenth_of_the_memory() -> None:
+    for name in ("rar_b", "rar_l", "rar_xl", "rar_xxl"):
+        report = plan(experiment_of(name), parse_topology("gpu:8xH100"))
+        for told in (report["train"], report["sample"], (report.get("remedy") or {}).get("train")):
+            if told is not None:
+                assert told["fits"] == (told["memory"]["peak"] < 0.9 * 79 * 2**30)
+    assert "should fit, by formulas that are rough" in plan_text(report)
+
+
 def test_remedies_change_nothing_that_is_learned() -> None:
     experiment = experiment_of("rar_b")
     found = list(remedies_of(experiment, 16))
@@ -134,6 +156,17 @@ def test_the_whole_way(as_if: None) -> None:
     text = plan_text(report)
     assert "training step, mesh data 2 x fsdp 2 x tensor 1" in text and "sampling and FID, 8 images at a time" in text
     assert json.loads(json.dumps(report)) == report
+
+
+def test_a_model_that_is_cut_over_the_tensor_axis_samples(as_if: None) -> None:
+    experiment = experiment_of("digits", *SMALL, "mesh.tensor=2")
+    told = plan(experiment, parse_topology("v5e:2x2"), sample_rows=2, parts=("sample",))["sample"]
+    whole = plan(experiment_of("digits", *SMALL), parse_topology("v5e:2x2"), sample_rows=2, parts=("sample",))["sample"]
+    assert told["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2} and (told["batch_size"], whole["batch_size"]) == (4, 8)
+    params = [4 * x["memory"]["arguments"] for x in (told, whole)]
+    assert params[0] < params[1], "each chip has a part of the generator's weights"
+    # At each of the 17 slots, what heads and MLP make is summed over the axis, in two layers.
+    assert told["collectives"]["all-reduce"]["count"] >= 2 * 2 * 17
 
 
 def test_one_chip_samples_as_each_of_four_does(as_if: None, monkeypatch: pytest.MonkeyPatch) -> None:
