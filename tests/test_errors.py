@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cheap_inception
 import errors
 import jax
 import jax.numpy as jnp
@@ -345,6 +346,16 @@ def other_reference(at: Place) -> None:
     write_reference("other.npz", mean=np.zeros(8), cov=np.eye(8), **made)
     at.how = "statistics of 8 features"
     at.command(f"{SCORE} --reference other.npz -q", 1)
+
+
+@case("Evaluation", "A reference of images of another size")
+def larger_reference(at: Place) -> None:
+    cheap_inception.patch(at.patch.setattr)
+    images = np.zeros((4, 256, 256, 3), np.uint8)
+    made: dict[str, Any] = {"n": 5000, "protocol": "adm", "weights_sha256": "0" * 64, "source": "x", "images": images}
+    write_reference("larger.npz", mean=np.zeros(12), cov=np.eye(12), **made)
+    at.how = "both are resized to what the network takes"
+    at.note(f"{SCORE} --samples 20 --batch-size 4 --no-neighbours --reference larger.npz -q", "the reference's images")
 
 
 @case("Evaluation", "Images where statistics should be")

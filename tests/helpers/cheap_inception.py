@@ -6,6 +6,7 @@ python cheap_inception.py evaluate --inception ANY_FILE ...
 import functools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,8 +35,8 @@ def load_network(path: pathlib.Path, mesh: Any, settings: Any) -> scoring.Networ
     return scoring.Network({}, "0" * 64)
 
 
-def patch() -> None:
-    """Puts them in its place, in this process."""
+def patch(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Puts them in its place, in this process; put: such as MonkeyPatch.setattr, which takes them back."""
     changed: list[tuple[Any, str, Any]] = [
         (sums, "POOL3", 12),
         (sums, "SPATIAL", 8),
@@ -45,7 +46,7 @@ def patch() -> None:
         (evaluate, "read_reference", functools.partial(reference.read_reference, feature_dims=12, spatial_dims=8)),
     ]
     for module, name, value in changed:
-        setattr(module, name, value)
+        put(module, name, value)
 
 
 if __name__ == "__main__":

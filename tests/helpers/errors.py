@@ -74,6 +74,13 @@ class Place:
         assert line.startswith(f"rar-jax {text.split()[0]}: "), err
         self.met = f"rar-jax {text.removesuffix(' -q')}", f"exit code {code}", line
 
+    def note(self, text: str, begins: str) -> None:
+        """A command that does its work, and says on stdout what its reader must know."""
+        code = cli.main(["--quiet" if word == "-q" else word for word in shlex.split(text)])
+        (line,) = (line for line in self.capsys.readouterr().out.splitlines() if line.startswith(f"note: {begins}"))
+        assert code == 0
+        self.met = f"rar-jax {text.removesuffix(' -q')}", "exit code 0 and a note", line
+
     def python(self, code: str, error: type[Exception]) -> None:
         """Python that a person types; the error's message is one line."""
         with pytest.raises(error) as caught:
