@@ -331,6 +331,7 @@ def full_while_training(at: Place) -> None:
 
 # ---------------------------------------------------------------- evaluation
 
+STATISTICS: dict[str, Any] = {"n": 5000, "protocol": "adm", "weights_sha256": "0" * 64, "source": "x"}
 SCORE = "evaluate --weights rar.bin --tokenizer vq.safetensors --inception inception.pth --out scores"
 commands(
     "Evaluation",
@@ -342,8 +343,7 @@ commands(
 
 @case("Evaluation", "Statistics of another network")
 def other_reference(at: Place) -> None:
-    made: dict[str, Any] = {"n": 9, "protocol": "adm", "weights_sha256": "0", "source": "x"}
-    write_reference("other.npz", mean=np.zeros(8), cov=np.eye(8), **made)
+    write_reference("other.npz", mean=np.zeros(8), cov=np.eye(8), **STATISTICS)
     at.how = "statistics of 8 features"
     at.command(f"{SCORE} --reference other.npz -q", 1)
 
@@ -351,10 +351,7 @@ def other_reference(at: Place) -> None:
 @case("Evaluation", "A reference of images of another size")
 def larger_reference(at: Place) -> None:
     cheap_inception.patch(at.patch.setattr)
-    images = np.zeros((4, 256, 256, 3), np.uint8)
-    made: dict[str, Any] = {"n": 5000, "protocol": "adm", "weights_sha256": "0" * 64, "source": "x", "images": images}
-    write_reference("larger.npz", mean=np.zeros(12), cov=np.eye(12), **made)
-    at.how = "both are resized to what the network takes"
+    write_reference("larger.npz", mean=[0] * 12, cov=np.eye(12), images=np.zeros((4, 256, 256, 3), "u1"), **STATISTICS)
     at.note(f"{SCORE} --samples 20 --batch-size 4 --no-neighbours --reference larger.npz -q", "the reference's images")
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
+from rar_jax.parallel.collectives import COLLECTIVES, Collective, replica_groups
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*)$")
@@ -58,19 +59,6 @@ class Computation:
 
     instructions: dict[str, Instruction]
     root: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective of the text. size: bytes of the larger of its operands and results on one device. groups: the devices
-    that each unites, places in the order of the mesh; None where the text names none. asynchronous: it runs beside other work.
-    slices: that it joins over the data centre's network, each chip with its counterparts; 1 within a slice."""
-
-    kind: str
-    size: int
-    groups: tuple[tuple[int, ...], ...] | None
-    asynchronous: bool
-    slices: int = 1
 
 
 @dataclasses.dataclass
@@ -363,46 +351,3 @@ def _between_slices(i: Instruction, computation: Computation) -> Collective | No
     slices = sum(part[-1] - part[0] + 1 for part in ends)
     size = _bytes(computation.instructions[i.operands[0]].shapes)
     return Collective(kind[1].lower().replace("_", "-"), size, None, asynchronous=False, slices=slices)
-
-
-def replica_groups(text: str) -> tuple[tuple[int, ...], ...] | None:
-    """The devices that a collective unites, places in the mesh's order; None where it names none, as permutes do.
-
-    Written as lists {{0,1},{2,3}}, as an arrangement [2,2]<=[4] or [2,2]<=[2,2]T(1,0), or as axes of a mesh.
-    """
-    if found := re.search(r"replica_groups={({[\d,{} ]*})}", text):
-        return tuple(tuple(int(x) for x in row.split(",")) for row in re.findall(r"{([\d, ]+)}", found[1]))
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, of, turned = found.groups()
-        places = _arranged(of, turned).reshape(_sizes(shape))
-    elif found := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? {([^}]*)}", text
-    ):
-        axes, of, turned, united = found.groups()
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-        names, last = list(sizes), re.findall(r"'([^']+)'", united)
-        order = [names.index(name) for name in names if name not in last] + [names.index(name) for name in last]
-        whole = _arranged(of or ",".join(map(str, sizes.values())), turned).reshape(tuple(sizes.values()))
-        places = whole.transpose(order).reshape(-1, math.prod(sizes[name] for name in last))
-    else:
-        return None
-    return tuple(map(tuple, places.tolist()))
-
-
-def _sizes(text: str | None) -> list[int]:
-    return [int(x) for x in (text or "").split(",") if x]
-
-
-def _arranged(sizes: str, turned: str | None) -> np.ndarray:
-    places = np.arange(math.prod(_sizes(sizes))).reshape(_sizes(sizes))
-    return places.transpose(_sizes(turned)) if turned else places
-
-
-# ---------------------------------------------------------------- the wire
-
-
-def wire_bytes(kind: str, size: float, devices: int) -> float:
-    """What one device sends in a collective over so many, by the best algorithm (a ring): "all-reduce" is a reduce-scatter and an
-    all-gather. size: of the whole array (all-gather: the result, reduce-scatter: the operand) on one device."""
-    share = (devices - 1) / devices
-    return size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)

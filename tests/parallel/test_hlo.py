@@ -13,7 +13,7 @@ import pytest
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
 from rar_jax.parallel import hlo
-from rar_jax.parallel.hlo import Collective
+from rar_jax.parallel.collectives import Collective, replica_groups, wire_bytes
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.programs.train import compile_training
@@ -238,13 +238,13 @@ ENTRY %main (p.1: bf16[144,8,128]) -> token[] {{
     ],
 )
 def test_groups(text: str, groups: Any) -> None:
-    assert hlo.replica_groups(f"channel_id=1, {text}, to_apply=%add") == groups
+    assert replica_groups(f"channel_id=1, {text}, to_apply=%add") == groups
 
 
 def test_bytes_on_the_wire_of_rings() -> None:
-    assert hlo.wire_bytes("all-gather", 400, 4) == hlo.wire_bytes("reduce-scatter", 400, 4) == 300
-    assert hlo.wire_bytes("all-reduce", 400, 4) == 600 and hlo.wire_bytes("all-to-all", 400, 4) == 300
-    assert hlo.wire_bytes("collective-permute", 400, 2) == 400
+    assert wire_bytes("all-gather", 400, 4) == wire_bytes("reduce-scatter", 400, 4) == 300
+    assert wire_bytes("all-reduce", 400, 4) == 600 and wire_bytes("all-to-all", 400, 4) == 300
+    assert wire_bytes("collective-permute", 400, 2) == 400
     with pytest.raises(hlo.HloError, match="no ENTRY"):
         hlo.totals("HloModule nothing")
-    assert np.isclose(hlo.wire_bytes("all-reduce", 1, 10**6), 2)
+    assert np.isclose(wire_bytes("all-reduce", 1, 10**6), 2)

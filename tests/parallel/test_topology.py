@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import topologies
 
 from rar_jax.config import ConfigError
-from rar_jax.parallel.hlo import Collective
+from rar_jax.parallel.collectives import Collective
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.topology import (
     CHIPS,
