@@ -227,9 +227,8 @@ def _modulations(
         ]
 
     empty = [jnp.zeros((slots, *p["bias"].shape, len(padded_ed)), jnp.float32) for p in params]
-    tiles = jnp.minimum(
-        -(-distinct // tile), len(padded_ed) // tile
-    )  # which says the most to who counts what runs, hlo.py
+    # The minimum changes nothing: it tells hlo.py, which counts what runs, the most that it can be.
+    tiles = jnp.minimum(-(-distinct // tile), len(padded_ed) // tile)
     return jax.lax.fori_loop(0, tiles, one_tile, empty)
 
 

@@ -184,12 +184,19 @@ def test_local_lets_its_processes_save(tmp_path: pathlib.Path, processes: int, n
     """One SIGTERM to each, as a second one would end the save; and their exit code is the script's."""
     marks = tmp_path / "marks"
     training = TRAINING.replace("$MARKS", f"{marks}.$RAR_JAX_PROCESS_INDEX")
-    command = ["bash", str(LAUNCH / "local.sh"), "--port", "99", str(processes), *EXPERIMENT]
+    # Tests that run in the background ignore SIGINT, and so would bash. No preexec_fn: it forks, of which JAX warns where it has begun.
+    command = [
+        "env",
+        "--default-signal=INT",
+        "bash",
+        str(LAUNCH / "local.sh"),
+        "--port",
+        "99",
+        str(processes),
+        *EXPERIMENT,
+    ]
     environ = os.environ | stand_in(tmp_path, python=training)
-    running = subprocess.Popen(
-        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it, and so would bash
-    )  # fmt: skip
+    running = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     told = [tmp_path / f"marks.{k}" for k in range(processes)]
     wait_for(lambda: all(map(lines_of, told)))
     running.send_signal(number)
