@@ -147,12 +147,13 @@ def page(rows: Rows) -> str:
     for model, title in MODELS.items():
         for name in SLICES:
             lines.append(f"| {title} | {name} | {_cells(rows.get(f'{model}_{name}'))} |")
-    lines += [
-        _SAMPLING,
-        "| model | GiB a chip | s a batch | images/s | minutes | chip-hours | compiled in, s |",
-        "|" + "---|" * 7,
-    ]
-    lines += [f"| {title} | {_sampled(rows.get(f'sample_{model}'))} |" for model, title in MODELS.items()]
+    if any(f"sample_{model}" in rows for model in MODELS):
+        lines += [
+            _SAMPLING,
+            "| model | GiB a chip | s a batch | images/s | minutes | chip-hours | compiled in, s |",
+            "|" + "---|" * 7,
+        ]
+        lines += [f"| {title} | {_sampled(rows.get(f'sample_{model}'))} |" for model, title in MODELS.items()]
     lines += [
         _SCALING,
         "| chips | batch | s a step | efficiency | a chip sends | wire, s | beside other work, s |",
