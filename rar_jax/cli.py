@@ -233,7 +233,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import load_experiment
     from rar_jax.parallel.topology import parse_topology
     from rar_jax.programs.experiment import resolve
-    from rar_jax.programs.plan import plan
+    from rar_jax.programs.plan import parts_of, plan
     from rar_jax.programs.plan_search import search, search_text
     from rar_jax.programs.plan_text import plan_text
 
@@ -249,7 +249,7 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps(found, indent=1) if args.json else search_text(found))
         return
     report: dict[str, Any] = {}
-    for part in (args.only,) if args.only else ("train", "sample"):  # each is told when it is there: they take minutes
+    for part in (args.only,) if args.only else parts_of(experiment):  # each is told when it is there: they take minutes
         found = plan(
             experiment, topology, sample_rows=args.sample_rows, parts=(part,), remedies=not args.as_is, say=say
         )

@@ -169,7 +169,7 @@ def _plan_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, help="experiment file, or its bare name (rar_xxl)")
     sub.add_argument("--topology", required=True, help="v5e:4x4, v6e:8x8, v5p:4x4x4; gpu:8xH100, gpu:1x24GB")
     sub.add_argument("--slices", type=int, default=1, help="so many of them, joined by the data centre's network")
-    sub.add_argument("--only", choices=("train", "sample"), help="compile only this step")
+    sub.add_argument("--only", choices=("train", "tokenize", "sample"), help="compile only this step")
     sub.add_argument("--sample-rows", type=int, default=16, help="images a chip when sampling (default 16)")
     sub.add_argument("--as-is", action="store_true", help="where it does not fit, look for nothing that would")
     sub.add_argument(

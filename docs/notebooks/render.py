@@ -20,6 +20,7 @@ from PIL import Image
 
 HERE = pathlib.Path(__file__).parent
 NOTEBOOKS = HERE.parents[1] / "notebooks"
+WORKDIR = "runs/digits"  # where the notebooks look, in the directory that they are run in
 NAMES = ("train_digits", "sample", "how_rar_works")  # in this order: the first trains what the others show
 
 
@@ -68,10 +69,12 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, help="default: a new one, which is deleted at the end")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        workdir = (args.workdir or pathlib.Path(scratch) / "digits").absolute()
+        if args.workdir:  # by the name that readers have: the pages do not show whose machine they are of
+            (pathlib.Path(scratch) / "runs").mkdir()
+            (pathlib.Path(scratch) / WORKDIR).symlink_to(args.workdir.absolute())
         for name in args.names or NAMES:
             began = time.monotonic()
-            notebook = execute(name, pathlib.Path(scratch), {"RAR_JAX_WORKDIR": str(workdir), "RAR_JAX_SHORT": "0"})
+            notebook = execute(name, pathlib.Path(scratch), {"RAR_JAX_WORKDIR": WORKDIR, "RAR_JAX_SHORT": "0"})
             seconds = time.monotonic() - began
             remark = f"Written by `python docs/notebooks/render.py` from `notebooks/{name}.ipynb`, which ran for {seconds:.0f} s."
             page = write(name, notebook, HERE, remark=remark)

@@ -22,14 +22,17 @@ from rar_jax.programs.plan_programs import (
     describe,
     held_bytes,
     lower_sampling,
+    lower_tokenizing,
     lower_training,
     sampling_mesh,
     shapes_of,
 )
+from rar_jax.programs.tokenize import BATCH
 
 SAMPLES = 50_000  # of a FID
 GPU_SHARE = 0.4  # of the peak: what is assumed of GPUs, for which nothing is compiled
 GPU_ROOM = 0.9  # of a GPU's memory: what formulas may fill, which are rough
+Say = Callable[[str], None]
 
 
 def plan(
@@ -37,21 +40,23 @@ def plan(
     topology: Topology,
     *,
     sample_rows: int = 16,
-    parts: tuple[str, ...] = ("train", "sample"),
+    parts: tuple[str, ...] | None = None,
     remedies: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Compiles the training step and the sampling and FID step for a slice, or for GPUs does arithmetic.
+    """Compiles the steps of training, of tokenizing, and of sampling with FID for a slice, or for GPUs does arithmetic.
 
     Args:
-      sample_rows: images a chip in the sampling step. parts: what to compile.
+      sample_rows: images a chip in the sampling step. parts: what to compile, by default `parts_of` the experiment.
       remedies: where the training does not fit, try what would make it fit, until something does.
       say: is told what is being compiled.
 
-    Returns: what --json prints: {"config", "topology", "chips", "from", "mesh", "train", "sample", "versions"}; see `_train`.
-    Raises: ConfigError without libtpu, for an unknown slice, or where batch or parameters do not divide over it.
+    Returns: what --json prints: {"config", "topology", "chips", "from", "mesh", "train", "tokenize", "sample", "versions"}; see `_train`.
+    Raises: ConfigError without libtpu, for an unknown slice, where batch or parameters do not divide over it, or for tokens
+      of an experiment that makes none.
     """
     require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
+    parts = parts_of(experiment) if parts is None else parts
     experiment = _on_fewer(experiment, topology.chips, say)
     report: dict[str, Any] = {"config": experiment.name, "topology": str(topology), "chips": topology.chips}
     report |= {"from": "arithmetic" if topology.is_gpu else "compiler", "versions": {"jax": jax.__version__}}
@@ -66,13 +71,22 @@ def plan(
         report |= train(experiment)
         if not report["train"]["fits"] and remedies:
             report["remedy"] = _remedy(experiment, topology.chips, train)
+    if "tokenize" in parts:
+        tokenize = functools.partial(_tokenize, devices=devices, say=say) if devices else _tokenize_by_arithmetic
+        report["tokenize"] = tokenize(experiment, topology=topology)
     if "sample" in parts:
         sample = functools.partial(_sample, devices=devices, say=say) if devices else _sample_by_arithmetic
         report["sample"] = sample(experiment, topology=topology, rows=sample_rows)
     return report
 
 
-def _on_fewer(experiment: Experiment, chips: int, say: Callable[[str], None]) -> Experiment:
+def parts_of(experiment: Experiment) -> tuple[str, ...]:
+    """What there is to plan: "train", "tokenize" unless the tokens are given or made in training, "sample"."""
+    made = not experiment.data.on_the_fly and not experiment.data.given_tokens("train")
+    return ("train", "tokenize", "sample") if made else ("train", "sample")
+
+
+def _on_fewer(experiment: Experiment, chips: int, say: Say) -> Experiment:
     """The experiment with as much fsdp as divides so few chips: RAR-XXL, which has 4, on one card."""
     mesh = experiment.mesh
     if (
@@ -88,7 +102,7 @@ def _on_fewer(experiment: Experiment, chips: int, say: Callable[[str], None]) ->
     return dataclasses.replace(experiment, mesh=dataclasses.replace(mesh, fsdp=fsdp))
 
 
-def _train(experiment: Experiment, *, topology: Topology, devices: Any, say: Callable[[str], None]) -> dict[str, Any]:
+def _train(experiment: Experiment, *, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
     """{"mesh", "train": {"fits", and if it does what `describe` says and `_rates`, else "why"}}."""
     mesh = make_mesh(experiment.mesh, devices)
     say(f"compiling the training step of {experiment.name} for {topology}, mesh {dict(mesh.shape)}")
@@ -127,9 +141,31 @@ def _model_flops(experiment: Experiment) -> int | None:
     return count(experiment.generator.config, batch_size=experiment.train.batch_size) if count else None
 
 
-def _sample(
-    experiment: Experiment, *, topology: Topology, rows: int, devices: Any, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _tokenize(experiment: Experiment, *, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
+    """What one chip does with its part of a batch, times the chips: each process encodes images of its own."""
+    mesh, head = make_mesh(MeshConfig(), devices[:1]), _images_to_encode(experiment, topology)
+    say(f"compiling the encoder of {experiment.name} for {head['rows']} images a chip of {topology}")
+    try:
+        compiled = compile_lowered(lower_tokenizing(experiment, mesh, head["rows"]))
+    except DoesNotFitError as error:
+        return {**head, "fits": False, "why": str(error)}
+    told = describe(compiled, topology, devices, mesh)
+    told["flops"] *= topology.chips
+    return {**head, "fits": True, **told, **_time_to_encode(head, topology, told["seconds"]["all"])}
+
+
+def _images_to_encode(experiment: Experiment, topology: Topology) -> dict[str, int]:
+    """rows: of a batch, on a chip. images: of an epoch; ten crops of them are ten times as many."""
+    require(not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training, see --only train")
+    return {"rows": max(1, BATCH // topology.chips), "images": experiment.data.train_records}
+
+
+def _time_to_encode(head: dict[str, int], topology: Topology, seconds: float) -> dict[str, float]:
+    rate = head["rows"] * topology.chips / seconds
+    return {"images_per_second": rate, "minutes": head["images"] / rate / 60}
+
+
+def _sample(experiment: Experiment, *, topology: Topology, rows: int, devices: Any, say: Say) -> dict[str, Any]:
     mesh = sampling_mesh(experiment, devices)
     size = rows * mesh.shape["data"]
     say(f"compiling sampling and FID of {size} images for {topology}")
@@ -204,6 +240,16 @@ def _by_arithmetic(experiment: Experiment, *, topology: Topology) -> dict[str, A
         seconds = flops * again / (topology.chips * topology.chip.flops * GPU_SHARE)
         train |= {"seconds": {"all": seconds}, **_rates(experiment, topology, seconds)}
     return {"mesh": dict(mesh.shape), "train": train}
+
+
+def _tokenize_by_arithmetic(experiment: Experiment, *, topology: Topology) -> dict[str, Any]:
+    """As `_tokenize`, from the FLOPs that XLA counts, at a share of the peak. Of its memory nothing is known."""
+    head = _images_to_encode(experiment, topology)
+    mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+    flops = (lower_tokenizing(experiment, mesh, head["rows"]).cost_analysis() or {})["flops"]
+    half = experiment.tokenizer.config.dtype == "bfloat16"
+    seconds = flops / ((topology.chip.flops if half else topology.chip.float32) * GPU_SHARE)
+    return {**head, "flops": flops * topology.chips, **_time_to_encode(head, topology, seconds)}
 
 
 def _sample_by_arithmetic(experiment: Experiment, *, topology: Topology, rows: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rar_jax.parallel.topology import Topology, chip_places, wire
 from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.scoring import Network, Program, Settings
 from rar_jax.programs.stages import model_shardings
+from rar_jax.programs.tokenize import jit_encode
 from rar_jax.programs.train import Setup, compile_training
 from rar_jax.sampling.sampler import Model
 
@@ -78,6 +79,15 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
     inception = _placed(inception, jax.tree.map(lambda _: replicated(mesh), inception))
     program = Program(Network(inception, "none"), mesh, Settings(batch_size=batch_size), None)
     return program.lower_samples(models, params, experiment.guidance)
+
+
+def lower_tokenizing(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
+    """Images to tokens, as `tokenize` jits it, for one batch."""
+    data, rows = experiment.data, batch_sharding(mesh)
+    shape = batch_size, data.image_size, data.image_size, data.channels
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
+    with sharded(mesh):
+        return jit_encode(experiment.tokenizer, mesh).lower(shapes_of(experiment.tokenizer, mesh), images)
 
 
 def sampling_mesh(experiment: Experiment, devices: Any) -> Mesh:

@@ -28,6 +28,17 @@ def plan_text(report: Mapping[str, Any], *, heading: bool = True) -> str:
             lines += [
                 "  nothing that was tried makes it fit (remat, fsdp, accumulation): take more chips or larger ones"
             ]
+    if tokens := report.get("tokenize"):
+        lines += ["", f"tokenizing, {tokens['rows']} images at a time on each chip"]
+        lines += _program(tokens, compiled) if compiled else []
+        if not tokens.get("fits", True):
+            lines.append("  give tokenize a smaller --batch-size, which is of all chips together")
+        if "minutes" in tokens:
+            at = "" if compiled else f" at {GPU_SHARE:.0%} of the peak, which is assumed"
+            lines.append(
+                f"  {tokens['images_per_second']:.0f} images/s{at}, if the hosts decode as many: {tokens['images']} in "
+                f"{tokens['minutes']:.1f} minutes; ten crops of each, ten times that"
+            )
     if sample := report.get("sample"):
         lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {mesh_text(sample['mesh'])}"]
         lines += _program(sample, compiled)

@@ -216,8 +216,7 @@ def write_store(
     share = own_mesh(mesh).size / mesh.size
     mesh = own_mesh(mesh)
     size = -(-round(batch_size * share) // batch_divisor(mesh)) * batch_divisor(mesh)
-    config = on_device(tokenizer.config)
-    encode = jax.jit(functools.partial(tokenizer.module.encode, config), out_shardings=replicated(mesh))
+    encode = jit_encode(Model(tokenizer.module, on_device(tokenizer.config)), mesh)
     missing = writer.missing()
     spans = [writer.span(j) for j in missing]
     sizes = [min(size, end - at) for begin, end in spans for at in range(begin, end, size)]
@@ -249,6 +248,12 @@ def write_store(
     if not quiet and is_main():
         _tell(writer, source, written, name)
     return written
+
+
+def jit_encode(tokenizer: Model, mesh: Mesh) -> Any:
+    """The jitted function of (params, images (b, y, x, c) uint8) to tokens, which every process of the mesh can read."""
+    encode = functools.partial(tokenizer.module.encode, tokenizer.config)
+    return jax.jit(encode, out_shardings=replicated(mesh))
 
 
 class _Timed:

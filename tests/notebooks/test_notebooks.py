@@ -11,18 +11,24 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
+import threading
+import time
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from rar_jax.data import imagenet
 from rar_jax.generators import rar
 from rar_jax.interop import rar as interop_rar
 from rar_jax.programs.convert import convert
+from rar_jax.training import ledger
+from rar_jax.training.report import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "notebooks"
@@ -104,6 +110,29 @@ def test_training_leaves_a_work_directory(executed: dict[str, Any]) -> None:
         assert re.search(rf"\| {row} \| \d+\.\d\d\d \|", told), told
     headings = [out.data["text/markdown"] for out in _outputs(notebook, "display_data") if "text/markdown" in out.data]
     assert headings == ["generator, step 40"], "the live heading ends at the last step"
+
+
+def test_interrupted_training_goes_on(folder: pathlib.Path, environment: dict[str, str]) -> None:
+    """The stop button while the generator is trained, then the cell again, in the same kernel."""
+    workdir = folder / "interrupted"
+    notebook = render.nbformat.read(ROOT / "notebooks/train_digits.ipynb", as_version=4)
+    place = next(i for i, cell in enumerate(notebook.cells) if "redraw_until" in cell.source)
+    client = render.nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+
+    def press_stop() -> None:
+        while not any(row["stage"] == "generator" for row in read_metrics(workdir)):
+            time.sleep(0.05)
+        os.kill(client.km.provisioner.pid, signal.SIGINT)
+
+    with client.setup_kernel(env={**os.environ, **environment, "RAR_JAX_WORKDIR": str(workdir)}):
+        for index, cell in enumerate(notebook.cells[:place]):
+            client.execute_cell(cell, index)
+        threading.Thread(target=press_stop, daemon=True).start()
+        with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+            client.execute_cell(notebook.cells[place], place)
+        assert not (workdir / "result.json").exists() and ledger.read(workdir)[-1]["reason"] == "interrupted"
+        client.execute_cell(notebook.cells[place], place)
+    assert (workdir / "result.json").is_file() and ledger.read(workdir)[-1]["reason"] == "done"
 
 
 def test_sampling_says_which_weights(executed: dict[str, Any]) -> None:

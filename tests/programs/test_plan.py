@@ -1,6 +1,7 @@
 """`rar-jax plan`: arithmetic against hand counts, the whole way over four fake devices, and what is printed."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -8,6 +9,8 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -127,7 +130,9 @@ def test_remedies_are_of_parts_that_divide_the_batch() -> None:
 
 @pytest.fixture
 def as_if(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four fake devices stand for a v5e:2x2."""
+    """Four fake devices stand for a v5e:2x2, and every program takes a thousand million cycles: a CPU's text has none."""
+    totals = hlo.totals
+    monkeypatch.setattr(hlo, "totals", lambda text: dataclasses.replace(totals(text), cycles=1e9))
     places = np.array([[0, i, j] for i in range(2) for j in range(2)])
     monkeypatch.setattr(plan_module, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(plan_module.importlib.metadata, "version", lambda name: "0")
@@ -153,9 +158,45 @@ def test_the_whole_way(as_if: None) -> None:
     # What samples send is their sums of features: two covariances in float32, and little else.
     sums = 4 * (2048**2 + 2023**2)
     assert sample["fits"] and sums < sample["collectives"]["all-reduce"]["bytes"] < 1.01 * sums
+    # 256 images over the chips, each of which encodes its own.
+    tokens, tokenizer = report["tokenize"], experiment.tokenizer
+    shapes = jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((256, 8, 8, 1), jnp.uint8)
+    encode = functools.partial(tokenizer.module.encode, tokenizer.config)
+    assert tokens["rows"] == 64 and tokens["flops"] == pytest.approx(_multiplied(encode, shapes, images), rel=1e-6)
+    assert tokens["images_per_second"] == pytest.approx(256 / tokens["seconds"]["all"])
+    assert tokens["minutes"] == pytest.approx(1437 / tokens["images_per_second"] / 60) and not tokens["collectives"]
     text = plan_text(report)
     assert "training step, mesh data 2 x fsdp 2 x tensor 1" in text and "sampling and FID, 8 images at a time" in text
+    assert "tokenizing, 64 images at a time on each chip" in text and "images/s, if the hosts decode as many: 1437" in text
     assert json.loads(json.dumps(report)) == report
+
+
+def _multiplied(function: Any, *args: Any) -> int:
+    """Operations of the convolutions and matmuls that JAX traced, taps that meet the padding left out."""
+    total = 0
+
+    def walk(jaxpr: Any) -> None:
+        nonlocal total
+        for eqn in jaxpr.eqns:
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                walk(inner)
+            out = eqn.outvars[0].aval.shape
+            if eqn.primitive.name == "conv_general_dilated":
+                (batch, height, width, channels), kernel = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+                padding, strides = eqn.params["padding"], eqn.params["window_strides"]
+                taps = 1
+                for size, k, (low, _), stride, places in zip(
+                    (height, width), kernel[:2], padding, strides, out[1:3], strict=True
+                ):
+                    taps *= sum(0 <= i * stride - low + j < size for i in range(places) for j in range(k))
+                total += 2 * batch * taps * channels * out[3]
+            elif eqn.primitive.name == "dot_general":
+                contracted = [eqn.invars[0].aval.shape[i] for i in eqn.params["dimension_numbers"][0][0]]
+                total += 2 * int(np.prod(out)) * int(np.prod(contracted))
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    return total
 
 
 def test_a_model_that_is_cut_over_the_tensor_axis_samples(as_if: None) -> None:
@@ -172,8 +213,6 @@ def test_a_model_that_is_cut_over_the_tensor_axis_samples(as_if: None) -> None:
 def test_one_chip_samples_as_each_of_four_does(as_if: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one device the sampler computes modulations for distinct classes alone: how many there are is data."""
     experiment = experiment_of("digits", *SMALL)
-    totals = hlo.totals
-    monkeypatch.setattr(hlo, "totals", lambda text: dataclasses.replace(totals(text), cycles=1e9))  # a CPU's has none
     four = plan(experiment, parse_topology("v5e:2x2"), sample_rows=2, parts=("sample",))["sample"]
     monkeypatch.setattr(plan_module, "devices_of", lambda topology: jax.devices()[:1])
     one = plan(experiment, parse_topology("v5e:1x1"), sample_rows=2, parts=("sample",))["sample"]
