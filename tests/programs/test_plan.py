@@ -168,7 +168,9 @@ def test_the_whole_way(as_if: None) -> None:
     assert tokens["minutes"] == pytest.approx(1437 / tokens["images_per_second"] / 60) and not tokens["collectives"]
     text = plan_text(report)
     assert "training step, mesh data 2 x fsdp 2 x tensor 1" in text and "sampling and FID, 8 images at a time" in text
-    assert "tokenizing, 64 images at a time on each chip" in text and "images/s, if the hosts decode as many: 1437" in text
+    assert (
+        "tokenizing, 64 images at a time on each chip" in text and "images/s, if the hosts decode as many: 1437" in text
+    )
     assert json.loads(json.dumps(report)) == report
 
 
