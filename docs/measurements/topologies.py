@@ -24,8 +24,10 @@ STORE, TRIED, PAGE = HERE / "topologies.json", HERE / "topologies_tried.json", H
 GUIDE = HERE.parent / "imagenet.md"  # which has some of the rows between two comments
 MODELS = {"rar_b": "RAR-B", "rar_l": "RAR-L", "rar_xl": "RAR-XL", "rar_xxl": "RAR-XXL"}
 SLICES = {"v5e-16": "v5e:4x4", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16", "v5p-64": "v5p:4x4x4", "v6e-64": "v6e:8x8"}
+PODS = ("v5e-64", "v5p-64", "v6e-64")  # those of the guide
 SCALING = {16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 1024: "v5p:8x8x16"}
 BATCH = 2048
+CROPS = 10  # of each image, in the paper's recipe
 Rows = dict[str, dict[str, Any]]
 
 
@@ -36,6 +38,7 @@ def cells() -> dict[str, tuple[str, str, int, int]]:
         if chips != 64:  # that is rar_xxl_v5p-64
             found[f"strong_{chips}"] = ("rar_xxl", slice_, 1, BATCH)
             found[f"weak_{chips}"] = ("rar_xxl", slice_, 1, BATCH // 64 * chips)
+    found |= {f"tokenize_{name}": ("rar_b", SLICES[name], 1, BATCH) for name in PODS}  # all models have one tokenizer
     found |= {f"sample_{model}": (model, SLICES["v5p-64"], 1, BATCH) for model in MODELS}
     return {**found, "slices_2": ("rar_b", "v5e:4x4", 2, BATCH)}
 
@@ -45,9 +48,15 @@ def order() -> list[str]:
     first = ["strong_256", "weak_16", "weak_256", "slices_2", "strong_1024", "weak_1024"]
     rest = sorted(
         set(cells()) - set(first),
-        key=lambda name: (name.startswith("sample_"), "v5p" not in cells()[name][1], "v5e-16" in name, name),
+        key=lambda name: (part_of(name) != "train", "v5p" not in cells()[name][1], "v5e-16" in name, name),
     )
     return [*first, *rest]
+
+
+def part_of(name: str) -> str:
+    """Of `plan`: "train", "tokenize" or "sample"."""
+    part = name.split("_")[0]
+    return part if part in ("tokenize", "sample") else "train"
 
 
 def attempts(name: str) -> Iterator[tuple[list[str], Any, Any]]:
@@ -61,7 +70,7 @@ def attempts(name: str) -> Iterator[tuple[list[str], Any, Any]]:
     experiment = resolve(load_experiment(model, [f"train.batch_size={batch}"]), model)
     topology = parse_topology(slice_, slices)
     yield [], experiment, topology
-    if name.startswith("sample_"):
+    if part_of(name) != "train":
         return
     for flags, changed in remedies_of(experiment, topology.chips):
         yield flags, changed, topology
@@ -78,9 +87,8 @@ def compile_one(name: str, place: int) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
     _, experiment, topology = next(itertools.islice(attempts(name), place, None))
     devices_of(topology)  # what is wrong without it is no property of the experiment
-    part = "sample" if name.startswith("sample_") else "train"
     try:
-        return plan(experiment, topology, parts=(part,), remedies=False, say=lambda t: print(t, file=sys.stderr))
+        return plan(experiment, topology, parts=(part_of(name),), remedies=False, say=lambda t: print(t, file=sys.stderr))
     except ConfigError as error:  # a width that does not divide
         return {"train": {"fits": False, "why": str(error)}}
 
@@ -100,7 +108,7 @@ def compile_cell(
         rows = changed.train.batch_size / changed.train.accumulation / topology.chips
         remat, fsdp = changed.generator.config.remat, changed.mesh.fsdp
         shape = {"model": cells()[name][0], "remat": remat, "fsdp": fsdp, "rows": rows}
-        larger = too_large(shape, topology.chip.memory, store)
+        larger = part_of(name) == "train" and too_large(shape, topology.chip.memory, store)
         if why := tried.get(said) or (larger and f"too large, by {larger}"):
             print(f"{name}, {said}: {why}", flush=True)
             continue
@@ -108,10 +116,10 @@ def compile_cell(
         with _locked(lock):
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=True)
         report = json.loads(done.stdout)
-        told, versions = report.get("train") or report["sample"], report.get("versions", versions)
+        told, versions = report[part_of(name)], report.get("versions", versions)
         if told["fits"]:
             kept = {k: v for k, v in told.items() if k not in ("fits", "steps")}
-            if "sample" in report:
+            if part_of(name) != "train":
                 return {"chips": chips, "fits": True, "versions": versions, **kept}
             head = {"chips": chips, "fits": not flags, "flags": flags, "shape": shape}
             return {**head, "mesh": report["mesh"], "versions": versions, **kept}
@@ -180,14 +188,22 @@ def page(rows: Rows) -> str:
 
 
 def costs(rows: Rows) -> str:
-    """Rows of the guide to ImageNet: of what fits, days and chip-hours of the whole training."""
+    """Tables of the guide to ImageNet: days and chip-hours of the whole training, of what fits; minutes and chip-hours of the rest."""
     lines = ["| | chips | flags | days | chip-hours, so dollars at 1 dollar a chip-hour |", "|" + "---|" * 5]
     for model, title in MODELS.items():
-        for name in ("v5e-64", "v5p-64", "v6e-64"):
+        for name in PODS:
             row = rows.get(f"{model}_{name}", {})
             if "days" in row:
                 flags = " ".join(f"`{flag}`" for flag in row["flags"])
                 lines.append(f"| {title} | {name} | {flags} | {row['days']:.1f} | {row['chip_hours']:,.0f} |")
+    lines += ["", "| what comes on top | chips | images/s | minutes | chip-hours |", "|" + "---|" * 5]
+    lines += [
+        f"| tokens of ten crops of 1,281,167 images | {name} | {_timed(rows.get(f'tokenize_{name}'), CROPS)} |" for name in PODS
+    ]
+    lines += [
+        f"| 50,000 samples and their FID, {title} | v5p-64 | {_timed(rows.get(f'sample_{model}'), 1)} |"
+        for model, title in MODELS.items()
+    ]
     return "\n".join(lines)
 
 
@@ -235,6 +251,14 @@ def _sampled(row: dict[str, Any] | None) -> str:
     hours = row["minutes"] / 60 * row["chips"]
     numbers = f"{_gib(row['memory'])} | {row['seconds']['all']:.2f} | {row['images_per_second']:,.0f}"
     return f"{numbers} | {row['minutes']:.1f} | {hours:.1f} | {row['compile_seconds']:.0f}"
+
+
+def _timed(row: dict[str, Any] | None, times: int) -> str:
+    """images/s, minutes, chip-hours of so many times what the row is of."""
+    if row is None or "minutes" not in row:
+        return " | ".join("---")
+    minutes = row["minutes"] * times
+    return f"{row['images_per_second']:,.0f} | {minutes:.1f} | {minutes / 60 * row['chips']:.1f}"
 
 
 def _gib(memory: dict[str, float]) -> str:

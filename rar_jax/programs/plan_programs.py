@@ -86,8 +86,9 @@ def lower_tokenizing(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax
     data, rows = experiment.data, batch_sharding(mesh)
     shape = batch_size, data.image_size, data.image_size, data.channels
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
+    params = shapes_of(experiment.tokenizer, mesh)
     with sharded(mesh):
-        return jit_encode(experiment.tokenizer, mesh).lower(shapes_of(experiment.tokenizer, mesh), images)
+        return jit_encode(experiment.tokenizer, mesh).lower(params, images)
 
 
 def sampling_mesh(experiment: Experiment, devices: Any) -> Mesh:
