@@ -88,7 +88,9 @@ def compile_one(name: str, place: int) -> dict[str, Any]:
     _, experiment, topology = next(itertools.islice(attempts(name), place, None))
     devices_of(topology)  # what is wrong without it is no property of the experiment
     try:
-        return plan(experiment, topology, parts=(part_of(name),), remedies=False, say=lambda t: print(t, file=sys.stderr))
+        return plan(
+            experiment, topology, parts=(part_of(name),), remedies=False, say=lambda t: print(t, file=sys.stderr)
+        )
     except ConfigError as error:  # a width that does not divide
         return {"train": {"fits": False, "why": str(error)}}
 
@@ -198,7 +200,8 @@ def costs(rows: Rows) -> str:
                 lines.append(f"| {title} | {name} | {flags} | {row['days']:.1f} | {row['chip_hours']:,.0f} |")
     lines += ["", "| what comes on top | chips | images/s | minutes | chip-hours |", "|" + "---|" * 5]
     lines += [
-        f"| tokens of ten crops of 1,281,167 images | {name} | {_timed(rows.get(f'tokenize_{name}'), CROPS)} |" for name in PODS
+        f"| tokens of ten crops of 1,281,167 images | {name} | {_timed(rows.get(f'tokenize_{name}'), CROPS)} |"
+        for name in PODS
     ]
     lines += [
         f"| 50,000 samples and their FID, {title} | v5p-64 | {_timed(rows.get(f'sample_{model}'), 1)} |"

@@ -24,7 +24,7 @@ from rar_jax.programs.inspect_workdir import inspect_workdir
 from rar_jax.programs.report_tables import curves, flat, scores, side_by_side
 from rar_jax.training import grids, ledger
 from rar_jax.training.report import read_metrics
-from rar_jax.training.workdir import Workdir
+from rar_jax.training.workdir import Workdir, with_added
 
 STAGES = ("tokenizer", "classifier", "generator")
 PICTURES = ("samples.png", "reconstructions.png")
@@ -96,7 +96,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
         "grids": [grid for stage in STAGES if (grid := _grids(path / "grids" / stage, stage, problems))],
         "pictures": [told for name in PICTURES if (told := _picture(path / name, problems))],
         "scores": scores(path, problems),
-        "config": flat(config),
+        "config": flat(with_added(config)),
         "environment": _environment(events),
         "ledger": {"rows": events[-LEDGER_ROWS:], "of": len(events)},
         "problems": problems,

@@ -26,6 +26,8 @@ CONDITIONS = (
     ("seed", ("seed",)),
     ("guidance", ("guidance",)),
     ("images a split", ("split_size",)),
+    ("batch size", ("batch_size", "evaluate.batch_size")),
+    ("images a chunk", ("chunk",)),
     ("device", ("device",)),
     ("mesh", ("mesh",)),
     ("jax", ("versions.jax",)),
@@ -152,8 +154,8 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
 
     walk(told, "")
     everything = dict(flat(made_from))
-    beside = ("protocol", "features", "generator_dtype", "split_size", "device", "versions.jax", "versions.rar_jax")
-    everything |= {name: text for name, text in flat(made_on) if name in beside}
+    beside = ("protocol", "features", "generator_dtype", "split_size", "batch_size", "chunk", "device")
+    everything |= {name: text for name, text in flat(made_on) if name in (*beside, "versions.jax", "versions.rar_jax")}
     together = {"guidance": made_from.get("guidance"), "mesh": made_on.get("mesh")}
     everything |= {name: _in_one(values) for name, values in together.items() if values}
     distance = result.get("fd_classifier") or {}

@@ -46,6 +46,15 @@ def without_added(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def with_added(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved experiment with the keys of ADDED at their defaults where it does not have them."""
+    out = dict(config)
+    for name, added in ADDED.items():
+        if isinstance(section := out.get(name), dict):
+            out[name] = section | {key: x for key, x in added.items() if key not in section}
+    return out
+
+
 class Workdir:
     """Paths of one work directory. mirror: of one in a bucket (object_store.py), whose `path` is the folder where the work is done."""
 

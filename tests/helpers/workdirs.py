@@ -62,7 +62,13 @@ def trained(path: pathlib.Path) -> pathlib.Path:
     result = {
         "fd_classifier": {"reference": "the 1437 training images", "samples_n40": 1.25},
         "last_validation": {"generator": {"step": 1000, "validation/raster_loss": 0.5}},
-        "made_from": {"weights": {"generator": SHA}, "guidance": {"scale": 2.0}, "seed": 7, "rounding": "truncate"},
+        "made_from": {
+            "weights": {"generator": SHA},
+            "guidance": {"scale": 2.0},
+            "seed": 7,
+            "rounding": "truncate",
+            "evaluate": {"batch_size": 8},
+        },
         "made_on": {"device": "cpu", "features": "float32", "generator_dtype": "float32", "protocol": "none"},
         "fid_n50000": 2.5,
     }
@@ -75,7 +81,14 @@ def trained(path: pathlib.Path) -> pathlib.Path:
     }  # fmt: skip
     scored = {"fid": 2.5, "n": 50000, "reference": "in.npz", "made_from": made_from, "remarks": [NASTY], "seconds": 9.0}
     versions = {"jax": "0.10.2", "rar_jax": "0.1.0"}
-    scored["made_on"] = {"split_size": 5000, "mesh": {"data": 4, "fsdp": 2}, "device": "TPU v5p", "versions": versions}
+    scored["made_on"] = {
+        "split_size": 5000,
+        "batch_size": 64,
+        "chunk": 1000,
+        "mesh": {"data": 4, "fsdp": 2},
+        "device": "TPU v5p",
+        "versions": versions,
+    }
     (path / "evaluation" / "result.json").write_text(json.dumps(scored))
     book.row("saved", stage="generator", step=1000)
     book.row("stop", reason="done")

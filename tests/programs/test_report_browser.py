@@ -248,6 +248,8 @@ def test_tables(page: Chrome) -> None:
         ["seed", "3"],
         ["guidance", "scale 4, power 1.5"],
         ["images a split", "5000"],
+        ["batch size", "64"],
+        ["images a chunk", "1000"],
         ["device", "TPU v5p"],
         ["mesh", "data 4, fsdp 2"],
         ["jax", "0.10.2"],
@@ -293,8 +295,9 @@ def test_two_work_directories_in_one_page(driver: Chrome, workdir: pathlib.Path,
     table = '.compared[data-file="evaluation/result.json"] tbody tr'
     cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in find(driver, table)]
     assert cells[0] == ["fid", "2.5", "3.25", "50000 | 10000"] and ["resize protocol", "adm", "not recorded"] in cells
-    different = [row for row in cells[1:] if row[1] != row[2]]
+    different = [row for row in cells if row[1] != row[2]]  # of the FID, whose n differs, too
     assert [row.text.split() for row in find(driver, f"{table}.other")] == [" ".join(row).split() for row in different]
+    assert find(driver, '.compared[data-file="result.json"] tbody tr.other') == []
     rows = [row.text for row in find(driver, "#config tbody tr")]
     seed = str(json.loads((workdir / "config.json").read_text())["seed"])
     assert rows == [f"seed {seed} 5"], "what differs is all that is shown first"

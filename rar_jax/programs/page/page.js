@@ -275,7 +275,7 @@ function scoreTable(run) {
     el("details", {}, el("summary", {}, "all that it was made from, and on"), table(keyValue, [...score.made_from, ...score.made_on]))));
 }
 
-// Both runs in a row; marked are the conditions that differ, without which being equal the numbers do not compare.
+// Both runs in a row; marked are the conditions and the numbers of images that differ, without which being equal the numbers do not compare.
 function comparedTable(score) {
   const value = (x) => (x === null ? "" : number(x)), names = runs.map((run) => run.name);
   const conditions = score.conditions.map(([name, one, other]) => {
@@ -283,9 +283,13 @@ function comparedTable(score) {
     row.other = one !== other;
     return row;
   });
+  const numbers = score.numbers.map(([name, one, other, ...n]) => {
+    const row = [name, value(one), value(other), [...new Set(n.filter((x) => x !== null))].join(" | ")];
+    row.other = n.every((x) => x !== null) && n[0] !== n[1];
+    return row;
+  });
   return el("div", { class: "card compared", "data-file": score.file }, el("h3", {}, `${score.file}, both`), el("div", { class: "pair" },
-    table([{ name: "metric", kind: "" }, ...names.map((name) => ({ name, kind: "number" })), { name: "n", kind: "number" }],
-      score.numbers.map(([name, one, other, ...n]) => [name, value(one), value(other), [...new Set(n.filter((x) => x !== null))].join(" | ")])),
+    table([{ name: "metric", kind: "" }, ...names.map((name) => ({ name, kind: "number" })), { name: "n", kind: "number" }], numbers),
     table([{ name: "depends on", kind: "short" }, ...names.map((name) => ({ name, kind: "mono" }))], conditions)));
 }
 
