@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from rar_jax.flags import MANY, parser
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentParser) -> int:
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     if wrong := [word for word in rest if not word.startswith("--config.")]:
-        flags.error(f"unknown argument {wrong[0]}; see rar-jax {args.verb} --help")
+        word, dot, key = wrong[0].partition(".")
+        meant = f" Did you mean --config.{key}?" if dot and get_close_matches(word, ["--config"]) else ""
+        flags.error(f"unknown argument {wrong[0]}; see rar-jax {args.verb} --help.{meant}")
     if args.verb == "doctor":  # before anything is imported that an old version may break
         return _doctor(args, overrides)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -71,6 +74,8 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
 
 def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> int:
     """Does the verb; errors that people can mend are one line."""
+    import jax
+
     from rar_jax.config import PREEMPTED, ConfigError
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
@@ -85,13 +90,17 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.training.manifest import CheckpointError
     from rar_jax.training.object_store import ObjectStoreError
     from rar_jax.training.preemption import Preempted
+    from rar_jax.training.report import progress_in_files
 
     def fail(problem: object, code: int = 1) -> int:
         print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)
         return code
 
+    progress_in_files(args.progress)
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
+        if args.verb in ("inspect", "report"):  # files alone; the accelerator may be another program's, or not there
+            jax.config.update("jax_platforms", "cpu")
         if args.verb == "inspect":
             return _inspect(args, overrides)
         if args.verb == "report":

@@ -28,7 +28,9 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     from rar_jax.training.workdir import Workdir
 
     if not args.inception:
-        raise ConfigError("give Inception's weights: --inception pt_inception-2015-12-05-6726825d.pth")
+        from rar_jax.interop.inception import WHERE
+
+        raise ConfigError(f"give Inception's weights with --inception FILE: {WHERE}")
     workdir = Workdir(args.workdir).fetch() if args.workdir else None
     directory: Any = workdir and str(workdir.path)
     weights = args.tokenizer or args.weights or directory

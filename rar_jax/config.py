@@ -108,9 +108,9 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     node: Any = config
     for depth, name in enumerate(sections):
         if name not in node:
-            raise ConfigError(
-                f"{'.'.join(['config', *sections[:depth]])} has no key '{name}'.{nearest(name, node.keys())}"
-            )
+            section = "_".join(sections[: depth + 1])  # tokenizer.train is of the section tokenizer_train
+            meant = f" Did you mean config.{section}?" if section in config else nearest(name, node.keys())
+            raise ConfigError(f"{'.'.join(['config', *sections[:depth]])} has no key '{name}'.{meant}")
         node = node[name]
         if not isinstance(node, ml_collections.ConfigDict):
             raise ConfigError(f"config.{'.'.join(sections[: depth + 1])} is a single value, so '{key}' cannot be set")

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     def verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=short, description=f"{short}\n\n{text}", formatter_class=formatter)
         sub.add_argument("--quiet", action="store_true", help="no progress and no summary, only results and errors")
+        sub.add_argument("--progress", action="store_true", help="a line every 10 s where stderr is no terminal, too")
         return sub
 
     def experiment_verb(name: str, short: str, text: str) -> argparse.ArgumentParser:
@@ -61,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def place(text: str) -> pathlib.Path | str:
-    """A folder, or a URL as it is: a Path would lose one of its slashes."""
+    """A folder, or a URL as it is: a Path would lose one of its slashes. Nothing is not the folder that one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a folder")
     return text if "://" in text else pathlib.Path(text)
 
 
@@ -268,8 +271,8 @@ _PLAN = """\
   rar-jax plan --config rar_b --topology v5e:16x16 --slices 4 --only train
   rar-jax plan --config rar_xxl --topology v5e:4x4 --search           a table of meshes, the fastest first
   rar-jax plan --config rar_b --topology gpu:8xH100
-The training step and the sampling and FID step are compiled by TPU's own compiler, on a machine without a TPU (pip install
-'rar_jax[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and chip-hours. GPUs: from arithmetic alone.
+The steps of training, of tokenizing, and of sampling with FID are compiled by TPU's own compiler, on a machine without a TPU (pip
+install 'rar_jax[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and chip-hours. GPUs: from arithmetic alone.
 """
 _REPORT = """\
   rar-jax report runs/digits                    runs/digits/report.html

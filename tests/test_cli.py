@@ -122,6 +122,8 @@ def test_every_verb_is_listed_here() -> None:
             ("run", "--config", "digits", "--workdir", "x", "--sted", "1"),
             "unknown argument --sted; see rar-jax run --help",
         ),
+        (("run", "--config", "digits", "--workdir", "x", "--confg.seed=1"), "--help. Did you mean --config.seed=1?"),
+        (("run", "--config", "digits", "--workdir", ""), "argument --workdir: it is empty: give a folder"),
         (("run", "--config", "digits", "--workdir", "x", "y"), "unknown argument y; see rar-jax run --help"),
         (("train", "--config", "digits", "--workdir", "x", "--config.train.steps", "5"), "unknown argument 5"),
         (
@@ -141,6 +143,10 @@ def test_wrong_arguments(argv: tuple[str, ...], problem: str, capsys: pytest.Cap
     ("overrides", "problem"),
     [
         (["--config.train.stesp=5"], "config.train has no key 'stesp'. Did you mean 'steps'?"),
+        (
+            ["--config.tokenizer.train.stesp=5"],
+            "config.tokenizer has no key 'train'. Did you mean config.tokenizer_train?",
+        ),
         (["--config.trian.steps=5"], "config has no key 'trian'. Did you mean 'train'?"),
         (["--config.train.steps"], "override 'train.steps' is not of the form section.key=value"),
         (["--config.train.steps=soon"], "config.train.steps is 'soon': write steps (1000), a share of training"),

@@ -111,7 +111,7 @@ def _line(line: bytes, num_tokens: int, num_classes: int) -> tuple[int, list[int
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"this is not JSON ({error})") from None
+        raise ValueError(f'this is not JSON ({error}): a line is {{"class_id": int, "tokens": [ints]}}') from None
     if not isinstance(record, dict) or "class_id" not in record or "tokens" not in record:
         raise ValueError('this is no object {"class_id": int, "tokens": [ints]}')
     label, tokens = record["class_id"], record["tokens"]

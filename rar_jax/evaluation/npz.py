@@ -144,7 +144,7 @@ def _one_error(where: str) -> Iterator[None]:
     except ReferenceFileError:
         raise
     except FileNotFoundError as error:
-        raise ReferenceFileError(f"{where}: there is no such file") from error
+        raise ReferenceFileError(f"{where}: there is no such file, look for a mistyped path") from error
     except zipfile.BadZipFile as error:
         raise ReferenceFileError(
             f"{where} is no whole npz file ({error}): if it was downloaded, compare its size and get it again"

@@ -23,6 +23,7 @@ from rar_jax.interop.lazy import finite
 from rar_jax.interop.torch_zip import StoredTensor, WeightsError, open_tensors
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 
+WHERE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 _EPSILON = 1e-3  # of BatchNorm
 _BLOCKS = (  # of pytorch-fid's module; a max pool ends the first two
     ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"),
@@ -46,6 +47,10 @@ def load(path: str | pathlib.Path, *, dtype: npt.DTypeLike = np.float32) -> dict
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.float64):
         raise ValueError(f"dtype is {dtype}: the Inception network computes in float32 or float64")
+    if not pathlib.Path(path).exists():
+        raise WeightsError(
+            f"{path}: there is no such file. Inception's weights are at {WHERE}, or torch-fidelity's copy"
+        )
     tree = _tree()
     state, known = _renamed(open_tensors(path)), _shapes(tree)
     _check(path, state, known)
@@ -95,7 +100,7 @@ def _check(
     if not state.keys() & known.keys():
         raise WeightsError(
             f"{path} holds no Inception network but {len(state)} tensors such as '{min(state)}': give "
-            "pt_inception-2015-12-05-6726825d.pth (pytorch-fid) or torch-fidelity's copy"
+            f"what is at {WHERE}, or torch-fidelity's copy"
         )
     for key, (stored_key, _) in sorted(state.items()):
         if key not in known and not _NOT_USED.fullmatch(key):

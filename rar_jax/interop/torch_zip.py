@@ -109,7 +109,8 @@ def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
         open_file = _open_stream
     else:
         raise WeightsError(
-            f"{path} is no weights file (neither safetensors nor torch's zip or pickle): it begins with {head[:8]!r}"
+            f"{path} is no weights file (neither safetensors nor torch's zip or pickle): it begins with {head[:8]!r}. "
+            "Give the file as it was released, or a directory of rar-jax run or convert"
         )
     tensors = _named(path, lambda: open_file(path))
     return {

@@ -51,7 +51,7 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
     except OSError as error:
         if partial.is_file():
             partial.unlink()
-        raise WeightsError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise WeightsError(f"{path} cannot be written ({error.strerror or error}): choose another place") from error
 
 
 def _bytes(value: np.ndarray) -> memoryview:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import statistics
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +46,6 @@ def bench(
     require(profile is None or profile.is_dir() or not profile.exists(), f"--profile {profile} is not a folder")
     mesh = make_mesh(experiment.mesh)
     bench_cases.batch_sizes(experiment, mesh, options)
-    quiet = quiet or not sys.stderr.isatty()
     dtype = None if options.what == "loader" else bench_cases.computes_in(experiment, options)
     ceilings = measure_ceilings(mesh, dtype or "float32")
     results = _results(experiment, mesh, options, profile, quiet)

@@ -127,7 +127,7 @@ def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, qui
         write_json(Workdir(partial).config, config)
         os.replace(partial, out)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror or error})") from error
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror or error}): choose another place") from error
     return {"directory": str(out), **{k: config[k] for k in ("name", "guidance", "converted_from")}}
 
 

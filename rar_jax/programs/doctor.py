@@ -97,7 +97,7 @@ def doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
     Returns: what --json prints: {"versions", "python", "devices", "memory_free", "disk", "workdir", "notes", "problems"}; bytes.
     """
     installed = {name: version for name in SHOWN if (version := _version(name))}
-    problems = bad_versions(installed, _requirements)
+    problems = bad_versions(installed, _requirements) + missing(_version)
     devices: list[dict[str, Any]] = []
     try:
         devices = _devices()
@@ -114,7 +114,7 @@ def doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
     folder = _existing(workdir or pathlib.Path.cwd())
     disk = shutil.disk_usage(folder)
     problems += _of_folder(workdir or folder, folder)
-    if workdir is not None and disk.free < LEAST_DISK:
+    if workdir is not None and disk.total and disk.free < LEAST_DISK:
         remedy = f"make room under {folder}, or give another --workdir"
         problems.append(Problem(f"{_size(disk.free)} free on the disk", "the next checkpoint may not fit", remedy))
     return {
@@ -193,6 +193,19 @@ def bad_versions(
             )
             found.append(Problem(what, rule.reason, f'pip install "{rule.package}{asked[0]}"'))
     return found
+
+
+def missing(version: Callable[[str], str | None]) -> list[Problem]:
+    """What rar_jax needs by its metadata, extras left out, and `version` knows nothing of. TOO_OLD has said its own."""
+    from packaging.requirements import Requirement
+
+    told = {rule.package for rule in TOO_OLD}
+    needed = [Requirement(text) for text in importlib.metadata.requires("rar_jax") or ()]
+    return [
+        Problem(f"{each.name} is not installed", "rar_jax needs it", f'pip install "{each}"')
+        for each in needed
+        if each.marker is None and each.name not in told and version(each.name) is None
+    ]
 
 
 def _version(package: str) -> str | None:
@@ -275,8 +288,9 @@ def _glob(pattern: str) -> list[pathlib.Path]:
 def _of_folder(workdir: pathlib.Path, folder: pathlib.Path) -> list[Problem]:
     from rar_jax.parallel.storage import trouble
 
-    if workdir.exists() and not workdir.is_dir():
-        return [Problem(f"{workdir} is not a folder", "a run writes files into it", "give another --workdir")]
+    path = workdir.absolute()
+    if file := next((part for part in (path, *path.parents) if part.is_file()), None):
+        return [Problem(f"{workdir} is not a folder", f"{file} is a file", "give another --workdir")]
     if said := trouble(folder):
         remedy = "look at its owner, its mode and how it is mounted, or give another --workdir"
         return [Problem(f"{workdir} cannot be worked in", f"this process {said}", remedy)]

@@ -54,6 +54,8 @@ def open_images(spec: str, split: Split = "train", *, image_size: int | None = N
         return NpzImages(read_samples(path))
     if path.exists():
         raise ConfigError(f"{spec}: give a folder of images, a .npz, or a source such as folder:PATH or tfds:NAME")
+    if ":" not in spec and spec not in ARRAYS:
+        raise ConfigError(f"{spec}: there is no such file or folder, look for a mistyped path (a source is KIND:PATH)")
     if image_size is None:
         return SourceImages(f"{spec} ({split})", load_source(spec, split))
     source = load_source(spec, split, image_size=image_size, crop="center")
@@ -68,7 +70,7 @@ class FolderImages:
         self._paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         self.num: int = len(self._paths)
         if not self._paths:
-            raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+            raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give a folder that does")
         self._size: tuple[int, int] | None = None
 
     def read(self, start: int, count: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def _model_flops(experiment: Experiment) -> int | None:
 
 
 def _tokenize(experiment: Experiment, *, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
-    """What one chip does with its part of a batch, times the chips: each process encodes images of its own."""
+    """What one chip does with its part of a batch, on all at once: each process encodes images of its own."""
     mesh, head = make_mesh(MeshConfig(), devices[:1]), _images_to_encode(experiment, topology)
     say(f"compiling the encoder of {experiment.name} for {head['rows']} images a chip of {topology}")
     try:
@@ -151,17 +151,21 @@ def _tokenize(experiment: Experiment, *, topology: Topology, devices: Any, say: 
         return {**head, "fits": False, "why": str(error)}
     told = describe(compiled, topology, devices, mesh)
     told["flops"] *= topology.chips
-    return {**head, "fits": True, **told, **_time_to_encode(head, topology, told["seconds"]["all"])}
+    return {**head, "fits": True, **told, **_time_to_encode(head, told["seconds"]["all"])}
 
 
 def _images_to_encode(experiment: Experiment, topology: Topology) -> dict[str, int]:
-    """rows: of a batch, on a chip. images: of an epoch; ten crops of them are ten times as many."""
+    """batch_size: of all chips together. rows: of it, on a chip; chips of one tensor group do the same ones. images: to train on;
+    ten crops of them are ten times as many."""
     require(not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training, see --only train")
-    return {"rows": max(1, BATCH // topology.chips), "images": experiment.data.train_records}
+    data, fsdp, _ = mesh_sizes(experiment.mesh, topology.chips)
+    copies = data * fsdp
+    rows = -(-BATCH // copies)
+    return {"batch_size": rows * copies, "rows": rows, "images": experiment.data.train_records}
 
 
-def _time_to_encode(head: dict[str, int], topology: Topology, seconds: float) -> dict[str, float]:
-    rate = head["rows"] * topology.chips / seconds
+def _time_to_encode(head: dict[str, int], seconds: float) -> dict[str, float]:
+    rate = head["batch_size"] / seconds
     return {"images_per_second": rate, "minutes": head["images"] / rate / 60}
 
 
@@ -249,7 +253,7 @@ def _tokenize_by_arithmetic(experiment: Experiment, *, topology: Topology) -> di
     flops = (lower_tokenizing(experiment, mesh, head["rows"]).cost_analysis() or {})["flops"]
     half = experiment.tokenizer.config.dtype == "bfloat16"
     seconds = flops / ((topology.chip.flops if half else topology.chip.float32) * GPU_SHARE)
-    return {**head, "flops": flops * topology.chips, **_time_to_encode(head, topology, seconds)}
+    return {**head, "flops": flops * topology.chips, **_time_to_encode(head, seconds)}
 
 
 def _sample_by_arithmetic(experiment: Experiment, *, topology: Topology, rows: int) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def plan_text(report: Mapping[str, Any], *, heading: bool = True) -> str:
         if not tokens.get("fits", True):
             lines.append("  give tokenize a smaller --batch-size, which is of all chips together")
         if "minutes" in tokens:
-            at = "" if compiled else f" at {GPU_SHARE:.0%} of the peak, which is assumed"
+            at = f" at {GPU_SHARE:.0%} of the peak, which is assumed (memory is not counted)"
             lines.append(
-                f"  {tokens['images_per_second']:.0f} images/s{at}, if the hosts decode as many: {tokens['images']} in "
-                f"{tokens['minutes']:.1f} minutes; ten crops of each, ten times that"
+                f"  {tokens['images_per_second']:.0f} images/s{'' if compiled else at}, if the hosts decode as many: the "
+                f"{tokens['images']} to train on in {tokens['minutes']:.3g} minutes; ten crops of each, ten times that"
             )
     if sample := report.get("sample"):
         lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {mesh_text(sample['mesh'])}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import numpy as np
 from PIL import Image
@@ -36,7 +37,9 @@ def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
         first, dash, last = part.partition("-")
         if part.isdecimal():
             labels.append(int(part))
-        elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+        elif dash and first.isdecimal() and last.isdecimal():
+            if int(first) > int(last):
+                raise ConfigError(f"classes {part}: a range is LOW-HIGH, as in {last}-{first}")
             if int(last) >= len(class_names):
                 raise ConfigError(f"classes {part} go beyond 0..{len(class_names) - 1}")
             labels.extend(range(int(first), int(last) + 1))
@@ -45,6 +48,10 @@ def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
         elif found:
             which = " or ".join(f"{label} ({class_names[label]})" for label in found)
             raise ConfigError(f"'{part}' is {len(found)} classes: give {which}")
+        elif re.fullmatch("-[0-9]+", part):
+            raise ConfigError(f"class {part} is outside 0..{len(class_names) - 1}")
+        elif re.fullmatch("[0-9]+-", part):
+            raise ConfigError(f"classes {part}: a range is LOW-HIGH, as in 0-{len(class_names) - 1}")
         else:
             raise ConfigError(f"no class '{part}'.{_suggest(part.lower(), synonyms)}")
     return labels

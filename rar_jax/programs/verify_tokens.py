@@ -150,7 +150,7 @@ def import_tokens(
     if not class_names:
         class_names = imagenet.class_names() if num_classes == 1000 else tuple(str(i) for i in range(num_classes))
     if not path.is_file():
-        raise ConfigError(f"--import {path}: no such file")
+        raise ConfigError(f"--import {path}: no such file, look for a mistyped path")
     store = import_jsonl(
         path,
         out,

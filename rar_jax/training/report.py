@@ -36,6 +36,7 @@ PLAIN_SECONDS = 10.0  # between lines when the output is a file
 CELL = 48  # pixels that an image has at least in TensorBoard and Weights & Biases
 RATE_WINDOW = 30  # calls over which the rate is taken, so that it follows a change of speed
 log: logging.Logger = logging.getLogger(__name__)
+_in_files = False  # see progress_in_files
 
 
 class Reporter:
@@ -188,6 +189,15 @@ def read_metrics(workdir: str | os.PathLike[str], stage: str | None = None) -> l
     return [row for row in rows if stage is None or row["stage"] == stage]
 
 
+def progress_in_files(on: bool) -> None:
+    """Whether long work prints plain lines where stderr is no terminal: one at the start, every 10 s, and one at the end.
+
+    Of this process; `--progress` of the command line. Without it there are none.
+    """
+    global _in_files
+    _in_files = on
+
+
 def progress(
     iterable: Iterable[T],
     total: int | None = None,
@@ -198,7 +208,7 @@ def progress(
     sizes: Sequence[int] | None = None,
     done: int = 0,
 ) -> Iterator[T]:
-    """Yields from `iterable` and shows how far it is, the rate and the time left.
+    """Yields from `iterable` and shows on a terminal how far it is, the rate and the time left; see `progress_in_files`.
 
     Args:
       total: number of items; by default len(iterable), which it must then have.
@@ -220,7 +230,7 @@ def progress(
 
 
 class _Line:
-    """One line that moves on a terminal; elsewhere a plain line at the start, every 10 s, and at the end."""
+    """One line that moves on a terminal. Elsewhere nothing, or plain lines: see `progress_in_files`."""
 
     def __init__(self, description: str, total: int, unit: str, quiet: bool) -> None:
         self._description, self._total, self._unit = description, total, unit
@@ -243,6 +253,8 @@ class _Line:
             self._start_bar(console)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
+            return
+        if not _in_files:
             return
         self._unprinted = f"{self._description}  {text}".lstrip()
         if now - self._printed_at >= PLAIN_SECONDS or done >= self._total:

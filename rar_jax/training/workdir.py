@@ -33,6 +33,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "generator": {"unroll": 1},
     **dict.fromkeys(("tokenizer_train", "classifier_train", "train"), _RECIPE),
 }
+SHOWN = 12  # differences of two configs in one message
 # What config.data says of its source, which may be counted there.
 _COUNTED = ("num_classes", "train_records", "class_names")
 
@@ -121,9 +122,15 @@ class Workdir:
             )
         if made and (lines := differences(_bound(self.read_config()), _bound(config))):
             self._refuse_other_images(config)
+            if (theirs := self.read_config().get("name")) != (ours := config.get("name")):
+                raise ConfigError(
+                    f"{self.path} belongs to a run of '{theirs}', this is '{ours}': choose another --workdir"
+                )
+            more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
             raise ConfigError(
                 f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: "
-                + "; ".join(lines)
+                + "; ".join(line if len(line) <= 200 else f"{line[:200]}..." for line in lines[:SHOWN])
+                + more
             )
         write_json(self.config, config)
 
@@ -145,7 +152,9 @@ class Workdir:
                 raise ValueError("it holds no mapping")
             return config
         except FileNotFoundError:
-            raise ConfigError(f"{self.path} is not a work directory: it has no config.json") from None
+            raise ConfigError(
+                f"{self.path} is not a work directory: it has no config.json. Give the --workdir of rar-jax run"
+            ) from None
         except ValueError as error:
             raise ConfigError(f"{self.config} is damaged ({error}): restore it or choose another --workdir") from None
 

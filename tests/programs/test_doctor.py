@@ -34,6 +34,21 @@ def bad(**versions: str | None) -> list[doctor.Problem]:
     return bad_versions({k: v for k, v in changed.items() if v}, lambda name: ASKED.get(name, []))
 
 
+def test_a_package_that_is_not_there() -> None:
+    found = doctor.missing(lambda name: None if name.lower() == "tensorboardx" else "1.0")
+    assert [problem.what.lower() for problem in found] == ["tensorboardx is not installed"]
+    assert found[0].remedy.startswith('pip install "tensorboard')
+    assert doctor.missing(importlib.metadata.version) == []
+
+
+def test_a_work_directory_below_a_file(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["doctor", "--workdir", str(tmp_path / "file" / "run")]) == 1
+    text = capsys.readouterr().out
+    assert f"BAD        {tmp_path / 'file' / 'run'} is not a folder: {tmp_path / 'file'} is a file" in text
+    assert "files are made" not in text and text.count("BAD") == 1
+
+
 def test_this_machine_is_well(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

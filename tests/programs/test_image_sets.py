@@ -147,3 +147,9 @@ def test_image_size_is_asked_for_where_it_is_needed_and_only_there(many_sizes: p
             open_images(plain, image_size=16)
     with pytest.raises(ConfigError, match=r"give folder:PATH and --image-size N for ADM's centre crop"):
         open_images(str(many_sizes)).read(0, 5)
+
+
+def test_a_mistyped_path_is_no_source(tmp_path: pathlib.Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="nowhere: there is no such file or folder, look for a mistyped path"):
+        open_images(missing)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 import tarfile
 from typing import Any
 
 import pytest
+from commands import environment
 
 from rar_jax.cli import main
 from rar_jax.config import load_experiment
@@ -47,6 +50,16 @@ def said(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], code: int) -
     text = capsys.readouterr().out
     assert main(["inspect", str(workdir), "--quiet", "--json"]) == code
     return text, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "report"])
+def test_no_accelerator_is_asked_for(workdir: pathlib.Path, verb: str) -> None:
+    """It may be another program's, the training's that one asks after."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rar_jax", verb, str(workdir)],
+        env={**environment(), "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_it_says(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

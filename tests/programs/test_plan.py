@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from rar_jax import cli
-from rar_jax.config import load_experiment
+from rar_jax.config import ConfigError, load_experiment
 from rar_jax.parallel import hlo
 from rar_jax.parallel.mesh import AXES
 from rar_jax.parallel.topology import parse_topology
@@ -99,6 +99,40 @@ def test_fewer_chips_than_the_mesh_asks_for(topology: str, fsdp: int) -> None:
         assert "nothing that was tried makes it fit" in plan_text(report) and report["sample"]["fits"]
 
 
+@pytest.mark.parametrize(("dtype", "operations"), [("float32", 67e12), ("bfloat16", 989e12)])
+def test_tokenizing_on_gpus_is_arithmetic(dtype: str, operations: float) -> None:
+    experiment = experiment_of("rar_b", f"tokenizer.dtype={dtype}")
+    report = plan(experiment, parse_topology("gpu:8xH100"), parts=("tokenize",))
+    told, tokenizer = report["tokenize"], experiment.tokenizer
+    shapes = jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((256, 256, 256, 3), jnp.uint8)
+    encode = functools.partial(tokenizer.module.encode, tokenizer.config)
+    assert told["rows"] == 32 and told["flops"] == pytest.approx(_multiplied(encode, shapes, images), rel=0.02)
+    assert told["images_per_second"] == pytest.approx(256 / (told["flops"] / (8 * 0.4 * operations)))
+    assert told["minutes"] == pytest.approx(1_281_167 / told["images_per_second"] / 60)
+    assert "which is assumed (memory is not counted), if the hosts decode" in plan_text(report)
+
+
+@pytest.mark.parametrize(
+    ("topology", "tensor", "rows", "batch_size"),
+    [("gpu:8xH100", 1, 32, 256), ("gpu:8xH100", 8, 256, 256), ("gpu:96xH100", 1, 3, 288), ("gpu:512xH100", 1, 1, 512)],
+)
+def test_images_that_a_chip_encodes_at_a_time(topology: str, tensor: int, rows: int, batch_size: int) -> None:
+    """256 at a time, rounded up to what divides; chips that share a model's heads have the same images."""
+    experiment = experiment_of("digits", *SMALL, f"mesh.tensor={tensor}")
+    told = plan(experiment, parse_topology(topology), parts=("tokenize",))["tokenize"]
+    assert (told["rows"], told["batch_size"]) == (rows, batch_size)
+
+
+def test_tokens_that_are_not_made_are_not_planned() -> None:
+    assert plan_module.parts_of(experiment_of("digits")) == ("train", "tokenize", "sample")
+    assert plan_module.parts_of(experiment_of("digits", "data.tokens=store")) == ("train", "sample")
+    on_the_fly = experiment_of("digits", "data.on_the_fly=True")
+    assert plan_module.parts_of(on_the_fly) == ("train", "sample")
+    with pytest.raises(ConfigError, match="on_the_fly is set: images are encoded in training"):
+        plan(on_the_fly, parse_topology("gpu:1xH100"), parts=("tokenize",))
+
+
 def test_formulas_leave_a_tenth_of_the_memory() -> None:
     for name in ("rar_b", "rar_l", "rar_xl", "rar_xxl"):
         report = plan(experiment_of(name), parse_topology("gpu:8xH100"))
@@ -168,9 +202,8 @@ def test_the_whole_way(as_if: None) -> None:
     assert tokens["minutes"] == pytest.approx(1437 / tokens["images_per_second"] / 60) and not tokens["collectives"]
     text = plan_text(report)
     assert "training step, mesh data 2 x fsdp 2 x tensor 1" in text and "sampling and FID, 8 images at a time" in text
-    assert (
-        "tokenizing, 64 images at a time on each chip" in text and "images/s, if the hosts decode as many: 1437" in text
-    )
+    assert "tokenizing, 64 images at a time on each chip" in text
+    assert "images/s, if the hosts decode as many: the 1437 to train on in " in text
     assert json.loads(json.dumps(report)) == report
 
 
@@ -336,7 +369,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["remedy"]["flags"] == ["--config.generator.remat=True"]
     assert cli.main(["plan", "--config", "rar_b", "--topology", "gpu:8xH100"]) == 0
     out = capsys.readouterr().out
-    assert out.count("arithmetic alone") == 1 and out.index("training step") < out.index("sampling and FID, 128 images")
+    assert out.count("arithmetic alone") == 1
+    assert out.index("training step") < out.index("tokenizing, 32 images") < out.index("sampling and FID, 128 images")
     assert cli.main(["plan", "--config", "rar_b", "--topology", "gpu:7xH100"]) == 2
     assert "train.batch_size 2048 is not divisible by the 7 devices" in capsys.readouterr().err
 
@@ -354,6 +388,14 @@ def test_tpu_s_own_compiler() -> None:
     )
     assert set(train["collectives"]) == {"all-reduce"} and 0 < train["mfu"] < 1
     assert train["seconds"]["computing"] > train["seconds"]["matmuls_at_peak"]
+    small = experiment_of("rar_b", "tokenizer.base_width=32")
+    tokens = plan(small, parse_topology("v5e:2x2"), parts=("tokenize",))["tokenize"]
+    encode = functools.partial(small.tokenizer.module.encode, small.tokenizer.config)
+    shapes = jax.eval_shape(lambda: small.tokenizer.module.init(small.tokenizer.config, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((256, 256, 256, 3), jnp.uint8)
+    assert tokens["fits"] and tokens["rows"] == 64
+    assert tokens["flops"] == pytest.approx(_multiplied(encode, shapes, images), rel=0.01)
+    assert tokens["seconds"]["computing"] > tokens["seconds"]["matmuls_at_peak"] > 0
     nothing = plan(
         experiment_of("rar_xxl", "mesh.fsdp=1", "mesh.data=4"),
         parse_topology("v5e:2x2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import subprocess
 import sys
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_it_is_gone_to_the_next_line_at_the_end(trained: tuple[pathlib.Path, byt
 def test_quiet_is_quiet_on_a_terminal(tmp_path: pathlib.Path) -> None:
     code, output = train(tmp_path / "run", "--quiet")
     assert (code, output) == (0, b"")
+
+
+@pytest.mark.parametrize("flags", [(), ("--progress",)])
+def test_a_pipe_is_quiet_unless_it_is_asked(trained: tuple[pathlib.Path, bytes], flags: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "rar_jax", "inspect", str(trained[0]), *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "verified" in done.stdout
+    assert bool(re.search(r"verify .* checkpoints  [\d.]+ checkpoints/s", done.stderr)) == bool(flags), done.stderr
+    assert flags or done.stderr == ""
 
 
 # ---------------------------------------------------------------- the other verbs

@@ -175,8 +175,11 @@ def test_a_full_disk_costs_the_row_and_is_said_once(tmp_path: pathlib.Path, capl
 
 
 class _Clock:
+    """With plain lines, since the tests' stderr is no terminal."""
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
+        monkeypatch.setattr(report, "_in_files", True)
         monkeypatch.setattr(report.time, "monotonic", lambda: self.now)
 
 
@@ -212,6 +215,14 @@ def test_quiet_prints_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
         reporter.progress(1, loss=1.0)
     assert list(report.progress([1, 2], quiet=True)) == [1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_no_terminal_is_quiet_unless_it_is_asked(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, lines in ((False, []), (True, ["0/2 items", "2/2 items"])):
+        report.progress_in_files(asked)
+        assert list(report.progress([1, 2])) == [1, 2]
+        assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == lines
+    report.progress_in_files(False)
 
 
 def test_a_terminal_gets_one_live_line(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rar_jax.config import ConfigError
-from rar_jax.training.workdir import FREE_SECTIONS, Workdir
+from rar_jax.training.workdir import FREE_SECTIONS, SHOWN, Workdir
 
 CONFIG: dict[str, Any] = {
     "name": "digits",
@@ -76,6 +76,17 @@ def test_another_config_is_refused_with_the_differences(begun: Workdir) -> None:
         f"{begun.path} belongs to a run with another config. Choose another --workdir, or undo: "
         "seed: 0 -> 1; tokenizer.width_multipliers: [1, 2] -> [1, 4]; train.extra: (absent) -> x; train.steps: 100 -> 200"
     )
+
+
+def test_the_directory_of_another_experiment_is_named(begun: Workdir) -> None:
+    many = {f"key_{i}": i for i in range(20)}
+    assert refusal(begun, changed(name="other", train=many)) == (
+        f"{begun.path} belongs to a run of '{CONFIG['name']}', this is 'other': choose another --workdir"
+    )
+    told = refusal(begun, changed(train=many))
+    assert told.count(" -> ") == SHOWN and told.endswith(f"; and {len(many) - SHOWN} more")
+    long = refusal(begun, changed(train={"steps": 100, "text": "x" * 5000}))
+    assert len(long) < 1000 and long.endswith("xxx...")
 
 
 def test_other_images_of_the_same_source_are_named(tmp_path: pathlib.Path) -> None:
@@ -152,7 +163,10 @@ def test_a_damaged_config(begun: Workdir, content: bytes) -> None:
 def test_reading_what_is_no_work_directory(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Workdir(tmp_path).read_config()
-    assert str(caught.value) == f"{tmp_path} is not a work directory: it has no config.json"
+    assert (
+        str(caught.value)
+        == f"{tmp_path} is not a work directory: it has no config.json. Give the --workdir of rar-jax run"
+    )
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: pathlib.Path) -> None:
