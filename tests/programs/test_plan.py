@@ -9,10 +9,10 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flops import multiplied
 from jax.sharding import AbstractMesh
 
 from rar_jax import cli
@@ -107,7 +107,7 @@ def test_tokenizing_on_gpus_is_arithmetic(dtype: str, operations: float) -> None
     shapes = jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((256, 256, 256, 3), jnp.uint8)
     encode = functools.partial(tokenizer.module.encode, tokenizer.config)
-    assert told["rows"] == 32 and told["flops"] == pytest.approx(_multiplied(encode, shapes, images), rel=0.02)
+    assert told["rows"] == 32 and told["flops"] == pytest.approx(multiplied(encode, shapes, images), rel=0.02)
     assert told["images_per_second"] == pytest.approx(256 / (told["flops"] / (8 * 0.4 * operations)))
     assert told["minutes"] == pytest.approx(1_281_167 / told["images_per_second"] / 60)
     assert "which is assumed (memory is not counted), if the hosts decode" in plan_text(report)
@@ -197,7 +197,7 @@ def test_the_whole_way(as_if: None) -> None:
     shapes = jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((256, 8, 8, 1), jnp.uint8)
     encode = functools.partial(tokenizer.module.encode, tokenizer.config)
-    assert tokens["rows"] == 64 and tokens["flops"] == pytest.approx(_multiplied(encode, shapes, images), rel=1e-6)
+    assert tokens["rows"] == 64 and tokens["flops"] == pytest.approx(multiplied(encode, shapes, images), rel=1e-6)
     assert tokens["images_per_second"] == pytest.approx(256 / tokens["seconds"]["all"])
     assert tokens["minutes"] == pytest.approx(1437 / tokens["images_per_second"] / 60) and not tokens["collectives"]
     text = plan_text(report)
@@ -205,33 +205,6 @@ def test_the_whole_way(as_if: None) -> None:
     assert "tokenizing, 64 images at a time on each chip" in text
     assert "images/s, if the hosts decode as many: the 1437 to train on in " in text
     assert json.loads(json.dumps(report)) == report
-
-
-def _multiplied(function: Any, *args: Any) -> int:
-    """Operations of the convolutions and matmuls that JAX traced, taps that meet the padding left out."""
-    total = 0
-
-    def walk(jaxpr: Any) -> None:
-        nonlocal total
-        for eqn in jaxpr.eqns:
-            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-                walk(inner)
-            out = eqn.outvars[0].aval.shape
-            if eqn.primitive.name == "conv_general_dilated":
-                (batch, height, width, channels), kernel = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
-                padding, strides = eqn.params["padding"], eqn.params["window_strides"]
-                taps = 1
-                for size, k, (low, _), stride, places in zip(
-                    (height, width), kernel[:2], padding, strides, out[1:3], strict=True
-                ):
-                    taps *= sum(0 <= i * stride - low + j < size for i in range(places) for j in range(k))
-                total += 2 * batch * taps * channels * out[3]
-            elif eqn.primitive.name == "dot_general":
-                contracted = [eqn.invars[0].aval.shape[i] for i in eqn.params["dimension_numbers"][0][0]]
-                total += 2 * int(np.prod(out)) * int(np.prod(contracted))
-
-    walk(jax.make_jaxpr(function)(*args).jaxpr)
-    return total
 
 
 def test_a_model_that_is_cut_over_the_tensor_axis_samples(as_if: None) -> None:
@@ -394,7 +367,7 @@ def test_tpu_s_own_compiler() -> None:
     shapes = jax.eval_shape(lambda: small.tokenizer.module.init(small.tokenizer.config, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((256, 256, 256, 3), jnp.uint8)
     assert tokens["fits"] and tokens["rows"] == 64
-    assert tokens["flops"] == pytest.approx(_multiplied(encode, shapes, images), rel=0.01)
+    assert tokens["flops"] == pytest.approx(multiplied(encode, shapes, images), rel=0.01)
     assert tokens["seconds"]["computing"] > tokens["seconds"]["matmuls_at_peak"] > 0
     nothing = plan(
         experiment_of("rar_xxl", "mesh.fsdp=1", "mesh.data=4"),
