@@ -91,7 +91,7 @@ def test_the_program_of_the_guide(released_pair: Any, monkeypatch: pytest.Monkey
     page = (pathlib.Path(__file__).parents[1] / "docs" / "released_weights.md").read_text()
     code = page.partition("```python\n")[2].partition("```")[0].replace("[207, 360]", "[3, 1]")
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
-    monkeypatch.setattr(rar_jax, "load", lambda name: pipeline)
+    monkeypatch.setattr(rar_jax, "load", lambda name, download: pipeline)
     names: dict[str, Any] = {}
     exec(code, names)
     ours = pipeline.sample([3, 1], seed=0, guidance=rar_jax.Guidance(16.0, 2.75)).mean(axis=(1, 2, 3))

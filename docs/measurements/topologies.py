@@ -300,8 +300,8 @@ _SAMPLING = """
 ## 50,000 samples and their FID on v5p-64
 
 The program that `rar-jax evaluate` runs, 16 images a chip at a time: tokens with guidance, decoding, Inception and its sums, in
-float32 as the scores are defined. A matmul of float32 is six of bfloat16 on a TPU. Seconds to compile are of two cores; most
-of them go into the convolutions of the decoder and of Inception.
+float32 as the scores are defined. A matmul of float32 is six of bfloat16 on a TPU. Seconds to compile are of two cores, with
+other work beside them (RAR-B's were paused for three minutes); most of them go into the convolutions of the decoder and of Inception.
 """
 _SCALING = """
 ## Scaling of RAR-XXL on v5p

@@ -340,7 +340,7 @@ def cut(program: Program) -> dict[str, Any]:
 
 
 def where() -> dict[str, Any]:
-    """The device, how many, and versions: sums of another are not gone on with."""
+    """The device and the versions: sums of another are not gone on with."""
     return {"device": jax.devices()[0].device_kind, "versions": versions(("jax", "jaxlib", "flax", "numpy"))}
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 import rar_jax
 from rar_jax.cli import main
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.data.token_store import TokenStore
 from rar_jax.interop import rar
 from rar_jax.programs.experiment import Experiment, open_source, resolve
 from rar_jax.training.checkpoint import load_params, read_meta
@@ -98,7 +99,10 @@ def test_from_released_weights(
     np.testing.assert_array_equal(ours["embeddings"][:codes], released["embeddings"][:codes])
     np.testing.assert_array_equal(ours["embeddings"][-1], released["embeddings"][-1])
     np.testing.assert_array_equal(ours["pos_embed"], released["pos_embed"])
-    assert (tmp_path / "w" / "tokens" / "train").is_dir() and (tmp_path / "w" / "samples.png").is_file()
+    # The experiment makes tokens of ten crops of each image, before the training; epochs are of images.
+    stores = {split: TokenStore(tmp_path / "w" / "tokens" / split) for split in ("train", "heldout")}
+    assert {split: len(store) for split, store in stores.items()} == {"train": 60, "heldout": 10}
+    assert len(stores["train"].card["crops"]) == 10 and (tmp_path / "w" / "samples.png").is_file()
 
 
 # ---------------------------------------------------------------- counting

@@ -313,12 +313,13 @@ function environment(run) {
 
 function ledgerTable(run) {
   const known = ["time", "run", "event", "seconds", "versions"];
-  const text = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
+  const text = (name, value) => (name === "last_sign" ? when(value) : typeof value === "object" ? JSON.stringify(value) : String(value));
+  const told = ([name, value]) => !known.includes(name) && value !== null && !(name === "last_sign" && value === 0);  // 0: the first start
   const rows = run.ledger.rows.map((row) => [when(row.time), row.run, row.event,
-    Object.entries(row).filter(([name]) => !known.includes(name)).map(([name, value]) => `${name} ${text(value)}`).join(", "),
+    Object.entries(row).filter(told).map(([name, value]) => `${name} ${text(name, value)}`).join(", "),
     Object.entries(row.seconds ?? {}).map(([kind, s]) => `${kind} ${number(s)} s`).join(", ")]);
   const less = run.ledger.of > rows.length ? [note(`the last ${rows.length} of ${run.ledger.of} rows`)] : [];
-  return [...less, table([{ name: "time (UTC)", kind: "short" }, { name: "run", kind: "mono" }, { name: "event", kind: "short" }, { name: "", kind: "" }, { name: "time since the row before", kind: "" }], rows)];
+  return [...less, table([{ name: "time (UTC)", kind: "short" }, { name: "run", kind: "short" }, { name: "event", kind: "short" }, { name: "", kind: "" }, { name: "time since the row before", kind: "" }], rows)];
 }
 
 // ---------------------------------------------------------------- the page
