@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs an experiment on a GKE cluster's TPUs with xpk, in the image of launch/Dockerfile.tpu.
 #
-#   launch/gke_xpk.sh [options] --config CONFIG --workdir DIR [flags of rar_jax run]
+#   launch/gke_xpk.sh [options] --config CONFIG --workdir DIR [--progress] [flags of rar_jax run]
 #   launch/gke_xpk.sh --cluster mine --zone us-west4-a --project P --name rar-b --type v5litepod-16 --image REGISTRY/rar_jax \
 #       --config rar_b --workdir /mnt/rar_jax/rar_b --config.generator.remat=True
 #

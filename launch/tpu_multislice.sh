@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs an experiment on several Cloud TPU slices, joined by the data centre's network, with gcloud's queued resources.
 #
-#   launch/tpu_multislice.sh ACTION --name NAME --zone ZONE [options] --config CONFIG --workdir DIR [flags of rar_jax run]
+#   launch/tpu_multislice.sh ACTION --name NAME --zone ZONE [options] --config CONFIG --workdir DIR [--progress] [flags of rar_jax run]
 #   launch/tpu_multislice.sh run --name mine --zone us-west4-a --slices 2 --type v5litepod-16 --runtime v2-alpha-tpuv5-lite \
 #       --nfs 10.0.0.2:/share --config rar_b --workdir /mnt/rar_jax/rar_b --config.generator.remat=True
 #

@@ -99,9 +99,10 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     progress_in_files(args.progress)
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
-        if args.verb in ("inspect", "report"):  # files alone; the accelerator may be another program's, or not there
-            jax.config.update("jax_platforms", "cpu")
         if args.verb == "inspect":
+            jax.config.update(
+                "jax_platforms", "cpu"
+            )  # it reads files; the accelerator is another program's, or not there
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)
@@ -274,7 +275,7 @@ def _say(text: str) -> None:
     from rar_jax.parallel.processes import is_main
 
     if is_main():
-        print(text)
+        print(text, flush=True)
 
 
 def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -297,7 +298,9 @@ def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError("give --out: where the store or file shall be written")
     experiment = None
     if args.config:
-        experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
+        # In the place of the experiment's own: what is not written there is counted here.
+        instead = [f"data.source={args.source}"] if args.source else []
+        experiment = resolve(load_experiment(args.config, [*overrides, *instead]), pathlib.Path(args.config).stem)
     common = {"shard_records": SHARD_RECORDS if args.shard_records is None else args.shard_records, "quiet": args.quiet}
     if args.export:
         from rar_jax.programs.verify_tokens import export_tokens

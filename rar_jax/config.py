@@ -248,13 +248,27 @@ def to_dict(config: Any) -> Any:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines "train.steps: 100 -> 200" for every leaf in which two nested dicts differ."""
+    """Lines "train.steps: 100 -> 200" for every leaf in which two nested dicts differ; long values from where they do."""
     a, b = _flatten(old), _flatten(new)
+    absent = "(absent)"
     return [
-        f"{key}: {a.get(key, '(absent)')} -> {b.get(key, '(absent)')}"
+        f"{key}: {' -> '.join(shortened(str(a.get(key, absent)), str(b.get(key, absent))))}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, "(absent)") != b.get(key, "(absent)")
+        if a.get(key, absent) != b.get(key, absent)
     ]
+
+
+def shortened(a: str, b: str, most: int = 80) -> tuple[str, str]:
+    """Two texts that differ; of long ones what is around the first difference."""
+    if max(len(a), len(b)) <= most:
+        return a, b
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    begin = max(same - 10, 0)
+
+    def cut(text: str) -> str:
+        return ("..." if begin else "") + text[begin : begin + most] + ("..." if len(text) > begin + most else "")
+
+    return cut(a), cut(b)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

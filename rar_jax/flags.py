@@ -272,7 +272,7 @@ _PLAN = """\
   rar-jax plan --config rar_xxl --topology v5e:4x4 --search           a table of meshes, the fastest first
   rar-jax plan --config rar_b --topology gpu:8xH100
 The steps of training, of tokenizing, and of sampling with FID are compiled by TPU's own compiler, on a machine without a TPU (pip
-install 'rar_jax[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and chip-hours. GPUs: from arithmetic alone.
+install -e '.[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and chip-hours. GPUs: from arithmetic alone.
 """
 _REPORT = """\
   rar-jax report runs/digits                    runs/digits/report.html

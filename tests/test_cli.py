@@ -45,7 +45,17 @@ FLAGS = {
         "tokenize",
     ),
     "convert": ("--weights", "--tokenizer", "--download", "--out", "--part", "--quiet"),
-    "plan": ("--config", "--topology", "--slices", "--only", "--sample-rows", "--as-is", "--json", "--quiet"),
+    "plan": (
+        "--config",
+        "--topology",
+        "--slices",
+        "--only",
+        "{train,tokenize,sample}",
+        "--sample-rows",
+        "--as-is",
+        "--json",
+        "--quiet",
+    ),
     "report": ("WORKDIR", "--out", "--quiet"),
     "doctor": ("--workdir", "--json", "--quiet"),
     "inspect": ("--split", "--image-size", "--limit", "--problems", "--out", "--json", "--quiet"),
@@ -87,7 +97,7 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert exit_code(verb, "--help") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for flag in FLAGS[verb]:
+    for flag in (*FLAGS[verb], "--progress"):
         assert flag in out, flag
     assert ("--config.train.steps=10" in out) == (verb not in ("sample", "convert", "inspect", "report", "doctor"))
 

@@ -4,7 +4,7 @@
     python docs/measurements/topologies.py --page       writes the page from topologies.json
     python docs/measurements/topologies.py --only rar_b_v5e-16      compiles these, whether they are there or not
 
-It needs `pip install 'rar_jax[tpu]'` and no TPU. Killed, it goes on where it was.
+It needs `pip install -e '.[tpu]'` and no TPU. Killed, it goes on where it was.
 """
 
 import argparse
@@ -206,6 +206,7 @@ def costs(rows: Rows) -> str:
     lines += [
         f"| 50,000 samples and their FID, {title} | v5p-64 | {_timed(rows.get(f'sample_{model}'), 1)} |"
         for model, title in MODELS.items()
+        if f"sample_{model}" in rows
     ]
     return "\n".join(lines)
 

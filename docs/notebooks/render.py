@@ -70,6 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.workdir:  # by the name that readers have: the pages do not show whose machine they are of
+            args.workdir.mkdir(parents=True, exist_ok=True)
             (pathlib.Path(scratch) / "runs").mkdir()
             (pathlib.Path(scratch) / WORKDIR).symlink_to(args.workdir.absolute())
         for name in args.names or NAMES:

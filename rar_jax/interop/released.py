@@ -79,7 +79,7 @@ def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
         import huggingface_hub.utils.logging
     except ImportError:
         raise ConfigError(
-            f"{released.file} is not here. To download it: pip install 'rar_jax[hub]'; or get {where} yourself and "
+            f"{released.file} is not here. To download it: pip install -e '.[hub]' in the checkout of rar_jax; or get {where} yourself and "
             "give its path"
         ) from None
     hub = huggingface_hub

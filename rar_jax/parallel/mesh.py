@@ -26,7 +26,7 @@ def find_devices() -> list[Any]:
         reason = "".join(str(error).splitlines()[:1]).rstrip(". ")[:300] or "no plugin of that name is installed"
         raise ConfigError(
             f"JAX finds no device of JAX_PLATFORMS='{os.environ.get('JAX_PLATFORMS', '')}' ({reason}): install "
-            "'rar_jax[cuda12]' or 'rar_jax[tpu]' where the accelerator is, see that no other program holds it, or set "
+            "'.[cuda12]' or '.[tpu]' of rar_jax's checkout where the accelerator is, see that no other program holds it, or set "
             "JAX_PLATFORMS=cpu"
         ) from error
 

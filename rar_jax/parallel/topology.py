@@ -110,7 +110,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            "plan compiles with TPU's own compiler, which is not here: pip install 'rar_jax[tpu]'"
+            "plan compiles with TPU's own compiler, which is not here: pip install -e '.[tpu]' in the checkout of rar_jax"
         ) from None
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks Google's metadata server what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken: two plans at a time do no harm

@@ -97,7 +97,11 @@ def doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
     Returns: what --json prints: {"versions", "python", "devices", "memory_free", "disk", "workdir", "notes", "problems"}; bytes.
     """
     installed = {name: version for name in SHOWN if (version := _version(name))}
-    problems = bad_versions(installed, _requirements) + missing(_version)
+    try:
+        problems = bad_versions(installed, _requirements) + missing(_version)
+    except ImportError as error:  # packaging, by which versions are read
+        remedy = "pip install -e . in the checkout of rar_jax"
+        problems = [Problem("versions cannot be compared", str(error), remedy)]
     devices: list[dict[str, Any]] = []
     try:
         devices = _devices()
@@ -106,7 +110,7 @@ def doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
         asked = None if isinstance(error, ImportError) else os.environ.get("JAX_PLATFORMS")
         remedy = "install jax again"
         if asked:
-            remedy = f"unset JAX_PLATFORMS (it is '{asked}'), or pip install 'rar_jax[cuda12]' or 'rar_jax[tpu]' for the accelerator"
+            remedy = f"unset JAX_PLATFORMS (it is '{asked}'), or pip install -e '.[cuda12]' or '.[tpu]' in the checkout of rar_jax"
         problems.append(Problem("jax finds no devices", f"{type(error).__name__}: {reason[0]}", remedy))
     files = {kind: any(_glob(pattern) for pattern in patterns) for kind, patterns in DEVICE_FILES.items()}
     problems += missing_accelerator({device["platform"] for device in devices}, files, installed, os.environ)
@@ -199,6 +203,9 @@ def missing(version: Callable[[str], str | None]) -> list[Problem]:
     """What rar_jax needs by its metadata, extras left out, and `version` knows nothing of. TOO_OLD has said its own."""
     from packaging.requirements import Requirement
 
+    if version("rar_jax") is None:
+        what = "what it needs is written in its metadata, without which nothing can be said of the other packages"
+        return [Problem("rar_jax is not installed", what, "pip install -e . in its checkout")]
     told = {rule.package for rule in TOO_OLD}
     needed = [Requirement(text) for text in importlib.metadata.requires("rar_jax") or ()]
     return [
@@ -254,7 +261,7 @@ def missing_accelerator(
         if hidden and kind not in hidden and "cuda" not in hidden:
             remedy = f"unset JAX_PLATFORMS, which is {hidden!r}"
         elif not any(name in installed for name in plugins):
-            remedy = f"pip install 'rar_jax[{EXTRA[kind]}]'"
+            remedy = f"pip install -e '.[{EXTRA[kind]}]' in the checkout of rar_jax"
         else:
             remedy = "look at what `python -c 'import jax; jax.devices()'` says, and whether another process holds the device"
         what = f"a {kind.upper()} is here, and jax sees only {', '.join(sorted(platforms)) or 'nothing'}"

@@ -93,8 +93,9 @@ def tell_images(report: Report) -> list[str]:
     images, looked, good = report["images"], report["looked_at"], sum(report["kinds"].values())
     sizes = report["sizes"]
     some = f"{looked:,}, spread evenly: what follows is of them" if looked < images else "all"
+    other = "heldout" if report["split"] == "train" else "train"
     lines = [
-        f"{report['name']}, split {report['split']}",
+        f"{report['name']}, split {report['split']}; --split {other} looks at the others",
         f"  images     {images:,}",
         f"  looked at  {some}; {looked - good:,} cannot be used",
         f"  bytes      {readable(report['bytes'])}",

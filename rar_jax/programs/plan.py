@@ -27,7 +27,7 @@ from rar_jax.programs.plan_programs import (
     sampling_mesh,
     shapes_of,
 )
-from rar_jax.programs.tokenize import BATCH
+from rar_jax.programs.tokenize import BATCH, CROPS
 
 SAMPLES = 50_000  # of a FID
 GPU_SHARE = 0.4  # of the peak: what is assumed of GPUs, for which nothing is compiled
@@ -155,13 +155,14 @@ def _tokenize(experiment: Experiment, *, topology: Topology, devices: Any, say: 
 
 
 def _images_to_encode(experiment: Experiment, topology: Topology) -> dict[str, int]:
-    """batch_size: of all chips together. rows: of it, on a chip; chips of one tensor group do the same ones. images: to train on;
-    ten crops of them are ten times as many."""
-    require(not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training, see --only train")
-    data, fsdp, _ = mesh_sizes(experiment.mesh, topology.chips)
-    copies = data * fsdp
-    rows = -(-BATCH // copies)
-    return {"batch_size": rows * copies, "rows": rows, "images": experiment.data.train_records}
+    """batch_size: of all chips together. rows: of it, on a chip; chips of one tensor group do the same ones. images: to train on,
+    each of their crops."""
+    data = experiment.data
+    require(not data.on_the_fly, "data.on_the_fly is set: images are encoded in training, see --only train")
+    require(not data.given_tokens("train"), "data.tokens or data.mix is set: the tokens are there, none are made")
+    copies = math.prod(mesh_sizes(experiment.mesh, topology.chips)[:2])  # data x fsdp
+    rows, crops = -(-BATCH // copies), len(CROPS.get(data.crop or "", ("one",)))
+    return {"batch_size": rows * copies, "rows": rows, "images": data.train_records * crops}
 
 
 def _time_to_encode(head: dict[str, int], seconds: float) -> dict[str, float]:

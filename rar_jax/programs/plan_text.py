@@ -36,8 +36,8 @@ def plan_text(report: Mapping[str, Any], *, heading: bool = True) -> str:
         if "minutes" in tokens:
             at = f" at {GPU_SHARE:.0%} of the peak, which is assumed (memory is not counted)"
             lines.append(
-                f"  {tokens['images_per_second']:.0f} images/s{'' if compiled else at}, if the hosts decode as many: the "
-                f"{tokens['images']} to train on in {tokens['minutes']:.3g} minutes; ten crops of each, ten times that"
+                f"  {tokens['images_per_second']:.0f} images/s{'' if compiled else at}, if the hosts decode as many: "
+                f"{tokens['images']} in {tokens['minutes']:.3g} minutes (--config.data.crop=ten: ten of each image)"
             )
     if sample := report.get("sample"):
         lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {mesh_text(sample['mesh'])}"]

@@ -13,7 +13,8 @@ import numpy as np
 
 POINTS = 2000  # of a curve in the page; of more, the smallest and the largest of each short span
 
-# What a score depends on: the column of the table, and where result.json has it (the first of these).
+# What a score depends on: the column of the table, and where result.json has it (the first of these). Not the sizes of batches and
+# chunks, which change its last bits at most; they stand with all that it was made from, and on.
 CONDITIONS = (
     ("reference", ("reference_sha256", "reference")),
     ("weights", ("generator_sha256", "weights.generator", "images_sha256")),
@@ -26,8 +27,6 @@ CONDITIONS = (
     ("seed", ("seed",)),
     ("guidance", ("guidance",)),
     ("images a split", ("split_size",)),
-    ("batch size", ("batch_size", "evaluate.batch_size")),
-    ("images a chunk", ("chunk",)),
     ("device", ("device",)),
     ("mesh", ("mesh",)),
     ("jax", ("versions.jax",)),
@@ -154,8 +153,8 @@ def _score(result: Mapping[str, Any]) -> dict[str, Any]:
 
     walk(told, "")
     everything = dict(flat(made_from))
-    beside = ("protocol", "features", "generator_dtype", "split_size", "batch_size", "chunk", "device")
-    everything |= {name: text for name, text in flat(made_on) if name in (*beside, "versions.jax", "versions.rar_jax")}
+    beside = ("protocol", "features", "generator_dtype", "split_size", "device", "versions.jax", "versions.rar_jax")
+    everything |= {name: text for name, text in flat(made_on) if name in beside}
     together = {"guidance": made_from.get("guidance"), "mesh": made_on.get("mesh")}
     everything |= {name: _in_one(values) for name, values in together.items() if values}
     distance = result.get("fd_classifier") or {}

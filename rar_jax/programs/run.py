@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 import time
 from typing import Any
@@ -61,7 +62,7 @@ def _run(experiment: Experiment, workdir: Workdir, mesh: Mesh, around: Session, 
 
     def say(text: str) -> None:
         if not quiet and is_main():
-            print(text)
+            print(text, flush=True)  # a log that is followed
 
     say(headline(experiment, workdir, mesh))
     began = time.monotonic()
@@ -85,6 +86,7 @@ def _run(experiment: Experiment, workdir: Workdir, mesh: Mesh, around: Session, 
         metrics |= _inception_scores(experiment, workdir, quiet) if experiment.evaluate.inception else {}
         pipeline = load(workdir.path, mesh=mesh)
         draw_pictures(experiment, workdir, pipeline)
+        _tell_writers(experiment, workdir, metrics)
         made = {"made_from": inputs, "made_on": _where(mesh)}
         from_main(lambda: write_json(workdir.result, {**metrics, "last_validation": _trained(workdir), **made}))
     around.ledger.lap("evaluating")
@@ -145,9 +147,19 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
     pairs(originals, reconstructed, workdir.path / "reconstructions.png")
     curves(read_metrics(workdir.path), workdir.path / "curves.png")
+
+
+def _tell_writers(experiment: Experiment, workdir: Workdir, metrics: dict[str, Any]) -> None:
+    """The scores and pictures of the end, for TensorBoard and Weights & Biases, at the generator's last step."""
+    told = {"": metrics, **{f"{name}/": value for name, value in metrics.items() if isinstance(value, dict)}}
+    numbers = {prefix + name: x for prefix, tree in told.items() for name, x in tree.items() if isinstance(x, float)}
+    step = experiment.last_step("generator")
     with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as reporter:
-        for name in PICTURES:
-            reporter.image(name.removesuffix(".png"), np.asarray(Image.open(workdir.path / name).convert("RGB")), 0)
+        reporter.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
+        if is_main():
+            for name in PICTURES:
+                picture = np.asarray(Image.open(workdir.path / name).convert("RGB"))
+                reporter.image(name.removesuffix(".png"), picture, step)
 
 
 def _inputs(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:

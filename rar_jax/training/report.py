@@ -105,6 +105,11 @@ class Reporter:
         known = {name: value for name, value in finite.items() if value is not None}
         self._tell_writers(lambda writer: writer.scalars(known, int(step)))
 
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows finite numbers in TensorBoard and Weights & Biases alone: what result.json keeps."""
+        if self._tells:
+            self._tell_writers(lambda writer: writer.scalars(values, int(step)))
+
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """Shows a uint8 (height, width, 1 or 3) image in TensorBoard and Weights & Biases."""
         if self._tells:

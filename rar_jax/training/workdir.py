@@ -15,7 +15,7 @@ import json
 import pathlib
 from typing import Any
 
-from rar_jax.config import ConfigError, differences
+from rar_jax.config import ConfigError, differences, shortened
 from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
 from rar_jax.training.manifest import write_json
@@ -51,8 +51,11 @@ def with_added(config: dict[str, Any]) -> dict[str, Any]:
     """A resolved experiment with the keys of ADDED at their defaults where it does not have them."""
     out = dict(config)
     for name, added in ADDED.items():
-        if isinstance(section := out.get(name), dict):
-            out[name] = section | {key: x for key, x in added.items() if key not in section}
+        if not isinstance(section := out.get(name), dict):
+            continue
+        if name == "generator" and section.get("name") != "rar":  # whose they are
+            continue
+        out[name] = section | {key: x for key, x in added.items() if key not in section}
     return out
 
 
@@ -122,22 +125,24 @@ class Workdir:
             )
         if made and (lines := differences(_bound(self.read_config()), _bound(config))):
             self._refuse_other_images(config)
+            told = "; ".join(lines[:SHOWN]) + (f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else "")
             if (theirs := self.read_config().get("name")) != (ours := config.get("name")):
                 raise ConfigError(
-                    f"{self.path} belongs to a run of '{theirs}', this is '{ours}': choose another --workdir"
+                    f"{self.path} belongs to a run of '{theirs}', this is '{ours}': choose another --workdir. What differs: {told}"
                 )
-            more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
             raise ConfigError(
-                f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: "
-                + "; ".join(line if len(line) <= 200 else f"{line[:200]}..." for line in lines[:SHOWN])
-                + more
+                f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: {told}"
             )
         write_json(self.config, config)
 
     def _refuse_other_images(self, config: dict[str, Any]) -> None:
         """Says it plainly where the images changed and not the config: durations in epochs differ with them."""
         old, new = self.read_config().get("data", {}), config.get("data", {})
-        changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in _COUNTED if old.get(key) != new.get(key)]
+        changed = [
+            f"{key} {' -> '.join(shortened(str(old.get(key)), str(new.get(key))))}"
+            for key in _COUNTED
+            if old.get(key) != new.get(key)
+        ]
         if changed and old.get("source") == new.get("source"):
             raise ConfigError(
                 f"{self.path} was begun with other images of {new.get('source')}: {'; '.join(changed)}. "

@@ -6,6 +6,7 @@ import importlib
 import json
 import pathlib
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -90,7 +91,9 @@ class WandB:
                 reinit="create_new",  # never into a run that a notebook has open
                 config=json.loads(config.read_text()) if config.exists() else {},
                 allow_val_change=True,  # the mesh is another on another machine
-                settings=self._wandb.Settings(console="off", silent=quiet),  # off: the progress line stays a terminal's
+                settings=self._wandb.Settings(
+                    console="off", silent=quiet or not sys.stderr.isatty()
+                ),  # off: the progress line stays a terminal's
             )
         except self._wandb.errors.Error as error:
             raise ConfigError(
@@ -120,6 +123,6 @@ def wandb_package() -> Any:
         package = None
     if not hasattr(package, "init"):  # a folder of its runs in the working directory can be imported, too
         raise ConfigError(
-            "config.wandb needs a package that is not here: pip install 'rar_jax[wandb]', or leave it out (--config.wandb=None)"
+            "config.wandb needs a package that is not here: pip install -e '.[wandb]' in the checkout of rar_jax, or leave it out (--config.wandb=None)"
         )
     return package

@@ -110,6 +110,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        ConfigError, match=r"pip install 'rar_jax\[hub\]'; or get https://huggingface\.co/yucornetto/RAR"
+        ConfigError,
+        match=r"pip install -e '\.\[hub\]' in the checkout of rar_jax; or get https://huggingface\.co/yucornetto/RAR",
     ):
         released.locate("rar_b", download=True)

@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from typing import Any
 
 import jax
@@ -119,17 +118,25 @@ def test_interrupted_training_goes_on(folder: pathlib.Path, environment: dict[st
     place = next(i for i, cell in enumerate(notebook.cells) if "redraw_until" in cell.source)
     client = render.nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
 
+    (settings,) = (cell for cell in notebook.cells if cell.source.startswith("SHORT = "))
+    settings.source = settings.source.replace('"train.steps=40"', '"train.steps=400"')  # time to press the button
+    ended = threading.Event()
+
     def press_stop() -> None:
-        while not any(row["stage"] == "generator" for row in read_metrics(workdir)):
-            time.sleep(0.05)
-        os.kill(client.km.provisioner.pid, signal.SIGINT)
+        while not ended.wait(0.05):
+            if any(row["stage"] == "generator" for row in read_metrics(workdir)):
+                os.kill(client.km.provisioner.pid, signal.SIGINT)
+                return
 
     with client.setup_kernel(env={**os.environ, **environment, "RAR_JAX_WORKDIR": str(workdir)}):
         for index, cell in enumerate(notebook.cells[:place]):
             client.execute_cell(cell, index)
         threading.Thread(target=press_stop, daemon=True).start()
-        with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
-            client.execute_cell(notebook.cells[place], place)
+        try:
+            with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+                client.execute_cell(notebook.cells[place], place)
+        finally:
+            ended.set()
         assert not (workdir / "result.json").exists() and ledger.read(workdir)[-1]["reason"] == "interrupted"
         client.execute_cell(notebook.cells[place], place)
     assert (workdir / "result.json").is_file() and ledger.read(workdir)[-1]["reason"] == "done"

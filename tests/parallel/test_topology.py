@@ -122,7 +122,7 @@ def what_libtpu_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> dict
 
 def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(ConfigError, match=r"pip install 'rar_jax\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]' in the checkout"):
         devices_of(parse_topology("v5e:4x4"))
 
 

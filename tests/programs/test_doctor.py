@@ -39,6 +39,15 @@ def test_a_package_that_is_not_there() -> None:
     assert [problem.what.lower() for problem in found] == ["tensorboardx is not installed"]
     assert found[0].remedy.startswith('pip install "tensorboard')
     assert doctor.missing(importlib.metadata.version) == []
+    (problem,) = doctor.missing(lambda name: None)
+    assert problem.what == "rar_jax is not installed" and problem.remedy.startswith("pip install -e .")
+
+
+def test_versions_that_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("packaging.specifiers", "packaging.requirements"):
+        monkeypatch.setitem(sys.modules, name, None)
+    told = [problem["what"] for problem in doctor.doctor()["problems"]]
+    assert told == ["versions cannot be compared"]
 
 
 def test_a_work_directory_below_a_file(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,13 +132,19 @@ def test_the_tables_are_those_of_the_package() -> None:
 def test_an_accelerator_that_jax_does_not_see() -> None:
     gpu = NOTHING | {"gpu": True}
     (problem,) = missing_accelerator({"cpu"}, gpu, {}, {})
-    assert problem.what == "a GPU is here, and jax sees only cpu" and problem.remedy == "pip install 'rar_jax[cuda12]'"
+    assert (
+        problem.what == "a GPU is here, and jax sees only cpu"
+        and problem.remedy == "pip install -e '.[cuda12]' in the checkout of rar_jax"
+    )
     (problem,) = missing_accelerator({"cpu"}, gpu, GOOD, {"JAX_PLATFORMS": "cpu"})
     assert problem.remedy == "unset JAX_PLATFORMS, which is 'cpu'"
     (problem,) = missing_accelerator({"cpu"}, NOTHING | {"tpu": True}, GOOD, {})
     assert problem.what.startswith("a TPU is here") and "another process holds" in problem.remedy
     (problem,) = missing_accelerator(set(), NOTHING | {"tpu": True}, {}, {})
-    assert problem.what.endswith("sees only nothing") and problem.remedy == "pip install 'rar_jax[tpu]'"
+    assert (
+        problem.what.endswith("sees only nothing")
+        and problem.remedy == "pip install -e '.[tpu]' in the checkout of rar_jax"
+    )
     assert missing_accelerator({"gpu"}, gpu, GOOD, {}) == missing_accelerator({"cuda"}, gpu, GOOD, {}) == []
     assert missing_accelerator({"cpu"}, NOTHING, GOOD, {}) == []
 
@@ -167,7 +182,7 @@ def test_an_accelerator_that_is_asked_for_and_not_there(
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "AssertionError: no plugin of that name is installed" in text
-    assert f"unset JAX_PLATFORMS (it is '{platform}'), or pip install 'rar_jax[cuda12]'" in text
+    assert f"unset JAX_PLATFORMS (it is '{platform}'), or pip install -e '.[cuda12]'" in text
 
 
 def test_a_jax_that_cannot_be_imported(tmp_path: pathlib.Path) -> None:

@@ -85,7 +85,10 @@ def test_sizes_kinds_and_modes(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(capsys, 0, "folder:data", "--image-size", "41")["sizes"]["below"] == 1
     assert report(capsys, 1, "folder:data", "--split", "heldout")["images"] == 1  # dog and eel are empty there
     told = text(capsys, 0, "data")
-    assert told.startswith("folder:data, split train\n") and "2 are turned or mirrored by their EXIF" in told
+    assert (
+        told.startswith("folder:data, split train; --split heldout looks at the others\n")
+        and "2 are turned or mirrored by their EXIF" in told
+    )
 
 
 def test_a_zoo(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
@@ -211,7 +214,7 @@ def test_a_token_store(
     assert (found["records"], found["images"], found["bad_images"], found["shards"]) == (360, 360, 0, 8)
     for key in ("tokenizer_sha256", "codebook_size", "grid", "crops", "source", "tokenizer"):
         assert found[key] == store.card[key]
-    assert main(["inspect", str(straight)]) == 0
+    assert main(["inspect", str(straight), "--progress"]) == 0
     told = capsys.readouterr()
     assert "checksums  verified" in told.out and store.card["tokenizer_sha256"] in told.out
     assert f"rar-jax tokenize --verify {straight} --weights" in told.out

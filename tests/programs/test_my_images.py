@@ -105,6 +105,17 @@ def test_from_released_weights(
     assert len(stores["train"].card["crops"]) == 10 and (tmp_path / "w" / "samples.png").is_file()
 
 
+def test_tokens_of_images_that_the_experiment_does_not_name(
+    released_pair: Any, images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--source stands for config.data.source, where classes are counted."""
+    words = ["tokenize", "--config", "my_images", "--source", f"folder:{images}", "--out", str(tmp_path / "store")]
+    words += ["--weights", str(released_pair.tokenizer), "--quiet", *(f"--config.{x}" for x in TINY_MODELS)]
+    assert main(words) == 0, capsys.readouterr().err
+    store = TokenStore(tmp_path / "store")
+    assert len(store) == 15 and store.card["class_names"] == ["beach", "cat", "tree"]
+
+
 # ---------------------------------------------------------------- counting
 
 

@@ -110,6 +110,8 @@ def test_tokenizing_on_gpus_is_arithmetic(dtype: str, operations: float) -> None
     assert told["rows"] == 32 and told["flops"] == pytest.approx(multiplied(encode, shapes, images), rel=0.02)
     assert told["images_per_second"] == pytest.approx(256 / (told["flops"] / (8 * 0.4 * operations)))
     assert told["minutes"] == pytest.approx(1_281_167 / told["images_per_second"] / 60)
+    ten = plan(experiment_of("rar_b", "data.crop=ten"), parse_topology("gpu:8xH100"), parts=("tokenize",))["tokenize"]
+    assert ten["images"] == 12_811_670
     assert "which is assumed (memory is not counted), if the hosts decode" in plan_text(report)
 
 
@@ -129,8 +131,13 @@ def test_tokens_that_are_not_made_are_not_planned() -> None:
     assert plan_module.parts_of(experiment_of("digits", "data.tokens=store")) == ("train", "sample")
     on_the_fly = experiment_of("digits", "data.on_the_fly=True")
     assert plan_module.parts_of(on_the_fly) == ("train", "sample")
-    with pytest.raises(ConfigError, match="on_the_fly is set: images are encoded in training"):
-        plan(on_the_fly, parse_topology("gpu:1xH100"), parts=("tokenize",))
+    given = experiment_of("digits", "data.tokens=store")
+    for experiment, why in (
+        (on_the_fly, "on_the_fly is set: images are encoded"),
+        (given, "the tokens are there, none are"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            plan(experiment, parse_topology("gpu:1xH100"), parts=("tokenize",))
 
 
 def test_formulas_leave_a_tenth_of_the_memory() -> None:
@@ -203,7 +210,7 @@ def test_the_whole_way(as_if: None) -> None:
     text = plan_text(report)
     assert "training step, mesh data 2 x fsdp 2 x tensor 1" in text and "sampling and FID, 8 images at a time" in text
     assert "tokenizing, 64 images at a time on each chip" in text
-    assert "images/s, if the hosts decode as many: the 1437 to train on in " in text
+    assert "images/s, if the hosts decode as many: 1437 in " in text
     assert json.loads(json.dumps(report)) == report
 
 

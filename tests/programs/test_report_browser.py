@@ -248,8 +248,6 @@ def test_tables(page: Chrome) -> None:
         ["seed", "3"],
         ["guidance", "scale 4, power 1.5"],
         ["images a split", "5000"],
-        ["batch size", "64"],
-        ["images a chunk", "1000"],
         ["device", "TPU v5p"],
         ["mesh", "data 4, fsdp 2"],
         ["jax", "0.10.2"],

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from events import pictures, read_events
+from events import pictures, read_events, scalars
 from PIL import Image
 
 import rar_jax
@@ -68,6 +68,19 @@ def test_grids_are_what_the_weights_of_their_step_draw(workdir: pathlib.Path) ->
     for stage, name, step, grid in (("generator", "samples", 24, last), ("tokenizer", "reconstructions", 12, kept)):
         shown = pictures(read_events(workdir / "tensorboard" / stage))[name, step]
         np.testing.assert_array_equal(shown[::6, ::6], grid.sheet().repeat(3, axis=-1))
+
+
+def test_tensorboard_has_the_scores_and_pictures_of_the_end(workdir: pathlib.Path) -> None:
+    events, result = (
+        read_events(workdir / "tensorboard" / "evaluate"),
+        json.loads((workdir / "result.json").read_text()),
+    )
+    told = scalars(events)
+    assert told["fd_classifier/samples_n40", 24] == pytest.approx(result["fd_classifier"]["samples_n40"], rel=1e-6)
+    assert told["asked_class_share_n40", 24] == pytest.approx(result["asked_class_share_n40"], rel=1e-6)
+    with Image.open(workdir / "samples.png") as image:
+        np.testing.assert_array_equal(pictures(events)["samples", 24], np.asarray(image.convert("RGB")))
+    assert not read_metrics(workdir, "evaluate"), "numbers of the end are no curve"
 
 
 def test_result_names_what_made_it(workdir: pathlib.Path) -> None:

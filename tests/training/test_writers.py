@@ -135,7 +135,7 @@ def test_a_package_that_is_not_there(tmp_path: pathlib.Path, monkeypatch: pytest
     """Nor is a folder of its runs in the working directory, which can be imported, the package."""
     for module in (None, types.ModuleType("wandb")):
         monkeypatch.setitem(sys.modules, "wandb", module)
-        with reporter(tmp_path) as told, pytest.raises(ConfigError, match=r"pip install 'rar_jax\[wandb\]'"):
+        with reporter(tmp_path) as told, pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'"):
             told.metrics(1, {"loss": 1.0})
 
 
