@@ -11,6 +11,7 @@ from rar_jax.evaluation.moments import Moments
 from rar_jax.evaluation.sums import Sums, Totals
 from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.programs.scoring import Settings
+from rar_jax.training import report
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
 NUM, REFERENCE_NUM = 40, 30
@@ -52,7 +53,10 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
     assert equal(straight, totals)
 
 
-def test_accumulate_goes_on_behind_the_last_chunk(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accumulate_goes_on_behind_the_last_chunk(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_in_files", True)
     calls: list[tuple[int, int]] = []
 
     def compute(start: int, count: int) -> Chunk:
