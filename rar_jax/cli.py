@@ -100,9 +100,8 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":
-            jax.config.update(
-                "jax_platforms", "cpu"
-            )  # it reads files; the accelerator is another program's, or not there
+            # It reads files; the accelerator may be another program's, the training's that one asks after, or not there.
+            jax.config.update("jax_platforms", "cpu")
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)

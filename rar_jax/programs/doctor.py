@@ -296,7 +296,7 @@ def _of_folder(workdir: pathlib.Path, folder: pathlib.Path) -> list[Problem]:
     from rar_jax.parallel.storage import trouble
 
     path = workdir.absolute()
-    if file := next((part for part in (path, *path.parents) if part.is_file()), None):
+    if file := next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None):
         return [Problem(f"{workdir} is not a folder", f"{file} is a file", "give another --workdir")]
     if said := trouble(folder):
         remedy = "look at its owner, its mode and how it is mounted, or give another --workdir"

@@ -252,7 +252,7 @@ def _tokenize_by_arithmetic(experiment: Experiment, *, topology: Topology) -> di
     head = _images_to_encode(experiment, topology)
     mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
     flops = (lower_tokenizing(experiment, mesh, head["rows"]).cost_analysis() or {})["flops"]
-    half = experiment.tokenizer.config.dtype == "bfloat16"
+    half = getattr(experiment.tokenizer.config, "dtype", "float32") == "bfloat16"
     seconds = flops / ((topology.chip.flops if half else topology.chip.float32) * GPU_SHARE)
     return {**head, "flops": flops * topology.chips, **_time_to_encode(head, seconds)}
 
