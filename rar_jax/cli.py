@@ -74,8 +74,6 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
 
 def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> int:
     """Does the verb; errors that people can mend are one line."""
-    import jax
-
     from rar_jax.config import PREEMPTED, ConfigError
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
@@ -100,8 +98,6 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":
-            # It reads files; the accelerator may be another program's, the training's that one asks after, or not there.
-            jax.config.update("jax_platforms", "cpu")
             return _inspect(args, overrides)
         if args.verb == "report":
             return _report(args, overrides)
@@ -323,11 +319,15 @@ def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
+    import jax
+
     from rar_jax.config import ConfigError
     from rar_jax.programs.inspect import inspect, tell
 
     if overrides:
         raise ConfigError("inspect takes no --config.* arguments")
+    # It reads files; the accelerator may be another program's, the training's that one asks after, or not there.
+    jax.config.update("jax_platforms", "cpu")
     names = ("split", "image_size", "limit", "problems", "out", "quiet")
     report = inspect(args.what, **{name: getattr(args, name) for name in names})
     print(json.dumps(report, indent=1) if args.json else tell(report))

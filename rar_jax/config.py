@@ -249,7 +249,7 @@ def to_dict(config: Any) -> Any:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines "train.steps: 100 -> 200" for every leaf in which two nested dicts differ; long values from where they do."""
-    a, b = _flatten(old), _flatten(new)
+    a, b = flatten(old), flatten(new)
     absent = "(absent)"
     return [
         f"{key}: {' -> '.join(shortened(str(a.get(key, absent)), str(b.get(key, absent))))}"
@@ -271,11 +271,12 @@ def shortened(a: str, b: str, most: int = 80) -> tuple[str, str]:
     return cut(a), cut(b)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by "section.key"."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -252,9 +252,7 @@ def _cells(row: dict[str, Any] | None) -> str:
 def _sampled(row: dict[str, Any] | None) -> str:
     if row is None or "minutes" not in row:
         return " | ".join(["-"] * 6)
-    hours = row["minutes"] / 60 * row["chips"]
-    numbers = f"{_gib(row['memory'])} | {row['seconds']['all']:.2f} | {row['images_per_second']:,.0f}"
-    return f"{numbers} | {row['minutes']:.1f} | {hours:.1f} | {row['compile_seconds']:.0f}"
+    return f"{_gib(row['memory'])} | {row['seconds']['all']:.2f} | {_timed(row, 1)} | {row['compile_seconds']:.0f}"
 
 
 def _timed(row: dict[str, Any] | None, times: int) -> str:

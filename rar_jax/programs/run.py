@@ -16,7 +16,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from PIL import Image
 
-from rar_jax.config import require, steps_fields
+from rar_jax.config import flatten, require, steps_fields
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import Pipeline, load
@@ -151,8 +151,7 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
 
 def _tell_writers(experiment: Experiment, workdir: Workdir, metrics: dict[str, Any]) -> None:
     """The scores and pictures of the end, for TensorBoard and Weights & Biases, at the generator's last step."""
-    told = {"": metrics, **{f"{name}/": value for name, value in metrics.items() if isinstance(value, dict)}}
-    numbers = {prefix + name: x for prefix, tree in told.items() for name, x in tree.items() if isinstance(x, float)}
+    numbers = {name.replace(".", "/"): x for name, x in flatten(metrics).items() if isinstance(x, float)}
     step = experiment.last_step("generator")
     with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as reporter:
         reporter.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})

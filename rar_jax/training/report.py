@@ -103,7 +103,7 @@ class Reporter:
         with self._room_or_without():
             append(self._jsonl, row)
         known = {name: value for name, value in finite.items() if value is not None}
-        self._tell_writers(lambda writer: writer.scalars(known, int(step)))
+        self.scalars(step, known)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Shows finite numbers in TensorBoard and Weights & Biases alone: what result.json keeps."""

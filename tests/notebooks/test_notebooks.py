@@ -119,7 +119,7 @@ def test_interrupted_training_goes_on(folder: pathlib.Path, environment: dict[st
     client = render.nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
 
     (settings,) = (cell for cell in notebook.cells if cell.source.startswith("SHORT = "))
-    settings.source = settings.source.replace('"train.steps=40"', '"train.steps=400"')  # time to press the button
+    settings.source = settings.source.replace('"train.steps=40"', '"train.steps=120"')  # time to press the button
     ended = threading.Event()
 
     def press_stop() -> None:
