@@ -77,7 +77,6 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.config import PREEMPTED, ConfigError
     from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
-    from rar_jax.interop.torch_zip import WeightsError
     from rar_jax.parallel import mesh
     from rar_jax.parallel.memory import DeviceMemoryError, exhaustion
     from rar_jax.parallel.processes import ProcessError
@@ -89,6 +88,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.training.object_store import ObjectStoreError
     from rar_jax.training.preemption import Preempted
     from rar_jax.training.report import progress_in_files
+    from rar_jax.weights.torch_file import WeightsError
 
     def fail(problem: object, code: int = 1) -> int:
         print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)

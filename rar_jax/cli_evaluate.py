@@ -28,7 +28,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     from rar_jax.training.workdir import Workdir
 
     if not args.inception:
-        from rar_jax.interop.inception import WHERE
+        from rar_jax.weights.inception import WHERE
 
         raise ConfigError(f"give Inception's weights with --inception FILE: {WHERE}")
     workdir = Workdir(args.workdir).fetch() if args.workdir else None

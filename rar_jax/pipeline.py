@@ -15,8 +15,6 @@ from jax.sharding import Mesh
 from rar_jax.config import ConfigError, build, require
 from rar_jax.data import imagenet
 from rar_jax.guidance import Guidance
-from rar_jax.interop import released
-from rar_jax.interop.weights import open_weights, read_directory
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, on_device
@@ -24,6 +22,8 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
 from rar_jax.training.object_store import is_url
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights import registry as released
+from rar_jax.weights.loading import open_weights, read_directory
 
 
 class Pipeline:

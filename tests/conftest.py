@@ -140,9 +140,9 @@ class Pair(NamedTuple):
 def released_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A tiny RAR of 64 tokens and 10 classes, and a tokenizer of 16x16 pixels: random weights, nothing trained."""
     from rar_jax.generators import rar
-    from rar_jax.interop import maskgit_vq as interop_vq
-    from rar_jax.interop import rar as interop_rar
     from rar_jax.tokenizers import maskgit_vq
+    from rar_jax.weights import maskgit_vq as interop_vq
+    from rar_jax.weights import rar as interop_rar
 
     folder = tmp_path_factory.mktemp("released")
     pair = Pair(folder / "rar_mini.bin", folder / "vq_mini.safetensors")

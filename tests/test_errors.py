@@ -24,12 +24,12 @@ from rar_jax import cli
 from rar_jax.config import ConfigError
 from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.evaluation.reference import write_reference
-from rar_jax.interop import maskgit_vq as interop_vq
 from rar_jax.parallel import memory
 from rar_jax.programs import objective, scoring, train
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.training import checkpoint
 from rar_jax.training.lease import Lease
+from rar_jax.weights import maskgit_vq as interop_vq
 
 ROOT = pathlib.Path(__file__).parents[1]
 LOAD = "rar_jax.load('rar.bin', tokenizer='vq.safetensors')"

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "rar_jax").rglob("*.py")) + sorted((ROOT / "experiments").glob("*.py"))
-THE_READER = "rar_jax/interop/torch_zip.py"
+THE_READER = "rar_jax/weights/torch_file.py"
 PRIVATE = ".".join(("jax", "_src"))  # put together, so that a search for it finds offenders only
 EXECUTING = {
     "pickle.load",

@@ -13,11 +13,12 @@ import rar_jax
 from rar_jax import cli
 from rar_jax.config import ConfigError
 from rar_jax.generators import rar as generator
-from rar_jax.interop import maskgit_vq, rar, released
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.manifest import CheckpointError
+from rar_jax.weights import maskgit_vq, rar
+from rar_jax.weights import registry as released
 
 LABELS = [3, 1, 4, 1, 5]
 GUIDANCE = rar_jax.Guidance(3.0, 1.0, 1.1)

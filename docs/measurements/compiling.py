@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
-from rar_jax.interop.released import GENERATORS
 from rar_jax.sampling.sampler import sample_keys
+from rar_jax.weights.registry import GENERATORS
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--models", nargs="+", default=["rar_b", "rar_xxl"])

@@ -13,16 +13,16 @@ import jax
 import numpy as np
 
 from rar_jax.generators.rar import Config
-from rar_jax.interop import maskgit_vq, rar
-from rar_jax.interop.released import GENERATORS
-from rar_jax.interop.weights_file import write
 from rar_jax.programs.convert import convert
 from rar_jax.tokenizers import maskgit_vq as tokenizer
+from rar_jax.weights import maskgit_vq, rar
+from rar_jax.weights.registry import GENERATORS
+from rar_jax.weights.saving import write
 
 CHILD = """
 import re, sys, time, jax
 from rar_jax.interop import rar
-from rar_jax.interop.weights import open_weights
+from rar_jax.weights.loading import open_weights
 jax.devices()
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
 start, began = peak(), time.monotonic()

@@ -1,7 +1,7 @@
 """The Inception network of 2015-12-05 that FID is defined by, for evaluation only, with BatchNorm in the kernels.
 
 It is not the Inception v3 of today's libraries: average pools divide by the real pixels under the window, the last
-block's pool is a maximum, there are 1008 classes, and BatchNorm's epsilon is 1e-3 (interop/inception.py folds it).
+block's pool is a maximum, there are 1008 classes, and BatchNorm's epsilon is 1e-3 (weights/inception.py folds it).
 Source: "Rethinking the Inception Architecture" (arXiv 1512.00567) as the TensorFlow graph of 2015-12-05 has it. The
 names of the submodules are those of the released PyTorch copies.
 

@@ -13,14 +13,14 @@ import rar_jax
 from rar_jax.config import ConfigError, find_module, require, to_dict
 from rar_jax.data import imagenet
 from rar_jax.guidance import Guidance
-from rar_jax.interop import released
-from rar_jax.interop.torch_zip import WeightsError
-from rar_jax.interop.weights import Weights, open_weights
 from rar_jax.sampling.sampler import check_pair
 from rar_jax.training.checkpoint import save_params
 from rar_jax.training.manifest import file_sha256, write_json
 from rar_jax.training.report import progress
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights import registry as released
+from rar_jax.weights.loading import Weights, open_weights
+from rar_jax.weights.torch_file import WeightsError
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -80,7 +80,7 @@ def _open(path: pathlib.Path, part: str | None) -> Weights:
 
 def _to_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
     name = weights.model.module.__name__.rpartition(".")[2]
-    save = find_module("interop", name).save
+    save = find_module("weights", name).save
     parts: tuple[Callable[[], Any], ...] = (
         lambda: save(out, weights.model.config, weights.place()),
         lambda: file_sha256(out),

@@ -23,8 +23,6 @@ from rar_jax.evaluation import moments
 from rar_jax.evaluation.reference import Reference, SamplesWriter, read_reference, write_reference
 from rar_jax.evaluation.sums import Shift
 from rar_jax.guidance import Guidance
-from rar_jax.interop import inception, released
-from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import MeshConfig, make_mesh, matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
@@ -36,6 +34,9 @@ from rar_jax.programs.machine import versions
 from rar_jax.programs.scoring import Network, Program, Settings, check_protocol, metrics, remarks, shift_of
 from rar_jax.training.manifest import file_sha256, write_json
 from rar_jax.training.pictures import grid
+from rar_jax.weights import inception
+from rar_jax.weights import registry as released
+from rar_jax.weights.loading import open_weights
 
 
 def score_samples(

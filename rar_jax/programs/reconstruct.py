@@ -13,8 +13,6 @@ from rar_jax.data.sources import Split
 from rar_jax.evaluation import frechet, moments
 from rar_jax.evaluation.reconstruction import WINDOW, code_usage
 from rar_jax.evaluation.reference import read_reference
-from rar_jax.interop import released
-from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
 from rar_jax.programs.chunks import ChunkStore, accumulate
@@ -22,6 +20,8 @@ from rar_jax.programs.evaluate import cut, load_network, near_the_mean
 from rar_jax.programs.image_sets import open_images
 from rar_jax.programs.scoring import Program, Settings, check_protocol, remarks, shift_of
 from rar_jax.training.manifest import write_json
+from rar_jax.weights import registry as released
+from rar_jax.weights.loading import open_weights
 
 PSNR_OF_EQUAL = 100.0  # decibels, which would be infinite: one equal image would be the mean's whole value
 

@@ -11,8 +11,6 @@ import jax
 from jax.sharding import Mesh
 
 from rar_jax.config import ConfigError, differences, require, to_dict
-from rar_jax.interop.released import locate
-from rar_jax.interop.weights import Weights, open_weights
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.programs.experiment import Experiment
@@ -22,6 +20,8 @@ from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
 from rar_jax.training.writers import wandb_package
+from rar_jax.weights.loading import Weights, open_weights
+from rar_jax.weights.registry import locate
 
 STAGES = ("tokenizer", "classifier", "generator")
 

@@ -28,8 +28,6 @@ from rar_jax.data.loader import Batch, sequential_batches
 from rar_jax.data.sources import ImageSource, Split
 from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import SHARD_RECORDS, TokenStoreWriter, sweep
-from rar_jax.interop.released import locate
-from rar_jax.interop.weights import open_weights
 from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
 from rar_jax.parallel.processes import barrier, from_main, is_main
@@ -39,6 +37,8 @@ from rar_jax.programs.stages import check_tokenizer, origin_sha256, stage_origin
 from rar_jax.sampling.sampler import Model
 from rar_jax.training.report import progress
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights.loading import open_weights
+from rar_jax.weights.registry import locate
 
 log: logging.Logger = logging.getLogger(__name__)
 BATCH = 256

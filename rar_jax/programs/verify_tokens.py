@@ -14,13 +14,13 @@ from rar_jax.data import imagenet
 from rar_jax.data.jsonl import export_jsonl, import_jsonl
 from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import SHARD_RECORDS
-from rar_jax.interop.released import locate
-from rar_jax.interop.weights import open_weights
 from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.stages import origin_sha256
 from rar_jax.sampling.sampler import to_uint8
 from rar_jax.training.pictures import grid
 from rar_jax.training.report import progress
+from rar_jax.weights.loading import open_weights
+from rar_jax.weights.registry import locate
 
 ROWS, COLUMNS = 8, 8  # classes, and images of each, in the picture
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from rar_jax.config import ConfigError, load_experiment
 from rar_jax.data.token_store import StoreError, TokenStore, card_sha256, npy_header, record_dtype
 from rar_jax.evaluation.npz import ReferenceFileError, open_npz
-from rar_jax.interop.torch_zip import WeightsError, read
-from rar_jax.interop.weights_file import write
 from rar_jax.programs.experiment import resolve
+from rar_jax.weights.saving import write
+from rar_jax.weights.torch_file import WeightsError, read
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 EXAMPLES = 150

@@ -19,8 +19,8 @@ from rar_jax.config import PREEMPTED
 from rar_jax.data.sources import load_source
 from rar_jax.data.token_store import TokenStore
 from rar_jax.evaluation.reference import write_reference
-from rar_jax.interop import maskgit_vq
 from rar_jax.tokenizers import maskgit_vq as tokenizer
+from rar_jax.weights import maskgit_vq
 
 VQ = tokenizer.Config(
     image_size=8, channels=1, base_width=8, width_multipliers=(1, 2), blocks_per_level=1, latent_width=8, codebook_size=32

@@ -13,7 +13,7 @@ import scipy.special
 
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
-from rar_jax.interop import rar as released
+from rar_jax.weights import rar as released
 
 SETTINGS = ("const4", "rarB", "rarXL", "nocfg")
 

@@ -12,8 +12,8 @@ import pytest
 
 from rar_jax import cli
 from rar_jax.generators.rar import TINY, init
-from rar_jax.interop import rar
-from rar_jax.interop.torch_zip import read
+from rar_jax.weights import rar
+from rar_jax.weights.torch_file import read
 
 
 def sha256(path: pathlib.Path) -> str:

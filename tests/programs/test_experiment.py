@@ -17,11 +17,11 @@ from PIL import Image
 
 from rar_jax.config import ConfigError, build, load_experiment
 from rar_jax.data.image_source import ImageSource, Split
-from rar_jax.interop.released import GENERATORS, preset
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import Data, Experiment, open_source, resolve
 from rar_jax.sampling.sampler import load_model, sample_images, sample_keys
 from rar_jax.training.recipe import Recipe
+from rar_jax.weights.registry import GENERATORS, preset
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[!_]*.py"))

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 import rar_jax
 from rar_jax.config import ConfigError, load_experiment
 from rar_jax.generators import rar as generator
-from rar_jax.interop import maskgit_vq, rar
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.experiment import Experiment, resolve
 from rar_jax.programs.run import run
@@ -21,6 +20,7 @@ from rar_jax.programs.train import compile_training, start_from, train
 from rar_jax.training.checkpoint import load_params, read_meta
 from rar_jax.training.manifest import file_sha256
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights import maskgit_vq, rar
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 

@@ -16,7 +16,6 @@ from rar_jax.config import ConfigError
 from rar_jax.data.sources import ArraySource, load_source
 from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import TokenStoreWriter
-from rar_jax.interop import maskgit_vq
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import experiment
 from rar_jax.programs import tokenize as program
@@ -24,6 +23,7 @@ from rar_jax.programs.tokenize import write_store
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.manifest import file_sha256
+from rar_jax.weights import maskgit_vq
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

@@ -20,11 +20,11 @@ from rar_jax.cli import main
 from rar_jax.data import imagenet
 from rar_jax.data.token_store import StoreError, TokenStore
 from rar_jax.data.token_writer import TokenStoreWriter
-from rar_jax.interop import maskgit_vq
 from rar_jax.programs.verify_tokens import sample_of
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.training.manifest import file_sha256
 from rar_jax.training.pictures import grid
+from rar_jax.weights import maskgit_vq
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")
 NAMES = ["cat, Felis", "dog", "eel", "fox", "gnu"]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rar_jax.config import ConfigError
-from rar_jax.interop import maskgit_vq as interop
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.tokenizers.maskgit_vq import TINY
+from rar_jax.weights import maskgit_vq as interop
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

@@ -10,8 +10,8 @@ from typing import Any
 from rar_jax.config import ConfigError
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
-from rar_jax.interop.torch_zip import WeightsError
 from rar_jax.training.manifest import file_sha256
+from rar_jax.weights.torch_file import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)

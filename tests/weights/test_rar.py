@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from rar_jax.generators.rar import TINY, init, prepare
-from rar_jax.interop import rar
-from rar_jax.interop.torch_zip import WeightsError, read
+from rar_jax.weights import rar
+from rar_jax.weights.torch_file import WeightsError, read
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rar_jax.interop.torch_zip import WeightsError, read
+from rar_jax.weights.torch_file import WeightsError, read
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq_tiny.bin"
 

@@ -11,12 +11,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rar_jax.generators.rar import TINY, Config, axes, init
-from rar_jax.interop import maskgit_vq, rar
-from rar_jax.interop.lazy import LazyArray, place
-from rar_jax.interop.torch_zip import WeightsError
-from rar_jax.interop.weights_file import write
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import param_shardings
+from rar_jax.weights import maskgit_vq, rar
+from rar_jax.weights.lazy import LazyArray, place
+from rar_jax.weights.saving import write
+from rar_jax.weights.torch_file import WeightsError
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
@@ -63,8 +63,8 @@ def test_damage_that_is_found_while_placing_names_the_file_and_the_tensor(tmp_pa
 
 MEASURE = """
 import re, sys, jax
-from rar_jax.interop import rar
-from rar_jax.interop.lazy import place
+from rar_jax.weights import rar
+from rar_jax.weights.lazy import place
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -15,14 +15,14 @@ import jax
 from jax.sharding import Mesh
 
 from rar_jax.config import ConfigError, find_module, module_names, require
-from rar_jax.interop import lazy
-from rar_jax.interop.torch_zip import WeightsError
 from rar_jax.parallel.mesh import find_devices
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, load_model
 from rar_jax.training.checkpoint import good_step, load_params
 from rar_jax.training.manifest import CheckpointError, file_sha256, verify_manifest
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights import lazy
+from rar_jax.weights.torch_file import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ def open_weights(
         raise ConfigError(f"{path}: no such directory or weights file")
     known = {} if num_tokens is None else {"num_tokens": num_tokens}
     refused: list[WeightsError] = []
-    for name in set(module_names(kind)) & set(module_names("interop")):
+    for name in set(module_names(kind)) & set(module_names("weights")):
         try:
-            config, params = find_module("interop", name).open_params(path, **known)
+            config, params = find_module("weights", name).open_params(path, **known)
         except WeightsError as error:
             refused.append(error)
         else:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rar_jax.interop import maskgit_vq as interop
-from rar_jax.interop.torch_zip import WeightsError, read
 from rar_jax.tokenizers import maskgit_vq
+from rar_jax.weights import maskgit_vq as interop
+from rar_jax.weights.torch_file import WeightsError, read
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY_FILE = GOLDEN / "maskgit_vq_tiny.bin"
