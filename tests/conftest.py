@@ -155,3 +155,6 @@ def released_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     )
     interop_vq.save(pair.tokenizer, vq_config, maskgit_vq.init(vq_config, jax.random.key(1)))
     return pair
+
+
+from stand_ins import cheap, straight, tiny  # noqa: E402, F401 (fixtures; after the settings above, since they import JAX)

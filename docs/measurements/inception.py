@@ -13,7 +13,7 @@ import sys
 
 OURS = """
 import sys, jax, jax.numpy as jnp, numpy as np, time
-from rar_jax.evaluation.features import features
+from rar_jax.metrics.features import features
 from rar_jax.networks.inception import Inception
 batch = int(sys.argv[1])
 params = Inception().init(jax.random.key(0), jnp.zeros((1, 299, 299, 3)))["params"]

@@ -20,7 +20,7 @@ from rar_jax.config import require
 from rar_jax.data.loader import batches
 from rar_jax.data.token_store import TokenStore
 from rar_jax.data.token_writer import TokenStoreWriter
-from rar_jax.evaluation.features import features
+from rar_jax.metrics.features import features
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel import memory

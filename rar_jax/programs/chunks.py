@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rar_jax.evaluation.sums import Sums, Totals
+from rar_jax.metrics.sums import Sums, Totals
 from rar_jax.parallel.processes import ProcessError, barrier, from_main, is_main
 from rar_jax.training.manifest import write_json
 from rar_jax.training.report import progress

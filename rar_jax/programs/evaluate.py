@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 
 from rar_jax.config import require, to_dict
 from rar_jax.data.sources import Split
-from rar_jax.evaluation import moments
 from rar_jax.evaluation.reference import Reference, SamplesWriter, read_reference, write_reference
-from rar_jax.evaluation.sums import Shift
 from rar_jax.guidance import Guidance
+from rar_jax.metrics import moments
+from rar_jax.metrics.sums import Shift
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import MeshConfig, make_mesh, matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main

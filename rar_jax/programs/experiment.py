@@ -17,8 +17,8 @@ from rar_jax.data.image_source import ImageSource, Split, View
 from rar_jax.data.loader import steps_per_epoch
 from rar_jax.data.mixing import period_shares
 from rar_jax.data.sources import load_source
-from rar_jax.evaluation import classifier
 from rar_jax.guidance import Guidance
+from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.sampling.sampler import Model, check_pair

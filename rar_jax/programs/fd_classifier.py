@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.sources import ImageSource
-from rar_jax.evaluation import classifier, frechet, moments
-from rar_jax.evaluation.moments import Moments
 from rar_jax.guidance import Guidance
+from rar_jax.metrics import frechet, moments
+from rar_jax.metrics.moments import Moments
+from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded

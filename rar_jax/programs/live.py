@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rar_jax.evaluation import frechet, inception_score, moments
 from rar_jax.evaluation.reference import read_reference
-from rar_jax.evaluation.sums import Totals
+from rar_jax.metrics import frechet, inception_score, moments
+from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.programs.evaluate import load_network
 from rar_jax.programs.experiment import Experiment

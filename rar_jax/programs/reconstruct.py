@@ -10,9 +10,9 @@ import numpy as np
 
 from rar_jax.config import require
 from rar_jax.data.sources import Split
-from rar_jax.evaluation import frechet, moments
-from rar_jax.evaluation.reconstruction import WINDOW, code_usage
 from rar_jax.evaluation.reference import read_reference
+from rar_jax.metrics import frechet, moments
+from rar_jax.metrics.reconstruction import WINDOW, code_usage
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
 from rar_jax.programs.chunks import ChunkStore, accumulate

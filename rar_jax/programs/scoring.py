@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rar_jax.config import require
-from rar_jax.evaluation import frechet, inception_score, kid, moments, precision_recall, reconstruction, sums
-from rar_jax.evaluation.features import features
 from rar_jax.evaluation.reference import Reference
-from rar_jax.evaluation.sums import Shift, Totals
 from rar_jax.guidance import Guidance
+from rar_jax.metrics import frechet, inception_score, kid, moments, precision_recall, reconstruction, sums
+from rar_jax.metrics.features import features
+from rar_jax.metrics.sums import Shift, Totals
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rar_jax.cli import main
-from rar_jax.evaluation import reference, sums
+from rar_jax.evaluation import reference
+from rar_jax.metrics import sums
 from rar_jax.programs import evaluate, scoring
 
 

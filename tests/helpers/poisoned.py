@@ -13,7 +13,7 @@ import numpy as np
 
 from rar_jax.data.loader import batches
 from rar_jax.data.sources import load_source
-from rar_jax.evaluation import classifier
+from rar_jax.networks import classifier
 
 
 def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = setattr, factor: float = np.nan) -> None:

@@ -1,4 +1,4 @@
-"""The FID network's pools and shapes; its numbers are in tests/evaluation/test_features.py."""
+"""The FID network's pools and shapes; its numbers are in tests/metrics/test_features.py."""
 
 import jax
 import jax.numpy as jnp

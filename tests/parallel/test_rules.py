@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from rar_jax.config import ConfigError, find_module, module_names
-from rar_jax.evaluation import classifier
+from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import is_main

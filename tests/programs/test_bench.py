@@ -14,8 +14,8 @@ import pytest
 
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
-from rar_jax.evaluation import sums
 from rar_jax.generators import rar
+from rar_jax.metrics import sums
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs import bench as bench_program

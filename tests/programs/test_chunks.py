@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rar_jax.evaluation.inception_score import SplitSums
-from rar_jax.evaluation.moments import Moments
-from rar_jax.evaluation.sums import Sums, Totals
+from rar_jax.metrics.inception_score import SplitSums
+from rar_jax.metrics.moments import Moments
+from rar_jax.metrics.sums import Sums, Totals
 from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.programs.scoring import Settings
 from rar_jax.training import report

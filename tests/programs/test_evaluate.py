@@ -17,9 +17,9 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.config import ConfigError
 from rar_jax.data.sources import load_source
-from rar_jax.evaluation import frechet, moments
 from rar_jax.evaluation.reference import ImageFile, Reference, write_reference
-from rar_jax.evaluation.sums import Totals
+from rar_jax.metrics import frechet, moments
+from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs import evaluate
 from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate

@@ -9,7 +9,7 @@ import pytest
 
 from rar_jax import cli, load
 from rar_jax.config import ConfigError, load_experiment
-from rar_jax.evaluation import frechet
+from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import evaluate, evaluate_steps, fd_classifier, scoring
 from rar_jax.programs.experiment import resolve

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rar_jax import cli
 from rar_jax.config import ConfigError
-from rar_jax.evaluation import frechet
+from rar_jax.metrics import frechet
 from rar_jax.programs import evaluate
 from rar_jax.programs.reconstruct import reconstruct
 from rar_jax.programs.scoring import Settings

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.evaluation import frechet
 from rar_jax.evaluation.reference import read_reference
+from rar_jax.metrics import frechet
 from rar_jax.programs import evaluate
 from rar_jax.programs.scoring import Settings
 

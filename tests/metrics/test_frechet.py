@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from rar_jax.evaluation import frechet
+from rar_jax.metrics import frechet
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "metrics.npz")
 Gaussian = tuple[np.ndarray, np.ndarray]

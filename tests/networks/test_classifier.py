@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from rar_jax.config import ConfigError
-from rar_jax.evaluation import classifier
+from rar_jax.networks import classifier
 
 TINY = classifier.TINY
 

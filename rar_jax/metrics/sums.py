@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rar_jax.evaluation import inception_score, moments
-from rar_jax.evaluation.inception_score import SplitSums
-from rar_jax.evaluation.moments import Moments
+from rar_jax.metrics import inception_score, moments
+from rar_jax.metrics.inception_score import SplitSums
+from rar_jax.metrics.moments import Moments
 
 POOL3, SPATIAL, CLASSES = 2048, 2023, 1008
 

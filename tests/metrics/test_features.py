@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rar_jax.config import ConfigError
-from rar_jax.evaluation import features as module
-from rar_jax.evaluation.features import features, resize_half_pixel, resize_tf1
+from rar_jax.metrics import features as module
+from rar_jax.metrics.features import features, resize_half_pixel, resize_tf1
 from rar_jax.weights import inception as interop
 
 GOLDEN_DIR = pathlib.Path(__file__).parents[1] / "golden"

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rar_jax.evaluation import precision_recall as module
-from rar_jax.evaluation.precision_recall import precision_recall
+from rar_jax.metrics import precision_recall as module
+from rar_jax.metrics.precision_recall import precision_recall
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.evaluation import inception_score as inception
+from rar_jax.metrics import inception_score as inception
 
 _split_sums = jax.jit(inception.split_sums)
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.evaluation import moments
+from rar_jax.metrics import moments
 
 
 def _features(n: int, d: int = 6) -> np.ndarray:

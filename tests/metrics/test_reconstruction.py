@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.evaluation.reconstruction import psnr, reconstruction, ssim
+from rar_jax.metrics.reconstruction import psnr, reconstruction, ssim
 
 _reconstruction = jax.jit(reconstruction)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from rar_jax.evaluation.moments import Moments
+from rar_jax.metrics.moments import Moments
 
 
 def distance(

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rar_jax.evaluation import kid as module
-from rar_jax.evaluation.kid import kid, kid_subsets
+from rar_jax.metrics import kid as module
+from rar_jax.metrics.kid import kid, kid_subsets
 
 
 def _brute(x: np.ndarray, y: np.ndarray) -> float:

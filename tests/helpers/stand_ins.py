@@ -13,8 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from rar_jax.config import load_experiment
-from rar_jax.evaluation import sums
 from rar_jax.evaluation.reference import read_reference
+from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import evaluate, evaluate_steps, live, reconstruct, scoring
 from rar_jax.programs.experiment import Experiment, resolve
