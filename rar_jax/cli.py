@@ -75,7 +75,6 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
 def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> int:
     """Does the verb; errors that people can mend are one line."""
     from rar_jax.config import PREEMPTED, ConfigError
-    from rar_jax.data.token_store import StoreError
     from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.parallel import mesh
     from rar_jax.parallel.memory import DeviceMemoryError, exhaustion
@@ -83,6 +82,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.parallel.storage import StorageError
     from rar_jax.programs import refusals
     from rar_jax.programs.train import TrainingError
+    from rar_jax.tokens.store import StoreError
     from rar_jax.training.lease import LeaseError
     from rar_jax.training.manifest import CheckpointError
     from rar_jax.training.object_store import ObjectStoreError
@@ -179,7 +179,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         _say(score(args, overrides))
         return
 
-    from rar_jax.programs.experiment import resolve
+    from rar_jax.experiment import resolve
     from rar_jax.training.workdir import Workdir
 
     if args.verb == "tokenize" and not args.config:
@@ -215,7 +215,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
                 _say(headline(experiment, workdir, mesh))
             train(experiment, args.stage, workdir, mesh, quiet=args.quiet, session=around)
         elif args.verb == "tokenize":
-            from rar_jax.programs.tokenize import tokenize
+            from rar_jax.tokens.tokenize import tokenize
 
             for split in ("train", "heldout"):
                 tokenize(experiment, workdir, mesh, split, quiet=args.quiet)
@@ -236,8 +236,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax
 
     from rar_jax.config import load_experiment
+    from rar_jax.experiment import resolve
     from rar_jax.parallel.topology import parse_topology
-    from rar_jax.programs.experiment import resolve
     from rar_jax.programs.plan import parts_of, plan
     from rar_jax.programs.plan_search import search, search_text
     from rar_jax.programs.plan_text import plan_text
@@ -275,16 +275,16 @@ def _say(text: str) -> None:
 
 def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import ConfigError, load_experiment
-    from rar_jax.data.token_writer import SHARD_RECORDS
+    from rar_jax.experiment import resolve
     from rar_jax.parallel.processes import is_main
-    from rar_jax.programs.experiment import resolve
+    from rar_jax.tokens.writer import SHARD_RECORDS
 
     if args.workdir or sum(x is not None for x in (args.verify, args.import_, args.export, args.source)) != 1:
         raise ConfigError("give one of --workdir (alone), --source, --verify, --import and --export: see --help")
     if not args.source and not is_main():
         return  # files in and out: process 0's work
     if args.verify:
-        from rar_jax.programs.verify_tokens import verify_tokens
+        from rar_jax.tokens.verify import verify_tokens
 
         keywords = {name: getattr(args, name) for name in ("weights", "out", "download", "quiet")}
         print(verify_tokens(args.verify, **keywords))
@@ -298,17 +298,17 @@ def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
         experiment = resolve(load_experiment(args.config, [*overrides, *instead]), pathlib.Path(args.config).stem)
     common = {"shard_records": SHARD_RECORDS if args.shard_records is None else args.shard_records, "quiet": args.quiet}
     if args.export:
-        from rar_jax.programs.verify_tokens import export_tokens
+        from rar_jax.tokens.verify import export_tokens
 
         export_tokens(args.export, args.out, quiet=args.quiet)
     elif args.import_:
-        from rar_jax.programs.verify_tokens import import_tokens
+        from rar_jax.tokens.verify import import_tokens
 
         sizes = {"codebook_size": args.codebook_size, "num_classes": args.num_classes}
         import_tokens(args.import_, args.out, experiment=experiment, **sizes, **common)
     else:
         from rar_jax.parallel.mesh import make_mesh
-        from rar_jax.programs.tokenize import tokenize_source
+        from rar_jax.tokens.tokenize import tokenize_source
 
         if experiment is None or not args.weights:
             raise ConfigError("tokenize --source needs --config (what the images are) and --weights (the tokenizer)")
@@ -366,9 +366,9 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     import json
 
     from rar_jax.config import ConfigError, load_experiment
+    from rar_jax.experiment import resolve
     from rar_jax.programs.bench import bench, table
     from rar_jax.programs.bench_cases import Options
-    from rar_jax.programs.experiment import resolve
 
     try:
         sizes = tuple(int(x) for x in args.batch_size.split(",")) if args.batch_size else ()

@@ -22,11 +22,11 @@ from PIL import Image
 
 from rar_jax import cli
 from rar_jax.config import ConfigError
-from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.parallel import memory
 from rar_jax.programs import objective, scoring, train
 from rar_jax.tokenizers import maskgit_vq
+from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.training import checkpoint
 from rar_jax.training.lease import Lease
 from rar_jax.weights import maskgit_vq as interop_vq

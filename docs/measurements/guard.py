@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from rar_jax.config import load_experiment
+from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.rules import sharded
-from rar_jax.programs.experiment import resolve
 from rar_jax.programs.train import compile_training
 from rar_jax.training import guard
 from rar_jax.training.checkpoint import Checkpointer

@@ -31,7 +31,7 @@ PLACE_STEPS, PLACE_ROUNDS = 100, 15
 
 def write(folder: pathlib.Path) -> None:
     """The same records as a token store and as JSONL."""
-    from rar_jax.data.token_writer import TokenStoreWriter
+    from rar_jax.tokens.writer import TokenStoreWriter
 
     card = {"codebook_size": CODEBOOK, "grid": [TOKENS], "num_classes": CLASSES, "crops": ["whole image"]}
     card |= {"class_names": [str(c) for c in range(CLASSES)], "source": "random", "tokenizer_sha256": None}
@@ -59,7 +59,7 @@ def memory() -> dict[str, float]:
 
 def ours(folder: pathlib.Path, seed: int) -> Iterator[dict[str, np.ndarray]]:
     from rar_jax.data.loader import batches
-    from rar_jax.data.token_store import TokenStore
+    from rar_jax.tokens.store import TokenStore
 
     return batches(TokenStore(folder / "store"), global_batch=BATCH, seed=seed, start_step=0)
 

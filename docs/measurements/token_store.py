@@ -19,7 +19,9 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from rar_jax.data import loader, token_store, token_writer
+from rar_jax.data import loader
+from rar_jax.tokens import store as token_store
+from rar_jax.tokens import writer as token_writer
 
 RECORDS, TOKENS, BATCH, SHARDS, ROUNDS = 200_000, 256, 256, 4, 5
 CODEBOOK, CLASSES = 1024, 1000

@@ -62,8 +62,8 @@ def part_of(name: str) -> str:
 def attempts(name: str) -> Iterator[tuple[list[str], Any, Any]]:
     """Flags, the experiment with them, and the topology: as the file is, then, of training, each remedy."""
     from rar_jax.config import load_experiment
+    from rar_jax.experiment import resolve
     from rar_jax.parallel.topology import parse_topology
-    from rar_jax.programs.experiment import resolve
     from rar_jax.programs.plan import remedies_of
 
     model, slice_, slices, batch = cells()[name]

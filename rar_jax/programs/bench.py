@@ -13,11 +13,11 @@ import jax
 from jax.sharding import Mesh
 
 from rar_jax.config import require
+from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import bench_cases
 from rar_jax.programs.bench_cases import Case, Cases, Options
 from rar_jax.programs.ceilings import Ceilings, Cost, measure_ceilings
-from rar_jax.programs.experiment import Experiment
 from rar_jax.training.report import progress
 
 CASES: dict[str, Cases] = {

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.sources import ImageSource
+from rar_jax.experiment import Experiment, open_source
 from rar_jax.guidance import Guidance
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.moments import Moments
@@ -25,7 +26,6 @@ from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
-from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.stages import trained_params
 from rar_jax.sampling.sampler import sample_images, sample_keys
 from rar_jax.training.report import progress

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.programs.experiment import Experiment, open_source
 from rar_jax.programs.stages import trained_params
 from rar_jax.sampling.sampler import sample_images, sample_keys, to_uint8
 from rar_jax.training.grids import Grid, spread

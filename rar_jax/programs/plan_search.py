@@ -9,9 +9,9 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from rar_jax.config import ConfigError
+from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import AXES, MeshConfig
 from rar_jax.parallel.topology import Topology
-from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.plan import plan
 from rar_jax.programs.plan_programs import held_bytes
 from rar_jax.programs.plan_text import gib, mesh_text

@@ -11,9 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 from rar_jax.config import ConfigError, differences, require, to_dict
+from rar_jax.experiment import Experiment
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import param_shardings
-from rar_jax.programs.experiment import Experiment
 from rar_jax.sampling.sampler import Model
 from rar_jax.training.checkpoint import good_step, load_params, read_meta, save_params
 from rar_jax.training.manifest import CheckpointError

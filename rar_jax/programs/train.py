@@ -21,12 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
+from rar_jax.experiment import Experiment
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
-from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.live import Numbers, best_by, live_scorers
 from rar_jax.programs.live_grids import live_grid
 from rar_jax.programs.objective import Objective, encoded, make_objective

@@ -15,8 +15,8 @@ from rar_jax.config import ConfigError
 from rar_jax.data import loader
 from rar_jax.data.loader import Batch, batch_digest, batches, draws, sequential_batches, shuffled
 from rar_jax.data.sources import ImageSource, load_source
-from rar_jax.data.token_store import TokenStore
-from rar_jax.data.token_writer import TokenStoreWriter
+from rar_jax.tokens.store import TokenStore
+from rar_jax.tokens.writer import TokenStoreWriter
 
 BATCH = 48  # 360 held-out digits: 7.5 batches an epoch, so that epochs are straddled
 

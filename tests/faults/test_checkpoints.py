@@ -20,8 +20,8 @@ import tensorstore as ts
 from commands import TINY
 
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.programs.experiment import resolve
 from rar_jax.programs.train import compile_training
 from rar_jax.training import checkpoint, guard, manifest
 from rar_jax.training.checkpoint import Checkpointer, best_steps, good_step, load_params, save_params

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rar_jax.config import ConfigError, load_experiment
-from rar_jax.data.token_store import StoreError, TokenStore, card_sha256, npy_header, record_dtype
 from rar_jax.evaluation.npz import ReferenceFileError, open_npz
-from rar_jax.programs.experiment import resolve
+from rar_jax.experiment import resolve
+from rar_jax.tokens.store import StoreError, TokenStore, card_sha256, npy_header, record_dtype
 from rar_jax.weights.saving import write
 from rar_jax.weights.torch_file import WeightsError, read
 

@@ -19,7 +19,7 @@ from commands import Command, finish, start, state_of, terminate, wait_for
 from stopped import RECIPE, StopAt, stage, told
 
 from rar_jax.config import PREEMPTED, load_experiment
-from rar_jax.programs.experiment import resolve
+from rar_jax.experiment import resolve
 from rar_jax.programs.session import Session
 from rar_jax.programs.train import TrainingError, give_up
 from rar_jax.training import checkpoint, guard

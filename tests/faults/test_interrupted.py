@@ -17,9 +17,9 @@ from commands import TINY, Command, finish, start, terminate, wait_for
 
 from rar_jax.config import PREEMPTED
 from rar_jax.data.sources import load_source
-from rar_jax.data.token_store import TokenStore
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.tokenizers import maskgit_vq as tokenizer
+from rar_jax.tokens.store import TokenStore
 from rar_jax.weights import maskgit_vq
 
 VQ = tokenizer.Config(
@@ -54,7 +54,7 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Callable[..., l
         return start("tokenize", None, *flags, "--out", str(out), **rest)
 
     finish(begin(folder / "straight"))
-    writer = "rar_jax.data.token_writer:TokenStoreWriter"
+    writer = "rar_jax.tokens.writer:TokenStoreWriter"
     return functools.partial(begin, before=functools.partial(poisoned.slow, writer, "shard", 0.05)), folder / "straight"
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rar_jax.config import load_experiment
+from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session
 from rar_jax.programs.train import train
 from rar_jax.training.ledger import Ledger

@@ -20,10 +20,10 @@ from commands import TINY, Command, environment, finish, start, state_of, termin
 from jax.experimental import multihost_utils
 
 from rar_jax.config import PREEMPTED, load_experiment
+from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
 from rar_jax.programs import stages
-from rar_jax.programs.experiment import resolve
 from rar_jax.programs.session import Session, session
 from rar_jax.programs.train import train
 from rar_jax.training import checkpoint, ledger

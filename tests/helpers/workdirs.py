@@ -10,7 +10,7 @@ import numpy as np
 from commands import TINY
 
 from rar_jax.config import load_experiment
-from rar_jax.programs.experiment import resolve
+from rar_jax.experiment import resolve
 from rar_jax.training.grids import Grid
 from rar_jax.training.ledger import Ledger
 from rar_jax.training.report import Reporter

@@ -14,6 +14,7 @@ import pytest
 
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.experiment import Experiment, resolve
 from rar_jax.generators import rar
 from rar_jax.metrics import sums
 from rar_jax.parallel import memory
@@ -23,7 +24,6 @@ from rar_jax.programs import bench_cases, ceilings, scoring
 from rar_jax.programs.bench import CASES, _result, _share, _time, bench, table
 from rar_jax.programs.bench_cases import Case, Options
 from rar_jax.programs.ceilings import Ceilings, Cost
-from rar_jax.programs.experiment import Experiment, resolve
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 KEYS = {

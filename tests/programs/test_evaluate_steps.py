@@ -9,10 +9,10 @@ import pytest
 
 from rar_jax import cli, load
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.experiment import resolve
 from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import evaluate, evaluate_steps, fd_classifier, scoring
-from rar_jax.programs.experiment import resolve
 from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.programs.scoring import Settings
 from rar_jax.training.checkpoint import best_steps, good_steps, load_params, mark_best

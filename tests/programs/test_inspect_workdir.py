@@ -15,7 +15,7 @@ from commands import environment
 
 from rar_jax.cli import main
 from rar_jax.config import load_experiment
-from rar_jax.programs.experiment import resolve
+from rar_jax.experiment import resolve
 from rar_jax.training.checkpoint import mark_best
 from rar_jax.training.lease import Lease
 from rar_jax.training.ledger import Ledger

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from rar_jax.config import ConfigError
+from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.experiment import Experiment
 from rar_jax.programs.run import run
 from rar_jax.programs.stages import finished
-from rar_jax.programs.tokenize import tokenize
 from rar_jax.programs.train import train
+from rar_jax.tokens.tokenize import tokenize
 from rar_jax.training.checkpoint import load_params, read_meta
 from rar_jax.training.manifest import CheckpointError
 from rar_jax.training.report import read_metrics

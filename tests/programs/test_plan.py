@@ -17,12 +17,12 @@ from jax.sharding import AbstractMesh
 
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.experiment import Experiment, resolve
 from rar_jax.parallel import hlo
 from rar_jax.parallel.mesh import AXES
 from rar_jax.parallel.topology import parse_topology
 from rar_jax.programs import plan as plan_module
 from rar_jax.programs import plan_programs, plan_search
-from rar_jax.programs.experiment import Experiment, resolve
 from rar_jax.programs.plan import plan, remedies_of
 from rar_jax.programs.plan_programs import DoesNotFitError
 from rar_jax.programs.plan_text import plan_text

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 import rar_jax
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.experiment import Experiment, resolve
 from rar_jax.generators import rar as generator
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.experiment import Experiment, resolve
 from rar_jax.programs.run import run
 from rar_jax.programs.train import compile_training, start_from, train
 from rar_jax.training.checkpoint import load_params, read_meta

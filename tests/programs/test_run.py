@@ -13,11 +13,11 @@ from PIL import Image
 import rar_jax
 from rar_jax.cli import main
 from rar_jax.config import ConfigError
-from rar_jax.data.token_store import TokenStore
 from rar_jax.metrics import frechet
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.sampling.sampler import load_model
+from rar_jax.tokens.store import TokenStore
 from rar_jax.training import grids
 from rar_jax.training.checkpoint import good_step, load_params
 from rar_jax.training.manifest import verify_manifest

@@ -17,8 +17,8 @@ from commands import TINY
 
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.experiment import resolve
 from rar_jax.programs import session
-from rar_jax.programs.experiment import resolve
 from rar_jax.training import bucket, lease, ledger, object_store, preemption
 from rar_jax.training.lease import LeaseError
 from rar_jax.training.object_store import WRITER, Mirror, ObjectStoreError

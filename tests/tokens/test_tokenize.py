@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rar_jax import experiment
 from rar_jax.config import ConfigError
 from rar_jax.data.sources import ArraySource, load_source
-from rar_jax.data.token_store import StoreError, TokenStore
-from rar_jax.data.token_writer import TokenStoreWriter
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs import experiment
-from rar_jax.programs import tokenize as program
-from rar_jax.programs.tokenize import write_store
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
+from rar_jax.tokens import tokenize as program
+from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.tokens.tokenize import write_store
+from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.training.manifest import file_sha256
 from rar_jax.weights import maskgit_vq
 

@@ -1,6 +1,6 @@
 """Every experiment resolves to what its golden file says, and traces; every impossible one is refused in one clear line.
 
-After an intended change: UPDATE_GOLDEN=1 pytest tests/programs/test_experiment.py, and read the difference.
+After an intended change: UPDATE_GOLDEN=1 pytest tests/test_experiment.py, and read the difference.
 """
 
 import functools
@@ -17,13 +17,13 @@ from PIL import Image
 
 from rar_jax.config import ConfigError, build, load_experiment
 from rar_jax.data.image_source import ImageSource, Split
+from rar_jax.experiment import Data, Experiment, open_source, resolve
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.experiment import Data, Experiment, open_source, resolve
 from rar_jax.sampling.sampler import load_model, sample_images, sample_keys
 from rar_jax.training.recipe import Recipe
 from rar_jax.weights.registry import GENERATORS, preset
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[!_]*.py"))
 
 

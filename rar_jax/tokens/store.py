@@ -4,7 +4,7 @@
     DIR/shard-00000-of-00004.npy      structured array: tokens <u2 or <u4 (n,), label <i4, source_id <i8, crop <i2
 
 Record i of the store is record i of the shards laid end to end. Plain .npy and not ArrayRecord, by
-measurement: docs/measurements/token_store.md. Stores are written by data/token_writer.py.
+measurement: docs/measurements/token_store.md. Stores are written by tokens/writer.py.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.data.token_store import (
+from rar_jax.tokens.store import (
     CARD_KEYS,
     SCHEMA_VERSION,
     Counts,

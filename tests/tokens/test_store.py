@@ -16,9 +16,9 @@ import grain
 import numpy as np
 import pytest
 
-from rar_jax.data import token_store
-from rar_jax.data.token_store import StoreError, TokenStore, card_sha256
-from rar_jax.data.token_writer import TokenStoreWriter, shards_of
+from rar_jax.tokens import store as token_store
+from rar_jax.tokens.store import StoreError, TokenStore, card_sha256
+from rar_jax.tokens.writer import TokenStoreWriter, shards_of
 
 RECORDS, GRID, CLASSES = 103, [2, 3], 5
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

@@ -1,0 +1,1 @@
+"""Stored tokens: tokenize images into a store, open, verify, import and export it."""
