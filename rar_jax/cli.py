@@ -196,7 +196,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         return
 
     from rar_jax.parallel.mesh import make_mesh
-    from rar_jax.programs.stages import check_start
+    from rar_jax.weights.stages import check_start
 
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
@@ -224,7 +224,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         else:
             import json
 
-            from rar_jax.programs.fd_classifier import evaluate
+            from rar_jax.evaluation.fd_classifier import evaluate
 
             _say(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
             around.ledger.lap("evaluating")

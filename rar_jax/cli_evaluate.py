@@ -20,11 +20,11 @@ def parse_guidance(text: str | None) -> Any:
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     """Scores what the flags name; what is to be said of it."""
     from rar_jax.config import ConfigError, build, load_experiment
+    from rar_jax.evaluation.program import Settings
+    from rar_jax.evaluation.reconstructions import reconstruct
+    from rar_jax.evaluation.scores import reference_of, score_images, score_samples, summary
+    from rar_jax.evaluation.steps import score_steps, steps_table
     from rar_jax.guidance import Guidance
-    from rar_jax.programs.evaluate import reference_of, score_images, score_samples, summary
-    from rar_jax.programs.evaluate_steps import score_steps, steps_table
-    from rar_jax.programs.reconstruct import reconstruct
-    from rar_jax.programs.scoring import Settings
     from rar_jax.training.workdir import Workdir
 
     if not args.inception:

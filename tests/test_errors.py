@@ -22,9 +22,10 @@ from PIL import Image
 
 from rar_jax import cli
 from rar_jax.config import ConfigError
+from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.parallel import memory
-from rar_jax.programs import objective, scoring, train
+from rar_jax.programs import objective, train
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.training import checkpoint
@@ -199,7 +200,7 @@ def exhausted_while_training(at: Place) -> None:
 
 @case("Devices and memory", "Memory is exhausted while scoring")
 def exhausted_while_scoring(at: Place) -> None:
-    at.patch.setattr("rar_jax.programs.evaluate.load_network", lambda *_: scoring.Network({}, "0" * 64))
+    at.patch.setattr("rar_jax.evaluation.scores.load_network", lambda *_: scoring.Network({}, "0" * 64))
     at.patch.setattr(scoring.Program, "images", lambda *_: exhausted)
     np.savez("theirs.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     at.how = "where the program asks for 2^50 bytes"

@@ -1,1 +1,1 @@
-"""From images to numbers: features, moments and distances. Knows images, not who made them."""
+"""The scoring loop: samples or sets of images to features to numbers, resumable."""

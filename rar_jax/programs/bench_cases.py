@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from rar_jax.config import require
 from rar_jax.data.loader import batches
+from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
 from rar_jax.metrics.features import features
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
@@ -27,12 +28,11 @@ from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.programs.ceilings import Cost
-from rar_jax.programs.scoring import Network, Program, Settings
-from rar_jax.programs.stages import model_shardings
 from rar_jax.programs.train import compile_training
 from rar_jax.sampling.sampler import Model, sample_images, sample_keys
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
+from rar_jax.weights.stages import model_shardings
 
 # What each bench can be told besides the batch size.
 READS: dict[str, tuple[str, ...]] = {

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rar_jax.evaluation.fd_classifier import Scorer
+from rar_jax.evaluation.program import Program, Settings, check_protocol, shift_of
 from rar_jax.evaluation.reference import read_reference
+from rar_jax.evaluation.scores import load_network
 from rar_jax.experiment import Experiment
 from rar_jax.metrics import frechet, inception_score, moments
 from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.programs.evaluate import load_network
-from rar_jax.programs.fd_classifier import Scorer
-from rar_jax.programs.scoring import Program, Settings, check_protocol, shift_of
-from rar_jax.programs.stages import trained_params
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights.stages import trained_params
 
 
 class Numbers(NamedTuple):

@@ -17,16 +17,15 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from rar_jax.config import flatten, require, steps_fields
+from rar_jax.evaluation.fd_classifier import evaluate
+from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation.scores import score_samples
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import Pipeline, load
-from rar_jax.programs.evaluate import score_samples
-from rar_jax.programs.fd_classifier import evaluate
 from rar_jax.programs.machine import where
-from rar_jax.programs.scoring import Settings
 from rar_jax.programs.session import Session, session
-from rar_jax.programs.stages import check_start, finished
 from rar_jax.programs.train import train
 from rar_jax.tokens.tokenize import tokenize
 from rar_jax.training.grids import spread
@@ -35,6 +34,7 @@ from rar_jax.training.pictures import curves, grid, pairs
 from rar_jax.training.preemption import Watch
 from rar_jax.training.report import Reporter, read_metrics
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights.stages import check_start, finished
 
 PICTURES = ("samples.png", "reconstructions.png", "curves.png")
 

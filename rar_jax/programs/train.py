@@ -31,7 +31,6 @@ from rar_jax.programs.live import Numbers, best_by, live_scorers
 from rar_jax.programs.live_grids import live_grid
 from rar_jax.programs.objective import Objective, encoded, make_objective
 from rar_jax.programs.session import Session
-from rar_jax.programs.stages import STAGES, evaluated, given_generator, take_over_tokenizer, trained_params
 from rar_jax.programs.telling import Telling
 from rar_jax.sampling.sampler import Model
 from rar_jax.training import guard
@@ -43,6 +42,7 @@ from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.report import Reporter
 from rar_jax.training.state import Batch, State, make_init, make_train_step, state_shardings
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights.stages import STAGES, evaluated, given_generator, take_over_tokenizer, trained_params
 
 
 class TrainingError(RuntimeError):

@@ -10,11 +10,11 @@ from commands import state_of
 from stopped import StopAt, stage, tiny, told
 
 from rar_jax.programs import train
-from rar_jax.programs.stages import finished
 from rar_jax.training.checkpoint import Checkpointer, best_steps, good_step
 from rar_jax.training.preemption import Preempted
 from rar_jax.training.report import Reporter
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights.stages import finished
 
 
 @pytest.fixture(scope="module")

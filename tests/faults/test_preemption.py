@@ -23,7 +23,6 @@ from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
-from rar_jax.programs import stages
 from rar_jax.programs.session import Session, session
 from rar_jax.programs.train import train
 from rar_jax.training import checkpoint, ledger
@@ -34,6 +33,7 @@ from rar_jax.training.object_store import ObjectStoreError
 from rar_jax.training.preemption import Preempted, Watch
 from rar_jax.training.report import read_metrics
 from rar_jax.training.workdir import Workdir
+from rar_jax.weights import stages
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLASSIFIER = ("--stage=classifier", "--quiet")

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rar_jax.cli import main
+from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation import reference
+from rar_jax.evaluation import scores as evaluate
 from rar_jax.metrics import sums
-from rar_jax.programs import evaluate, scoring
 
 
 def features(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Array]:

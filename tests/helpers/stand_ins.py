@@ -13,12 +13,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from rar_jax.config import load_experiment
+from rar_jax.evaluation import program as scoring
+from rar_jax.evaluation import reconstructions as reconstruct
+from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation import steps as evaluate_steps
+from rar_jax.evaluation.program import Network
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs import evaluate, evaluate_steps, live, reconstruct, scoring
-from rar_jax.programs.scoring import Network
+from rar_jax.programs import live
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens.tokenize import tokenize_source
 from rar_jax.weights import maskgit_vq

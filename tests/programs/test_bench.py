@@ -14,13 +14,14 @@ import pytest
 
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.evaluation import program as scoring
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.generators import rar
 from rar_jax.metrics import sums
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs import bench as bench_program
-from rar_jax.programs import bench_cases, ceilings, scoring
+from rar_jax.programs import bench_cases, ceilings
 from rar_jax.programs.bench import CASES, _result, _share, _time, bench, table
 from rar_jax.programs.bench_cases import Case, Options
 from rar_jax.programs.ceilings import Ceilings, Cost

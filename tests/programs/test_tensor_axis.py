@@ -11,9 +11,10 @@ import pytest
 
 from rar_jax import Guidance, cli, load
 from rar_jax.config import ConfigError
+from rar_jax.evaluation import program as scoring
+from rar_jax.evaluation import scores as evaluate
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.programs import evaluate, scoring
 from rar_jax.sampling.sampler import sample_keys
 
 GUIDANCE = Guidance(2.0, 1.0, 1.0)

@@ -152,7 +152,7 @@ def test_wrong_data_sections(tiny: Any, data: dict[str, Any], problem: str) -> N
 
 def test_old_card_of_a_directory_is_kept(tiny: Any, workdir: Workdir) -> None:
     """A work directory of before: schema 1, and the hash of its own checkpoint."""
-    from rar_jax.programs.stages import finished
+    from rar_jax.weights.stages import finished
 
     folder, experiment = workdir.tokens("heldout"), tiny.experiment()
     new = contents(folder)

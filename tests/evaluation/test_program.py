@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation.program import Settings
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.metrics import frechet
-from rar_jax.programs import evaluate
-from rar_jax.programs.scoring import Settings
 
 NUM, REFERENCE_NUM = 20, 16
 Features = dict[str, np.ndarray]

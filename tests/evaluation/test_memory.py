@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from rar_jax.config import ConfigError
+from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation.program import Settings
 from rar_jax.parallel import memory
-from rar_jax.programs import evaluate
-from rar_jax.programs.scoring import Settings
 
 
 @pytest.mark.usefixtures("cheap")

@@ -19,6 +19,9 @@ from jax.sharding import Mesh
 
 from rar_jax.config import require, to_dict
 from rar_jax.data.sources import Split
+from rar_jax.evaluation.chunks import ChunkStore, accumulate
+from rar_jax.evaluation.image_sets import ImageSet, NpzImages, open_images
+from rar_jax.evaluation.program import Network, Program, Settings, check_protocol, metrics, remarks, shift_of
 from rar_jax.evaluation.reference import Reference, SamplesWriter, read_reference, write_reference
 from rar_jax.guidance import Guidance
 from rar_jax.metrics import moments
@@ -28,10 +31,7 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh, matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated
 from rar_jax.pipeline import Pipeline, load
-from rar_jax.programs.chunks import ChunkStore, accumulate
-from rar_jax.programs.image_sets import ImageSet, NpzImages, open_images
 from rar_jax.programs.machine import versions
-from rar_jax.programs.scoring import Network, Program, Settings, check_protocol, metrics, remarks, shift_of
 from rar_jax.training.manifest import file_sha256, write_json
 from rar_jax.training.pictures import grid
 from rar_jax.weights import inception

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
+from rar_jax.evaluation.program import Settings
 from rar_jax.metrics.inception_score import SplitSums
 from rar_jax.metrics.moments import Moments
 from rar_jax.metrics.sums import Sums, Totals
-from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate
-from rar_jax.programs.scoring import Settings
 from rar_jax.training import report
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up

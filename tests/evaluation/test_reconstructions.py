@@ -11,10 +11,10 @@ from PIL import Image
 
 from rar_jax import cli
 from rar_jax.config import ConfigError
+from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation.reconstructions import reconstruct
 from rar_jax.metrics import frechet
-from rar_jax.programs import evaluate
-from rar_jax.programs.reconstruct import reconstruct
-from rar_jax.programs.scoring import Settings
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights import maskgit_vq as interop
 

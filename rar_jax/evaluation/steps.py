@@ -6,13 +6,13 @@ import pathlib
 from typing import Any
 
 from rar_jax.config import ConfigError, require
+from rar_jax.evaluation.program import Program, Settings, shift_of
 from rar_jax.evaluation.reference import read_reference
+from rar_jax.evaluation.scores import evaluate, load_network, made_from
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
 from rar_jax.pipeline import load
-from rar_jax.programs.evaluate import evaluate, load_network, made_from
-from rar_jax.programs.scoring import Program, Settings, shift_of
 from rar_jax.training.checkpoint import best_steps, good_steps, mark_best
 from rar_jax.training.manifest import write_json
 from rar_jax.training.workdir import Workdir

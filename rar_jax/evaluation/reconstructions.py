@@ -10,15 +10,15 @@ import numpy as np
 
 from rar_jax.config import require
 from rar_jax.data.sources import Split
+from rar_jax.evaluation.chunks import ChunkStore, accumulate
+from rar_jax.evaluation.image_sets import open_images
+from rar_jax.evaluation.program import Program, Settings, check_protocol, remarks, shift_of
 from rar_jax.evaluation.reference import read_reference
+from rar_jax.evaluation.scores import cut, load_network, near_the_mean
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.reconstruction import WINDOW, code_usage
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
-from rar_jax.programs.chunks import ChunkStore, accumulate
-from rar_jax.programs.evaluate import cut, load_network, near_the_mean
-from rar_jax.programs.image_sets import open_images
-from rar_jax.programs.scoring import Program, Settings, check_protocol, remarks, shift_of
 from rar_jax.training.manifest import write_json
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights

@@ -9,12 +9,15 @@ import pytest
 
 from rar_jax import cli, load
 from rar_jax.config import ConfigError, load_experiment
+from rar_jax.evaluation import fd_classifier
+from rar_jax.evaluation import program as scoring
+from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation import steps as evaluate_steps
+from rar_jax.evaluation.program import Settings
 from rar_jax.experiment import resolve
 from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs import evaluate, evaluate_steps, fd_classifier, scoring
 from rar_jax.programs.live import best_by, live_scorers
-from rar_jax.programs.scoring import Settings
 from rar_jax.training.checkpoint import best_steps, good_steps, load_params, mark_best
 from rar_jax.training.preemption import Preempted
 from rar_jax.training.report import read_metrics

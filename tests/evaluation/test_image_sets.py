@@ -11,8 +11,8 @@ from PIL import Image
 from rar_jax.config import ConfigError
 from rar_jax.data import crops
 from rar_jax.data.sources import load_source
+from rar_jax.evaluation.image_sets import open_images
 from rar_jax.evaluation.reference import ReferenceFileError
-from rar_jax.programs.image_sets import open_images
 
 
 def test_images_of_more_than_8_bits_are_refused(tmp_path: pathlib.Path) -> None:

@@ -17,14 +17,14 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.config import ConfigError
 from rar_jax.data.sources import load_source
+from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
+from rar_jax.evaluation.image_sets import open_images
+from rar_jax.evaluation.program import Program, Settings, remarks, shift_of
 from rar_jax.evaluation.reference import ImageFile, Reference, write_reference
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.programs import evaluate
-from rar_jax.programs.chunks import Chunk, ChunkStore, accumulate
-from rar_jax.programs.image_sets import open_images
-from rar_jax.programs.scoring import Program, Settings, remarks, shift_of
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
 NUM, REFERENCE_NUM = 40, 30
