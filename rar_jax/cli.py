@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rar_jax.flags import MANY, parser
 
 if TYPE_CHECKING:
-    from rar_jax.training.preemption import Watch
+    from rar_jax.runs.preemption import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
     # Imported here so that --help is instant.
     from rar_jax.config import ConfigError
     from rar_jax.parallel import mesh, processes
-    from rar_jax.training import preemption
+    from rar_jax.runs import preemption
 
     watch = preemption.Watch()
     if args.verb not in MANY:
@@ -82,12 +82,12 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.parallel.storage import StorageError
     from rar_jax.programs import refusals
     from rar_jax.programs.train import TrainingError
+    from rar_jax.runs.lock import LeaseError
+    from rar_jax.runs.logging import progress_in_files
+    from rar_jax.runs.manifest import CheckpointError
+    from rar_jax.runs.object_store import ObjectStoreError
+    from rar_jax.runs.preemption import Preempted
     from rar_jax.tokens.store import StoreError
-    from rar_jax.training.lease import LeaseError
-    from rar_jax.training.manifest import CheckpointError
-    from rar_jax.training.object_store import ObjectStoreError
-    from rar_jax.training.preemption import Preempted
-    from rar_jax.training.report import progress_in_files
     from rar_jax.weights.torch_file import WeightsError
 
     def fail(problem: object, code: int = 1) -> int:
@@ -121,8 +121,8 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
 
 def _fetched(path: Any) -> Any:
     """The folder of a work directory that is in a bucket, brought here; anything else as it is."""
-    from rar_jax.training.object_store import is_url
-    from rar_jax.training.workdir import Workdir
+    from rar_jax.runs.object_store import is_url
+    from rar_jax.runs.workdir import Workdir
 
     return str(Workdir(path).fetch().path) if path and is_url(path) else path
 
@@ -180,7 +180,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         return
 
     from rar_jax.experiment import resolve
-    from rar_jax.training.workdir import Workdir
+    from rar_jax.runs.workdir import Workdir
 
     if args.verb == "tokenize" and not args.config:
         raise ConfigError("tokenize --workdir needs --config: the experiment that the directory belongs to")
@@ -204,7 +204,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         workdir.read_config()  # tokenize and evaluate need what another verb has made; they start nothing
     if args.verb == "train":
         check_start(experiment, workdir)
-    from rar_jax.programs.session import session
+    from rar_jax.runs.session import session
 
     with session(workdir, args.verb, watch, lambda: workdir.claim(experiment.resolved())) as around:
         if args.verb == "train":

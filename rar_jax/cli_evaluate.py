@@ -25,7 +25,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     from rar_jax.evaluation.scores import reference_of, score_images, score_samples, summary
     from rar_jax.evaluation.steps import score_steps, steps_table
     from rar_jax.guidance import Guidance
-    from rar_jax.training.workdir import Workdir
+    from rar_jax.runs.workdir import Workdir
 
     if not args.inception:
         from rar_jax.weights.inception import WHERE

@@ -21,9 +21,9 @@ from rar_jax.guidance import Guidance
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
 from rar_jax.parallel.rules import param_shardings
+from rar_jax.runs.workdir import without_added
 from rar_jax.sampling.sampler import Model, check_pair
 from rar_jax.training.recipe import Recipe
-from rar_jax.training.workdir import without_added
 
 log: logging.Logger = logging.getLogger(__name__)
 

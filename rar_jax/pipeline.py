@@ -19,9 +19,9 @@ from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, on_device
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
+from rar_jax.runs.object_store import is_url
+from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
-from rar_jax.training.object_store import is_url
-from rar_jax.training.workdir import Workdir
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights, read_directory
 

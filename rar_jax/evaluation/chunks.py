@@ -25,8 +25,8 @@ import numpy as np
 
 from rar_jax.metrics.sums import Sums, Totals
 from rar_jax.parallel.processes import ProcessError, barrier, from_main, is_main
-from rar_jax.training.manifest import write_json
-from rar_jax.training.report import progress
+from rar_jax.runs.logging import progress
+from rar_jax.runs.manifest import write_json
 
 
 class Chunk(NamedTuple):

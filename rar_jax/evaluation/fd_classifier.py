@@ -26,9 +26,9 @@ from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
+from rar_jax.runs.logging import progress
+from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling.sampler import sample_images, sample_keys
-from rar_jax.training.report import progress
-from rar_jax.training.workdir import Workdir
 from rar_jax.weights.stages import trained_params
 
 

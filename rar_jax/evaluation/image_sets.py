@@ -14,7 +14,7 @@ from rar_jax.config import ConfigError, require
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.sources import ARRAYS, ImageSource, Split, load_source
 from rar_jax.evaluation.reference import ImageFile, read_samples
-from rar_jax.training.manifest import file_sha256
+from rar_jax.runs.manifest import file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 

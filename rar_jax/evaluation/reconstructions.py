@@ -19,7 +19,7 @@ from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.reconstruction import WINDOW, code_usage
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
-from rar_jax.training.manifest import write_json
+from rar_jax.runs.manifest import write_json
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights
 

@@ -31,9 +31,9 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh, matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated
 from rar_jax.pipeline import Pipeline, load
-from rar_jax.programs.machine import versions
-from rar_jax.training.manifest import file_sha256, write_json
-from rar_jax.training.pictures import grid
+from rar_jax.runs.machine import versions
+from rar_jax.runs.manifest import file_sha256, write_json
+from rar_jax.runs.pictures import grid
 from rar_jax.weights import inception
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights

@@ -13,9 +13,9 @@ from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
 from rar_jax.pipeline import load
-from rar_jax.training.checkpoint import best_steps, good_steps, mark_best
-from rar_jax.training.manifest import write_json
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs.checkpoint import best_steps, good_steps, mark_best
+from rar_jax.runs.manifest import write_json
+from rar_jax.runs.workdir import Workdir
 
 
 def score_steps(

@@ -18,7 +18,7 @@ from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs import bench_cases
 from rar_jax.programs.bench_cases import Case, Cases, Options
 from rar_jax.programs.ceilings import Ceilings, Cost, measure_ceilings
-from rar_jax.training.report import progress
+from rar_jax.runs.logging import progress
 
 CASES: dict[str, Cases] = {
     "sample": bench_cases.sample_cases,

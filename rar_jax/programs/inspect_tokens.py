@@ -10,8 +10,8 @@ import numpy as np
 
 from rar_jax.metrics.reconstruction import code_usage
 from rar_jax.programs.inspect_text import LISTED, Report, class_lines, problem_lines, readable
+from rar_jax.runs.logging import progress
 from rar_jax.tokens.store import StoreError, TokenStore
-from rar_jax.training.report import progress
 
 _BLOCK = 65_536  # records of a store at a time
 

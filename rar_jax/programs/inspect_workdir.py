@@ -7,12 +7,13 @@ import time
 from typing import Any
 
 from rar_jax.programs.inspect_text import LISTED, Report, problem_lines, readable
-from rar_jax.training import lease, ledger
-from rar_jax.training.checkpoint import best_steps
-from rar_jax.training.manifest import CheckpointError, verify_manifest
-from rar_jax.training.object_store import is_url
-from rar_jax.training.report import progress, read_metrics
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs import ledger
+from rar_jax.runs import lock as lease
+from rar_jax.runs.checkpoint import best_steps
+from rar_jax.runs.logging import progress, read_metrics
+from rar_jax.runs.manifest import CheckpointError, verify_manifest
+from rar_jax.runs.object_store import is_url
+from rar_jax.runs.workdir import Workdir
 
 STAGES = ("tokenizer", "classifier", "generator")
 

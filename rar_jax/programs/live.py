@@ -18,7 +18,7 @@ from rar_jax.experiment import Experiment
 from rar_jax.metrics import frechet, inception_score, moments
 from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.mesh import batch_divisor
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.stages import trained_params
 
 

@@ -22,9 +22,9 @@ import rar_jax
 from rar_jax.config import ConfigError, require
 from rar_jax.programs.inspect_workdir import inspect_workdir
 from rar_jax.programs.report_tables import curves, flat, scores, side_by_side
-from rar_jax.training import grids, ledger
-from rar_jax.training.report import read_metrics
-from rar_jax.training.workdir import Workdir, with_added
+from rar_jax.runs import grids, ledger
+from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.workdir import Workdir, with_added
 
 STAGES = ("tokenizer", "classifier", "generator")
 PICTURES = ("samples.png", "reconstructions.png")

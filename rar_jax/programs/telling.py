@@ -7,9 +7,9 @@ from typing import Any
 
 from rar_jax.programs.live import Numbers
 from rar_jax.programs.live_grids import Draw
-from rar_jax.programs.session import Session
+from rar_jax.runs.logging import Reporter
+from rar_jax.runs.session import Session
 from rar_jax.training.recipe import Recipe
-from rar_jax.training.report import Reporter
 from rar_jax.training.state import State, evaluated_params
 
 

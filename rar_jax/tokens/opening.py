@@ -12,10 +12,10 @@ from rar_jax.data.loader import Source
 from rar_jax.data.mixing import MixedSource
 from rar_jax.data.sources import Split
 from rar_jax.experiment import Experiment
+from rar_jax.runs.manifest import CheckpointError
+from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.tokenize import tokenized
-from rar_jax.training.manifest import CheckpointError
-from rar_jax.training.workdir import Workdir
 from rar_jax.weights.stages import finished, stage_origin_sha256
 
 log: logging.Logger = logging.getLogger(__name__)

@@ -31,11 +31,11 @@ from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
+from rar_jax.runs.logging import progress
+from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokens.store import StoreError, TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, sweep
-from rar_jax.training.report import progress
-from rar_jax.training.workdir import Workdir
 from rar_jax.weights.loading import open_weights
 from rar_jax.weights.registry import locate
 from rar_jax.weights.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params

@@ -10,7 +10,7 @@ from typing import Any
 from rar_jax.config import ConfigError
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
-from rar_jax.training.manifest import file_sha256
+from rar_jax.runs.manifest import file_sha256
 from rar_jax.weights.torch_file import WeightsError
 
 

@@ -11,7 +11,7 @@ from rar_jax.evaluation.program import Settings
 from rar_jax.metrics.inception_score import SplitSums
 from rar_jax.metrics.moments import Moments
 from rar_jax.metrics.sums import Sums, Totals
-from rar_jax.training import report
+from rar_jax.runs import logging as report
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
 NUM, REFERENCE_NUM = 40, 30

@@ -13,9 +13,9 @@ import pytest
 from buckets import Cut, Machine, Store, read, serve, step, steps, with_store, write
 from commands import TINY, Command, environment, finish, state_of, wait_for
 
-from rar_jax.training import object_store
-from rar_jax.training.object_store import RECORD, WRITER
-from rar_jax.training.report import read_metrics
+from rar_jax.runs import object_store
+from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.object_store import RECORD, WRITER
 
 FOREVER = 10**9
 

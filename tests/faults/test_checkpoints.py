@@ -23,10 +23,11 @@ from rar_jax.config import ConfigError, load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.programs.train import compile_training
-from rar_jax.training import checkpoint, guard, manifest
-from rar_jax.training.checkpoint import Checkpointer, best_steps, good_step, load_params, save_params
-from rar_jax.training.manifest import CheckpointError
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs import checkpoint, manifest
+from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step, load_params, save_params
+from rar_jax.runs.manifest import CheckpointError
+from rar_jax.runs.workdir import Workdir
+from rar_jax.training import guard
 
 OLD = sorted((pathlib.Path(__file__).parents[1] / "golden" / "checkpoints").glob("*.tar.gz"))
 
@@ -98,7 +99,7 @@ def test_fifty_flipped_bits(two_steps: pathlib.Path, caplog: pytest.LogCaptureFi
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="rar_jax.training.checkpoint"):
+        with caplog.at_level(logging.WARNING, logger="rar_jax.runs.checkpoint"):
             good = good_step(two_steps)
         found += good is not None and good[0] == 11 and str(path) in caplog.text
         path.write_bytes(whole)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.training import checkpoint
-from rar_jax.training.checkpoint import IRREGULAR, Checkpointer, good_step, good_steps
-from rar_jax.training.manifest import CheckpointError, verify_from_disk
+from rar_jax.runs import checkpoint
+from rar_jax.runs.checkpoint import IRREGULAR, Checkpointer, good_step, good_steps
+from rar_jax.runs.manifest import CheckpointError, verify_from_disk
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def test_the_disk_is_full_for_a_while(
     for step in (1, 2):
         checkpointer.save(step, state(step), {})
     checkpointer.wait()
-    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="rar_jax.training.checkpoint"):
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="rar_jax.runs.checkpoint"):
         if where == "before":
             patch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Usage(0))
         elif where == "during":
@@ -106,8 +106,8 @@ sys.path[:0] = [{root!r}, {here!r}]
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from test_disk_full import state, names
-from rar_jax.training.checkpoint import Checkpointer, good_steps
-from rar_jax.training import checkpoint
+from rar_jax.runs.checkpoint import Checkpointer, good_steps
+from rar_jax.runs import checkpoint
 folder = pathlib.Path({folder!r})
 checkpointer = Checkpointer(folder, keep=2)
 checkpointer.save(1, state(1), {{}})
@@ -142,9 +142,9 @@ import contextlib, pathlib, sys
 sys.path[:0] = [{root!r}]
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
-from rar_jax.training.grids import Grid
-from rar_jax.training.ledger import Ledger, read
-from rar_jax.training.report import Reporter, read_metrics
+from rar_jax.runs.grids import Grid
+from rar_jax.runs.ledger import Ledger, read
+from rar_jax.runs.logging import Reporter, read_metrics
 folder = pathlib.Path({folder!r})
 
 def fill(path):

@@ -12,8 +12,8 @@ import poisoned
 import pytest
 from commands import finish, start, state_of, wait_for
 
-from rar_jax.training.checkpoint import best_steps, good_step
-from rar_jax.training.report import read_metrics
+from rar_jax.runs.checkpoint import best_steps, good_step
+from rar_jax.runs.logging import read_metrics
 
 
 def told(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_pro
     record_property("count", f"{done} of {kills} kills")
 
 
-LOOP, TRAIN, SAVES = "rar_jax.programs.telling:Telling", "rar_jax.programs.train", "rar_jax.training.checkpoint"
+LOOP, TRAIN, SAVES = "rar_jax.programs.telling:Telling", "rar_jax.programs.train", "rar_jax.runs.checkpoint"
 
 
 def stuck_in(owner: str, name: str, *, after: bool = False) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rar_jax.training import lease
-from rar_jax.training.lease import NAME, STALE_SECONDS, Lease, LeaseError
+from rar_jax.runs import lock as lease
+from rar_jax.runs.lock import NAME, STALE_SECONDS, Lease, LeaseError
 
 
 def written(folder: pathlib.Path, age: float = 0.0, **holder: Any) -> None:
@@ -81,7 +81,7 @@ def test_one_elsewhere_that_was_killed_a_moment_ago_is_waited_for(
 def test_what_is_dead_is_taken_over(tmp_path: pathlib.Path, how: str) -> None:
     here = {"host": os.uname().nodename, "machine": lease._machine()}
     if how == "killed":
-        script = f"import os, pathlib; from rar_jax.training.lease import Lease; Lease(pathlib.Path({str(tmp_path)!r}), 'run'); os.kill(os.getpid(), 9)"
+        script = f"import os, pathlib; from rar_jax.runs.lock import Lease; Lease(pathlib.Path({str(tmp_path)!r}), 'run'); os.kill(os.getpid(), 9)"
         assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -9
         assert lease.read(tmp_path / NAME).items() >= here.items()
     elif how == "number again":  # another process has the pid now

@@ -23,16 +23,16 @@ from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
-from rar_jax.programs.session import Session, session
 from rar_jax.programs.train import train
-from rar_jax.training import checkpoint, ledger
-from rar_jax.training.checkpoint import Checkpointer, good_step
-from rar_jax.training.lease import Lease
-from rar_jax.training.ledger import Ledger
-from rar_jax.training.object_store import ObjectStoreError
-from rar_jax.training.preemption import Preempted, Watch
-from rar_jax.training.report import read_metrics
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs import checkpoint, ledger
+from rar_jax.runs.checkpoint import Checkpointer, good_step
+from rar_jax.runs.ledger import Ledger
+from rar_jax.runs.lock import Lease
+from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.object_store import ObjectStoreError
+from rar_jax.runs.preemption import Preempted, Watch
+from rar_jax.runs.session import Session, session
+from rar_jax.runs.workdir import Workdir
 from rar_jax.weights import stages
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def recipe(**values: int) -> list[str]:
 )
 def test_a_second_signal_does_no_harm(tmp_path: pathlib.Path) -> None:
     flags, marker = recipe(steps=20, log_every=1, eval_every=100000, checkpoint_every=5), tmp_path / "saving"
-    stuck = functools.partial(poisoned.stuck, marker, "rar_jax.training.checkpoint", "write_manifest")
+    stuck = functools.partial(poisoned.stuck, marker, "rar_jax.runs.checkpoint", "write_manifest")
     finish(start("train", tmp_path / "straight", *flags))
     running = start("train", tmp_path / "run", *flags, before=stuck)
     wait_for(marker.exists, running)
@@ -224,7 +224,7 @@ def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path, record_pr
 
 DEAF = """
 import time
-from rar_jax.training.preemption import Watch
+from rar_jax.runs.preemption import Watch
 watch = Watch()
 with watch.listening(), watch.saving():
     print("ready", flush=True)
@@ -235,7 +235,7 @@ with watch.listening(), watch.saving():
 """
 LEAVES = """
 import time
-from rar_jax.training.preemption import Watch
+from rar_jax.runs.preemption import Watch
 def on_leave():
     raise OSError(28, "No space left on device")
 watch = Watch()
@@ -249,7 +249,7 @@ with watch.listening():
 ASKS = """
 import contextlib
 import time
-from rar_jax.training.preemption import Watch
+from rar_jax.runs.preemption import Watch
 def on_leave():
     time.sleep(1)
     print("last words", flush=True)

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rar_jax.training.report import read_metrics
+from rar_jax.runs.logging import read_metrics
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 ROOT = pathlib.Path(__file__).parents[2]

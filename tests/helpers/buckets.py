@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from rar_jax.training import checkpoint, object_store
-from rar_jax.training.object_store import RECORD, WRITER, Mirror
+from rar_jax.runs import checkpoint, object_store
+from rar_jax.runs.object_store import RECORD, WRITER, Mirror
 
 GOOGLE = pathlib.Path(__file__).with_name("google_server.py")
 SERVERS = {"gs": (str(GOOGLE), "{port}"), "s3": ("-m", "moto.server", "-H", "127.0.0.1", "-p", "{port}")}

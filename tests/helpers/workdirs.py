@@ -11,10 +11,10 @@ from commands import TINY
 
 from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
-from rar_jax.training.grids import Grid
-from rar_jax.training.ledger import Ledger
-from rar_jax.training.report import Reporter
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs.grids import Grid
+from rar_jax.runs.ledger import Ledger
+from rar_jax.runs.logging import Reporter
+from rar_jax.runs.workdir import Workdir
 
 NASTY = "<script>document.title='owned'</script>"
 CLASSES = (NASTY, "</script><img src=x onerror=\"document.title='owned'\">", "a & b", "tench", '"quoted"')

@@ -25,8 +25,8 @@ from PIL import Image
 from rar_jax.data import imagenet
 from rar_jax.generators import rar
 from rar_jax.programs.convert import convert
-from rar_jax.training import ledger
-from rar_jax.training.report import read_metrics
+from rar_jax.runs import ledger
+from rar_jax.runs.logging import read_metrics
 from rar_jax.weights import rar as interop_rar
 
 ROOT = pathlib.Path(__file__).parents[2]

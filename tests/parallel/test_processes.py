@@ -25,7 +25,7 @@ from commands import ROOT, TINY, Command, environment, finish
 
 from rar_jax.config import ConfigError
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, Place, place_of
-from rar_jax.training.report import read_metrics
+from rar_jax.runs.logging import read_metrics
 
 FSDP = ("--config.mesh.fsdp=2", "--config.train.keep_checkpoints=3")
 

@@ -16,11 +16,11 @@ from commands import environment
 from rar_jax.cli import main
 from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
-from rar_jax.training.checkpoint import mark_best
-from rar_jax.training.lease import Lease
-from rar_jax.training.ledger import Ledger
-from rar_jax.training.report import Reporter
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs.checkpoint import mark_best
+from rar_jax.runs.ledger import Ledger
+from rar_jax.runs.lock import Lease
+from rar_jax.runs.logging import Reporter
+from rar_jax.runs.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 

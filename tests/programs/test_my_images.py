@@ -16,9 +16,9 @@ import rar_jax
 from rar_jax.cli import main
 from rar_jax.config import ConfigError, load_experiment
 from rar_jax.experiment import Experiment, open_source, resolve
+from rar_jax.runs.checkpoint import load_params, read_meta
+from rar_jax.runs.manifest import file_sha256
 from rar_jax.tokens.store import TokenStore
-from rar_jax.training.checkpoint import load_params, read_meta
-from rar_jax.training.manifest import file_sha256
 from rar_jax.weights import rar
 
 TINY_MODELS = (

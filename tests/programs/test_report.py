@@ -17,11 +17,11 @@ from rar_jax.programs import report as report_module
 from rar_jax.programs import report_tables
 from rar_jax.programs.report import _names, read_run, report
 from rar_jax.programs.report_tables import curves
-from rar_jax.training import ledger
-from rar_jax.training.grids import Grid
-from rar_jax.training.lease import Lease
-from rar_jax.training.ledger import Ledger
-from rar_jax.training.report import Reporter
+from rar_jax.runs import ledger
+from rar_jax.runs.grids import Grid
+from rar_jax.runs.ledger import Ledger
+from rar_jax.runs.lock import Lease
+from rar_jax.runs.logging import Reporter
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from workdirs import CLASSES, NASTY, claimed, trained
 
 from rar_jax.programs.report import report
-from rar_jax.training.report import Reporter
+from rar_jax.runs.logging import Reporter
 
 LEFT, RIGHT = 52, 12  # of the plot in its panel, pixels (page.js)
 

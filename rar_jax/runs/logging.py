@@ -25,9 +25,9 @@ import rich.progress
 import rich.table
 
 from rar_jax.parallel.processes import is_main
-from rar_jax.training import grids
-from rar_jax.training.disk import append, is_full
-from rar_jax.training.writers import TensorBoard, WandB, Writer
+from rar_jax.runs import grids
+from rar_jax.runs.disk import append, is_full
+from rar_jax.runs.writers import TensorBoard, WandB, Writer
 
 T = TypeVar("T")
 Row = dict[str, Any]

@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.training import checkpoint
-from rar_jax.training.checkpoint import Checkpointer, good_step, load_params, read_meta
-from rar_jax.training.manifest import CheckpointError, verify_manifest
+from rar_jax.runs import checkpoint
+from rar_jax.runs.checkpoint import Checkpointer, good_step, load_params, read_meta
+from rar_jax.runs.manifest import CheckpointError, verify_manifest
 
 SPECS = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("fsdp"), "step": PartitionSpec()}
 
@@ -182,7 +182,7 @@ def files_of(step: pathlib.Path) -> Iterator[pathlib.Path]:
 def assert_passed_over(folder: pathlib.Path, named: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     """Step 2 is not good and the file is named; step 1 is used."""
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="rar_jax.training.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="rar_jax.runs.checkpoint"):
         good = good_step(folder)
     assert good is not None and good[0] == 1, named
     (record,) = caplog.records

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.training import grids
-from rar_jax.training.grids import Grid
-from rar_jax.training.report import Reporter
+from rar_jax.runs import grids
+from rar_jax.runs.grids import Grid
+from rar_jax.runs.logging import Reporter
 
 
 def _grid(size: int = 8, channels: int = 1, rows: int = 2, columns: int = 3) -> Grid:

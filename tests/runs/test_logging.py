@@ -8,9 +8,9 @@ import pytest
 import rich.console
 from events import pictures, read_events, scalars
 
-from rar_jax.training import report
-from rar_jax.training.grids import Grid
-from rar_jax.training.report import Reporter, read_metrics
+from rar_jax.runs import logging as report
+from rar_jax.runs.grids import Grid
+from rar_jax.runs.logging import Reporter, read_metrics
 
 
 def _write(workdir: pathlib.Path, stage: str, steps: list[int]) -> None:

@@ -214,7 +214,7 @@ def curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Writes the curves of a run; a panel without data is left out.
 
     Args:
-      rows: from `rar_jax.training.report.read_metrics`.
+      rows: from `rar_jax.runs.logging.read_metrics`.
       path: the PNG file.
 
     Raises: ValueError if no row holds a metric that is drawn.

@@ -18,11 +18,15 @@ from commands import TINY
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
 from rar_jax.experiment import resolve
-from rar_jax.programs import session
-from rar_jax.training import bucket, lease, ledger, object_store, preemption
-from rar_jax.training.lease import LeaseError
-from rar_jax.training.object_store import WRITER, Mirror, ObjectStoreError
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs import session
+from rar_jax.runs import bucket
+from rar_jax.runs import lock as lease
+from rar_jax.runs import ledger
+from rar_jax.runs import object_store
+from rar_jax.runs import preemption
+from rar_jax.runs.lock import LeaseError
+from rar_jax.runs.object_store import WRITER, Mirror, ObjectStoreError
+from rar_jax.runs.workdir import Workdir
 
 FOREVER = 10**9
 

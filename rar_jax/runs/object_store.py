@@ -30,10 +30,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-from rar_jax.training import lease
-from rar_jax.training.bucket import Bucket, ObjectStoreError
-from rar_jax.training.lease import LeaseError, this_process
-from rar_jax.training.manifest import MANIFEST, CheckpointError, verify_manifest, write_json
+from rar_jax.runs import lock as lease
+from rar_jax.runs.bucket import Bucket, ObjectStoreError
+from rar_jax.runs.lock import LeaseError, this_process
+from rar_jax.runs.manifest import MANIFEST, CheckpointError, verify_manifest, write_json
 
 SCRATCH = "RAR_JAX_SCRATCH"
 WRITER, RECORD, SENDING = ".writer.json", ".mirror.json", ".sending"

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rar_jax.training.disk import append
+from rar_jax.runs.disk import append
 
 NAME = "ledger.jsonl"
 # What time goes into. The first three are what a run is for; starting is reading, restoring and compiling; ending is

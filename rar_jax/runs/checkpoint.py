@@ -27,8 +27,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.training.disk import full, is_full
-from rar_jax.training.manifest import (
+from rar_jax.runs.disk import full, is_full
+from rar_jax.runs.manifest import (
     MANIFEST,
     CheckpointError,
     verify_from_disk,
@@ -36,7 +36,7 @@ from rar_jax.training.manifest import (
     write_json,
     write_manifest,
 )
-from rar_jax.training.preemption import checkpoint_manager
+from rar_jax.runs.preemption import checkpoint_manager
 
 BEST = "best.json"
 IRREGULAR = "amid_bad_updates"  # in `meta`: a training that was not stopped here would not have saved the step

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rar_jax.training import ledger
-from rar_jax.training.ledger import Ledger, goodput
+from rar_jax.runs import ledger
+from rar_jax.runs.ledger import Ledger, goodput
 
 
 def test_rows_and_laps(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ import pytest
 from events import pictures, read_events, scalars
 
 from rar_jax.config import ConfigError
-from rar_jax.training import report
-from rar_jax.training.grids import Grid
-from rar_jax.training.report import Reporter
-from rar_jax.training.writers import TensorBoard
+from rar_jax.runs import logging as report
+from rar_jax.runs.grids import Grid
+from rar_jax.runs.logging import Reporter
+from rar_jax.runs.writers import TensorBoard
 
 GRID = Grid(np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1), np.uint8), ("cat", "dog"), ("",) * 3)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.training import pictures
+from rar_jax.runs import pictures
 
 
 def _images(n: int, size: int = 8, channels: int = 1) -> np.ndarray:

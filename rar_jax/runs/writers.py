@@ -17,7 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from rar_jax.config import ConfigError
-from rar_jax.training.manifest import write_json
+from rar_jax.runs.manifest import write_json
 
 FLUSH_SECONDS = (
     10.0  # between two times that events are sent to the disk: it is waited for, a tenth of a second where it is slow

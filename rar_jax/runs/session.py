@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.programs.machine import where
-from rar_jax.training import lease
-from rar_jax.training.lease import Lease, LeaseError
-from rar_jax.training.ledger import Ledger
-from rar_jax.training.object_store import Mirror, ObjectStoreError
-from rar_jax.training.preemption import Preempted, Watch
-from rar_jax.training.report import read_metrics
-from rar_jax.training.workdir import Workdir
+from rar_jax.runs.machine import where
+from rar_jax.runs import lock as lease
+from rar_jax.runs.lock import Lease, LeaseError
+from rar_jax.runs.ledger import Ledger
+from rar_jax.runs.object_store import Mirror, ObjectStoreError
+from rar_jax.runs.preemption import Preempted, Watch
+from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.workdir import Workdir
 
 # How long a process that leaves at once sends to its bucket: with processes.GRACE_SECONDS, which may come before, less than the 10
 # seconds that are promised. After a second signal there is only time for the ledger and the lease.

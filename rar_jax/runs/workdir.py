@@ -18,8 +18,8 @@ from typing import Any
 from rar_jax.config import ConfigError, differences, shortened
 from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
-from rar_jax.training.manifest import write_json
-from rar_jax.training.object_store import Mirror, is_url
+from rar_jax.runs.manifest import write_json
+from rar_jax.runs.object_store import Mirror, is_url
 from rar_jax.training.recipe import Recipe
 
 # What may differ between the starts of one run: where it runs, what is done with the finished weights, and who is told.
