@@ -81,13 +81,13 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.parallel.processes import ProcessError
     from rar_jax.parallel.storage import StorageError
     from rar_jax.programs import refusals
-    from rar_jax.programs.train import TrainingError
     from rar_jax.runs.lock import LeaseError
     from rar_jax.runs.logging import progress_in_files
     from rar_jax.runs.manifest import CheckpointError
     from rar_jax.runs.object_store import ObjectStoreError
     from rar_jax.runs.preemption import Preempted
     from rar_jax.tokens.store import StoreError
+    from rar_jax.training.loop import TrainingError
     from rar_jax.weights.torch_file import WeightsError
 
     def fail(problem: object, code: int = 1) -> int:
@@ -209,7 +209,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
     with session(workdir, args.verb, watch, lambda: workdir.claim(experiment.resolved())) as around:
         if args.verb == "train":
             from rar_jax.programs.run import headline
-            from rar_jax.programs.train import train
+            from rar_jax.training.loop import train
 
             if not args.quiet:
                 _say(headline(experiment, workdir, mesh))

@@ -3,7 +3,7 @@
 The tests compile thousands of tiny programs and run each a few times: without LLVM's optimizations they take half the time. What the
 numbers mean does not change; RAR_JAX_TESTS_AS_SHIPPED=1 compiles as users do (`bash .ci/run long` runs the model's tests so). Tried,
 and not kept: XLA's older emitter of fusions (--xla_cpu_use_fusion_emitters=false), two thirds of the time again, but the last bit of
-AdamW then differs between two programs that tests/programs/test_on_the_fly.py compares to the bit.
+AdamW then differs between two programs that tests/training/test_on_the_fly.py compares to the bit.
 """
 
 import os

@@ -25,11 +25,12 @@ from rar_jax.config import ConfigError
 from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.parallel import memory
-from rar_jax.programs import objective, train
 from rar_jax.runs import checkpoint
 from rar_jax.runs.lock import Lease
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.tokens.writer import TokenStoreWriter
+from rar_jax.training import loop as train
+from rar_jax.training import objective
 from rar_jax.weights import maskgit_vq as interop_vq
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -21,10 +21,10 @@ from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.rules import sharded
-from rar_jax.programs.train import compile_training
 from rar_jax.runs.checkpoint import Checkpointer
 from rar_jax.runs.manifest import verify_from_disk, write_manifest
 from rar_jax.training import guard
+from rar_jax.training.loop import compile_training
 
 ROUNDS, STEPS = 15, 6
 

@@ -28,10 +28,10 @@ from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.programs.ceilings import Cost
-from rar_jax.programs.train import compile_training
 from rar_jax.sampling.sampler import Model, sample_images, sample_keys
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
+from rar_jax.training.loop import compile_training
 from rar_jax.weights.stages import model_shardings
 
 # What each bench can be told besides the batch size.
@@ -148,7 +148,7 @@ def sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
 
 
 def train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """The step of programs/train.py, optimizer and all, on random tokens."""
+    """The step of training/loop.py, optimizer and all, on random tokens."""
     module, recipe = experiment.generator.module, experiment.train
     config = dataclasses.replace(experiment.generator.config, dtype=computes_in(experiment, options))
     flops = getattr(module, "train_flops", None)

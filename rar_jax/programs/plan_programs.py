@@ -21,9 +21,9 @@ from rar_jax.parallel import hlo
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.parallel.topology import Topology, chip_places, wire
-from rar_jax.programs.train import Setup, compile_training
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokens.tokenize import jit_encode
+from rar_jax.training.loop import Setup, compile_training
 from rar_jax.weights.stages import model_shardings
 
 

@@ -24,7 +24,6 @@ from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import Pipeline, load
-from rar_jax.programs.train import train
 from rar_jax.runs.grids import spread
 from rar_jax.runs.logging import Reporter, read_metrics
 from rar_jax.runs.machine import where
@@ -34,6 +33,7 @@ from rar_jax.runs.preemption import Watch
 from rar_jax.runs.session import Session, session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize
+from rar_jax.training.loop import train
 from rar_jax.weights.stages import check_start, finished
 
 PICTURES = ("samples.png", "reconstructions.png", "curves.png")

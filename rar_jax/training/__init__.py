@@ -1,1 +1,1 @@
-"""Optimizer, train state, checkpoints and reports. Knows pytrees and a loss function, not models."""
+"""Learning: the loop, the step, the objective, the recipe, the guard, and evaluation while training."""

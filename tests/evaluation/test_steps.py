@@ -17,11 +17,11 @@ from rar_jax.evaluation.program import Settings
 from rar_jax.experiment import resolve
 from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.live import best_by, live_scorers
 from rar_jax.runs.checkpoint import best_steps, good_steps, load_params, mark_best
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.preemption import Preempted
 from rar_jax.runs.workdir import Workdir
+from rar_jax.training.live import best_by, live_scorers
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")
 

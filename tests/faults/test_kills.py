@@ -63,7 +63,7 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_pro
     record_property("count", f"{done} of {kills} kills")
 
 
-LOOP, TRAIN, SAVES = "rar_jax.programs.telling:Telling", "rar_jax.programs.train", "rar_jax.runs.checkpoint"
+LOOP, TRAIN, SAVES = "rar_jax.training.telling:Telling", "rar_jax.training.loop", "rar_jax.runs.checkpoint"
 
 
 def stuck_in(owner: str, name: str, *, after: bool = False) -> Any:

@@ -10,10 +10,10 @@ import pytest
 from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.train import train
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
+from rar_jax.training.loop import train
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 

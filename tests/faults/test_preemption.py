@@ -23,7 +23,6 @@ from rar_jax.config import PREEMPTED, load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
-from rar_jax.programs.train import train
 from rar_jax.runs import checkpoint, ledger
 from rar_jax.runs.checkpoint import Checkpointer, good_step
 from rar_jax.runs.ledger import Ledger
@@ -33,6 +32,7 @@ from rar_jax.runs.object_store import ObjectStoreError
 from rar_jax.runs.preemption import Preempted, Watch
 from rar_jax.runs.session import Session, session
 from rar_jax.runs.workdir import Workdir
+from rar_jax.training.loop import train
 from rar_jax.weights import stages
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 from rar_jax.cli import main
 from rar_jax.data.loader import batch_digest
-from rar_jax.programs import train
+from rar_jax.training import loop as train
 
 _batches = train.batches
 

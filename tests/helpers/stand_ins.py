@@ -22,9 +22,9 @@ from rar_jax.evaluation.reference import read_reference
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs import live
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens.tokenize import tokenize_source
+from rar_jax.training import live
 from rar_jax.weights import maskgit_vq
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"

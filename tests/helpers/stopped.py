@@ -10,12 +10,12 @@ from commands import TINY
 from rar_jax.config import load_experiment
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.train import train
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.preemption import Preempted
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
+from rar_jax.training.loop import train
 
 RECIPE = {"steps": 20, "log_every": 1, "eval_every": 10, "checkpoint_every": 4, "most_skips": 3, "keep_checkpoints": 9}
 

@@ -16,8 +16,8 @@ from rar_jax.parallel import hlo
 from rar_jax.parallel.collectives import Collective, replica_groups, wire_bytes
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.programs.train import compile_training
 from rar_jax.sampling.sampler import sample_keys
+from rar_jax.training.loop import compile_training
 from rar_jax.training.recipe import Recipe
 
 ROWS, SLOTS = 8, rar.TINY.num_tokens + 1

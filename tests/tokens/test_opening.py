@@ -15,13 +15,13 @@ from rar_jax.cli import main
 from rar_jax.config import ConfigError
 from rar_jax.data.mixing import MixedSource
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.objective import make_objective
-from rar_jax.programs.train import train
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore, card_sha256
 from rar_jax.tokens.tokenize import tokenize
 from rar_jax.tokens.writer import TokenStoreWriter
+from rar_jax.training.loop import train
+from rar_jax.training.objective import make_objective
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 

@@ -14,7 +14,7 @@ import pytest
 from rar_jax.config import ConfigError
 from rar_jax.generators import rar
 from rar_jax.training.recipe import Recipe, optimizer, schedule
-from rar_jax.training.state import make_init, make_train_step
+from rar_jax.training.step import make_init, make_train_step
 from rar_jax.weights import rar as released
 
 RELEASED = Recipe(steps=250_000, batch_size=2048, warmup=62_500)

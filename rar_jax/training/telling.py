@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rar_jax.programs.live import Numbers
-from rar_jax.programs.live_grids import Draw
 from rar_jax.runs.logging import Reporter
 from rar_jax.runs.session import Session
+from rar_jax.training.live import Numbers
+from rar_jax.training.live_grids import Draw
 from rar_jax.training.recipe import Recipe
-from rar_jax.training.state import State, evaluated_params
+from rar_jax.training.step import State, evaluated_params
 
 
 class Telling:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated
 from rar_jax.training.recipe import Recipe, optimizer
-from rar_jax.training.state import State, evaluated_params, make_init, make_train_step, state_shardings
+from rar_jax.training.step import State, evaluated_params, make_init, make_train_step, state_shardings
 
 AXES = {"first": {"kernel": ("width", "mlp"), "bias": ("mlp",)}, "last": {"kernel": ("mlp", "width")}}
 MASK = {"first": {"kernel": True, "bias": False}, "last": {"kernel": True}}

@@ -17,12 +17,12 @@ from rar_jax.config import ConfigError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.run import run
-from rar_jax.programs.train import train
 from rar_jax.runs.checkpoint import load_params, read_meta
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.manifest import CheckpointError
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize
+from rar_jax.training.loop import train
 from rar_jax.weights.stages import finished
 
 

@@ -15,7 +15,7 @@ from rar_jax.parallel.mesh import on_device
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokens.opening import open_tokens
-from rar_jax.training.state import Batch
+from rar_jax.training.step import Batch
 from rar_jax.weights.stages import finished
 
 

@@ -27,10 +27,6 @@ from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_de
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
-from rar_jax.programs.live import Numbers, best_by, live_scorers
-from rar_jax.programs.live_grids import live_grid
-from rar_jax.programs.objective import Objective, encoded, make_objective
-from rar_jax.programs.telling import Telling
 from rar_jax.runs.checkpoint import IRREGULAR, Checkpointer, good_step, mark_if_best, read_meta
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.logging import Reporter
@@ -40,8 +36,12 @@ from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling.sampler import Model
 from rar_jax.training import guard
+from rar_jax.training.live import Numbers, best_by, live_scorers
+from rar_jax.training.live_grids import live_grid
+from rar_jax.training.objective import Objective, encoded, make_objective
 from rar_jax.training.recipe import Recipe, optimizer
-from rar_jax.training.state import Batch, State, make_init, make_train_step, state_shardings
+from rar_jax.training.step import Batch, State, make_init, make_train_step, state_shardings
+from rar_jax.training.telling import Telling
 from rar_jax.weights.stages import STAGES, evaluated, given_generator, take_over_tokenizer, trained_params
 
 
