@@ -237,10 +237,10 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from rar_jax.config import load_experiment
     from rar_jax.experiment import resolve
-    from rar_jax.parallel.topology import parse_topology
-    from rar_jax.programs.plan import parts_of, plan
-    from rar_jax.programs.plan_search import search, search_text
-    from rar_jax.programs.plan_text import plan_text
+    from rar_jax.tools.plan.plan import parts_of, plan
+    from rar_jax.tools.plan.search import search, search_text
+    from rar_jax.tools.plan.text import plan_text
+    from rar_jax.tools.plan.topology import parse_topology
 
     def say(text: str) -> None:
         if not args.quiet:
@@ -322,7 +322,7 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
     from rar_jax.config import ConfigError
-    from rar_jax.programs.inspect import inspect, tell
+    from rar_jax.tools.inspect.inspect import inspect, tell
 
     if overrides:
         raise ConfigError("inspect takes no --config.* arguments")
@@ -336,7 +336,7 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     from rar_jax.config import ConfigError
-    from rar_jax.programs.report import report
+    from rar_jax.tools.report.report import report
 
     if overrides:
         raise ConfigError("report takes no --config.* arguments: the experiment is the work directory's")
@@ -347,7 +347,7 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
-    from rar_jax.programs.doctor import doctor, tell_doctor
+    from rar_jax.tools.doctor import doctor, tell_doctor
 
     if overrides:
         print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
@@ -367,8 +367,8 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from rar_jax.config import ConfigError, load_experiment
     from rar_jax.experiment import resolve
-    from rar_jax.programs.bench import bench, table
-    from rar_jax.programs.bench_cases import Options
+    from rar_jax.tools.bench.bench import bench, table
+    from rar_jax.tools.bench.cases import Options
 
     try:
         sizes = tuple(int(x) for x in args.batch_size.split(",")) if args.batch_size else ()

@@ -63,8 +63,8 @@ def attempts(name: str) -> Iterator[tuple[list[str], Any, Any]]:
     """Flags, the experiment with them, and the topology: as the file is, then, of training, each remedy."""
     from rar_jax.config import load_experiment
     from rar_jax.experiment import resolve
-    from rar_jax.parallel.topology import parse_topology
-    from rar_jax.programs.plan import remedies_of
+    from rar_jax.tools.plan.plan import remedies_of
+    from rar_jax.tools.plan.topology import parse_topology
 
     model, slice_, slices, batch = cells()[name]
     experiment = resolve(load_experiment(model, [f"train.batch_size={batch}"]), model)
@@ -81,8 +81,8 @@ def compile_one(name: str, place: int) -> dict[str, Any]:
     import jax
 
     from rar_jax.config import ConfigError
-    from rar_jax.parallel.topology import devices_of
-    from rar_jax.programs.plan import plan
+    from rar_jax.tools.plan.plan import plan
+    from rar_jax.tools.plan.topology import devices_of
 
     jax.config.update("jax_platforms", "cpu")
     _, experiment, topology = next(itertools.islice(attempts(name), place, None))

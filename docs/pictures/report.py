@@ -11,7 +11,7 @@ import time
 
 from PIL import Image
 
-from rar_jax.programs.report import report
+from rar_jax.tools.report.report import report
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "helpers"))

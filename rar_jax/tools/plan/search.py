@@ -11,10 +11,10 @@ from jax.sharding import AbstractMesh
 from rar_jax.config import ConfigError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import AXES, MeshConfig
-from rar_jax.parallel.topology import Topology
-from rar_jax.programs.plan import plan
-from rar_jax.programs.plan_programs import held_bytes
-from rar_jax.programs.plan_text import gib, mesh_text
+from rar_jax.tools.plan.plan import plan
+from rar_jax.tools.plan.programs import held_bytes
+from rar_jax.tools.plan.text import gib, mesh_text
+from rar_jax.tools.plan.topology import Topology
 
 MOST_FSDP, MOST_TENSOR = 64, 4  # beyond these weights are sent in parts too small for the wire
 

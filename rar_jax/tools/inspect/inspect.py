@@ -12,10 +12,10 @@ from typing import Any
 
 from rar_jax.config import ConfigError, require
 from rar_jax.data.sources import SPECS
-from rar_jax.programs.inspect_images import class_folders, inspect_images, is_source, tell_images
-from rar_jax.programs.inspect_text import Report
-from rar_jax.programs.inspect_tokens import inspect_tokens, is_store, tell_tokens
-from rar_jax.programs.inspect_workdir import inspect_workdir, is_workdir, tell_workdir
+from rar_jax.tools.inspect.images import class_folders, inspect_images, is_source, tell_images
+from rar_jax.tools.inspect.text import Report
+from rar_jax.tools.inspect.tokens import inspect_tokens, is_store, tell_tokens
+from rar_jax.tools.inspect.workdir import inspect_workdir, is_workdir, tell_workdir
 
 
 def inspect(what: str, **flags: Any) -> Report:

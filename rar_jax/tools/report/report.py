@@ -20,11 +20,11 @@ from PIL import Image
 
 import rar_jax
 from rar_jax.config import ConfigError, require
-from rar_jax.programs.inspect_workdir import inspect_workdir
-from rar_jax.programs.report_tables import curves, flat, scores, side_by_side
 from rar_jax.runs import grids, ledger
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir, with_added
+from rar_jax.tools.inspect.workdir import inspect_workdir
+from rar_jax.tools.report.tables import curves, flat, scores, side_by_side
 
 STAGES = ("tokenizer", "classifier", "generator")
 PICTURES = ("samples.png", "reconstructions.png")

@@ -18,8 +18,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from workdirs import CLASSES, NASTY, claimed, trained
 
-from rar_jax.programs.report import report
 from rar_jax.runs.logging import Reporter
+from rar_jax.tools.report.report import report
 
 LEFT, RIGHT = 52, 12  # of the plot in its panel, pixels (page.js)
 

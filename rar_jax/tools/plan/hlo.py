@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.parallel.collectives import COLLECTIVES, Collective, replica_groups
+from rar_jax.tools.plan.collectives import COLLECTIVES, Collective, replica_groups
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")

@@ -15,8 +15,8 @@ import pytest
 
 from rar_jax.cli import main
 from rar_jax.parallel import storage
-from rar_jax.programs import doctor
-from rar_jax.programs.doctor import bad_versions, missing_accelerator
+from rar_jax.tools import doctor
+from rar_jax.tools.doctor import bad_versions, missing_accelerator
 
 GOOD = {
     "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "optax": "0.2.8", "orbax-checkpoint": "0.12.8", "grain": "0.2.18",

@@ -12,11 +12,11 @@ import pytest
 
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
-from rar_jax.parallel import hlo
-from rar_jax.parallel.collectives import Collective, replica_groups, wire_bytes
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling.sampler import sample_keys
+from rar_jax.tools.plan import hlo
+from rar_jax.tools.plan.collectives import Collective, replica_groups, wire_bytes
 from rar_jax.training.loop import compile_training
 from rar_jax.training.recipe import Recipe
 

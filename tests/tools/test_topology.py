@@ -11,9 +11,9 @@ import pytest
 from jax.experimental import topologies
 
 from rar_jax.config import ConfigError
-from rar_jax.parallel.collectives import Collective
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.parallel.topology import (
+from rar_jax.tools.plan.collectives import Collective
+from rar_jax.tools.plan.topology import (
     CHIPS,
     COMPILER_STACK,
     Topology,

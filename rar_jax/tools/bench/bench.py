@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from rar_jax.config import require
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs import bench_cases
-from rar_jax.programs.bench_cases import Case, Cases, Options
-from rar_jax.programs.ceilings import Ceilings, Cost, measure_ceilings
 from rar_jax.runs.logging import progress
+from rar_jax.tools.bench import cases as bench_cases
+from rar_jax.tools.bench.cases import Case, Cases, Options
+from rar_jax.tools.bench.ceilings import Ceilings, Cost, measure_ceilings
 
 CASES: dict[str, Cases] = {
     "sample": bench_cases.sample_cases,

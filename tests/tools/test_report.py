@@ -13,15 +13,15 @@ from PIL import Image
 from workdirs import CLASSES, NASTY, claimed, images, trained
 
 from rar_jax.cli import main
-from rar_jax.programs import report as report_module
-from rar_jax.programs import report_tables
-from rar_jax.programs.report import _names, read_run, report
-from rar_jax.programs.report_tables import curves
 from rar_jax.runs import ledger
 from rar_jax.runs.grids import Grid
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.lock import Lease
 from rar_jax.runs.logging import Reporter
+from rar_jax.tools.report import report as report_module
+from rar_jax.tools.report import tables as report_tables
+from rar_jax.tools.report.report import _names, read_run, report
+from rar_jax.tools.report.tables import curves
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What the compiled train step sends over the wire, and where each parameter lies: golden, so that it cannot rot.
 
-`UPDATE_GOLDEN=1 pytest tests/parallel/test_collectives.py` refreshes; look at the difference before you commit it.
+`UPDATE_GOLDEN=1 pytest tests/tools/test_collectives.py` refreshes; look at the difference before you commit it.
 """
 
 import collections

@@ -20,11 +20,12 @@ from rar_jax.generators import rar
 from rar_jax.metrics import sums
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.programs import bench as bench_program
-from rar_jax.programs import bench_cases, ceilings
-from rar_jax.programs.bench import CASES, _result, _share, _time, bench, table
-from rar_jax.programs.bench_cases import Case, Options
-from rar_jax.programs.ceilings import Ceilings, Cost
+from rar_jax.tools.bench import bench as bench_program
+from rar_jax.tools.bench import cases as bench_cases
+from rar_jax.tools.bench import ceilings
+from rar_jax.tools.bench.bench import CASES, _result, _share, _time, bench, table
+from rar_jax.tools.bench.cases import Case, Options
+from rar_jax.tools.bench.ceilings import Ceilings, Cost
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 KEYS = {

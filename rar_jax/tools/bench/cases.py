@@ -27,10 +27,10 @@ from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.programs.ceilings import Cost
 from rar_jax.sampling.sampler import Model, sample_images, sample_keys
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
+from rar_jax.tools.bench.ceilings import Cost
 from rar_jax.training.loop import compile_training
 from rar_jax.weights.stages import model_shardings
 

@@ -16,9 +16,9 @@ from rar_jax.data.decode import DecodeError, read_header
 from rar_jax.data.encoded import EncodedSource, reason_of
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.sources import ARRAYS, SPECS, ImageSource, Split, load_source
-from rar_jax.programs.inspect_text import LISTED, Report, class_lines, counts, problem_lines, readable, spread, three
 from rar_jax.runs.logging import progress
 from rar_jax.runs.pictures import grid
+from rar_jax.tools.inspect.text import LISTED, Report, class_lines, counts, problem_lines, readable, spread, three
 
 ROWS, COLUMNS, CELL = 10, 8, 128  # classes, images of each and pixels in the picture
 PICTURE = pathlib.Path("inspect.png")

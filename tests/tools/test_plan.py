@@ -18,14 +18,15 @@ from jax.sharding import AbstractMesh
 from rar_jax import cli
 from rar_jax.config import ConfigError, load_experiment
 from rar_jax.experiment import Experiment, resolve
-from rar_jax.parallel import hlo
 from rar_jax.parallel.mesh import AXES
-from rar_jax.parallel.topology import parse_topology
-from rar_jax.programs import plan as plan_module
-from rar_jax.programs import plan_programs, plan_search
-from rar_jax.programs.plan import plan, remedies_of
-from rar_jax.programs.plan_programs import DoesNotFitError
-from rar_jax.programs.plan_text import plan_text
+from rar_jax.tools.plan import hlo
+from rar_jax.tools.plan import plan as plan_module
+from rar_jax.tools.plan import programs as plan_programs
+from rar_jax.tools.plan import search as plan_search
+from rar_jax.tools.plan.plan import plan, remedies_of
+from rar_jax.tools.plan.programs import DoesNotFitError
+from rar_jax.tools.plan.text import plan_text
+from rar_jax.tools.plan.topology import parse_topology
 
 SMALL = (
     "generator.width=32", "generator.depth=2", "generator.num_heads=4", "generator.mlp_width=64", "train.batch_size=8",
@@ -315,7 +316,7 @@ def test_search_ranks_the_meshes_that_could_be(
 
 @pytest.mark.parametrize("name", ["rar_b", "rar_l", "rar_xl", "rar_xxl"])
 def test_where_every_parameter_of_the_released_models_lies(name: str, golden: pathlib.Path) -> None:
-    """Over 16 x 4 chips, none of which is here. `UPDATE_GOLDEN=1 pytest tests/programs/test_plan.py` refreshes."""
+    """Over 16 x 4 chips, none of which is here. `UPDATE_GOLDEN=1 pytest tests/tools/test_plan.py` refreshes."""
     mesh: Any = AbstractMesh((16, 4, 1), AXES)
     experiment = experiment_of(name)
     params = jax.tree_util.tree_leaves_with_path(plan_programs.shapes_of(experiment.generator, mesh))

@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh, Mesh
 from rar_jax.config import ConfigError, require
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
-from rar_jax.parallel.topology import Topology, devices_of
-from rar_jax.programs.plan_programs import (
+from rar_jax.tokens.tokenize import BATCH, CROPS
+from rar_jax.tools.plan.programs import (
     DoesNotFitError,
     compile_lowered,
     describe,
@@ -27,7 +27,7 @@ from rar_jax.programs.plan_programs import (
     sampling_mesh,
     shapes_of,
 )
-from rar_jax.tokens.tokenize import BATCH, CROPS
+from rar_jax.tools.plan.topology import Topology, devices_of
 
 SAMPLES = 50_000  # of a FID
 GPU_SHARE = 0.4  # of the peak: what is assumed of GPUs, for which nothing is compiled

@@ -14,8 +14,8 @@ from image_files import ImageFiles
 from PIL import Image
 
 from rar_jax.cli import main
-from rar_jax.programs import inspect_tokens
 from rar_jax.tokens.store import TokenStore
+from rar_jax.tools.inspect import tokens as inspect_tokens
 
 FILES = ImageFiles()
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rar_jax.config import ConfigError, nearest, require
-from rar_jax.parallel.collectives import Collective, wire_bytes
+from rar_jax.tools.plan.collectives import Collective, wire_bytes
 
 GIB = 2**30
 # Of the compiler's threads: with the 64 kB that they have by themselves it dies of SIGSEGV on matmuls for v6e (libtpu 0.0.42).

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rar_jax.parallel.topology import GIB
-from rar_jax.programs.plan import GPU_SHARE
+from rar_jax.tools.plan.plan import GPU_SHARE
+from rar_jax.tools.plan.topology import GIB
 
 
 def plan_text(report: Mapping[str, Any], *, heading: bool = True) -> str:

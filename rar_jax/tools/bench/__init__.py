@@ -1,0 +1,1 @@
+"""Time parts of an experiment against what the machine can do."""

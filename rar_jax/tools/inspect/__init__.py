@@ -1,0 +1,1 @@
+"""Print what a source of images, a token store or a work directory holds."""
