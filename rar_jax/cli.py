@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rar-jax`. Returns the exit code: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted."""
     if argv is None:  # a program of its own: until a verb takes over SIGTERM, and after it, there is nothing to save
-        from rar_jax.config import PREEMPTED
+        from rar_jax.errors import PREEMPTED
 
         signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     flags = parser()
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
 
     # Imported here so that --help is instant.
-    from rar_jax.config import ConfigError
+    from rar_jax.errors import ConfigError
     from rar_jax.parallel import mesh, processes
     from rar_jax.runs import preemption
 
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
         try:
             processes.start(args.coordinator_address, args.process_count, args.process_index)
             mesh.find_devices()
-        except (ConfigError, processes.ProcessError) as error:
+        except (ConfigError, ProcessError) as error:
             print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1
         if main_thread:
@@ -74,21 +74,25 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
 
 def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> int:
     """Does the verb; errors that people can mend are one line."""
-    from rar_jax.config import PREEMPTED, ConfigError
+    from rar_jax.errors import (
+        PREEMPTED,
+        CheckpointError,
+        ConfigError,
+        DeviceMemoryError,
+        LeaseError,
+        Preempted,
+        ProcessError,
+        StorageError,
+        StoreError,
+        TrainingError,
+        WeightsError,
+    )
     from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.parallel import mesh
-    from rar_jax.parallel.memory import DeviceMemoryError, exhaustion
-    from rar_jax.parallel.processes import ProcessError
-    from rar_jax.parallel.storage import StorageError
+    from rar_jax.parallel.memory import exhaustion
     from rar_jax.programs import refusals
-    from rar_jax.runs.lock import LeaseError
     from rar_jax.runs.logging import progress_in_files
-    from rar_jax.runs.manifest import CheckpointError
     from rar_jax.runs.object_store import ObjectStoreError
-    from rar_jax.runs.preemption import Preempted
-    from rar_jax.tokens.store import StoreError
-    from rar_jax.training.loop import TrainingError
-    from rar_jax.weights.torch_file import WeightsError
 
     def fail(problem: object, code: int = 1) -> int:
         print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)
@@ -128,7 +132,8 @@ def _fetched(path: Any) -> Any:
 
 
 def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> None:
-    from rar_jax.config import ConfigError, load_experiment
+    from rar_jax.config import load_experiment
+    from rar_jax.errors import ConfigError
 
     if hasattr(args, "weights"):
         args.weights = _fetched(args.weights)
@@ -274,7 +279,8 @@ def _say(text: str) -> None:
 
 
 def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
-    from rar_jax.config import ConfigError, load_experiment
+    from rar_jax.config import load_experiment
+    from rar_jax.errors import ConfigError
     from rar_jax.experiment import resolve
     from rar_jax.parallel.processes import is_main
     from rar_jax.tokens.writer import SHARD_RECORDS
@@ -321,7 +327,7 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
 
     import jax
 
-    from rar_jax.config import ConfigError
+    from rar_jax.errors import ConfigError
     from rar_jax.tools.inspect.inspect import inspect, tell
 
     if overrides:
@@ -335,7 +341,7 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:
-    from rar_jax.config import ConfigError
+    from rar_jax.errors import ConfigError
     from rar_jax.tools.report.report import report
 
     if overrides:
@@ -365,7 +371,8 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
 def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     import json
 
-    from rar_jax.config import ConfigError, load_experiment
+    from rar_jax.config import load_experiment
+    from rar_jax.errors import ConfigError
     from rar_jax.experiment import resolve
     from rar_jax.tools.bench.bench import bench, table
     from rar_jax.tools.bench.cases import Options

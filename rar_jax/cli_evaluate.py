@@ -8,7 +8,7 @@ from typing import Any
 
 def parse_guidance(text: str | None) -> Any:
     """Guidance of "SCALE[,POWER[,TEMPERATURE]]", None of nothing. Raises: ConfigError for what is neither."""
-    from rar_jax.config import ConfigError
+    from rar_jax.errors import ConfigError
     from rar_jax.guidance import Guidance
 
     try:
@@ -19,7 +19,8 @@ def parse_guidance(text: str | None) -> Any:
 
 def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     """Scores what the flags name; what is to be said of it."""
-    from rar_jax.config import ConfigError, build, load_experiment
+    from rar_jax.config import build, load_experiment
+    from rar_jax.errors import ConfigError
     from rar_jax.evaluation.program import Settings
     from rar_jax.evaluation.reconstructions import reconstruct
     from rar_jax.evaluation.scores import reference_of, score_images, score_samples, summary

@@ -24,24 +24,18 @@ from typing import Annotated, Any, TypeVar
 
 import ml_collections
 
+from rar_jax.errors import ConfigError
+
 T = TypeVar("T")
 
 # A field of this type is written "50%", "200ep" or a number of steps, and holds steps.
 Steps = Annotated[int, "steps"]
 
 
-# The exit code of a process that was preempted and can be started again (EX_TEMPFAIL of sysexits.h, "try again later");
-# launch/common.sh knows it too.
-PREEMPTED = 75
-
 # Single values beside the sections; all have a default.
 TOP_LEVEL = ("seed", "precision", "init_from", "wandb")
 # Sections whose every field has a default.
 OPTIONAL_SECTIONS = ("guidance", "evaluate", "mesh")
-
-
-class ConfigError(ValueError):
-    """An experiment says something that cannot be: the message says what and how to mend it."""
 
 
 # ---------------------------------------------------------------- files

@@ -11,12 +11,13 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from rar_jax.config import ConfigError, build, find_module, nearest, require, resolve_steps, steps_fields, to_dict
+from rar_jax.config import build, find_module, nearest, require, resolve_steps, steps_fields, to_dict
 from rar_jax.data import imagenet
 from rar_jax.data.image_source import ImageSource, Split, View
 from rar_jax.data.loader import steps_per_epoch
 from rar_jax.data.mixing import period_shares
 from rar_jax.data.sources import load_source
+from rar_jax.errors import ConfigError
 from rar_jax.guidance import Guidance
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor

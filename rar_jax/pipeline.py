@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.config import ConfigError, build, require
+from rar_jax.config import build, require
 from rar_jax.data import imagenet
+from rar_jax.errors import ConfigError
 from rar_jax.guidance import Guidance
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place

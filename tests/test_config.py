@@ -9,7 +9,6 @@ import pytest
 
 from rar_jax import config as config_lib
 from rar_jax.config import (
-    ConfigError,
     Steps,
     build,
     differences,
@@ -21,6 +20,7 @@ from rar_jax.config import (
     resolve_steps,
     to_dict,
 )
+from rar_jax.errors import ConfigError
 
 EXPERIMENT = """
 from ml_collections import ConfigDict

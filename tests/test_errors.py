@@ -21,7 +21,7 @@ from hub import CONTENT, served
 from PIL import Image
 
 from rar_jax import cli
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError, DeviceMemoryError
 from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.parallel import memory
@@ -186,7 +186,7 @@ def exhausted(*_: Any, **__: Any) -> Any:
 def exhausted_while_sampling(at: Place) -> None:
     at.patch.setattr("rar_jax.pipeline.Pipeline._program", lambda *_: exhausted)
     at.how = "where the program asks for 2^50 bytes"
-    at.python(f"{LOAD}.sample([3] * 128, batch_size=128)", memory.DeviceMemoryError)
+    at.python(f"{LOAD}.sample([3] * 128, batch_size=128)", DeviceMemoryError)
 
 
 @case("Devices and memory", "Memory is exhausted while training")

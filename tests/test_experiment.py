@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
-from rar_jax.config import ConfigError, build, load_experiment
+from rar_jax.config import build, load_experiment
 from rar_jax.data.image_source import ImageSource, Split
+from rar_jax.errors import ConfigError
 from rar_jax.experiment import Data, Experiment, open_source, resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.sampling.sampler import load_model, sample_images, sample_keys

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.guidance import Guidance
 
 CURVES = [

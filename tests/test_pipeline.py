@@ -11,11 +11,10 @@ import pytest
 
 import rar_jax
 from rar_jax import cli
-from rar_jax.config import ConfigError
+from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.generators import rar as generator
 from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.runs.manifest import CheckpointError
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.weights import maskgit_vq, rar
 from rar_jax.weights import registry as released

@@ -80,7 +80,7 @@ def compile_one(name: str, place: int) -> dict[str, Any]:
     """What `rar-jax plan` says of one attempt at a cell."""
     import jax
 
-    from rar_jax.config import ConfigError
+    from rar_jax.errors import ConfigError
     from rar_jax.tools.plan.plan import plan
     from rar_jax.tools.plan.topology import devices_of
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.config import ConfigError, require
-from rar_jax.data.decode import DecodeError
+from rar_jax.config import require
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.image_source import Split, View
 from rar_jax.data.splits import class_names_beside, data_files, heldout_mask, split_files
+from rar_jax.errors import ConfigError, DecodeError
 
 _MISSING = "ArrayRecord files are read and written by array_record: pip install array_record"
 _LABEL_BYTES = 4

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from rar_jax.config import require
+from rar_jax.errors import DecodeError
 
 # What Pillow itself warns of, so that it never warns of an image that is taken.
 MAX_PIXELS = 1024**3 // 4 // 3
@@ -28,10 +29,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class DecodeError(ValueError):
-    """An image that cannot be had: the message is the reason, one line, without the record's name."""
 
 
 def decode(data: bytes, *, channels: int = 3) -> np.ndarray:

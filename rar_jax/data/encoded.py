@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
 from rar_jax.data import crops
-from rar_jax.data.decode import DecodeError, open_image
+from rar_jax.data.decode import open_image
 from rar_jax.data.image_source import Batch, ImageSource, Record, View, check_labels, pad_images, padded_shape
+from rar_jax.errors import ConfigError, DecodeError
 
 # More bad images than both are no accident of the data, but a disk, a mount or a copy that broke off.
 MOST_BAD, MOST_BAD_SHARE = 100, 0.01

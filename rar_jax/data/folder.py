@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
 from rar_jax.data.encoded import EncodedSource, Problems, printable
 from rar_jax.data.image_source import Split, View
 from rar_jax.data.splits import HELDOUT_NAMES, heldout_mask
+from rar_jax.errors import ConfigError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # What systems leave behind in folders that people have looked at; hidden names besides.

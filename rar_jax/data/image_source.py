@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rar_jax.config import ConfigError, nearest, require
+from rar_jax.config import nearest, require
+from rar_jax.errors import ConfigError
 
 Split = Literal["train", "heldout"]
 Record = dict[str, Any]

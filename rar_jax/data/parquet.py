@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.config import ConfigError, require
-from rar_jax.data.decode import DecodeError
+from rar_jax.config import require
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.image_source import Split, View
 from rar_jax.data.splits import data_files, heldout_mask, split_files
+from rar_jax.errors import ConfigError, DecodeError
 
 # A process keeps as many row groups as fit, and always one.
 CACHE_BYTES = 256 * 2**20

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rar_jax.config import ConfigError
 from rar_jax.data.image_source import Split
+from rar_jax.errors import ConfigError
 
 HELDOUT_SHARE = 0.05
 

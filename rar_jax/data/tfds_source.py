@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.config import ConfigError, nearest
+from rar_jax.config import nearest
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.image_source import ImageSource, Record, Split, View, pad_images, padded_shape
+from rar_jax.errors import ConfigError
 
 # In this order, where a set has several; the labels of a "test" may be withheld (-1).
 _HELDOUT_OF_MANY_SIZES = ("validation", "test")

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rar_jax.config import ConfigError
 from rar_jax.data.encoded import EncodedSource, Problems
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.image_source import Split, View
 from rar_jax.data.splits import class_names_beside, data_files, heldout_mask, split_files
+from rar_jax.errors import ConfigError
 
 
 class _Sample(NamedTuple):

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rar_jax.errors import ProcessError
 from rar_jax.metrics.sums import Sums, Totals
-from rar_jax.parallel.processes import ProcessError, barrier, from_main, is_main
+from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import write_json
 

@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.sources import ARRAYS, ImageSource, Split, load_source
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation.reference import ImageFile, read_samples
 from rar_jax.runs.manifest import file_sha256
 

@@ -18,16 +18,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from rar_jax.errors import ReferenceFileError
+
 # Deflate cannot shrink more than 1032 times.
 _MOST_COMPRESSION = 1100
 _MOST_MEMBERS = 64
 # Version 1.0 of the format: a header of at most 64 KB. Later ones, which NumPy writes only for giant structured dtypes,
 # may ask for 4 GB of it.
 _VERSION = (1, 0)
-
-
-class ReferenceFileError(ValueError):
-    """A file of statistics or images is damaged, dangerous or not what it should be: says the file, the key and what to do."""
 
 
 class Member(NamedTuple):

@@ -23,8 +23,8 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from rar_jax.errors import ReferenceFileError
 from rar_jax.evaluation import npz
-from rar_jax.evaluation.npz import ReferenceFileError
 
 __all__ = [
     "ImageFile",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation.program import Program, Settings, shift_of
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.evaluation.scores import evaluate, load_network, made_from

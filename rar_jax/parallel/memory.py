@@ -10,11 +10,7 @@ from typing import Any
 
 import jax
 
-from rar_jax.config import ConfigError
-
-
-class DeviceMemoryError(RuntimeError):
-    """A program took more of a device's memory than there is: the message says which, and what to make smaller."""
+from rar_jax.errors import ConfigError, DeviceMemoryError
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 

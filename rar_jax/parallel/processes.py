@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rar_jax.config import PREEMPTED, ConfigError, require
+from rar_jax.config import require
+from rar_jax.errors import PREEMPTED, ConfigError, ProcessError
 
 # The environment variables that stand for the flags --coordinator-address, --process-count and --process-index.
 COORDINATOR, COUNT, INDEX = "RAR_JAX_COORDINATOR_ADDRESS", "RAR_JAX_PROCESS_COUNT", "RAR_JAX_PROCESS_INDEX"
@@ -35,10 +36,6 @@ TIMEOUTS = {
 # What a process that fails waits before it leaves: the others are on their way to the same error, and if process 0 leaves first
 # they are killed without a word.
 GRACE_SECONDS = 2.0
-
-
-class ProcessError(RuntimeError):
-    """The processes did not find each other, or another one stopped: the message says which."""
 
 
 # ---------------------------------------------------------------- starting and leaving

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 
 # Everything that is not named here is replicated. "modulation" is left out on purpose: cut over tensor, the outputs of adaLN
 # have to be gathered again in every block (measured: 21 permutes and 5 gathers in a tiny forward pass, against 1). Tables that are indexed by per-sample ids or orders (tokens,

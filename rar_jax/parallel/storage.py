@@ -8,9 +8,7 @@ import pathlib
 import secrets
 import socket
 
-
-class StorageError(RuntimeError):
-    """The processes do not share a directory: the message says which of them does not, and how."""
+from rar_jax.errors import StorageError
 
 
 def check_shared(folder: pathlib.Path) -> None:

@@ -8,7 +8,8 @@ import re
 import numpy as np
 from PIL import Image
 
-from rar_jax.config import ConfigError, nearest, require
+from rar_jax.config import nearest, require
+from rar_jax.errors import ConfigError
 from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main, is_main

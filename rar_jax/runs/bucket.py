@@ -15,7 +15,8 @@ from typing import Any
 
 import tensorstore
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
+from rar_jax.errors import ObjectStoreError
 
 RETRIES = 6  # of a request, within half a minute
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # and TensorStore's names of them
@@ -26,8 +27,6 @@ READS = 8  # of objects whose size is not known beforehand
 WAIT_SECONDS, SECONDS_A_BYTE = 60.0, 1e-6
 
 
-class ObjectStoreError(RuntimeError):
-    """The bucket cannot be read or written: the message says which and why."""
 
 
 class Bucket:

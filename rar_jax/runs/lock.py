@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from typing import Any
+from rar_jax.errors import LeaseError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
@@ -28,8 +29,6 @@ NAME = ".lease.json"
 log: logging.Logger = logging.getLogger(__name__)
 
 
-class LeaseError(RuntimeError):
-    """Another process writes to the work directory: the message says which."""
 
 
 class Lease:

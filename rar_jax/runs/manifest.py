@@ -7,12 +7,11 @@ import json
 import os
 import pathlib
 from typing import Any
+from rar_jax.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing or damaged: the message names the file."""
 
 
 def file_sha256(path: pathlib.Path) -> str:

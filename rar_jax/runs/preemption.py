@@ -29,15 +29,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rar_jax.config import PREEMPTED
+from rar_jax.errors import PREEMPTED
 from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
+from rar_jax.errors import Preempted
 
 TICK_SECONDS = 0.5  # between two numbers that the thread asks for
 SAME_SECONDS = 2.0  # within which two signals are one
 
 
-class Preempted(Exception):
-    """The training was asked to stop and has been saved."""
 
 
 class Watch:

@@ -16,7 +16,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.runs.manifest import write_json
 
 FLUSH_SECONDS = (

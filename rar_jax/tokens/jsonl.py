@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.errors import StoreError
+from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter
 
 _ROWS = 4096  # lines at a time

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rar_jax.config import ConfigError
 from rar_jax.data.loader import Source
 from rar_jax.data.mixing import MixedSource
 from rar_jax.data.sources import Split
+from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import Experiment
-from rar_jax.runs.manifest import CheckpointError
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.tokenize import tokenized

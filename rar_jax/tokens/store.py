@@ -19,16 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from rar_jax.errors import StoreError
+
 SCHEMA_VERSION = 2
 # What the maker of a store says of it; the writer adds what it counted. A maker may add keys of its own.
 CARD_KEYS = ("codebook_size", "grid", "num_classes", "class_names", "crops", "source", "tokenizer_sha256")
 # What the writer adds besides schema_version, num_tokens and dtype. Schema 1 has no counts and no sha256 of the card.
 _COUNTS = ("num_images", "num_bad_records", "num_bad_images", "records_per_class", "records_per_crop", "sha256")
 _VERIFY_RECORDS = 65_536
-
-
-class StoreError(ValueError):
-    """A token store is missing, unfinished or damaged, or was given wrong records: the message names the file."""
 
 
 def record_dtype(*, num_tokens: int, codebook_size: int) -> np.dtype:

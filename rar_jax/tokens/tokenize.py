@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from rar_jax.config import require, to_dict
 from rar_jax.data.loader import Batch, sequential_batches
 from rar_jax.data.sources import ImageSource, Split
+from rar_jax.errors import StoreError
 from rar_jax.experiment import Experiment, open_images, open_source
 from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
@@ -34,7 +35,7 @@ from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling.sampler import Model
-from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, sweep
 from rar_jax.weights.loading import open_weights
 from rar_jax.weights.registry import locate

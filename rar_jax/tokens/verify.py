@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
 from rar_jax.data import imagenet
+from rar_jax.errors import ConfigError, StoreError
 from rar_jax.experiment import Experiment
 from rar_jax.runs.logging import progress
 from rar_jax.runs.pictures import grid
 from rar_jax.sampling.sampler import to_uint8
 from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
-from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS
 from rar_jax.weights.loading import open_weights
 from rar_jax.weights.registry import locate

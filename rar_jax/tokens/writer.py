@@ -23,16 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.tokens.store import (
-    CARD_KEYS,
-    SCHEMA_VERSION,
-    Counts,
-    StoreError,
-    card_sha256,
-    check_ranges,
-    npy_header,
-    record_dtype,
-)
+from rar_jax.errors import StoreError
+from rar_jax.tokens.store import CARD_KEYS, SCHEMA_VERSION, Counts, card_sha256, check_ranges, npy_header, record_dtype
 
 SHARD_RECORDS = 65_536  # 34 MB at 256 tokens of two bytes; 196 shards of ImageNet's ten crops
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
+from rar_jax.errors import CheckpointError, Preempted, TrainingError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
@@ -30,8 +31,6 @@ from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, 
 from rar_jax.runs.checkpoint import IRREGULAR, Checkpointer, good_step, mark_if_best, read_meta
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.logging import Reporter
-from rar_jax.runs.manifest import CheckpointError
-from rar_jax.runs.preemption import Preempted
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling.sampler import Model
@@ -43,11 +42,6 @@ from rar_jax.training.recipe import Recipe, optimizer
 from rar_jax.training.step import Batch, State, make_init, make_train_step, state_shardings
 from rar_jax.training.telling import Telling
 from rar_jax.weights.stages import STAGES, evaluated, given_generator, take_over_tokenizer, trained_params
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says why and from where to resume."""
-
 
 # ---------------------------------------------------------------- validation
 

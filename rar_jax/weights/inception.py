@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rar_jax.config import nearest
+from rar_jax.errors import WeightsError
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.weights.lazy import finite
-from rar_jax.weights.torch_file import StoredTensor, WeightsError, open_tensors
+from rar_jax.weights.torch_file import StoredTensor, open_tensors
 
 WHERE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 _EPSILON = 1e-3  # of BatchNorm

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rar_jax.weights.torch_file import WeightsError
+from rar_jax.errors import WeightsError
 
 
 class LazyArray:

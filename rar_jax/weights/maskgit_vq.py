@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rar_jax.config import ConfigError, nearest
+from rar_jax.config import nearest
+from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights.lazy import LazyArray, finite, materialize
 from rar_jax.weights.saving import write
-from rar_jax.weights.torch_file import StoredTensor, WeightsError, open_tensors
+from rar_jax.weights.torch_file import StoredTensor, open_tensors
 
 _CODEBOOK = "quantize.embedding.weight"
 _OF_RAR = ("cls_token", "lm_head.weight", "target_aware_pos_embed", "blocks.0.attn.qkv.weight")

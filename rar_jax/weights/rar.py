@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rar_jax.config import ConfigError, nearest
+from rar_jax.config import nearest
+from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators.rar import Config, init
 from rar_jax.weights.lazy import LazyArray, finite, materialize
 from rar_jax.weights.saving import write
-from rar_jax.weights.torch_file import StoredTensor, WeightsError, open_tensors
+from rar_jax.weights.torch_file import StoredTensor, open_tensors
 
 # Surplus rows of the released tables beyond n, of which n + 2 are used.
 TABLE_ROWS = {"pos_embed": 1024, "target_aware_pos_embed": 1024, "timesteps_embeddings": 100}

@@ -7,11 +7,10 @@ import pathlib
 import re
 from typing import Any
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators import rar
 from rar_jax.guidance import Guidance
 from rar_jax.runs.manifest import file_sha256
-from rar_jax.weights.torch_file import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rar_jax.weights.torch_file import WeightsError
+from rar_jax.errors import WeightsError
 
 _STORAGES = {
     np.dtype(np.float32): "FloatStorage",

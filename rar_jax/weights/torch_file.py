@@ -29,6 +29,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from rar_jax.errors import WeightsError
+
 _DTYPES: dict[str, np.dtype] = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
@@ -61,10 +63,6 @@ _PICKLE_LIMIT, _TUPLE_LIMIT = 1 << 28, 20_000  # bytes; tuples
 
 # Key of a storage -> how many bytes it has, and how to read them (uint8).
 Locate = Callable[[str], tuple[int, Callable[[], np.ndarray]]]
-
-
-class WeightsError(ValueError):
-    """A weight file is damaged, dangerous or not what it should be: the message says which and where."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rar_jax.config import ConfigError
 from rar_jax.data import parquet, splits
 from rar_jax.data.array_record import write_array_record
 from rar_jax.data.encoded import scan
 from rar_jax.data.loader import batch_digest, batches
 from rar_jax.data.sources import load_source
+from rar_jax.errors import ConfigError
 
 SIZE, CLASSES = 16, ("n01440764", "n01443537", "n02085620")  # as `files` has them
 Images = list[tuple[bytes, int, str]]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.data.decode import DecodeError, decode, open_image
+from rar_jax.data.decode import decode, open_image
+from rar_jax.errors import DecodeError
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (6, 9, 3), np.uint8)

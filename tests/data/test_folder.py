@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.config import ConfigError
 from rar_jax.data import crops, encoded, folder
 from rar_jax.data.encoded import EncodedSource, scan
 from rar_jax.data.sources import load_source
+from rar_jax.errors import ConfigError
 
 SIZE, CLASSES = 16, ("n01440764", "n01443537", "n02085620")  # as `files` has them
 

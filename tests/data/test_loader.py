@@ -11,10 +11,10 @@ import grain
 import numpy as np
 import pytest
 
-from rar_jax.config import ConfigError
 from rar_jax.data import loader
 from rar_jax.data.loader import Batch, batch_digest, batches, draws, sequential_batches, shuffled
 from rar_jax.data.sources import ImageSource, load_source
+from rar_jax.errors import ConfigError
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rar_jax.config import ConfigError
 from rar_jax.data.loader import Batch, batch_digest, batches
 from rar_jax.data.mixing import MixedSource, draws, period_shares
+from rar_jax.errors import ConfigError
 
 BATCH = 48
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from rar_jax.config import ConfigError
 from rar_jax.data.sources import ArraySource, load_source, pad_images
+from rar_jax.errors import ConfigError
 
 DIGITS: Any = datasets.load_digits()
 FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")

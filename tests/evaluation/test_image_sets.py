@@ -8,9 +8,9 @@ import pytest
 from image_files import ImageFiles
 from PIL import Image
 
-from rar_jax.config import ConfigError
 from rar_jax.data import crops
 from rar_jax.data.sources import load_source
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation.image_sets import open_images
 from rar_jax.evaluation.reference import ReferenceFileError
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation import scores as evaluate
 from rar_jax.evaluation.program import Settings
 from rar_jax.parallel import memory

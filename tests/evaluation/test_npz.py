@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rar_jax.evaluation.npz import ReferenceFileError
+from rar_jax.errors import ReferenceFileError
 from rar_jax.evaluation.reference import read_reference, read_samples
 
 

@@ -10,7 +10,7 @@ from image_files import ImageFiles
 from PIL import Image
 
 from rar_jax import cli
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation import scores as evaluate
 from rar_jax.evaluation.program import Settings
 from rar_jax.evaluation.reconstructions import reconstruct

@@ -15,8 +15,8 @@ from image_files import ImageFiles
 from PIL import Image
 
 from rar_jax import cli, load
-from rar_jax.config import ConfigError
 from rar_jax.data.sources import load_source
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation import scores as evaluate
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.evaluation.image_sets import open_images

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rar_jax import cli, load
-from rar_jax.config import ConfigError, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import ConfigError, Preempted
 from rar_jax.evaluation import fd_classifier
 from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation import scores as evaluate
@@ -19,7 +20,6 @@ from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.checkpoint import best_steps, good_steps, load_params, mark_best
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.preemption import Preempted
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training.live import best_by, live_scorers
 

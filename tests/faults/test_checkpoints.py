@@ -19,12 +19,12 @@ import pytest
 import tensorstore as ts
 from commands import TINY
 
-from rar_jax.config import ConfigError, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.runs import checkpoint, manifest
 from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step, load_params, save_params
-from rar_jax.runs.manifest import CheckpointError
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training import guard
 from rar_jax.training.loop import compile_training

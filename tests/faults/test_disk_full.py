@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rar_jax.errors import CheckpointError
 from rar_jax.runs import checkpoint
 from rar_jax.runs.checkpoint import IRREGULAR, Checkpointer, good_step, good_steps
-from rar_jax.runs.manifest import CheckpointError, verify_from_disk
+from rar_jax.runs.manifest import verify_from_disk
 
 ROOT = pathlib.Path(__file__).parents[2]
 

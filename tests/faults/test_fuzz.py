@@ -16,12 +16,13 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rar_jax.config import ConfigError, load_experiment
-from rar_jax.evaluation.npz import ReferenceFileError, open_npz
+from rar_jax.config import load_experiment
+from rar_jax.errors import ConfigError, ReferenceFileError, StoreError, WeightsError
+from rar_jax.evaluation.npz import open_npz
 from rar_jax.experiment import resolve
-from rar_jax.tokens.store import StoreError, TokenStore, card_sha256, npy_header, record_dtype
+from rar_jax.tokens.store import TokenStore, card_sha256, npy_header, record_dtype
 from rar_jax.weights.saving import write
-from rar_jax.weights.torch_file import WeightsError, read
+from rar_jax.weights.torch_file import read
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 EXAMPLES = 150

@@ -18,16 +18,17 @@ import pytest
 from commands import Command, finish, start, state_of, terminate, wait_for
 from stopped import RECIPE, StopAt, stage, told
 
-from rar_jax.config import PREEMPTED, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import PREEMPTED, Preempted, TrainingError
 from rar_jax.experiment import resolve
 from rar_jax.runs import checkpoint
 from rar_jax.runs import ledger as ledgers
 from rar_jax.runs.checkpoint import good_step, load_params, read_meta
-from rar_jax.runs.preemption import Preempted, Watch
+from rar_jax.runs.preemption import Watch
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training import guard
-from rar_jax.training.loop import TrainingError, give_up
+from rar_jax.training.loop import give_up
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 

@@ -15,8 +15,8 @@ import poisoned
 import pytest
 from commands import TINY, Command, finish, start, terminate, wait_for
 
-from rar_jax.config import PREEMPTED
 from rar_jax.data.sources import load_source
+from rar_jax.errors import PREEMPTED
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens.store import TokenStore

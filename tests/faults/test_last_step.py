@@ -9,9 +9,9 @@ import pytest
 from commands import state_of
 from stopped import StopAt, stage, tiny, told
 
+from rar_jax.errors import Preempted
 from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step
 from rar_jax.runs.logging import Reporter
-from rar_jax.runs.preemption import Preempted
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training import loop as train
 from rar_jax.weights.stages import finished

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from rar_jax.errors import LeaseError
 from rar_jax.runs import lock as lease
-from rar_jax.runs.lock import NAME, STALE_SECONDS, Lease, LeaseError
+from rar_jax.runs.lock import NAME, STALE_SECONDS, Lease
 
 
 def written(folder: pathlib.Path, age: float = 0.0, **holder: Any) -> None:

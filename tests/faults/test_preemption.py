@@ -19,7 +19,8 @@ import pytest
 from commands import TINY, Command, environment, finish, start, state_of, terminate, wait_for
 from jax.experimental import multihost_utils
 
-from rar_jax.config import PREEMPTED, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import PREEMPTED, Preempted
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
@@ -29,7 +30,7 @@ from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.lock import Lease
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.object_store import ObjectStoreError
-from rar_jax.runs.preemption import Preempted, Watch
+from rar_jax.runs.preemption import Watch
 from rar_jax.runs.session import Session, session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training.loop import train

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.generators import rar
 
 OTHER = dataclasses.replace(rar.TINY, num_tokens=16, num_classes=10)

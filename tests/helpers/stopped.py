@@ -8,11 +8,11 @@ from typing import Any
 from commands import TINY
 
 from rar_jax.config import load_experiment
+from rar_jax.errors import Preempted
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.preemption import Preempted
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training.loop import train

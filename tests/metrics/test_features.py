@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.metrics import features as module
 from rar_jax.metrics.features import features, resize_half_pixel, resize_tf1
 from rar_jax.weights import inception as interop

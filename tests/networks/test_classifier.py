@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.networks import classifier
 
 TINY = classifier.TINY

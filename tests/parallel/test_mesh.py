@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.generators import rar
 from rar_jax.parallel.mesh import AXES, MeshConfig, batch_divisor, make_mesh, matmul_dtype, on_device
 from rar_jax.tokenizers import maskgit_vq

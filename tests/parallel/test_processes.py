@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from commands import ROOT, TINY, Command, environment, finish
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, Place, place_of
 from rar_jax.runs.logging import read_metrics
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rar_jax import Guidance, cli, load
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation import scores as evaluate
 from rar_jax.metrics import sums

@@ -14,7 +14,8 @@ from PIL import Image
 
 import rar_jax
 from rar_jax.cli import main
-from rar_jax.config import ConfigError, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, open_source, resolve
 from rar_jax.runs.checkpoint import load_params, read_meta
 from rar_jax.runs.manifest import file_sha256

@@ -12,7 +12,7 @@ from PIL import Image
 
 import rar_jax
 from rar_jax.cli import main
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.metrics import frechet
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, make_mesh

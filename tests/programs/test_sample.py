@@ -9,8 +9,8 @@ import tensorflow_datasets
 from PIL import Image
 
 from rar_jax import Guidance, cli, load
-from rar_jax.config import ConfigError
 from rar_jax.data import imagenet
+from rar_jax.errors import ConfigError
 from rar_jax.programs.sample import parse_classes
 
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

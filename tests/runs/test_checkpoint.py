@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.runs import checkpoint
 from rar_jax.runs.checkpoint import Checkpointer, good_step, load_params, read_meta
-from rar_jax.runs.manifest import CheckpointError, verify_manifest
+from rar_jax.errors import CheckpointError
+from rar_jax.runs.manifest import verify_manifest
 
 SPECS = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("fsdp"), "step": PartitionSpec()}
 

@@ -16,7 +16,8 @@ from buckets import Machine, Store, read, serve, step, with_store, write
 from commands import TINY
 
 from rar_jax import cli
-from rar_jax.config import ConfigError, load_experiment
+from rar_jax.errors import ConfigError
+from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.runs import session
 from rar_jax.runs import bucket
@@ -24,7 +25,7 @@ from rar_jax.runs import lock as lease
 from rar_jax.runs import ledger
 from rar_jax.runs import object_store
 from rar_jax.runs import preemption
-from rar_jax.runs.lock import LeaseError
+from rar_jax.errors import LeaseError
 from rar_jax.runs.object_store import WRITER, Mirror, ObjectStoreError
 from rar_jax.runs.workdir import Workdir
 

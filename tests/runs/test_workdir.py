@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.runs.workdir import FREE_SECTIONS, SHOWN, Workdir, with_added
 
 CONFIG: dict[str, Any] = {

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from events import pictures, read_events, scalars
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.runs import logging as report
 from rar_jax.runs.grids import Grid
 from rar_jax.runs.logging import Reporter

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.tokenizers.maskgit_vq import TINY
 from rar_jax.weights import maskgit_vq as interop

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rar_jax.errors import StoreError
 from rar_jax.tokens import jsonl
 from rar_jax.tokens.jsonl import count_lines, export_jsonl, import_jsonl
-from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.tokens.store import TokenStore
 
 NAMES = tuple("abcde")
 

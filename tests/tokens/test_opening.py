@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from rar_jax.cli import main
-from rar_jax.config import ConfigError
 from rar_jax.data.mixing import MixedSource
+from rar_jax.errors import ConfigError
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.workdir import Workdir

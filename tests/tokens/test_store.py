@@ -16,8 +16,9 @@ import grain
 import numpy as np
 import pytest
 
+from rar_jax.errors import StoreError
 from rar_jax.tokens import store as token_store
-from rar_jax.tokens.store import StoreError, TokenStore, card_sha256
+from rar_jax.tokens.store import TokenStore, card_sha256
 from rar_jax.tokens.writer import TokenStoreWriter, shards_of
 
 RECORDS, GRID, CLASSES = 103, [2, 3], 5

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from rar_jax import experiment
-from rar_jax.config import ConfigError
 from rar_jax.data.sources import ArraySource, load_source
+from rar_jax.errors import ConfigError, StoreError
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens import tokenize as program
-from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.tokenize import write_store
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.weights import maskgit_vq

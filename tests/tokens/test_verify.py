@@ -18,10 +18,11 @@ from terminal import frames, shown_by
 
 from rar_jax.cli import main
 from rar_jax.data import imagenet
+from rar_jax.errors import StoreError
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.pictures import grid
 from rar_jax.tokenizers import maskgit_vq as tokenizer
-from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.verify import sample_of
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.weights import maskgit_vq

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from rar_jax import cli
-from rar_jax.config import ConfigError, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation import program as scoring
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.generators import rar

@@ -16,7 +16,8 @@ from flops import multiplied
 from jax.sharding import AbstractMesh
 
 from rar_jax import cli
-from rar_jax.config import ConfigError, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.parallel.mesh import AXES
 from rar_jax.tools.plan import hlo

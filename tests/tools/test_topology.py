@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tools.plan.collectives import Collective
 from rar_jax.tools.plan.topology import (

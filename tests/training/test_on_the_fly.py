@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.programs.run import run
 from rar_jax.runs.checkpoint import load_params, read_meta
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.manifest import CheckpointError
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize
 from rar_jax.training.loop import train

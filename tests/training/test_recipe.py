@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.generators import rar
 from rar_jax.training.recipe import Recipe, optimizer, schedule
 from rar_jax.training.step import make_init, make_train_step

@@ -11,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import rar_jax
-from rar_jax.config import ConfigError, load_experiment
+from rar_jax.config import load_experiment
+from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.generators import rar as generator
 from rar_jax.parallel.mesh import make_mesh

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from rar_jax.errors import WeightsError
 from rar_jax.networks.inception import Inception
 from rar_jax.weights import inception as interop
 from rar_jax.weights import saving as weights_file
-from rar_jax.weights.torch_file import WeightsError
 
 BLOCKS = {  # pytorch-fid 0.3.0, inception.py: InceptionV3.blocks
     "Conv2d_1a_3x3": "blocks.0.0",

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rar_jax.errors import WeightsError
 from rar_jax.generators.rar import TINY, Config, axes, init
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.weights import maskgit_vq, rar
 from rar_jax.weights.lazy import LazyArray, place
 from rar_jax.weights.saving import write
-from rar_jax.weights.torch_file import WeightsError
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])

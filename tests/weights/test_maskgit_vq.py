@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rar_jax.errors import WeightsError
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights import maskgit_vq as interop
-from rar_jax.weights.torch_file import WeightsError, read
+from rar_jax.weights.torch_file import read
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY_FILE = GOLDEN / "maskgit_vq_tiny.bin"

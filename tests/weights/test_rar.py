@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rar_jax.errors import WeightsError
 from rar_jax.generators.rar import TINY, init, prepare
 from rar_jax.weights import rar
-from rar_jax.weights.torch_file import WeightsError, read
+from rar_jax.weights.torch_file import read
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,10 @@ import huggingface_hub.constants
 import pytest
 from hub import CONTENT, SHA256, Hub, served
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators.rar import TINY, Config
 from rar_jax.guidance import Guidance
 from rar_jax.weights import registry as released
-from rar_jax.weights.torch_file import WeightsError
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rar_jax.weights.torch_file import WeightsError, read
+from rar_jax.errors import WeightsError
+from rar_jax.weights.torch_file import read
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq_tiny.bin"
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from rar_jax.config import require
-from rar_jax.data.decode import DecodeError, read_header
+from rar_jax.data.decode import read_header
 from rar_jax.data.encoded import EncodedSource, reason_of
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.sources import ARRAYS, SPECS, ImageSource, Split, load_source
+from rar_jax.errors import DecodeError
 from rar_jax.runs.logging import progress
 from rar_jax.runs.pictures import grid
 from rar_jax.tools.inspect.text import LISTED, Report, class_lines, counts, problem_lines, readable, spread, three

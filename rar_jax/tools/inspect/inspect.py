@@ -10,8 +10,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
 from rar_jax.data.sources import SPECS
+from rar_jax.errors import ConfigError
 from rar_jax.tools.inspect.images import class_folders, inspect_images, is_source, tell_images
 from rar_jax.tools.inspect.text import Report
 from rar_jax.tools.inspect.tokens import inspect_tokens, is_store, tell_tokens

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from rar_jax.errors import StoreError
 from rar_jax.metrics.reconstruction import code_usage
 from rar_jax.runs.logging import progress
-from rar_jax.tokens.store import StoreError, TokenStore
+from rar_jax.tokens.store import TokenStore
 from rar_jax.tools.inspect.text import LISTED, Report, class_lines, problem_lines, readable
 
 _BLOCK = 65_536  # records of a store at a time

@@ -6,11 +6,12 @@ import pathlib
 import time
 from typing import Any
 
+from rar_jax.errors import CheckpointError
 from rar_jax.runs import ledger
 from rar_jax.runs import lock as lease
 from rar_jax.runs.checkpoint import best_steps
 from rar_jax.runs.logging import progress, read_metrics
-from rar_jax.runs.manifest import CheckpointError, verify_manifest
+from rar_jax.runs.manifest import verify_manifest
 from rar_jax.runs.object_store import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.text import LISTED, Report, problem_lines, readable

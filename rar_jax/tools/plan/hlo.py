@@ -17,16 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from rar_jax.errors import HloError
 from rar_jax.tools.plan.collectives import COLLECTIVES, Collective, replica_groups
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-
-
-class HloError(ValueError):
-    """The text says something that is not understood here: the message says what."""
 
 
 @dataclasses.dataclass(frozen=True)

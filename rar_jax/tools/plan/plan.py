@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
+from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
 from rar_jax.tokens.tokenize import BATCH, CROPS

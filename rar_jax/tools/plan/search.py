@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from rar_jax.config import ConfigError
+from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import AXES, MeshConfig
 from rar_jax.tools.plan.plan import plan

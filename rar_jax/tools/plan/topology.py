@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rar_jax.config import ConfigError, nearest, require
+from rar_jax.config import nearest, require
+from rar_jax.errors import ConfigError
 from rar_jax.tools.plan.collectives import Collective, wire_bytes
 
 GIB = 2**30

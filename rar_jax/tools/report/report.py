@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image
 
 import rar_jax
-from rar_jax.config import ConfigError, require
+from rar_jax.config import require
+from rar_jax.errors import ConfigError
 from rar_jax.runs import grids, ledger
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir, with_added
