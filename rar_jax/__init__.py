@@ -8,13 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rar_jax.guidance import Guidance
     from rar_jax.pipeline import Pipeline, load
+    from rar_jax.sampling import Guidance
 
 __all__ = ["Guidance", "Pipeline", "load"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_HOMES = {"Guidance": "rar_jax.guidance", "Pipeline": "rar_jax.pipeline", "load": "rar_jax.pipeline"}
+_HOMES = {"Guidance": "rar_jax.sampling", "Pipeline": "rar_jax.pipeline", "load": "rar_jax.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
 
     # Imported here so that --help is instant.
-    from rar_jax.errors import ConfigError
+    from rar_jax.errors import ConfigError, ProcessError
     from rar_jax.parallel import mesh, processes
     from rar_jax.runs import preemption
 

@@ -9,7 +9,7 @@ from typing import Any
 def parse_guidance(text: str | None) -> Any:
     """Guidance of "SCALE[,POWER[,TEMPERATURE]]", None of nothing. Raises: ConfigError for what is neither."""
     from rar_jax.errors import ConfigError
-    from rar_jax.guidance import Guidance
+    from rar_jax.sampling import Guidance
 
     try:
         return Guidance(*(float(x) for x in text.split(","))) if text else None
@@ -25,8 +25,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     from rar_jax.evaluation.reconstructions import reconstruct
     from rar_jax.evaluation.scores import reference_of, score_images, score_samples, summary
     from rar_jax.evaluation.steps import score_steps, steps_table
-    from rar_jax.guidance import Guidance
     from rar_jax.runs.workdir import Workdir
+    from rar_jax.sampling import Guidance
 
     if not args.inception:
         from rar_jax.weights.inception import WHERE

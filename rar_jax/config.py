@@ -15,7 +15,6 @@ import difflib
 import importlib
 import importlib.util
 import pathlib
-import pkgutil
 import re
 import types
 import typing
@@ -285,20 +284,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if len(known) > 40:  # of hundreds of names only the nearest helps
         return f" The nearest is '{difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]}'."
     return f" It has: {', '.join(sorted(known))}." if known else ""
-
-
-def find_module(kind: str, name: str) -> types.ModuleType:
-    """The file rar_jax/<kind>/<name>.py: one file is one generator or one tokenizer.
-
-    Raises: ConfigError if there is no such file, naming the nearest.
-    """
-    known = module_names(kind)
-    if name not in known:
-        raise ConfigError(f"no {kind[:-1]} '{name}'.{nearest(name, known)}")
-    return importlib.import_module(f"rar_jax.{kind}.{name}")
-
-
-def module_names(kind: str) -> list[str]:
-    """Names of all files in rar_jax/<kind>/, which are its registry."""
-    folder = pathlib.Path(__file__).parent / kind
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))

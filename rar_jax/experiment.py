@@ -11,113 +11,23 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from rar_jax.config import build, find_module, nearest, require, resolve_steps, steps_fields, to_dict
+from rar_jax.config import build, nearest, require, resolve_steps, steps_fields, to_dict
 from rar_jax.data import imagenet
-from rar_jax.data.image_source import ImageSource, Split, View
+from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.data.loader import steps_per_epoch
-from rar_jax.data.mixing import period_shares
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
-from rar_jax.guidance import Guidance
+from rar_jax.models import Model, check_pair, find_module
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.runs.workdir import without_added
-from rar_jax.sampling.sampler import Model, check_pair
-from rar_jax.training.recipe import Recipe
+from rar_jax.sampling import Guidance
+from rar_jax.sections import Data, Evaluate, Recipe
 
 log: logging.Logger = logging.getLogger(__name__)
 
 SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "guidance", "evaluate", "mesh")
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Where images come from and what they are.
-
-    source: as `data.sources.load_source` takes it: "digits", "tfds:NAME", "folder:PATH", ... image_size: what images
-    are padded or cropped to; channels: 1 (grey) or 3. workers: processes that decode images or read tokens, 0 is a thread. crop: "pad", "center", "ten" or "random"; default, the source's own. What is held out is
-    cropped at the centre where training images are at random.
-    num_classes, train_records: left out or None, as many as the source has (`resolve` counts them). train_records:
-    images of an epoch (with ten crops, too); checked against the source. class_names: default, the source's if
-    num_classes is left out, else the numbers; "imagenet" stands for its 1000 names.
-    on_the_fly: the generator is trained on images, which the training step encodes, and not on tokens that were made
-    before: slower steps, but nothing to store, and crops may be "random". Otherwise the same training, but for images
-    that cannot be decoded: those are replaced by others of their class, where a token store leaves them out.
-    tokens, tokens_heldout: token stores made elsewhere, used instead of the work directory's; mix: several for training,
-    each with its weight (("DIR1", 0.7), ("DIR2", 0.3)).
-    """
-
-    source: str
-    image_size: int
-    channels: int
-    num_classes: int
-    train_records: int
-    class_names: tuple[str, ...] = ()
-    workers: int = 0
-    crop: str | None = None
-    on_the_fly: bool = False
-    tokens: str | None = None
-    tokens_heldout: str | None = None
-    mix: tuple[tuple[str, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        View(crop=self.crop)
-        for name in ("image_size", "num_classes", "train_records"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(self.workers >= 0, f"workers is {self.workers}: it must be 0 (a thread) or more (processes)")
-        if not self.class_names:
-            object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.num_classes)))
-        require(
-            len(self.class_names) == self.num_classes,
-            f"class_names has {len(self.class_names)} names for {self.num_classes} classes",
-        )
-        require(not (self.tokens and self.mix), "tokens and mix both say what to train on: give one of them")
-        for name in ("tokens", "tokens_heldout", "mix"):
-            require(
-                not (self.on_the_fly and getattr(self, name)),
-                f"on_the_fly trains on images, {name} on tokens: give one of them",
-            )
-        if self.mix:
-            period_shares([weight for _, weight in self.mix])
-
-    def given_tokens(self, split: Split) -> tuple[tuple[str, float], ...]:
-        """The token stores that are given for a split, with their weights; none where the images are tokenized."""
-        if split == "train" and self.mix:
-            return self.mix
-        folder = self.tokens if split == "train" else self.tokens_heldout
-        return ((folder, 1.0),) if folder else ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """samples: images of the final report. live_samples: of the distance while training; 0 is none.
-    live_grid: pictures a class drawn at each evaluation while training, for `rar-jax report`; 0 is none.
-    batch_size: images at a time. grid_per_class: pictures a class in samples.png, of grid_classes classes.
-    inception: file of Inception's weights, for curves of the Inception Score and, against the statistics in `reference`,
-    of the FID; they also give the final report."""
-
-    samples: int = 1000
-    live_samples: int = 200
-    live_grid: int = 4
-    batch_size: int = 200
-    grid_per_class: int = 10
-    grid_classes: int = 10
-    inception: str | None = None
-    reference: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "grid_per_class", "grid_classes"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(
-            self.reference is None or self.inception is not None,
-            "reference needs inception: the weights whose features it holds statistics of",
-        )
-        require(self.live_grid >= 0, f"live_grid is {self.live_grid}: it must be at least 0 (none)")
-        require(self.samples >= 2, f"samples is {self.samples}: a distance needs at least 2")
-        require(
-            self.live_samples == 0 or self.live_samples >= 2, f"live_samples is {self.live_samples}: 0, or at least 2"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 from rar_jax.config import build, require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
-from rar_jax.guidance import Guidance
+from rar_jax.models import Model, check_pair
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, on_device
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.object_store import is_url
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import Model, check_pair, sample_images, sample_keys, to_uint8
+from rar_jax.sampling import Guidance, sample_images, sample_keys, to_uint8
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights, read_directory
 

@@ -8,19 +8,9 @@ import ml_collections
 import pytest
 
 from rar_jax import config as config_lib
-from rar_jax.config import (
-    Steps,
-    build,
-    differences,
-    find_experiment,
-    find_module,
-    load_experiment,
-    module_names,
-    nearest,
-    resolve_steps,
-    to_dict,
-)
+from rar_jax.config import Steps, build, differences, find_experiment, load_experiment, nearest, resolve_steps, to_dict
 from rar_jax.errors import ConfigError
+from rar_jax.models import find_module, module_names
 
 EXPERIMENT = """
 from ml_collections import ConfigDict

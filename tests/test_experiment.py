@@ -18,10 +18,11 @@ from PIL import Image
 from rar_jax.config import build, load_experiment
 from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.errors import ConfigError
-from rar_jax.experiment import Data, Experiment, open_source, resolve
+from rar_jax.experiment import Experiment, open_source, resolve
+from rar_jax.models import load_model
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.sampling.sampler import load_model, sample_images, sample_keys
-from rar_jax.training.recipe import Recipe
+from rar_jax.sampling import sample_images, sample_keys
+from rar_jax.sections import Data, Recipe
 from rar_jax.weights.registry import GENERATORS, preset
 
 ROOT = pathlib.Path(__file__).parents[1]

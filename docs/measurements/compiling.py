@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
-from rar_jax.sampling.sampler import sample_keys
+from rar_jax.sampling import Guidance, sample_keys
 from rar_jax.weights.registry import GENERATORS
 
 parser = argparse.ArgumentParser()

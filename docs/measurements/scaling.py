@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
-from rar_jax.sampling.sampler import sample_keys
+from rar_jax.sampling import Guidance, sample_keys
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", default="docs/pictures/scaling.png")

@@ -19,9 +19,9 @@ from PIL import Image
 from rar_jax.data.image_source import ImageSource
 from rar_jax.data.loader import sequential_batches
 from rar_jax.data.sources import load_source
+from rar_jax.models import Model
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import replicated
-from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.tokens.tokenize import CROPS, write_store
 from rar_jax.tokens.writer import TokenStoreWriter

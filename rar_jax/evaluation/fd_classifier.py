@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from rar_jax.data.sources import ImageSource
 from rar_jax.experiment import Experiment, open_source
-from rar_jax.guidance import Guidance
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.moments import Moments
 from rar_jax.networks import classifier
@@ -28,7 +27,7 @@ from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import sample_images, sample_keys
+from rar_jax.sampling import Guidance, sample_images, sample_keys
 from rar_jax.weights.stages import trained_params
 
 

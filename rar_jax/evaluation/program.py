@@ -22,15 +22,15 @@ from rar_jax.config import require
 from rar_jax.evaluation.chunks import Chunk
 from rar_jax.evaluation.image_sets import ImageSet
 from rar_jax.evaluation.reference import Reference
-from rar_jax.guidance import Guidance
 from rar_jax.metrics import frechet, inception_score, kid, moments, precision_recall, reconstruction, sums
 from rar_jax.metrics.features import features
 from rar_jax.metrics.sums import Shift, Totals
+from rar_jax.models import Model
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.sampling.sampler import ROUNDINGS, Model, sample_images, sample_keys, to_uint8
+from rar_jax.sampling import ROUNDINGS, Guidance, sample_images, sample_keys, to_uint8
 
 # Resize and what else a published number is made with.
 PROTOCOLS = {"adm": "tf1", "pytorch_fid": "pytorch_fid"}

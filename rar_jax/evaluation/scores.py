@@ -23,7 +23,6 @@ from rar_jax.evaluation.chunks import ChunkStore, accumulate
 from rar_jax.evaluation.image_sets import ImageSet, NpzImages, open_images
 from rar_jax.evaluation.program import Network, Program, Settings, check_protocol, metrics, remarks, shift_of
 from rar_jax.evaluation.reference import Reference, SamplesWriter, read_reference, write_reference
-from rar_jax.guidance import Guidance
 from rar_jax.metrics import moments
 from rar_jax.metrics.sums import Shift
 from rar_jax.parallel.arrays import place
@@ -34,6 +33,7 @@ from rar_jax.pipeline import Pipeline, load
 from rar_jax.runs.machine import versions
 from rar_jax.runs.manifest import file_sha256, write_json
 from rar_jax.runs.pictures import grid
+from rar_jax.sampling import Guidance
 from rar_jax.weights import inception
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights

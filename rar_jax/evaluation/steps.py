@@ -10,13 +10,13 @@ from rar_jax.errors import ConfigError
 from rar_jax.evaluation.program import Program, Settings, shift_of
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.evaluation.scores import evaluate, load_network, made_from
-from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
 from rar_jax.pipeline import load
 from rar_jax.runs.checkpoint import best_steps, good_steps, mark_best
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.workdir import Workdir
+from rar_jax.sampling import Guidance
 
 
 def score_steps(

@@ -23,7 +23,6 @@ import numpy as np
 from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.config import Steps, require
-from rar_jax.guidance import Guidance
 from rar_jax.networks import decoding
 from rar_jax.networks.boxes import logical_axes, unbox
 
@@ -33,6 +32,7 @@ from rar_jax.networks.costs import sample_flops as sample_flops
 from rar_jax.networks.costs import train_flops as train_flops
 from rar_jax.networks.layers import INIT, Dense, attention_weights, layer_norm, modulate
 from rar_jax.networks.transformer import Transformer
+from rar_jax.sampling import Guidance
 
 Params = dict[str, Any]
 

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import rar_jax
-from rar_jax.config import find_module, require, to_dict
+from rar_jax.config import require, to_dict
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError, WeightsError
-from rar_jax.guidance import Guidance
+from rar_jax.models import check_pair, find_module
 from rar_jax.runs.checkpoint import save_params
 from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import file_sha256, write_json
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import check_pair
+from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import Weights, open_weights
 

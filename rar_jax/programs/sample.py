@@ -10,12 +10,12 @@ from PIL import Image
 
 from rar_jax.config import nearest, require
 from rar_jax.errors import ConfigError
-from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
 from rar_jax.runs.logging import progress
 from rar_jax.runs.pictures import grid
+from rar_jax.sampling import Guidance
 
 MOST = 100_000  # images of one command
 ROWS, COLUMNS = 50, 16  # of the grid

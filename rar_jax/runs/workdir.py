@@ -21,7 +21,7 @@ from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.object_store import Mirror, is_url
-from rar_jax.training.recipe import Recipe
+from rar_jax.sections import Recipe
 
 # What may differ between the starts of one run: where it runs, what is done with the finished weights, and who is told.
 FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")

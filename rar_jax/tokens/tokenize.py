@@ -28,13 +28,13 @@ from rar_jax.data.loader import Batch, sequential_batches
 from rar_jax.data.sources import ImageSource, Split
 from rar_jax.errors import StoreError
 from rar_jax.experiment import Experiment, open_images, open_source
+from rar_jax.models import Model
 from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import Model
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, sweep
 from rar_jax.weights.loading import open_weights

@@ -15,7 +15,7 @@ from rar_jax.errors import ConfigError, StoreError
 from rar_jax.experiment import Experiment
 from rar_jax.runs.logging import progress
 from rar_jax.runs.pictures import grid
-from rar_jax.sampling.sampler import to_uint8
+from rar_jax.sampling import to_uint8
 from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS

@@ -17,7 +17,7 @@ from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.grids import Grid, spread
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import sample_images, sample_keys, to_uint8
+from rar_jax.sampling import sample_images, sample_keys, to_uint8
 from rar_jax.weights.stages import trained_params
 
 PAIRS = 12  # held-out images of a tokenizer's grid

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from rar_jax.data.loader import Source, batches
 from rar_jax.errors import CheckpointError, Preempted, TrainingError
 from rar_jax.experiment import Experiment
+from rar_jax.models import Model
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
 from rar_jax.parallel.mesh import batch_divisor
@@ -33,12 +34,12 @@ from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.logging import Reporter
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import Model
+from rar_jax.sections import Recipe
 from rar_jax.training import guard
 from rar_jax.training.live import Numbers, best_by, live_scorers
 from rar_jax.training.live_grids import live_grid
 from rar_jax.training.objective import Objective, encoded, make_objective
-from rar_jax.training.recipe import Recipe, optimizer
+from rar_jax.training.optimizer import optimizer
 from rar_jax.training.step import Batch, State, make_init, make_train_step, state_shardings
 from rar_jax.training.telling import Telling
 from rar_jax.weights.stages import STAGES, evaluated, given_generator, take_over_tokenizer, trained_params

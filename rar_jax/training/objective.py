@@ -11,9 +11,9 @@ import numpy as np
 
 from rar_jax.data.loader import Source
 from rar_jax.experiment import Experiment, open_source
+from rar_jax.models import Model
 from rar_jax.parallel.mesh import on_device
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import Model
 from rar_jax.tokens.opening import open_tokens
 from rar_jax.training.step import Batch
 from rar_jax.weights.stages import finished

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rar_jax.sections import Recipe
 from rar_jax.training import guard
-from rar_jax.training.recipe import Recipe, schedule
+from rar_jax.training.optimizer import schedule
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]

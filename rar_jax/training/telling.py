@@ -7,9 +7,9 @@ from typing import Any
 
 from rar_jax.runs.logging import Reporter
 from rar_jax.runs.session import Session
+from rar_jax.sections import Recipe
 from rar_jax.training.live import Numbers
 from rar_jax.training.live_grids import Draw
-from rar_jax.training.recipe import Recipe
 from rar_jax.training.step import State, evaluated_params
 
 

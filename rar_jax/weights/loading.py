@@ -14,14 +14,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rar_jax.config import find_module, module_names, require
+from rar_jax.config import require
 from rar_jax.errors import CheckpointError, ConfigError, WeightsError
+from rar_jax.models import Model, find_module, load_model, module_names
 from rar_jax.parallel.mesh import find_devices
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.runs.checkpoint import good_step, load_params
 from rar_jax.runs.manifest import file_sha256, verify_manifest
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling.sampler import Model, load_model
 from rar_jax.weights import lazy
 
 

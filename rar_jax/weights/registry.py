@@ -9,8 +9,8 @@ from typing import Any
 
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
 from rar_jax.runs.manifest import file_sha256
+from rar_jax.sampling import Guidance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from rar_jax.config import differences, require, to_dict
 from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import Experiment
+from rar_jax.models import Model
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.runs.checkpoint import good_step, load_params, read_meta, save_params
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
 from rar_jax.runs.writers import wandb_package
-from rar_jax.sampling.sampler import Model
 from rar_jax.weights.loading import Weights, open_weights
 from rar_jax.weights.registry import locate
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.config import find_module, module_names
-from rar_jax.guidance import Guidance
+from rar_jax.models import find_module, module_names
+from rar_jax.sampling import Guidance
 
 
 @pytest.fixture(scope="module", params=module_names("generators"))

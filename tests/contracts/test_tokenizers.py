@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.config import find_module, module_names
+from rar_jax.models import find_module, module_names
 
 
 @pytest.fixture(scope="module", params=module_names("tokenizers"))

@@ -12,7 +12,7 @@ import pytest
 import scipy.special
 
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
+from rar_jax.sampling import Guidance
 from rar_jax.weights import rar as released
 
 SETTINGS = ("const4", "rarB", "rarXL", "nocfg")

@@ -22,15 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
 from rar_jax.parallel import processes
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.runs.checkpoint import Checkpointer
-from rar_jax.sampling.sampler import sample_keys
+from rar_jax.sampling import Guidance, sample_keys
+from rar_jax.sections import Recipe
 from rar_jax.training.loop import compile_training
-from rar_jax.training.recipe import Recipe
 
 RECIPE, CONFIG = Recipe(steps=10, batch_size=8, ema_decay=0.9), rar.TINY
 TIE = 1e-5

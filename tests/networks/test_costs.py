@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
+from rar_jax.sampling import Guidance
 
 RAR_B, RAR_XXL = rar.Config(), rar.Config(width=1408, depth=40, mlp_width=6144)
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
 from rar_jax.networks import decoding
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, sharded
+from rar_jax.sampling import Guidance
 from rar_jax.weights.registry import GENERATORS
 
 

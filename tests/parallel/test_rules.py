@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from rar_jax.config import find_module, module_names
 from rar_jax.errors import ConfigError
+from rar_jax.models import find_module, module_names
 from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh

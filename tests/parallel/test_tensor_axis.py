@@ -15,7 +15,7 @@ from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation import scores as evaluate
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.sampling.sampler import sample_keys
+from rar_jax.sampling import sample_keys
 
 GUIDANCE = Guidance(2.0, 1.0, 1.0)
 

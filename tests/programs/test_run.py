@@ -14,13 +14,13 @@ import rar_jax
 from rar_jax.cli import main
 from rar_jax.errors import ConfigError
 from rar_jax.metrics import frechet
+from rar_jax.models import load_model
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.runs import grids
 from rar_jax.runs.checkpoint import good_step, load_params
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.manifest import verify_manifest
-from rar_jax.sampling.sampler import load_model
 from rar_jax.tokens.store import TokenStore
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")

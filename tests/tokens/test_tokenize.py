@@ -15,9 +15,9 @@ from PIL import Image
 from rar_jax import experiment
 from rar_jax.data.sources import ArraySource, load_source
 from rar_jax.errors import ConfigError, StoreError
+from rar_jax.models import Model
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.manifest import file_sha256
-from rar_jax.sampling.sampler import Model
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens import tokenize as program
 from rar_jax.tokens.store import TokenStore

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from rar_jax.config import find_module
+from rar_jax.models import find_module
 from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import sharded
+from rar_jax.sections import Recipe
 from rar_jax.training.loop import compile_training
-from rar_jax.training.recipe import Recipe
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 

@@ -12,14 +12,13 @@ import pytest
 
 from rar_jax.errors import HloError
 from rar_jax.generators import rar
-from rar_jax.guidance import Guidance
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.sampling.sampler import sample_keys
+from rar_jax.sampling import Guidance, sample_keys
+from rar_jax.sections import Recipe
 from rar_jax.tools.plan import hlo
 from rar_jax.tools.plan.collectives import Collective, replica_groups, wire_bytes
 from rar_jax.training.loop import compile_training
-from rar_jax.training.recipe import Recipe
 
 ROWS, SLOTS = 8, rar.TINY.num_tokens + 1
 

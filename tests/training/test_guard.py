@@ -9,8 +9,9 @@ import pytest
 
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated
+from rar_jax.sections import Recipe
 from rar_jax.training import guard
-from rar_jax.training.recipe import Recipe, optimizer
+from rar_jax.training.optimizer import optimizer
 from rar_jax.training.step import make_init, make_train_step, state_shardings
 
 judge = jax.jit(guard.judge, static_argnames="sigmas")

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated
-from rar_jax.training.recipe import Recipe, optimizer
+from rar_jax.sections import Recipe
+from rar_jax.training.optimizer import optimizer
 from rar_jax.training.step import State, evaluated_params, make_init, make_train_step, state_shardings
 
 AXES = {"first": {"kernel": ("width", "mlp"), "bias": ("mlp",)}, "last": {"kernel": ("mlp", "width")}}

@@ -10,7 +10,7 @@ from hub import CONTENT, SHA256, Hub, served
 
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators.rar import TINY, Config
-from rar_jax.guidance import Guidance
+from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
 
 

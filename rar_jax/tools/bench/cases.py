@@ -21,13 +21,14 @@ from rar_jax.data.loader import batches
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
 from rar_jax.metrics.features import features
+from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.sampling.sampler import Model, sample_images, sample_keys
+from rar_jax.sampling import sample_images, sample_keys
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.tools.bench.ceilings import Cost

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
+from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.sampling.sampler import Model
 from rar_jax.tokens.tokenize import jit_encode
 from rar_jax.tools.plan import hlo
 from rar_jax.tools.plan.topology import Topology, chip_places, wire

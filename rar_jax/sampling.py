@@ -1,4 +1,4 @@
-"""Classifier-free guidance and its schedule over the generation steps (RAR, arXiv 2411.00776, section 4)."""
+"""From labels to images in one traceable function: guidance, per-sample keys, generator, tokenizer, rounding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,42 @@ import jax
 import jax.numpy as jnp
 
 from rar_jax.config import require
+from rar_jax.models import Model
+
+
+def sample_keys(seed: jax.Array | int, ids: jax.Array) -> jax.Array:
+    """One threefry key a sample, (b,): fold_in(seed, id), so that sample i is the same in any batch and on any mesh."""
+    root = jax.random.key(seed, impl="threefry2x32")
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
+
+
+ROUNDINGS = ("truncate", "round")
+
+
+def to_uint8(images_byxc: jax.Array, rounding: str = "truncate") -> jax.Array:
+    """Images in [0, 1] to uint8, by truncation as RAR's evaluation does, or to the nearest ("round")."""
+    scaled_byxc = images_byxc * 255.0
+    return (jnp.round(scaled_byxc) if rounding == "round" else scaled_byxc).astype(jnp.uint8)
+
+
+def sample_images(
+    generator: Model,
+    tokenizer: Model,
+    params: dict[str, Any],
+    labels: jax.Array,
+    keys: jax.Array,
+    guidance: Guidance,
+    *,
+    rounding: str = "truncate",
+) -> jax.Array:
+    """uint8 images (b, y, x, c) of the given classes; traceable.
+
+    Args:
+      params: {"generator": of init or prepare, "tokenizer"}.
+      labels: int (b,). keys: typed keys (b,), see `sample_keys`.
+    """
+    tokens_bn = generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
+    return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn), rounding)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rar_jax.errors import ConfigError
-from rar_jax.guidance import Guidance
+from rar_jax.sampling import Guidance
 
 CURVES = [
     (4.0, 0.0, "4_0"),

@@ -13,7 +13,8 @@ import pytest
 
 from rar_jax.errors import ConfigError
 from rar_jax.generators import rar
-from rar_jax.training.recipe import Recipe, optimizer, schedule
+from rar_jax.sections import Recipe
+from rar_jax.training.optimizer import optimizer, schedule
 from rar_jax.training.step import make_init, make_train_step
 from rar_jax.weights import rar as released
 

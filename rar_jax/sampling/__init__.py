@@ -1,1 +1,0 @@
-"""From labels to images: the jitted sampler."""
