@@ -78,7 +78,7 @@ def normalize(x: jax.Array, *, axis: int) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + 1e-6)
 
 
-def layer_norm(params: Params, x: jax.Array, *, axis: int = 0) -> jax.Array:
+def apply_layer_norm(params: Params, x: jax.Array, *, axis: int = 0) -> jax.Array:
     """LayerNorm with scale and bias over an axis."""
     shape = tuple(-1 if i == axis else 1 for i in range(x.ndim))
     return normalize(x, axis=axis) * params["scale"].reshape(shape) + params["bias"].reshape(shape)
@@ -130,9 +130,9 @@ def block(
     """transformer.Block for one slot, which is `place` of the last stage of the cache; also that stage with it written."""
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.unstack(modulation_6dbg)
     attn, mlp = params["attn"], params["mlp"]
-    qkv_3hkbg = dense(attn["qkv"], modulate(layer_norm(params["norm1"], x_dbg), shift_a, scale_a))
-    q_hkbg = layer_norm(attn["q_norm"], qkv_3hkbg[0], axis=1)
-    k_hkbg = layer_norm(attn["k_norm"], qkv_3hkbg[1], axis=1)
+    qkv_3hkbg = dense(attn["qkv"], modulate(apply_layer_norm(params["norm1"], x_dbg), shift_a, scale_a))
+    q_hkbg = apply_layer_norm(attn["q_norm"], qkv_3hkbg[0], axis=1)
+    k_hkbg = apply_layer_norm(attn["k_norm"], qkv_3hkbg[1], axis=1)
     old = cache[-1]
     rows, (h, k, b, g) = old[0].shape[:-2], q_hkbg.shape
     q_rk, k_rk, v_rk = (x.transpose(2, 3, 0, 1).reshape(*rows, k) for x in (q_hkbg, k_hkbg, qkv_3hkbg[2]))
@@ -142,7 +142,7 @@ def block(
     )
     out_hkbg = attend(q_rk, [*cache[:-1], (keys, values)], place + 1).reshape(b, g, h, k).transpose(2, 3, 0, 1)
     x_dbg = x_dbg + gate_a * dense(attn["proj"], out_hkbg)
-    h_fbg = dense(mlp["fc1"], modulate(layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
+    h_fbg = dense(mlp["fc1"], modulate(apply_layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
     x_dbg = x_dbg + gate_m * dense(mlp["fc2"], gelu(h_fbg))
     return with_logical_constraint(x_dbg, (None, "batch", None)), (keys, values)
 
@@ -261,17 +261,11 @@ def generate(
     kept_s = jnp.zeros((slots, *of_slot.shape), of_slot.dtype)
     done: list[list[KeysValues]] = []  # of each stage that is over, of each layer
 
-    def one_slot(slot: jax.Array, carry: Any, place: jax.Array, modulations: list[jax.Array]) -> Any:
+    def one_slot(slot: jax.Array, carry: Any, position: jax.Array, modulations: list[jax.Array]) -> Any:
         stage, token_b, kept_s = carry
-        x_dbg, written = embed(slot, token_b), []
-        for i, layer in enumerate(layers):
-            cache = [*(before[i] for before in done), stage[i]]
-            x_dbg, new = block(layer, x_dbg, modulations[i], cache, place)
-            written.append(new)
-        scale_dbg, shift_dbg = modulations[-1]  # the opposite order to the blocks
-        x_dbg = modulate(normalize(x_dbg, axis=0), shift_dbg, scale_dbg)
-        token_b, keep = draw(slot, dense(params["lm_head"], x_dbg))
-        return written, token_b, kept_s.at[slot].set(keep)
+        logits_vbg, stage = _apply_layers(params, embed(slot, token_b), modulations, done, stage, position)
+        token_b, keep = draw(slot, logits_vbg)
+        return stage, token_b, kept_s.at[slot].set(keep)
 
     def one_stage(begin: int, end: int, token_b: jax.Array, kept_s: jax.Array) -> Any:
         period = given.slots_at_a_time(end - begin)
@@ -297,6 +291,25 @@ def generate(
         stage, token_b, kept_s = one_stage(begin, end, token_b, kept_s)
         done.append(stage)
     return kept_s
+
+
+def _apply_layers(
+    params: Params,
+    x_dbg: jax.Array,
+    modulations: list[jax.Array],
+    done: list[list[KeysValues]],
+    stage: list[KeysValues],
+    position: jax.Array,
+) -> tuple[jax.Array, list[KeysValues]]:
+    """One position through all layers and the head: logits (v, b, g), and the stage's cache with the position written."""
+    written = []
+    for i, layer in enumerate(params["layers"]):
+        cache = [*(before[i] for before in done), stage[i]]
+        x_dbg, new = block(layer, x_dbg, modulations[i], cache, position)
+        written.append(new)
+    scale_dbg, shift_dbg = modulations[-1]  # the opposite order to the blocks
+    x_dbg = modulate(normalize(x_dbg, axis=0), shift_dbg, scale_dbg)
+    return dense(params["lm_head"], x_dbg), written
 
 
 def _stage_ends(params: Params, slots: int, rows: int) -> list[int]:
