@@ -55,8 +55,8 @@ class ConvNormRelu(nn.Module):
 
     def _convolve(self, x_byxd: jax.Array, kernel: jax.Array) -> jax.Array:
         sides = [0 if self.valid else k // 2 for k in self.size]
-        # With one row of zeros more (a valid convolution: one column too), whose results are cut off, XLA's CPU convolution
-        # takes another way: 10 times faster for 2a, 3 times for 4a, 1.25 times for those that keep the size.
+        # One extra row of zeros (and one column, if valid), cropped afterwards, selects a faster XLA:CPU convolution
+        # (docs/measurements/inception.md).
         padding = [(sides[0], sides[0] + 1), (sides[1], sides[1] + self.valid)]
         y_byxd = jax.lax.conv_general_dilated(
             x_byxd,
