@@ -2,7 +2,8 @@
 
 A causal transformer predicts the tokens of an image one after the other. In training each sequence is permuted randomly
 with a probability that is annealed from 1 to 0, so that the model sees context from every direction and ends as a
-raster model. A permuted model must know which token comes next: the position embedding of the *target* is added to each input.
+raster model. A permuted model must know which token comes next: the position embedding of the *target* is added to
+each input.
 
 Sequence positions (slots): 0 cls, 1 class, 2 first token, ... The last token is never an input.
 Shape suffixes: b batch, n tokens, s sequence positions (n + 1), d width, v codes.
