@@ -79,7 +79,8 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
         CheckpointError,
         ConfigError,
         DeviceMemoryError,
-        LeaseError,
+        LockError,
+        ObjectStoreError,
         Preempted,
         ProcessError,
         StorageError,
@@ -92,14 +93,13 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.parallel.memory import exhaustion
     from rar_jax.programs import refusals
     from rar_jax.runs.logging import progress_in_files
-    from rar_jax.runs.object_store import ObjectStoreError
 
     def fail(problem: object, code: int = 1) -> int:
         print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)
         return code
 
     progress_in_files(args.progress)
-    ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
+    ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LockError
     try:
         if args.verb == "inspect":
             return _inspect(args, overrides)
@@ -125,7 +125,7 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
 
 def _fetched(path: Any) -> Any:
     """The folder of a work directory that is in a bucket, brought here; anything else as it is."""
-    from rar_jax.runs.object_store import is_url
+    from rar_jax.runs.bucket import is_url
     from rar_jax.runs.workdir import Workdir
 
     return str(Workdir(path).fetch().path) if path and is_url(path) else path
@@ -359,7 +359,7 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
         print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
         return 2
     if isinstance(args.workdir, str):
-        told = "is a bucket, whose work is done in a folder here: give that, RAR_JAX_SCRATCH (default ~/.cache/rar_jax)"
+        told = "is in a bucket: give a folder on a disk"
         print(f"rar-jax doctor: {args.workdir} {told}", file=sys.stderr)
         return 2
     report = doctor(args.workdir)

@@ -23,7 +23,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing or damaged: the message names the file."""
 
 
-class LeaseError(RuntimeError):
+class LockError(RuntimeError):
     """Another process writes to the work directory: the message says which."""
 
 

@@ -21,7 +21,6 @@ from rar_jax.models import Model, check_pair, find_module
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
 from rar_jax.parallel.rules import param_shardings
-from rar_jax.runs.workdir import without_added
 from rar_jax.sampling import Guidance
 from rar_jax.sections import Data, Evaluate, Recipe
 
@@ -71,14 +70,14 @@ class Experiment:
     wandb: str | None
 
     def resolved(self) -> dict[str, Any]:
-        """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None, or came later."""
+        """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None."""
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
             out[kind] = {"name": model.module.__name__.rpartition(".")[2], **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
-        return without_added({key: value for key, value in out.items() if value is not None})
+        return {key: value for key, value in out.items() if value is not None}
 
     @property
     def stages(self) -> tuple[str, ...]:

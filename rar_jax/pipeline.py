@@ -20,7 +20,7 @@ from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, on_device
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.runs.object_store import is_url
+from rar_jax.runs.bucket import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance, sample_images, sample_keys, to_uint8
 from rar_jax.weights import registry as released
@@ -135,12 +135,11 @@ class Pipeline:
             yield images[: len(labels_b) - start]
 
     def _program(self, size: int, args: tuple[Any, ...]) -> Any:
-        """The sampler compiled for such arguments. Raises: ConfigError if it would not fit in memory."""
+        """The sampler compiled for such arguments."""
         key = jax.tree.structure(args), *(jax.typeof(x) for x in jax.tree.leaves(args))
         if key not in self._programs:
             with contextlib.nullcontext() if self.mesh is None else sharded(self.mesh):
                 compiled = self._jitted.lower(*args).compile()
-            memory.check(compiled, size, divisor=1 if self.mesh is None else batch_divisor(self.mesh))
             self._programs[key] = compiled
         return self._programs[key]
 

@@ -26,7 +26,7 @@ from rar_jax.evaluation import program as scoring
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.parallel import memory
 from rar_jax.runs import checkpoint
-from rar_jax.runs.lock import Lease
+from rar_jax.runs.lock import Lock
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.training import loop as train
@@ -288,7 +288,7 @@ def folder_of_someone(at: Place) -> None:
 @case("Work directory and disk", "A second writer")
 def second_writer(at: Place) -> None:
     (at.path / "runs/a").mkdir(parents=True)
-    held = Lease(at.path / "runs/a", "run")
+    held = Lock(at.path / "runs/a", "run")
     try:
         at.command(f"{RUN} -q", 1)
     finally:

@@ -26,7 +26,6 @@ from rar_jax.metrics import frechet, inception_score, kid, moments, precision_re
 from rar_jax.metrics.features import features
 from rar_jax.metrics.sums import Shift, Totals
 from rar_jax.models import Model
-from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
@@ -270,18 +269,15 @@ class Program:
         return seconds
 
     def _run(self, program: Any, *args: Any, **static: Any) -> Chunk:
-        """Calls a jitted program. Raises: ConfigError as `_compile` does."""
+        """Calls a jitted program."""
         return self._compile(program, *args, **static)(*args)
 
     def _compile(self, program: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
-        """A jitted program for arguments of this form, compiled once. Raises: ConfigError, before it runs, if a device has not
-        the memory that it takes."""
+        """A jitted program for arguments of this form, compiled once."""
         leaves, tree = jax.tree.flatten(args)
         form = program, tree, tuple((np.shape(x), jnp.result_type(x)) for x in leaves), tuple(static.items())
         if form not in self._compiled:
             compiled = program.lower(*args, **static).compile()
-            rows, parts = self.settings.batch_size, batch_divisor(self.mesh)
-            memory.check(compiled, rows, divisor=parts)
             self._compiled[form] = compiled
         return self._compiled[form]
 

@@ -13,6 +13,7 @@ from rar_jax.evaluation.scores import evaluate, load_network, made_from
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main
 from rar_jax.pipeline import load
+from rar_jax.runs.bucket import Path
 from rar_jax.runs.checkpoint import best_steps, good_steps, mark_best
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.workdir import Workdir
@@ -75,7 +76,7 @@ def score_steps(
     return told
 
 
-def _wanted(folder: pathlib.Path, steps: str) -> list[int]:
+def _wanted(folder: Path, steps: str) -> list[int]:
     there: list[int] = from_main(lambda: [step for step, _ in good_steps(folder)])[::-1]
     require(bool(there), f"{folder} has no good checkpoint")
     if steps == "all":

@@ -124,7 +124,7 @@ def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, qui
             config[stage] = {"name": module, **to_dict(weights.model.config)}
             meta = {"stage": stage, "made_from": config["converted_from"][stage]}
             save_params(Workdir(partial).checkpoints(stage), weights.place(), meta)
-        write_json(Workdir(partial).config, config)
+        Workdir(partial).write_config(config)
         os.replace(partial, out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror or error}): choose another place") from error

@@ -42,7 +42,7 @@ PICTURES = ("samples.png", "reconstructions.png", "curves.png")
 def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch: Watch | None = None) -> None:
     """Does or resumes the whole job of an experiment in a work directory.
 
-    Raises: ConfigError if the directory belongs to another experiment, LeaseError if another run writes to it, and whatever a
+    Raises: ConfigError if the directory belongs to another experiment, LockError if another run writes to it, and whatever a
       stage raises.
     """
     data = experiment.data

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -26,17 +25,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rar_jax.errors import PREEMPTED
 from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
-from rar_jax.errors import Preempted
 
 TICK_SECONDS = 0.5  # between two numbers that the thread asks for
 SAME_SECONDS = 2.0  # within which two signals are one
-
-
 
 
 class Watch:
@@ -184,20 +179,6 @@ class Watch:
             print(f"rar-jax: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(PREEMPTED)
-
-
-class _CheckpointManager(ocp.CheckpointManager):
-    """Orbax's, which would ask JAX for the numbers of its steps, some of them long after a save began. JAX takes the last number
-    that it was asked for as where a process is: it would name one that `Watch` is past, and nobody would ever stop."""
-
-    def reached_preemption(self, step: int) -> bool:
-        """Never: `Watch` decides."""
-        return False
-
-
-def checkpoint_manager(folder: pathlib.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    """Orbax's for a folder, but for its questions to JAX."""
-    return _CheckpointManager(folder, options=options)
 
 
 def _handler_of_jax() -> Callable[[int], None]:

@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
+from rar_jax.errors import LockError, ObjectStoreError, Preempted
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.runs.machine import where
-from rar_jax.runs import lock as lease
-from rar_jax.runs.lock import Lease
-from rar_jax.errors import LeaseError
+from rar_jax.runs import lock
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.object_store import Mirror, ObjectStoreError
-from rar_jax.errors import Preempted
-from rar_jax.runs.preemption import Watch
+from rar_jax.runs.lock import Lock
 from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.machine import where
+from rar_jax.runs.preemption import Watch
 from rar_jax.runs.workdir import Workdir
 
 # How long a process that leaves at once sends to its bucket: with processes.GRACE_SECONDS, which may come before, less than the 10
@@ -33,15 +31,13 @@ LEAVING_SECONDS, HURRIED_SECONDS = 7.0, 0.5
 class Session:
     """`ledger`, `watch`, and `poll`, which long loops call. Without arguments nothing is written and nothing heard."""
 
-    def __init__(
-        self, ledger: Ledger | None = None, watch: Watch | None = None, held: Sequence[Lease | Mirror] = ()
-    ) -> None:
+    def __init__(self, ledger: Ledger | None = None, watch: Watch | None = None, held: Sequence[Lock] = ()) -> None:
         self.ledger: Ledger = ledger or Ledger()
         self.watch: Watch = watch or Watch()
         self._held = held
 
     def check(self) -> None:
-        """Raises LeaseError if another writer has come, ObjectStoreError if the bucket has been away for too long."""
+        """Raises LockError if another writer has come, ObjectStoreError if the bucket has been away for too long."""
         for held in self._held:
             held.check()
 
@@ -70,27 +66,25 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
     Args:
       claim: makes the directory this experiment's; called when no other process can write there.
 
-    Raises: LeaseError if another run writes to the directory, ObjectStoreError if its bucket cannot be reached; what `claim` raises.
+    Raises: LockError if another run writes to the directory, ObjectStoreError if its bucket cannot be reached; what `claim` raises.
     """
     workdir.make()
-    held: list[Lease | Mirror] = []
+    held: list[Lock] = []
     ledger = Ledger(workdir.path if is_main() else None)
     began = False
     reason = "an error"
 
     def take() -> None:
-        held.append(Lease(workdir.path, verb))
-        if workdir.mirror is not None:
-            workdir.mirror.take(verb)
-            held.append(workdir.mirror)
+        held.append(Lock(workdir.root, verb))
 
     def leave(why: str, kind: str) -> None:
         if began:
             ledger.lap(kind)
             ledger.row("stop", reason=why)
         with contextlib.ExitStack() as stack:
-            for one in held:  # the last first: the bucket gets what is left before the folder is let go of
+            for one in held:
                 stack.callback(one.release)
+            workdir.send()
 
     def try_to_leave() -> None:
         try:
@@ -103,17 +97,14 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
         leaving = threading.Thread(target=try_to_leave, daemon=True)
         leaving.start()
         leaving.join(HURRIED_SECONDS if watch.hurried else LEAVING_SECONDS)
-        if leaving.is_alive() and workdir.mirror is not None:
-            told = f"the next start there sends what {workdir.mirror.url} has not got: {workdir.path}"
-            print(f"rar-jax {verb}: {told}", file=sys.stderr, flush=True)
 
     def mind() -> None:
         """Ends this process when its place was lost. A training asks after each step, and is given the time to; nothing else does."""
-        while not over.wait(lease.HEARTBEAT_SECONDS):
+        while not over.wait(lock.HEARTBEAT_SECONDS):
             try:
                 around.check()
-            except (LeaseError, ObjectStoreError) as error:
-                if not over.wait(lease.HEARTBEAT_SECONDS):
+            except (LockError, ObjectStoreError) as error:
+                if not over.wait(lock.HEARTBEAT_SECONDS):
                     ledger.row("stop", reason=_reason(error))
                     print(f"\nrar-jax {verb}: {error}", file=sys.stderr, flush=True)
                     os._exit(1)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from rar_jax.errors import StoreError
+from rar_jax.runs.bucket import Path, cache_files, make_path
 
 SCHEMA_VERSION = 2
 # What the maker of a store says of it; the writer adds what it counted. A maker may add keys of its own.
@@ -46,8 +47,11 @@ class TokenStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder: pathlib.Path = pathlib.Path(folder)
+        self.folder: Path = make_path(folder)
         self.card: dict[str, Any] = _read_card(self.folder)
+        # Shards of a store in a bucket are mapped from a cache of this machine.
+        names = [shard["name"] for shard in self.card["shards"]]
+        self._local: pathlib.Path = cache_files(self.folder, names, key=card_sha256(self.card))
         self.num_classes: int = self.card["num_classes"]
         self.class_names: tuple[str, ...] = tuple(self.card["class_names"])
         self.codebook_size: int = self.card["codebook_size"]
@@ -110,7 +114,7 @@ class TokenStore:
         """
         counted = Counts(self.num_classes)
         for shard, records in zip(seen(self.card["shards"]), self._shards, strict=True):
-            path = self.folder / shard["name"]
+            path = self._local / shard["name"]
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard["sha256"]:
@@ -132,7 +136,7 @@ class TokenStore:
                 raise StoreError(f"{self.folder / 'card.json'}: the span of {shard['name']} does not fit its records")
 
     def _open(self, shard: Mapping[str, Any]) -> np.ndarray:
-        path = self.folder / shard["name"]
+        path = self._local / shard["name"]
         header = npy_header(shard["records"], self._dtype)
         size = len(header) + shard["records"] * self._dtype.itemsize
         if not path.is_file():
@@ -191,7 +195,7 @@ def check_ranges(
         raise StoreError(f"{where}: record {first + record} has {name} {values[record, place]}, outside 0..{limit - 1}")
 
 
-def _read_card(folder: pathlib.Path) -> dict[str, Any]:
+def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / "card.json"
     if not path.is_file():
         if any(folder.glob("shard-*")) or (folder / "making.json").is_file():

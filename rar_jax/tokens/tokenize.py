@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +32,7 @@ from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
+from rar_jax.runs.bucket import remove_tree
 from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
@@ -79,11 +79,11 @@ def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split,
 
     def make_way() -> None:
         if (folder / "card.json").exists():
-            shutil.rmtree(folder)  # damaged, or of another tokenizer
+            remove_tree(folder)  # damaged, or of another tokenizer
         try:
             TokenStoreWriter(folder, card, source_records=len(source))
         except StoreError:  # the beginning of another one
-            shutil.rmtree(folder)
+            remove_tree(folder)
             TokenStoreWriter(folder, card, source_records=len(source))
 
     from_main(make_way)

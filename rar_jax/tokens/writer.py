@@ -17,13 +17,14 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from rar_jax.errors import StoreError
+from rar_jax.errors import CheckpointError, StoreError
+from rar_jax.runs.bucket import BucketPath, Path, make_path
+from rar_jax.runs.manifest import file_sha256
 from rar_jax.tokens.store import CARD_KEYS, SCHEMA_VERSION, Counts, card_sha256, check_ranges, npy_header, record_dtype
 
 SHARD_RECORDS = 65_536  # 34 MB at 256 tokens of two bytes; 196 shards of ImageNet's ten crops
@@ -66,7 +67,7 @@ class TokenStoreWriter:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        self.folder: pathlib.Path = pathlib.Path(folder)
+        self.folder: Path = make_path(folder)
         if missing := [key for key in CARD_KEYS if key not in card]:
             raise StoreError(f"the card for {self.folder} lacks {', '.join(missing)}")
         if shard_records < 1 or source_records < 1:
@@ -184,11 +185,10 @@ class TokenStoreWriter:
         if j not in self._written:
             try:
                 sidecar = json.loads((self.folder / self.name(j, "json")).read_bytes())
-                with open(self.folder / self.name(j), "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = file_sha256(self.folder / self.name(j))
                 if sidecar["span"] != list(self.span(j)) or sidecar["sha256"] != found:
                     return None
-            except (FileNotFoundError, ValueError, KeyError, TypeError):
+            except (FileNotFoundError, CheckpointError, ValueError, KeyError, TypeError):
                 return None
             self._written[j] = sidecar
         return self._written[j]
@@ -240,7 +240,7 @@ class Shard:
         self.kept += len(records)
 
 
-def sweep(folder: pathlib.Path, card: Mapping[str, Any]) -> None:
+def sweep(folder: Path, card: Mapping[str, Any]) -> None:
     """Removes from a finished store what was only needed to make it, and shards of an earlier one."""
     keep = {"card.json", *(shard["name"] for shard in card["shards"])}
     for path in [*folder.glob("shard-*"), folder / "making.json", *folder.glob("*.tmp")]:
@@ -255,8 +255,11 @@ def _total(sidecars: list[dict[str, Any]], name: str) -> dict[str, int]:
     return dict(sorted(total.items(), key=lambda item: int(item[0])))
 
 
-def _write_whole(path: pathlib.Path, content: list[bytes]) -> None:
+def _write_whole(path: Path, content: list[bytes]) -> None:
     """A file is whole under its name or not there at all; the temporary one is this process's own."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(b"".join(content))
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

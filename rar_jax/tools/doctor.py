@@ -293,14 +293,16 @@ def _glob(pattern: str) -> list[pathlib.Path]:
 
 
 def _of_folder(workdir: pathlib.Path, folder: pathlib.Path) -> list[Problem]:
-    from rar_jax.parallel.storage import trouble
-
     path = workdir.absolute()
     if file := next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None):
         return [Problem(f"{workdir} is not a folder", f"{file} is a file", "give another --workdir")]
-    if said := trouble(folder):
+    file = folder / f".doctor-{os.getpid()}"
+    try:
+        file.write_text("")
+        file.rename(file.with_suffix(".renamed")).unlink()
+    except OSError as error:
         remedy = "look at its owner, its mode and how it is mounted, or give another --workdir"
-        return [Problem(f"{workdir} cannot be worked in", f"this process {said}", remedy)]
+        return [Problem(f"{workdir} cannot be worked in", f"this process cannot create and rename a file there ({error})", remedy)]
     return []
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,7 +27,8 @@ from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_de
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
-from rar_jax.runs.checkpoint import IRREGULAR, Checkpointer, good_step, mark_if_best, read_meta
+from rar_jax.runs.bucket import Path
+from rar_jax.runs.checkpoint import Checkpointer, good_step, mark_if_best, read_meta
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.logging import Reporter
 from rar_jax.runs.session import Session
@@ -192,12 +191,11 @@ def train(
         stack.enter_context(memory.exhaustion(*what_takes_memory(experiment, stage)))
         # ---- the state, restored or created where it shall live
         setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
-        checkpointer = stack.enter_context(contextlib.closing(checkpointer_of(stage, folder, recipe, ledger)))
+        checkpointer = stack.enter_context(contextlib.closing(checkpointer_of(stage, workdir, recipe, ledger)))
 
         def newest(before: int | None = None) -> State:
             """The newest good state below a step, or a fresh one."""
-            unguarded = {"guard": place(guard.init(), replicated(mesh))}  # checkpoints from before there was a guard
-            state = checkpointer.restore(setup.abstract_state, before=before, added=unguarded)
+            state = checkpointer.restore(setup.abstract_state, before=before)
             if state is None:
                 state = setup.init(init_key)
                 if stage == "generator" and experiment.init_from:
@@ -236,8 +234,6 @@ def train(
             meta = objective.meta | {"step": step}
             if preempted and step == recipe.steps:
                 meta["unevaluated"] = True  # a stage is finished when its last step has been evaluated
-            if preempted and amid_bad(step):
-                meta[IRREGULAR] = True
             checkpointer.save(step, state, meta, score, retain=not preempted)
             ledger.lap("saving")
 
@@ -310,17 +306,18 @@ def train(
         except Preempted:
             if pending is not None:
                 telling.record(*pending)
-            if step != begun:
+            if step != begun and not amid_bad(step):
                 save(step, state, preempted=True)
             raise
     if session.watch.noticed:  # during the last save
         raise Preempted
 
 
-def checkpointer_of(stage: str, folder: pathlib.Path, recipe: Recipe, ledger: Ledger) -> Checkpointer:
+def checkpointer_of(stage: str, workdir: Workdir, recipe: Recipe, ledger: Ledger) -> Checkpointer:
     """The stage's checkpoints; what counts, and a full disk, is told to the ledger."""
     return Checkpointer(
-        folder,
+        workdir.checkpoints(stage),
+        before_commit=workdir.send,
         keep=recipe.keep_checkpoints,
         every=recipe.checkpoint_every,
         verify=recipe.verify_saves,
@@ -352,8 +349,8 @@ def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: B
     last batch on this process.
     """
     folder, step = workdir.path / "dump" / stage, int(state["step"])
-    from_main(lambda: shutil.rmtree(folder / str(step), ignore_errors=True))  # of an earlier time
-    with contextlib.closing(Checkpointer(folder, keep=2)) as checkpointer:
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Checkpointer(workdir.root / "dump" / stage, keep=2)) as checkpointer:
         checkpointer.save(step, state, {"step": step, "stage": stage})
     here = {name: [np.asarray(s.data) for s in x.addressable_shards if s.replica_id == 0] for name, x in batch.items()}
     rows = {name: np.concatenate(parts) for name, parts in here.items() if parts}
@@ -366,7 +363,7 @@ def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: B
     )
 
 
-def _refuse_other_tokens(folder: pathlib.Path, objective: Objective) -> None:
+def _refuse_other_tokens(folder: Path, objective: Objective) -> None:
     good = good_step(folder)
     known = objective.meta.get("tokenizer_sha256")
     if (

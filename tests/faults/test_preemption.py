@@ -18,6 +18,7 @@ import poisoned
 import pytest
 from commands import TINY, Command, environment, finish, start, state_of, terminate, wait_for
 from jax.experimental import multihost_utils
+from rar_jax.errors import ObjectStoreError
 
 from rar_jax.config import load_experiment
 from rar_jax.errors import PREEMPTED, Preempted
@@ -27,9 +28,8 @@ from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
 from rar_jax.runs import checkpoint, ledger
 from rar_jax.runs.checkpoint import Checkpointer, good_step
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.lock import Lease
+from rar_jax.runs.lock import Lock
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.object_store import ObjectStoreError
 from rar_jax.runs.preemption import Watch
 from rar_jax.runs.session import Session, session
 from rar_jax.runs.workdir import Workdir
@@ -82,7 +82,7 @@ def test_a_step(tmp_path: pathlib.Path) -> None:
         steps = [row["step"] for row in read_metrics(tmp_path / "run", "classifier")]
         assert steps == list(range(1, len(steps) + 1))
     assert reasons(tmp_path / "run") == ["preempted"] * 2
-    assert not (tmp_path / "run" / ".lease.json").exists()
+    assert not (tmp_path / "run" / ".lock.json").exists()
 
 
 @pytest.mark.promise(
@@ -191,7 +191,7 @@ def test_a_compilation_leaves_at_once(tmp_path: pathlib.Path) -> None:
     wait_for((tmp_path / "run" / "config.json").exists, running)
     assert terminate(running) < 2
     assert "stopped at once" in finish(running, PREEMPTED)
-    assert reasons(tmp_path / "run") == ["preempted"] and not (tmp_path / "run" / ".lease.json").exists()
+    assert reasons(tmp_path / "run") == ["preempted"] and not (tmp_path / "run" / ".lock.json").exists()
 
 
 @pytest.mark.slow
@@ -331,14 +331,14 @@ def test_the_last_save(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_error_of_leaving_does_not_hide_the_preemption(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def release(self: Lease) -> None:
+    def release(self: Lock) -> None:
         raise ObjectStoreError("the bucket is away")
 
-    monkeypatch.setattr(Lease, "release", release)
+    monkeypatch.setattr(Lock, "release", release)
     with pytest.raises(Preempted), session(Workdir(tmp_path), "train", Watch(), lambda: None):
         raise Preempted
     assert capsys.readouterr().err == "rar-jax train: the bucket is away\n" and reasons(tmp_path) == ["preempted"]
-    (tmp_path / ".lease.json").unlink()
+    (tmp_path / ".lock.json").unlink()
     with pytest.raises(ObjectStoreError), session(Workdir(tmp_path), "train", Watch(), lambda: None):
         pass
 

@@ -1,33 +1,36 @@
-"""The look at the work directory before the work, on storage on which one thing does not hold."""
+"""Processes that do not share a directory find out before they work in it."""
 
 import pathlib
-import shutil
 
+import jax
 import pytest
 
+from rar_jax.errors import StorageError
 from rar_jax.parallel import storage
 
 
-def test_all_is_well(tmp_path: pathlib.Path) -> None:
-    assert storage.trouble(tmp_path) == "" and not list(tmp_path.iterdir())
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is process 1 of two, and what process 0 does happens elsewhere."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(storage, "from_all", lambda text: ["", text])
 
 
-def test_exclusive_creation_that_is_not(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_create", lambda path, text: path.write_text(text))
-    assert storage.trouble(tmp_path) == "could make a file that was there already: locks do not hold on this storage"
+def test_alone_nothing_is_written(tmp_path: pathlib.Path) -> None:
+    storage.check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rename_that_copies(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pathlib.Path, "replace", lambda path, target: shutil.copy(path, target))
-    assert storage.trouble(tmp_path) == "renamed a file there and found it under its old name"
+@pytest.mark.usefixtures("two")
+def test_shared(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "from_main", lambda function: function())
+    storage.check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_written_is_read_as_it_was_before(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "old")
-    assert storage.trouble(tmp_path).startswith("reads 'old' where process 0 wrote '")
-
-
-def test_no_folder(tmp_path: pathlib.Path) -> None:
-    assert storage.trouble(tmp_path / "none").startswith("cannot create a file there (")
+@pytest.mark.usefixtures("two")
+def test_not_shared(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "from_main", lambda function: "token")
+    with pytest.raises(StorageError, match=rf"{tmp_path} is not shared: process 1 on .* does not see a file"):
+        storage.check_shared(tmp_path)

@@ -18,7 +18,7 @@ from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.runs.checkpoint import mark_best
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.lock import Lease
+from rar_jax.runs.lock import Lock
 from rar_jax.runs.logging import Reporter
 from rar_jax.runs.workdir import Workdir
 
@@ -30,7 +30,7 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
     """A tokenizer at step 12 of 12 with two checkpoints, by hand."""
     path = tmp_path / "run"
     Workdir(path).claim(resolve(load_experiment(str(ROOT / "experiments" / "tiny.py")), "tiny").resolved())
-    with tarfile.open(ROOT / "golden" / "checkpoints" / "before_guard.tar.gz") as archive:
+    with tarfile.open(ROOT / "golden" / "checkpoints" / "0.2.tar.gz") as archive:
         archive.extractall(path / "checkpoints" / "tokenizer", filter="data")
     shutil.copytree(path / "checkpoints/tokenizer/12", path / "checkpoints/tokenizer/6")
     mark_best(path / "checkpoints" / "tokenizer", 6, "validation/loss", 1.0)
@@ -73,7 +73,7 @@ def test_what_it_says(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str])
     assert "runs       1, preempted 1\n" in text and "last stop  preempted\n" in text
     # What was typed, whole.
     assert "next       rar-jax run --config tiny --workdir here --config.seed=3    (goes on from tokenizer 12)" in text
-    assert not list(workdir.glob(".lease*")), "looking leaves nothing"
+    assert not list(workdir.glob(".lock.json*")), "looking leaves nothing"
 
 
 def test_a_killed_run(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,10 +89,10 @@ def test_a_killed_run(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str])
 
 def test_damage_is_named(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = workdir / "checkpoints" / "tokenizer"
-    (steps / "12" / "meta" / "metadata").write_text("{}")
+    (steps / "12" / "meta.json").write_text("{}")
     text, report = said(workdir, capsys, 1)
     assert (
-        f"tokenizer step 12: {steps / '12' / 'meta' / 'metadata'} is damaged" in text and "checkpoint 12: bad" in text
+        f"tokenizer step 12: {steps / "12" / "meta.json"} is damaged" in text and "checkpoint 12: bad" in text
     )
     assert report["problems"]["total"] == 1
     (steps / "6" / "manifest.json").unlink()
@@ -102,7 +102,7 @@ def test_damage_is_named(workdir: pathlib.Path, capsys: pytest.CaptureFixture[st
 def test_what_to_do_next(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     Ledger(workdir).row("stop", reason="done")  # of a stage
     assert f"next       rar-jax run --config tiny --workdir {workdir}, and what" in said(workdir, capsys, 0)[0]
-    held = Lease(workdir, "train")
+    held = Lock(workdir, "train")
     text, report = said(workdir, capsys, 0)
     held.release()
     assert "running    train, process" in text and report["next"] == "it runs: nothing to do"

@@ -16,7 +16,7 @@ from rar_jax.cli import main
 from rar_jax.runs import ledger
 from rar_jax.runs.grids import Grid
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.lock import Lease
+from rar_jax.runs.lock import Lock
 from rar_jax.runs.logging import Reporter
 from rar_jax.tools.report import report as report_module
 from rar_jax.tools.report import tables as report_tables
@@ -94,7 +94,7 @@ def test_states(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     run = read_run(empty)
     assert run["state"] == "unfinished" and run["problems"] == []
     assert run["notes"].keys() == {"curves", "grids", "pictures", "scores", "environment", "ledger"}
-    held = Lease(empty, "train")
+    held = Lock(empty, "train")
     assert read_run(empty)["state"] == "running"
     held.release()
     Ledger(empty).row("stop", reason="preempted")

@@ -24,7 +24,6 @@ from rar_jax.metrics.features import features
 from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
-from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import on_devices
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
@@ -276,7 +275,6 @@ def _decoding_params(generator: Model, mesh: Mesh, dtype: str | None) -> Any:
 
 def _random_state(abstract: Any) -> Any:
     at = jax.tree.map(lambda s: s.sharding, abstract)
-    memory.check_arrays(abstract, at, "random weights and the optimizer's state")
     params = _random(abstract["params"], at["params"])
     rest = {name: part for name, part in abstract.items() if name != "params"}
     zeros = jax.jit(
@@ -299,7 +297,6 @@ def _random(shapes: Any, at: Any) -> Any:
         ]
         return tree.unflatten([x.astype(leaf.dtype) for x, leaf in zip(noise, leaves, strict=True)])
 
-    memory.check_arrays(shapes, at, "random weights")
     return jax.jit(draw, out_shardings=at)(jax.random.key(0))
 
 
@@ -324,12 +321,11 @@ def _codes(model: Model) -> int:
 
 
 def _compile(mesh: Mesh, batch_size: int, jitted: Any, *args: Any) -> tuple[Any, float]:
-    """The compiled program, and the seconds that tracing and compiling took. Raises: ConfigError if it would not fit in memory."""
+    """The compiled program, and the seconds that tracing and compiling took."""
     began = time.perf_counter()
     with sharded(mesh):
         compiled = jitted.lower(*args).compile()
     seconds = time.perf_counter() - began
-    memory.check(compiled, batch_size, divisor=batch_divisor(mesh), where="--batch-size")
     return compiled, seconds
 
 

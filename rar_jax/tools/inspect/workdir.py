@@ -8,11 +8,11 @@ from typing import Any
 
 from rar_jax.errors import CheckpointError
 from rar_jax.runs import ledger
-from rar_jax.runs import lock as lease
-from rar_jax.runs.checkpoint import best_steps
+from rar_jax.runs.bucket import Path, file_size, is_url, list_files
+from rar_jax.runs.checkpoint import best_steps, list_steps
+from rar_jax.runs.lock import read_holder
 from rar_jax.runs.logging import progress, read_metrics
 from rar_jax.runs.manifest import verify_manifest
-from rar_jax.runs.object_store import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.text import LISTED, Report, problem_lines, readable
 
@@ -35,7 +35,7 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
     """
     workdir = Workdir(what).fetch()
     config, rows = workdir.read_config(), ledger.read(workdir.path)
-    holder = _writer(workdir)
+    holder = read_holder(workdir.root)
     found: list[list[str]] = []
     try:
         metrics = read_metrics(workdir.path)
@@ -113,14 +113,6 @@ def tell_workdir(report: Report) -> list[str]:
     return [*lines, f"  next       {report['next']}"]
 
 
-def _writer(workdir: Workdir) -> dict[str, Any] | None:
-    """Who works in the folder, or else who said last that it writes to the bucket, with its "beat"."""
-    path = workdir.path / lease.NAME
-    if (holder := lease.read(path)) and lease.alive(path, holder):
-        return holder
-    return workdir.mirror.writer() if workdir.mirror else None
-
-
 def _recipe(config: dict[str, Any], stage: str) -> dict[str, Any] | None:
     return config.get({"tokenizer": "tokenizer_train", "classifier": "classifier_train", "generator": "train"}[stage])
 
@@ -142,8 +134,8 @@ def _numbers(values: dict[str, Any]) -> str:
     return ": " + ", ".join(shown) if shown else ""
 
 
-def _checkpoints(folder: pathlib.Path, found: list[list[str]], verify: bool, quiet: bool) -> list[dict[str, Any]]:
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit())
+def _checkpoints(folder: Path, found: list[list[str]], verify: bool, quiet: bool) -> list[dict[str, Any]]:
+    steps = list_steps(folder)[::-1]
     best = best_steps(folder)
     told = []
     for step in progress(steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps):
@@ -154,11 +146,9 @@ def _checkpoints(folder: pathlib.Path, found: list[list[str]], verify: bool, qui
         except CheckpointError as error:
             state = "bad"
             found.append([f"{folder.name} step {step}", str(error)])
-        size = sum(p.stat().st_size for p in (folder / str(step)).rglob("*") if p.is_file())
+        size = sum(file_size(folder / str(step) / name) for name in list_files(folder / str(step)))
         marked = [name for name, marked in best.items() if marked["step"] == step]
         told.append({"step": step, "state": state, "bytes": size, "best_by": marked})
-    aside = [p for p in folder.glob("*.*") if p.is_dir()]
-    found += [[f"{folder.name}", f"{p.name} was set aside: look at it, then remove it"] for p in sorted(aside)]
     return told
 
 
@@ -169,10 +159,8 @@ def _next(report: Report) -> str:
     # A verb that is done would do nothing again.
     again = report["command"] if stop != "done" else None
     again = again or f"rar-jax run --config {report['experiment']} --workdir {name}, and what else was given"
-    if holder := report["running"]:
-        if "beat" not in holder:
-            return "it runs: nothing to do"
-        return f"it runs on {holder['host']}, or died without a word: leave it alone; a start would wait a minute for a sign of life"
+    if report["running"]:
+        return "it runs: nothing to do"
     if "updates in a row were bad" in stop:
         return f"it gave up: look into {name}/dump and {name}/ledger.jsonl, then train in a new --workdir"
     if report["result"]:

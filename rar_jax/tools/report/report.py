@@ -23,7 +23,7 @@ from rar_jax.config import require
 from rar_jax.errors import ConfigError
 from rar_jax.runs import grids, ledger
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.workdir import Workdir, with_added
+from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.workdir import inspect_workdir
 from rar_jax.tools.report.tables import curves, flat, scores, side_by_side
 
@@ -97,7 +97,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
         "grids": [grid for stage in STAGES if (grid := _grids(path / "grids" / stage, stage, problems))],
         "pictures": [told for name in PICTURES if (told := _picture(path / name, problems))],
         "scores": scores(path, problems),
-        "config": flat(with_added(config)),
+        "config": flat(config),
         "environment": _environment(events),
         "ledger": {"rows": events[-LEDGER_ROWS:], "of": len(events)},
         "problems": problems,
