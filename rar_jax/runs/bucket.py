@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import tensorstore
@@ -61,29 +61,6 @@ def list_files(folder: Path) -> list[str]:
     if isinstance(folder, BucketPath):
         return folder.names()
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def file_size(path: Path) -> int:
-    """Return the bytes of a file."""
-    return len(path.read_bytes()) if isinstance(path, BucketPath) else path.stat().st_size
-
-
-def cache_files(folder: Path, names: Iterable[str], *, key: str) -> pathlib.Path:
-    """Return a folder on this machine that holds files of a folder in a bucket; a folder on a disk is returned as it is.
-
-    Args:
-      key: identifies the content of the files, so that another start reads them from the cache.
-    """
-    if not isinstance(folder, BucketPath):
-        return folder
-    cache = pathlib.Path.home() / ".cache" / "rar_jax" / "tokens" / key
-    cache.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if not (cache / name).is_file():
-            temporary = cache / f"{name}.{os.getpid()}.tmp"
-            temporary.write_bytes((folder / name).read_bytes())
-            temporary.replace(cache / name)
-    return cache
 
 
 def kvstore_spec(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     <folder>/<step>/state/          the train state: zarr arrays in an OCDBT store, named "params/blocks/kernel"
     <folder>/<step>/meta.json       facts about the step
     <folder>/<step>/manifest.json   sha256 of every file above, and of itself
-    <folder>/best.json              steps that were later found to be the best by a metric: retention keeps them
+    <folder>/best.json              the best steps by some metrics: retention keeps them
 
 A step without a manifest does not count, and is deleted after the next commit. On a disk and in a bucket alike, every process writes
 its own shards directly to their place.
@@ -12,10 +12,12 @@ its own shards directly to their place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
 import threading
@@ -89,8 +91,8 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
 
 
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
-    """Mark a step as the best by a metric in best.json: retention keeps it until another one is marked."""
-    write_json(folder / BEST, _marked(folder) | {metric: {"step": step, "value": value}})
+    """Mark a step as the best by a metric: retention keeps it until another one is marked."""
+    write_json(folder / BEST, best_steps(folder) | {metric: {"step": step, "value": value}})
 
 
 def mark_if_best(folder: Path, step: int, metric: str, value: float) -> None:
@@ -105,20 +107,7 @@ def mark_if_best(folder: Path, step: int, metric: str, value: float) -> None:
 
 
 def best_steps(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the best committed step by each metric that one was marked or saved with: {metric: {"step", "value"}}."""
-    best = _marked(folder)
-    for step in reversed(list_steps(folder)):
-        with contextlib.suppress(
-            CheckpointError, OSError, KeyError
-        ):  # not committed, damaged, or saved without a score
-            verify_manifest(folder / str(step), part=META)
-            metric, value = read_meta(folder, step)["score"]
-            if value < best.get(metric, {"value": math.inf})["value"]:
-                best[metric] = {"step": step, "value": value}
-    return best
-
-
-def _marked(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the committed steps that are marked as the best: {metric: {"step", "value"}}."""
     try:
         marked = json.loads((folder / BEST).read_bytes())
         return {metric: best for metric, best in marked.items() if _is_committed(folder, best["step"])}
@@ -217,8 +206,9 @@ class Checkpointer:
         self._before_commit, self._on_full_disk, self._on_saved = before_commit, on_full_disk, on_saved
         self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = GlobalAsyncCheckpointManager()
-        self._step, self._failures, self._saving = 0, 0, False
-        self._committed, self._commit_error = threading.Event(), None
+        self._step, self._failures, self._reason, self._saving = 0, 0, "", False
+        self._committed = threading.Event()
+        self._commit_error: BaseException | None = None
 
     def save(
         self,
@@ -239,13 +229,11 @@ class Checkpointer:
         """
         self.wait()
         self._step = step
-        meta = meta if score is None else meta | {"score": score}
-        processes = jax.process_count()
         with self._tolerate_failures():
             from_main(lambda: self._prepare(step, sum(x.nbytes for x in jax.tree.leaves(state))))
-            process = jax.process_index() if processes > 1 else None
+            process = jax.process_index() if jax.process_count() > 1 else None
             specs = [_array_spec(self.folder / str(step) / "state", name, process) for name in _names(state)]
-            commit = functools.partial(self._commit, step, meta, retain)
+            commit = functools.partial(self._commit, step, meta, score, retain)
             self._committed.clear()
             self._manager.serialize(jax.tree.leaves(state), specs, on_commit_callback=commit)
             self._saving = True
@@ -254,9 +242,10 @@ class Checkpointer:
         remove_tree(self.folder / str(step))
         (self.folder / str(step)).mkdir()
         if isinstance(self.folder, pathlib.Path) and (free := shutil.disk_usage(self.folder).free) < size:
-            raise CheckpointError(f"No space left on device: {free:,} bytes free of {size:,}")
+            why = f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free of {size:,}"
+            raise OSError(errno.ENOSPC, why, str(self.folder))
 
-    def _commit(self, step: int, meta: dict[str, Any], retain: bool) -> None:
+    def _commit(self, step: int, meta: dict[str, Any], score: tuple[str, float] | None, retain: bool) -> None:
         """Run on process 0 in the manager's thread, once every process has written its shards."""
         folder = self.folder / str(step)
         try:
@@ -264,12 +253,14 @@ class Checkpointer:
                 _merge_processes(folder / "state")
             write_json(folder / META, meta)
             self._before_commit()
+            if score is not None:  # the mark counts as soon as the step does
+                mark_if_best(self.folder, step, *score)
             write_manifest(folder)
             if self._verify:
                 verify_from_disk(folder)
             if retain:
                 self._delete_old(step)
-        except Exception as error:
+        except BaseException as error:
             self._commit_error = error
         self._committed.set()
 
@@ -285,12 +276,9 @@ class Checkpointer:
             except CheckpointError as error:
                 log.warning("checkpoint step %d is not what was written, older steps stay: %s", newest, error)
                 kept |= set(committed)
-        for step in set(steps) - kept:
-            self._delete(step)
-
-    def _delete(self, step: int) -> None:
-        (self.folder / str(step) / MANIFEST).unlink(missing_ok=True)  # first: half of a step must not count
-        remove_tree(self.folder / str(step))
+        for path in (self.folder / str(step) for step in set(steps) - kept):
+            (path / MANIFEST).unlink(missing_ok=True)  # first: half of a step must not count
+            remove_tree(path)
 
     def poll(self) -> None:
         """Notice a finished save. Cheap: call it every step."""
@@ -320,7 +308,8 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            if not is_full(error) and not isinstance(self.folder, BucketPath):
+            away = isinstance(self.folder, BucketPath) and not isinstance(error, (CheckpointError, TypeError))
+            if not away and not is_full(error):
                 raise
             self._saving, self._commit_error = False, None
             self._failures += 1
@@ -332,11 +321,9 @@ class Checkpointer:
             self._on_full_disk(self._step)
             why = "the disk is full" if is_full(error) else "the bucket is unreachable"
             reason = f"step {self._step} could not be saved in {self.folder}: {why}"
+            self._reason = f"{reason}, {self._failures} times in a row. Fix that and rerun the command: it resumes from the newest saved step"
             if self._failures >= MAX_FAILURES:
-                mend = "Make room" if is_full(error) else "Check the bucket"
-                raise CheckpointError(
-                    f"{reason}, {self._failures} times in a row. {mend} and rerun the command: it resumes from the newest saved step"
-                ) from error
+                raise CheckpointError(self._reason) from error
             log.warning("%s; training continues, and the next save tries again (%s)", reason, str(error)[:200])
 
     def restore(self, abstract_state: Any, *, before: int | None = None) -> Any | None:
@@ -367,11 +354,9 @@ class Checkpointer:
                 f"no step in {self.folder} is good; {damaged[0]} is damaged (see the warnings above). Restore its files from a copy, "
                 "or move the folder away to restart this stage"
             )
-        marked = _marked(self.folder)
-        if any(best["step"] in newer for best in marked.values()):  # a step of this number may be saved again
-            write_json(
-                self.folder / BEST, {metric: best for metric, best in marked.items() if best["step"] not in newer}
-            )
+        if newer and (self.folder / BEST).is_file():  # a step of the same number may be saved again
+            marked = best_steps(self.folder).items()
+            write_json(self.folder / BEST, {metric: best for metric, best in marked if best["step"] not in newer})
         for step in newer:
             path = self.folder / str(step)
             if step in committed:
@@ -384,10 +369,7 @@ class Checkpointer:
         """Finish the save that is under way. Raises: CheckpointError if the last step could not be saved."""
         self.wait()
         if 0 < self._failures < MAX_FAILURES:  # more have raised already
-            raise CheckpointError(
-                f"step {self._step}, the last, could not be saved in {self.folder}: the disk is full, or the bucket unreachable. "
-                "Rerun the command once that is fixed"
-            )
+            raise CheckpointError(self._reason)
 
 
 def save_params(folder: Path, params: Any, meta: dict[str, Any]) -> None:

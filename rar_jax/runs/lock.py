@@ -25,7 +25,6 @@ from rar_jax.errors import LockError
 from rar_jax.runs.bucket import WAIT_SECONDS, BucketPath, Path, kvstore_spec
 
 HEARTBEAT_SECONDS, STALE_SECONDS, LOOK_SECONDS = 10.0, 60.0, 0.5
-PATIENCE_SECONDS = 600.0  # a run stops if its bucket is unreachable for longer
 NAME = ".lock.json"
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -38,9 +37,9 @@ class Lock:
 
     def __init__(self, folder: Path, verb: str) -> None:
         self.folder: Path = folder
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._me: dict[str, Any] = {"nonce": secrets.token_hex(8), **this_process(), "verb": verb, "since": since}
-        self._me["beat"] = 0
+        pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+        self._me: dict[str, Any] = {"nonce": secrets.token_hex(8), "verb": verb, "since": since, "beat": 0}
+        self._me |= {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid)}
         self._lost: str | None = None
         self._released = threading.Event()
         self._writing = threading.Lock()
@@ -49,7 +48,7 @@ class Lock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def check(self) -> None:
-        """Raise LockError if another process has taken the lock, or its bucket is unreachable."""
+        """Raise LockError if another process has taken the lock."""
         if self._lost is not None:
             raise LockError(self._lost)
 
@@ -80,27 +79,23 @@ class Lock:
         return _open(self.folder).write(NAME, content, if_equal=generation).result(timeout=WAIT_SECONDS).generation
 
     def _beat(self) -> None:
-        reached = time.monotonic()
-        while not self._released.wait(HEARTBEAT_SECONDS):
+        while self._lost is None and not self._released.wait(HEARTBEAT_SECONDS):
             try:
                 with self._writing:
-                    if self._released.is_set():
-                        return
-                    self._me["beat"] += 1
-                    written = self._write(self._generation)
-                    if not written:  # taken over, or this write was repeated after a lost answer
-                        holder, self._generation = _read(self.folder)
-                        if holder.get("nonce") != self._me["nonce"]:
-                            self._lost = f"{self.folder} was locked by {_who(holder)} after {STALE_SECONDS:.0f} s without a heartbeat: aborting"
-                            return
-                    else:
-                        self._generation = written
-                reached = time.monotonic()
+                    if not self._released.is_set():
+                        self._renew()
             except (ValueError, OSError, RuntimeError) as error:  # a full disk, or a file server or bucket that is away
-                away = time.monotonic() - reached
-                if isinstance(self.folder, BucketPath) and away > PATIENCE_SECONDS:
-                    self._lost = f"{self.folder} has been unreachable for {away:.0f} s ({str(error)[:200]}): aborting"
-                    return
+                log.warning("%s: no heartbeat could be written (%s)", self.folder, str(error)[:200])
+
+    def _renew(self) -> None:
+        self._me["beat"] += 1
+        if written := self._write(self._generation):
+            self._generation = written
+            return
+        holder, self._generation = _read(self.folder)
+        if holder.get("nonce") != self._me["nonce"]:  # else this write was repeated after a lost answer
+            stale = f"after {STALE_SECONDS:.0f} s without a heartbeat"
+            self._lost = f"{self.folder} was locked by {_who(holder)} {stale}: aborting"
 
 
 def read_holder(folder: Path) -> dict[str, Any] | None:
@@ -129,18 +124,13 @@ def _who(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid')} on {holder.get('host')} (rar-jax {holder.get('verb')}, since {holder.get('since')})"
 
 
-def this_process() -> dict[str, Any]:
-    """Return {"host", "machine", "pid", "started"} of this process, for `has_ended`."""
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
 def has_ended(holder: dict[str, Any]) -> bool:
     """Whether a process of this machine has ended; False for processes of other machines."""
     return _is_here(holder) and _started(holder["pid"]) != holder.get("started")
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    return holder.get("machine") == _machine() and isinstance(holder.get("pid"), int)
+    return holder.get("machine") == _machine() and holder.get("started") is not None
 
 
 def _machine() -> str:
@@ -153,17 +143,9 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process started, which distinguishes it from a later one of the same id; None if there is none."""
+    """Return when a process started, which distinguishes it from a later one of the same id; None if unknown or ended."""
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
-        if pathlib.Path("/proc/self/stat").exists():
-            return None
-    try:  # no Linux
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
         return None
-    except PermissionError:
-        pass
-    return ""

@@ -14,13 +14,13 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from rar_jax.errors import StoreError
-from rar_jax.runs.bucket import Path, cache_files, make_path
+from rar_jax.runs.bucket import BucketPath, Path, make_path
 
 SCHEMA_VERSION = 2
 # What the maker of a store says of it; the writer adds what it counted. A maker may add keys of its own.
@@ -51,7 +51,7 @@ class TokenStore:
         self.card: dict[str, Any] = _read_card(self.folder)
         # Shards of a store in a bucket are mapped from a cache of this machine.
         names = [shard["name"] for shard in self.card["shards"]]
-        self._local: pathlib.Path = cache_files(self.folder, names, key=card_sha256(self.card))
+        self._local: pathlib.Path = _cache_files(self.folder, names, key=card_sha256(self.card))
         self.num_classes: int = self.card["num_classes"]
         self.class_names: tuple[str, ...] = tuple(self.card["class_names"])
         self.codebook_size: int = self.card["codebook_size"]
@@ -147,6 +147,24 @@ class TokenStore:
         if shard["records"] == 0:
             return np.empty(0, self._dtype)
         return np.asarray(np.memmap(path, self._dtype, mode="r", offset=len(header), shape=(shard["records"],)))
+
+
+def _cache_files(folder: Path, names: Iterable[str], *, key: str) -> pathlib.Path:
+    """Return a folder on this machine that holds files of a folder in a bucket; a folder on a disk is returned as it is.
+
+    Args:
+      key: identifies the content of the files, so that another start reads them from the cache.
+    """
+    if not isinstance(folder, BucketPath):
+        return folder
+    cache = pathlib.Path.home() / ".cache" / "rar_jax" / "tokens" / key
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (cache / name).is_file():
+            temporary = cache / f"{name}.{os.getpid()}.tmp"
+            temporary.write_bytes((folder / name).read_bytes())
+            temporary.replace(cache / name)
+    return cache
 
 
 class Counts:

@@ -70,15 +70,15 @@ def test_the_mark_of_a_step_that_was_gone_back_from(tmp_path: pathlib.Path) -> N
     assert best_steps(tmp_path) == {"fid_n4": {"step": 4, "value": 9.0}}
 
 
-@pytest.mark.parametrize("damaged", ["meta.json", "manifest.json"])
-def test_a_damaged_score_is_not_believed(tmp_path: pathlib.Path, damaged: str) -> None:
+@pytest.mark.parametrize("content", ["", "[]", '{"loss": 3}', '{"loss": {"step": 9, "value": 0.0}}'])
+def test_damaged_marks_are_not_believed(tmp_path: pathlib.Path, content: str) -> None:
     with contextlib.closing(Checkpointer(tmp_path, keep=2)) as checkpointer:
-        for step, loss in ((1, 2.5), (2, 3.5)):
-            checkpointer.save(step, {"x": jax.numpy.zeros(3)}, {"step": step}, ("loss", loss))
-    assert best_steps(tmp_path) == {"loss": {"step": 1, "value": 2.5}}
-    path = tmp_path / "2" / damaged
-    path.write_text(path.read_text().replace("3.5", "1.5").replace('"sha256": "', '"sha256": "0'))
-    assert best_steps(tmp_path) == {"loss": {"step": 1, "value": 2.5}}
+        checkpointer.save(1, {"x": jax.numpy.zeros(3)}, {"step": 1}, ("loss", 2.5))
+        checkpointer.wait()
+        (tmp_path / "best.json").write_text(content)
+        assert best_steps(tmp_path) == {}
+        checkpointer.save(2, {"x": jax.numpy.zeros(3)}, {"step": 2}, ("loss", 3.5))
+    assert best_steps(tmp_path) == {"loss": {"step": 2, "value": 3.5}}
 
 
 @pytest.mark.promise(

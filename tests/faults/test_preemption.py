@@ -18,10 +18,9 @@ import poisoned
 import pytest
 from commands import TINY, Command, environment, finish, start, state_of, terminate, wait_for
 from jax.experimental import multihost_utils
-from rar_jax.errors import ObjectStoreError
 
 from rar_jax.config import load_experiment
-from rar_jax.errors import PREEMPTED, Preempted
+from rar_jax.errors import PREEMPTED, ObjectStoreError, Preempted
 from rar_jax.experiment import resolve
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together

@@ -240,7 +240,7 @@ def loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
 
 def _stored_bytes(store: TokenStore) -> float:
     """Of one record on the disk."""
-    return sum(path.stat().st_size for path in store.folder.glob("*.npy")) / len(store)
+    return sum(path.stat().st_size for path in pathlib.Path(store.folder).glob("*.npy")) / len(store)
 
 
 def _random_store(experiment: Experiment, folder: pathlib.Path, records: int) -> TokenStore:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rar_jax.errors import CheckpointError
 from rar_jax.runs import ledger
-from rar_jax.runs.bucket import Path, file_size, is_url, list_files
+from rar_jax.runs.bucket import BucketPath, Path, is_url, list_files
 from rar_jax.runs.checkpoint import best_steps, list_steps
 from rar_jax.runs.lock import read_holder
 from rar_jax.runs.logging import progress, read_metrics
@@ -146,7 +146,11 @@ def _checkpoints(folder: Path, found: list[list[str]], verify: bool, quiet: bool
         except CheckpointError as error:
             state = "bad"
             found.append([f"{folder.name} step {step}", str(error)])
-        size = sum(file_size(folder / str(step) / name) for name in list_files(folder / str(step)))
+        size = (
+            0
+            if isinstance(folder, BucketPath)
+            else sum((folder / str(step) / name).stat().st_size for name in list_files(folder / str(step)))
+        )
         marked = [name for name, marked in best.items() if marked["step"] == step]
         told.append({"step": step, "state": state, "bytes": size, "best_by": marked})
     return told
