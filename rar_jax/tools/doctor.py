@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 SHOWN = (
-    "rar_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu", "jax-cuda12-plugin",
+    "rar_jax", "jax", "jaxlib", "flax", "optax", "tensorstore", "grain", "numpy", "libtpu", "jax-cuda12-plugin",
     "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt",
 )  # fmt: skip
 LEAST_DISK = 1 << 30  # bytes free; below that the next checkpoints of anything but a toy do not fit
@@ -57,7 +57,7 @@ TOO_OLD = (
     TooOld("flax", "0.12.8", "the logical axes of parameters were written for it; older ones were never tried"),
     TooOld("optax", "0.2.8", "the optimizer's state is cut over the mesh as it lies there"),
     TooOld(
-        "orbax-checkpoint",
+        "tensorstore",
         "0.12.8",
         "saves that are killed, and a full disk, were tested with it: older ones may lose steps",
     ),

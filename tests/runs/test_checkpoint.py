@@ -1,4 +1,4 @@
-"""Checkpoints come back to the bit on any mesh; a damaged one is named and passed over; nothing fails in silence."""
+"""Checkpoints are restored bitwise on any mesh; a damaged one is named and skipped; every failure is reported."""
 
 import hashlib
 import itertools

@@ -19,7 +19,7 @@ from rar_jax.tools import doctor
 from rar_jax.tools.doctor import bad_versions, missing_accelerator
 
 GOOD = {
-    "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "optax": "0.2.8", "orbax-checkpoint": "0.12.8", "grain": "0.2.18",
+    "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "optax": "0.2.8", "tensorstore": "0.1.86", "grain": "0.2.18",
     "numpy": "2.4.6", "libtpu": "0.0.42.1", "jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2",
 }  # fmt: skip
 ASKED = {
@@ -96,7 +96,7 @@ def test_good_versions_are_good() -> None:
     [
         ({"jax": "0.9.1"}, "jax 0.9.1 is older than 0.10.2", 'pip install -U "jax>=0.10.2"'),
         ({"grain": "0.2.17"}, "grain 0.2.17 is older than 0.2.18", 'pip install -U "grain>=0.2.18"'),
-        ({"orbax_checkpoint": "0.11.30"}, "orbax-checkpoint 0.11.30 is older than 0.12.8", 'pip install -U "orbax-checkpoint>=0.12.8"'),
+        ({"tensorstore": "0.1.80"}, "tensorstore 0.1.80 is older than 0.1.86", 'pip install -U "tensorstore>=0.1.86"'),
         ({"flax": "0.12.7"}, "flax 0.12.7 is older than 0.12.8", 'pip install -U "flax>=0.12.8"'),
         ({"optax": None}, "optax is not installed", 'pip install "optax>=0.2.8"'),
         ({"numpy": "1.26.4"}, "numpy 1.26.4 is older than 2.0", 'pip install -U "numpy>=2.0"'),
