@@ -2,7 +2,7 @@
 
 Every process runs the same program on the same files. Process 0 alone writes what is one file, and what it finds on the disk is
 what all go by (`from_main`): two processes that looked for themselves could see different things, and wait for each other for
-ever. Arrays over the devices of all processes are made in arrays.py; orbax's checkpoints are written by all.
+ever. Arrays over the devices of all processes are made in arrays.py; checkpoints are written by all.
 """
 
 from __future__ import annotations

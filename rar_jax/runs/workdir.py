@@ -104,9 +104,9 @@ class Workdir:
         Raises: ConfigError with the differences if it belongs to another experiment; what `make` raises.
         """
         self.make()
-        self.fetch()
         from_main(lambda: self._claim(json.loads(json.dumps(config)), fill_defaults))
-        self.send()
+        if not is_main():
+            self.fetch()
 
     def make(self) -> None:
         """Create the folder. All processes call it.
@@ -126,6 +126,7 @@ class Workdir:
             raise ConfigError(f"{self.path} cannot be made ({error.strerror}): choose another --workdir") from None
 
     def _claim(self, config: dict[str, Any], fill_defaults: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.fetch()
         made = sorted(
             p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json", "ledger.jsonl"))
         )
@@ -141,6 +142,7 @@ class Workdir:
                     f"undo: {'; '.join(lines[:MAX_SHOWN])}{more}"
                 )
         self.write_config(config)
+        self.send()
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write config.json."""

@@ -118,6 +118,8 @@ class TokenStore:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard["sha256"]:
+                if isinstance(self.folder, BucketPath):
+                    path.unlink()  # the next start caches it again
                 raise StoreError(f"{path} is damaged: sha256 is {found}, the card says {shard['sha256']}")
             for start in range(0, len(records), _VERIFY_RECORDS):
                 part = records[start : start + _VERIFY_RECORDS]
