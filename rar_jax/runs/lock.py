@@ -92,10 +92,12 @@ class Lock:
         if written := self._write(self._generation):
             self._generation = written
             return
-        holder, self._generation = _read(self.folder)
-        if holder.get("nonce") != self._me["nonce"]:  # else this write was repeated after a lost answer
-            stale = f"after {STALE_SECONDS:.0f} s without a heartbeat"
-            self._lost = f"{self.folder} was locked by {_who(holder)} {stale}: aborting"
+        holder, generation = _read(self.folder)
+        if holder.get("nonce") == self._me["nonce"]:  # this write was repeated after a lost answer
+            self._generation = generation
+            return
+        stale = f"after {STALE_SECONDS:.0f} s without a heartbeat"
+        self._lost = f"{self.folder} was locked by {_who(holder)} {stale}: aborting"
 
 
 def read_holder(folder: Path) -> dict[str, Any] | None:
