@@ -132,10 +132,14 @@ def _names(tree: Any) -> list[str]:
 
 def _merge_processes(state: Path) -> None:
     """Make one OCDBT store of those of all processes, by reference."""
-    stores = [_array_spec(state, "", process)["kvstore"] for process in (None, *range(jax.process_count()))]
-    merged, *parts = (tensorstore.KvStore.open(spec | {"path": ""}).result() for spec in stores)
+    context, transaction = tensorstore.Context(), tensorstore.Transaction()  # copies need a common context
+    merged, *parts = (
+        tensorstore.KvStore.open(_array_spec(state, "", process)["kvstore"] | {"path": ""}, context=context).result()
+        for process in (None, *range(jax.process_count()))
+    )
     for part in parts:
-        part.experimental_copy_range_to(merged).result()
+        part.experimental_copy_range_to(merged.with_transaction(transaction)).result()
+    transaction.commit_async().result()
 
 
 def list_arrays(folder: Path, step: int) -> list[str]:
