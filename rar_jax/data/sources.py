@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from rar_jax.config import nearest, require
-from rar_jax.data.array_record import ArrayRecordSource
 from rar_jax.data.folder import FolderSource
+from rar_jax.data.formats.array_record import ArrayRecordSource
+from rar_jax.data.formats.parquet import ParquetSource
+from rar_jax.data.formats.tfds import open_tfds
+from rar_jax.data.formats.webdataset import WebDatasetSource
 from rar_jax.data.image_source import ArraySource, ImageSource, Split, View, pad_images
-from rar_jax.data.parquet import ParquetSource
-from rar_jax.data.tfds_source import open_tfds
-from rar_jax.data.webdataset import WebDatasetSource
 from rar_jax.errors import ConfigError
 
 

@@ -150,7 +150,7 @@ def test_limit_is_spread_evenly_and_said(capsys: pytest.CaptureFixture[str], tmp
 
 def test_classes_that_only_reading_tells(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     pytest.importorskip("array_record")
-    from rar_jax.data.array_record import write_array_record
+    from rar_jax.data.formats.array_record import write_array_record
 
     images = [(data, label) for data, label, _ in FILES.image_set((7, 5, 6))]
     images[4] = (b"", 0)

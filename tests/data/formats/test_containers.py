@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rar_jax.data import parquet, splits
-from rar_jax.data.array_record import write_array_record
+from rar_jax.data import splits
 from rar_jax.data.encoded import scan
+from rar_jax.data.formats import parquet
+from rar_jax.data.formats.array_record import write_array_record
 from rar_jax.data.loader import batch_digest, batches
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
