@@ -1,4 +1,4 @@
-"""tfds:NAME, image sets prepared by TensorFlow Datasets, read without TensorFlow."""
+"""tfds:NAME, datasets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.image_source import ImageSource, Record, Split, View, pad_images, padded_shape
 from rar_jax.errors import ConfigError
 
-# In this order, where a set has several; the labels of a "test" may be withheld (-1).
+# In this order; the labels of a "test" may be withheld (-1).
 _HELDOUT_OF_MANY_SIZES = ("validation", "test")
 
 
 def open_tfds(name: str, split: Split, view: View) -> ImageSource:
-    """Opens a prepared dataset: of one size without a crop as it is and padded, otherwise encoded, decoded by us.
+    """Open a prepared dataset.
 
-    The held-out split is TFDS's "test"; for images of many sizes "validation" if there is one.
+    TFDS decodes images of one size that are not cropped; all others are decoded by us. The validation split is TFDS's
+    "test", or "validation" where images have many sizes and there is one.
 
     Raises: ConfigError if the name is unknown, not prepared on this machine, or not labelled images.
     """
-    # Imported here because it takes a second and only this source needs it.
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets as tfds  # here, because importing it takes a second
     except ImportError as error:
-        raise ConfigError(
-            f"tfds:{name} needs a package that is not here ({error}): pip install tensorflow-datasets; folder:PATH needs none"
-        ) from None
+        raise ConfigError(f"tfds:{name} needs a package ({error}): pip install tensorflow-datasets") from None
 
     tfds_split = {"train": "train", "heldout": "test"}[split]
     try:
@@ -41,24 +39,20 @@ def open_tfds(name: str, split: Split, view: View) -> ImageSource:
         fixed = None not in shape and view.crop in (None, "pad")
         if not fixed and split == "heldout":
             tfds_split = next((s for s in _HELDOUT_OF_MANY_SIZES if s in builder.info.splits), "test")
-        # Never download here: on a pod every process would, and into its own disk.
-        data: Any = tfds.data_source(
-            name,
-            split=tfds_split,
-            download=False,
-            decoders=None if fixed else {"image": tfds.decode.SkipDecoding()},
-        )
+        decoders = None if fixed else {"image": tfds.decode.SkipDecoding()}
+        # Never download here: on a pod every process would, each to its own disk.
+        data: Any = tfds.data_source(name, split=tfds_split, download=False, decoders=decoders)
     except tfds.core.DatasetNotFoundError:
-        raise ConfigError(f"tfds:{name}: no such dataset in TFDS.{nearest(name, _few_builders(name))}") from None
+        # Few names, so that the message stays one line.
+        alike = [n for n in tfds.list_builders(with_community_datasets=False) if n[:3] == name[:3]]
+        raise ConfigError(f"tfds:{name}: no such dataset in TFDS.{nearest(name, alike)}") from None
     except ConfigError:
         raise
     except (KeyError, ValueError, NotImplementedError, FileNotFoundError) as error:
         reason = str(error.args[0] if error.args else error).split("\n")[0]
-        command = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
         raise ConfigError(
-            f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}): prepare it once, in Python: "
-            f"import tensorflow_datasets as tfds; {command} "
-            "(preparing most datasets needs TensorFlow, in any environment; reading does not; idx:FOLDER needs neither)"
+            f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}). Prepare it once in Python, where TensorFlow is "
+            f"installed: tfds.builder('{name}', file_format='array_record').download_and_prepare()"
         ) from None
     names = tuple(features["label"].names)
     view = dataclasses.replace(view, channels=view.channels or shape[-1])
@@ -66,7 +60,7 @@ def open_tfds(name: str, split: Split, view: View) -> ImageSource:
 
 
 class TfdsSource(ImageSource):
-    """Images of one size, decoded by TFDS; one decode a record."""
+    """Images of one size, decoded by TFDS."""
 
     def __init__(self, data: Any, shape: tuple[int, int, int], class_names: tuple[str, ...], view: View) -> None:
         self._data, self._image_size = data, view.image_size
@@ -82,22 +76,15 @@ class TfdsSource(ImageSource):
 
 
 class TfdsEncodedSource(EncodedSource):
-    """Images of any size, of which TFDS gives the encoded bytes. Labels are known only by reading."""
+    """Images of any size, decoded by us. Labels are known only by reading."""
 
     def __init__(self, name: str, data: Any, class_names: tuple[str, ...], view: View) -> None:
         self._data = data
         super().__init__(f"tfds:{name}", view, length=len(data), labels=None, class_names=class_names)
 
-    def _name(self, image: int) -> str:
-        return f"record {image}"
+    def _name(self, row: int) -> str:
+        return f"record {row}"
 
-    def _record(self, image: int) -> tuple[bytes, int]:
-        record = self._data[image]
+    def _record(self, row: int) -> tuple[bytes, int]:
+        record = self._data[row]
         return record["image"], int(record["label"])
-
-
-def _few_builders(name: str) -> list[str]:
-    """Names that begin alike, so that the message stays one line though TFDS knows a thousand."""
-    import tensorflow_datasets as tfds
-
-    return [known for known in tfds.list_builders(with_community_datasets=False) if known[:3] == name[:3]]
