@@ -15,15 +15,12 @@ import numpy as np
 from rar_jax.config import require
 from rar_jax.data import crops
 from rar_jax.data.decode import decode_image
-from rar_jax.data.image_source import Batch, ImageSource, Record, Split, View, check_labels, pad_images
+from rar_jax.data.image_source import Batch, ImageSource, Split, View, check_labels, pad_images
 from rar_jax.data.splits import heldout_mask
 from rar_jax.errors import ConfigError, DecodeError
 
 # More bad images than both point to a broken disk, mount or copy.
 MOST_BAD, MOST_BAD_SHARE = 100, 0.01
-# Candidates for replacing a bad image within its class.
-_TRIES = 20
-
 # What all views of an image share (a Pillow image, or pixels), and its label.
 Prepared = tuple[Any, int]
 
@@ -67,10 +64,9 @@ class EncodedSource(ImageSource):
       length: number of rows in the container.
       labels: ints (length,), or None if only `_record` knows them.
       problems: found while listing the source.
-      hold_out: where the container has no validation split, the split to take: 5 % of each class are held out.
+      hold_out: the split to take, if the container has no validation split: 5 % of each class are held out.
 
-    Raises: ConfigError if image_size is missing, there are no images, or a label has no class. `gather` raises it if
-      more than 1 % and more than 100 of the images read so far are bad, or none is good.
+    Raises: ConfigError. `gather` raises it if over 1 % and over 100 of the images read are bad, or none is good.
     """
 
     def __init__(
@@ -109,7 +105,6 @@ class EncodedSource(ImageSource):
         self._views = crops.NUM_CROPS if self.crop == "ten" else 1
         self._read = 0
         self._bad: set[int] = set()
-        self._replaced_by: dict[int, int] = {}
         # The last image resized for ten crops: its crops mostly follow one another.
         self._last: tuple[int, Prepared] | None = None
 
@@ -159,10 +154,6 @@ class EncodedSource(ImageSource):
     def __len__(self) -> int:
         return self.num_images * self._views
 
-    def __getitem__(self, index: int) -> Record:
-        require(0 <= index < len(self), f"{self.spec}: record {index} of {len(self)}")
-        return {key: array[0] for key, array in self.gather(np.array([index])).items()}
-
     def gather(self, indices: np.ndarray, *, draws: np.ndarray | None = None) -> Batch:
         """Gather records at `indices` (int64 (b,)).
 
@@ -171,6 +162,8 @@ class EncodedSource(ImageSource):
         Returns: "images" uint8 (b, size, size, c), "labels" int32 (b,), "ids" int64 (b,), "bad" bool (b,), and with ten
           crops "crops" int16 (b,).
         """
+        fits = indices.size == 0 or (indices.min() >= 0 and indices.max() < len(self))
+        require(fits, f"{self.spec}: records {indices.min(initial=0)}..{indices.max(initial=0)} of {len(self)}")
         images_b, crops_b = np.divmod(indices, self._views)
         draws = indices.astype(np.uint64) if draws is None else draws
         out: Batch = {
@@ -213,11 +206,8 @@ class EncodedSource(ImageSource):
 
     def _good(self, image: int) -> tuple[int, Prepared]:
         """The image, or its replacement, and what `_prepare` returns for it."""
-        first = self._replaced_by.get(image, image)
-        for candidate in itertools.chain([first], self._others(image)):
+        for candidate in itertools.chain([image], self._others(image)):
             if candidate not in self._bad and (prepared := self._try(candidate)) is not None:
-                if candidate != image:
-                    self._replaced_by[image] = candidate
                 return candidate, prepared
         raise ConfigError(f"{self.spec}: no image of {self.num_images} is good; the first: {self.problems}")
 
@@ -241,18 +231,15 @@ class EncodedSource(ImageSource):
     def _refuse_many(self) -> None:
         read, bad = min(self._read, self.num_images), len(self._bad)
         if bad > MOST_BAD and bad > MOST_BAD_SHARE * read:
-            names = "; ".join(f"{self.name(i)}: {self.problem(i)}" for i in sorted(self._bad)[:5])
-            raise ConfigError(
-                f"{self.spec}: {bad} of {read} images read are bad, more than {MOST_BAD_SHARE:.0%}: {names}; "
-                "repair or remove them"
-            )
+            share = f"{bad} of {read} images read are bad, more than {MOST_BAD_SHARE:.0%}"
+            raise ConfigError(f"{self.spec}: {share}: {self.problems}; repair or remove them")
 
     def _others(self, image: int) -> Iterator[int]:
         """Replacements of an image in order: some of its class that follow, then all that follow."""
         if self._labels is not None:
             members = np.flatnonzero(self._labels == self._labels[image])
             at = np.searchsorted(members, image, side="right")
-            yield from (int(i) for i in np.roll(members, -at)[:_TRIES] if i != image)
+            yield from np.roll(members, -at).tolist()
         for step in range(1, self.num_images):
             yield (image + step) % self.num_images
 

@@ -43,7 +43,7 @@ class ImageSource:
     """Random access to labelled images; also a source for `grain.MapDataset.source`.
 
     A record is {"images": uint8 (h, w, c), "labels": int32, "ids": int64}. An id names an image of a split; a source of
-    several crops has more records than images. Subclasses define `__len__`, `__getitem__` and, if faster, `gather`.
+    several crops has more records than images. Subclasses define `__len__` and `gather`.
     """
 
     # Whether a record looks different each time it is drawn; `gather` then takes `draws`.
@@ -66,12 +66,11 @@ class ImageSource:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Record:
-        raise NotImplementedError
+        return {key: array[0] for key, array in self.gather(np.array([index])).items()}
 
     def gather(self, indices: np.ndarray) -> Batch:
-        """Records at `indices` (int64 (b,)): "images" uint8 (b, h, w, c), "labels" int32 (b,), "ids" int64 (b,)."""
-        records = [self[int(i)] for i in indices]
-        return {key: np.stack([r[key] for r in records]) for key in ("images", "labels", "ids")}
+        """Gather records at `indices` (int64 (b,)): "images", "labels" and "ids" with a leading axis."""
+        raise NotImplementedError
 
 
 class ArraySource(ImageSource):
@@ -100,9 +99,6 @@ class ArraySource(ImageSource):
 
     def __len__(self) -> int:
         return len(self._arrays["labels"])
-
-    def __getitem__(self, index: int) -> Record:
-        return {key: array[index] for key, array in self._arrays.items()}
 
     def gather(self, indices: np.ndarray) -> Batch:
         return {key: array[indices] for key, array in self._arrays.items()}

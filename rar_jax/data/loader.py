@@ -55,13 +55,9 @@ def batches(
     straddle two epochs, and no record is dropped.
 
     Args:
-      global_batch: rows over all processes.
-      rows: rows of it to return, ints (r,), default all.
+      rows: rows of the global batch to return, ints (r,), default all.
       seed, start_step: the stream is a function of these alone. To resume, give the step.
-      num_workers: 0 prefetches in a thread; more start that many processes, for sources that are slow to decode.
-
-    Returns: an iterator of {name: array (r, ...)}. With workers, `close()` it when done.
-    Raises: ConfigError for sizes that do not fit.
+      num_workers: 0 prefetches in a thread; more start that many processes. `close()` the iterator to end them.
     """
     size = _check_sizes(source, global_batch)
     rows = np.arange(global_batch, dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
@@ -89,11 +85,7 @@ def sequential_batches(
 
     "weights", float32 (B,), is 1 for a record and 0 for the rows that fill up the last batch, which hold record 0.
 
-    Args:
-      num_workers: as in `batches`.
-      spans: only these records; each [begin, end) is cut into ceil((end - begin) / B) batches of its own.
-
-    Raises: ConfigError for sizes that do not fit.
+    spans: only these records; each [begin, end) is cut into ceil((end - begin) / B) batches of its own.
     """
     spans = [(0, _check_sizes(source, global_batch))] if spans is None else spans
     first_steps = np.cumsum([0, *(-(-(end - begin) // global_batch) for begin, end in spans)])

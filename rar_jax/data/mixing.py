@@ -26,11 +26,7 @@ class MixedSource:
     As a stream (`order_records`, called by `loader.batches`) each source is drawn from in proportion to its weight, and
     yields each of its records once per epoch of its own.
 
-    Args:
-      sources: with the same keys and shapes from `gather`.
-      weights: positive, of any sum; decimals (0.7, 0.3) are exact.
-
-    Raises: ConfigError for weights that are not positive, as many as the sources, and at least 1e-6 of their sum.
+    weights: positive, of any sum, each at least 1e-6 of it; decimals (0.7, 0.3) are exact. Raises: ConfigError.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
@@ -73,10 +69,7 @@ class MixedSource:
 
 
 def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return each data set's positions in a period of sum(shares): (0.7, 0.3) gives (7, 3).
-
-    Raises: ConfigError for a weight that is not positive, or too small.
-    """
+    """Return each data set's positions in a period of sum(shares): (0.7, 0.3) gives (7, 3). Raises: ConfigError."""
     require(all(w > 0 and math.isfinite(w) for w in weights), f"weights are {list(weights)}: each must be positive")
     # As text, so that 0.7 is seven tenths.
     exact = [fractions.Fraction(str(w)) for w in weights]
@@ -96,9 +89,6 @@ def assign_sources(position: np.ndarray, shares: Sequence[int]) -> tuple[np.ndar
 
     The first data set takes the positions at which floor(position * share / period) increases; the others share the rest
     in the same way.
-
-    Args:
-      position: int64 (b,), not negative. shares: see `period_shares`.
     """
     source_of, draw = np.full(len(position), len(shares) - 1), np.asarray(position, np.int64).copy()
     undecided = np.arange(len(position))

@@ -24,7 +24,7 @@ def find_devices() -> list[Any]:
     Raises: ConfigError if the platform of JAX_PLATFORMS is missing or busy, or threefry numbers would differ.
     """
     # With it, random numbers depend on neither mesh nor sharding. It is JAX's default, and changing it changes all draws.
-    if not jax.config.jax_threefry_partitionable:
+    if not jax.config.values["jax_threefry_partitionable"]:
         raise ConfigError(
             "jax_threefry_partitionable is off, which changes all random numbers: unset JAX_THREEFRY_PARTITIONABLE"
         )

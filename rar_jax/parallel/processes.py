@@ -52,10 +52,7 @@ class ProcessSettings:
 def read_settings(
     coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str]
 ) -> ProcessSettings | int | None:
-    """Read flags, or else the environment: settings, 1 for a single process, None if nothing is specified.
-
-    Raises: ConfigError unless all three are given, or a count of 1.
-    """
+    """Read flags, else the environment: settings, 1 for a single process, None if unspecified. Raises: ConfigError."""
     coordinator = coordinator or environ.get(COORDINATOR)
     count = _read_number(environ, COUNT) if count is None and COUNT in environ else count
     index = _read_number(environ, INDEX) if index is None and INDEX in environ else index

@@ -25,9 +25,13 @@ from rar_jax.runs.manifest import file_sha256
 SCHEMA_VERSION = 3
 # Given by the maker of a store; further keys are kept.
 CARD_KEYS = ("codebook_size", "grid", "num_classes", "class_names", "crops", "source", "tokenizer_sha256")
-# Added by the writer, besides schema_version and dtype.
-_NUMBERS = ("num_tokens", "num_records", "num_images", "num_bad_records", "num_bad_images")
-_LISTS = ("records_per_class", "records_per_crop", "shards")
+# Types of all keys that are read; int is 0..2**31-1.
+_SHARD = {"name": str, "records": int, "sha256": str, "span": [int], "bad_records": [int]}
+_CARD: dict[str, Any] = {
+    "codebook_size": int, "grid": [int], "num_classes": int, "class_names": [str], "crops": [str], "source": str,
+    "tokenizer_sha256": str | None, "num_tokens": int, "num_records": int, "num_images": int, "num_bad_records": int,
+    "num_bad_images": int, "records_per_class": [int], "records_per_crop": [int], "shards": [_SHARD], "sha256": str,
+}  # fmt: skip
 
 
 def record_dtype(*, num_tokens: int, codebook_size: int) -> np.dtype:
@@ -39,10 +43,8 @@ def record_dtype(*, num_tokens: int, codebook_size: int) -> np.dtype:
 class TokenStore:
     """Random access to a finished store; also a source for `grain.MapDataset.source`.
 
-    Opening checks the metadata and the sizes of the files; `verify` reads everything. Shards are memory-mapped.
-
     Raises: StoreError if the folder is not a finished store of this version, its metadata is damaged, or a shard has a
-      wrong size.
+      wrong size. Contents are checked by `verify` and, for ranges, by `gather`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -100,11 +102,9 @@ class TokenStore:
         return {"tokens": tokens, "labels": labels, "ids": records["source_id"].astype(np.int64)}
 
     def verify(self, *, seen: Any = iter) -> None:
-        """Read the whole store and check checksums, ranges and counts.
+        """Read the whole store and check checksums, ranges and counts. Raises: StoreError naming file and record.
 
         seen: the list of shards is passed through it, to show progress.
-
-        Raises: StoreError naming the file of a wrong checksum or count, or file and record of a value out of range.
         """
         card, path = self.card, self.folder / "card.json"
         per_class, per_crop, end = np.zeros(self.num_classes, np.int64), np.zeros(len(card["crops"]), np.int64), 0
@@ -178,45 +178,36 @@ def _read_card(folder: pathlib.Path) -> dict[str, Any]:
         raise StoreError(f"{path} cannot be read ({error!r}): run tokenize again") from None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise StoreError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}: run tokenize again")
-    if missing := [key for key in (*CARD_KEYS, *_NUMBERS, *_LISTS, "sha256") if key not in card]:
+    if missing := [key for key in _CARD if key not in card]:
         raise StoreError(f"{path} lacks {', '.join(missing)}: run tokenize again")
     if card_sha256(card) != card["sha256"]:
         raise StoreError(f"{path} is damaged: its sha256 does not match. Restore it or run tokenize again")
-    if wrong := _find_wrong_value(card):
+    # A fitting sha256 does not prove who wrote the card.
+    if wrong := next((key for key, kind in _CARD.items() if not _is_kind(card[key], kind)), None) or _find_misfit(card):
         raise StoreError(f"{path} is damaged: {wrong} is {str(card[wrong])[:80]}. Restore it or run tokenize again")
     return card
 
 
-def _find_wrong_value(card: Mapping[str, Any]) -> str | None:
-    """Return a key whose value could not be used: a fitting sha256 does not prove who wrote the card."""
+def _is_kind(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is_kind(x, kind[0]) for x in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(key in value and _is_kind(value[key], kind[key]) for key in kind)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**31
+    return isinstance(value, kind)
 
-    def is_number(x: Any, least: int = 0) -> bool:
-        return type(x) is int and least <= x < 2**31
 
-    def is_list(x: Any, fits: Any, length: int | None = None) -> bool:
-        return isinstance(x, list) and (length is None or len(x) == length) and all(map(fits, x))
-
-    def is_name(x: Any) -> bool:
-        return isinstance(x, str)
-
-    def is_shard(x: Any) -> bool:
-        name = x.get("name") if isinstance(x, dict) else None
-        # A bare name: a card must not make us read other files.
-        if not is_name(name) or not name.isprintable() or "/" in name or name in (".", ".."):
-            return False
-        spans = is_list(x.get("span"), is_number, 2) and isinstance(x.get("bad_records"), list)
-        return spans and is_number(x.get("records")) and is_name(x.get("sha256"))
-
-    classes, crops = card["num_classes"], card["crops"]
-    fits = {key: is_number(card[key]) for key in _NUMBERS} | {
-        "codebook_size": is_number(card["codebook_size"], 1),
-        "num_classes": is_number(classes, 1),
-        "num_tokens": is_number(card["num_tokens"], 1) and card["num_tokens"] < 2**20,
-        "grid": is_list(card["grid"], is_number),
-        "tokenizer_sha256": card["tokenizer_sha256"] is None or is_name(card["tokenizer_sha256"]),
-        "class_names": is_list(card["class_names"], is_name),
-        "crops": is_list(crops, bool) and len(crops) > 0,
-        "records_per_class": is_list(card["records_per_class"], is_number, classes),
-        "shards": is_list(card["shards"], is_shard) and len(card["shards"]) > 0,
+def _find_misfit(card: Mapping[str, Any]) -> str | None:
+    """Return a key whose value has the right type and cannot be used."""
+    names = [shard["name"] for shard in card["shards"]]
+    # Bare names: a card must not make us read other files.
+    bare = all(name.isprintable() and "/" not in name and name not in ("", ".", "..") for name in names)
+    fits = {
+        "codebook_size": card["codebook_size"] > 0,
+        "num_tokens": 0 < card["num_tokens"] < 2**20,
+        "crops": len(card["crops"]) > 0,
+        "records_per_class": len(card["records_per_class"]) == card["num_classes"] > 0,
+        "shards": bare and len(names) > 0 and all(len(shard["span"]) == 2 for shard in card["shards"]),
     }
     return next((key for key, fit in fits.items() if not fit), None)

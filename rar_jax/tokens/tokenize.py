@@ -58,10 +58,7 @@ def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split,
     """Write workdir/tokens/<split>: each image of the split once, in the source's order.
 
     A valid store is kept, an interrupted one is resumed, and one of another tokenizer or source is recreated. A split whose
-    tokens are configured (config.data.tokens) is skipped.
-
-    Raises: CheckpointError if the tokenizer is not fully trained; ConfigError if the source does not fit, or the
-      experiment encodes its images on the fly.
+    tokens are configured (config.data.tokens) is skipped. Raises: CheckpointError, ConfigError.
     """
     require(not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training")
     if experiment.data.given_tokens(split):
@@ -109,7 +106,7 @@ def tokenize_source(
     Args:
       experiment: defines images and tokenizer; its own source and tokenizer weights are not used.
       weights: the tokenizer's file, directory or released name.
-      crops: "pad" (whole images), "center" or "ten"; default, the source's own.
+      crops: one of CROPS; default, the source's own.
 
     Raises: ConfigError, WeightsError or CheckpointError for a source or tokenizer that does not fit; StoreError if `out`
       holds another store, or the beginning of one.
@@ -224,10 +221,7 @@ def jit_encode(tokenizer: Model, mesh: Mesh) -> Any:
 
 
 def _encode_batches(stream: Iterator[Batch], encode: Any, waits: list[float]) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield each batch with its tokens, one behind: the device encodes the next batch while the host stores this one.
-
-    waits: receives the seconds spent waiting for each batch.
-    """
+    """Yield each batch with its tokens while the device encodes the next one; append seconds waited to `waits`."""
     queue: list[tuple[Batch, jax.Array]] = []
     while True:
         began = time.perf_counter()

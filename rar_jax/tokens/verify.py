@@ -40,8 +40,7 @@ def verify_tokens(
       weights: the tokenizer's file, directory or released name. out: the PNG, default folder/verify.png.
 
     Returns: a summary of several lines.
-    Raises: StoreError if the store is damaged, or was made by another tokenizer than `weights`; ConfigError, WeightsError
-      or CheckpointError if the weights cannot be used.
+    Raises: StoreError if the store is damaged, or was made by another tokenizer than `weights`.
     """
     require(weights is not None or out is None, "--out is the picture, which needs the tokenizer: give --weights too")
     store = TokenStore(folder)
@@ -70,10 +69,9 @@ def summarize_store(store: TokenStore) -> str:
 
 
 def select_sample(store: TokenStore, rows: int = ROWS, columns: int = COLUMNS) -> tuple[np.ndarray, list[int]]:
-    """Select the first `columns` records of each of `rows` classes, evenly spaced over those that have records.
+    """Select the first `columns` records of each of `rows` evenly spaced classes that have records.
 
-    Returns: indices int64 (classes * columns,), class after class, with fewer columns if a class has fewer records; and
-      the classes.
+    Returns: indices int64 (classes * columns,), class after class, and the classes. All have as many as the smallest.
     """
     found: dict[int, list[int]] = {}
     for at in range(0, len(store), 65_536):  # in blocks: labels of a large store do not fit in memory
@@ -126,11 +124,9 @@ def import_tokens(
     shard_records: int = SHARD_RECORDS,
     quiet: bool = False,
 ) -> TokenStore:
-    """Make a token store of the authors' maskgitvq.jsonl.
+    """Make a token store of the authors' maskgitvq.jsonl. Raises: StoreError naming file and line; ConfigError.
 
     Sizes default to the experiment's, without one to 1024 codes, 1000 classes and 256 tokens.
-
-    Raises: StoreError naming the file and line that is wrong, or if `out` holds another store; ConfigError.
     """
     num_tokens, class_names = 256, ()
     if experiment is not None:

@@ -1,13 +1,8 @@
 """Write a token store shard by shard, so that an interrupted run resumes with the first missing shard.
 
-An unfinished store also holds
-
-    making.json                       what is being made: shards of anything else are never mixed in
-    shard-00000-of-00004.json         sidecar of a finished shard: its counts and its sha256
-
-Shard j is made from records [j*S, (j+1)*S) of the *source*. A record whose image cannot be decoded is left out, and the shard
-is shorter, so any process can make any shard. `finish` writes the card and removes the other files: an interrupted store is
-bitwise identical to a straight one.
+An unfinished store also holds making.json, which says what is being made, and a sidecar per finished shard,
+shard-00000-of-00004.json, with its counts and sha256. Shard j is made from records [j*S, (j+1)*S) of the *source*; records
+whose image cannot be decoded are left out. An interrupted store becomes bitwise identical to a straight one.
 """
 
 from __future__ import annotations
@@ -39,13 +34,10 @@ class TokenStoreWriter:
                 shard.append(tokens, labels, source_ids, crops, bad)
     writer.finish()
 
-    Holds one shard in memory. Processes that share a folder write shards j % process_count == process_index; process 0
-    finishes.
+    Holds one shard in memory. Each process writes shards j % process_count == process_index; process 0 finishes.
 
     Args:
-      folder: created if missing; must not hold a finished store.
-      card: the CARD_KEYS, JSON values; further keys are kept. The number of tokens is the product of grid; crop k is
-        named crops[k]; tokenizer_sha256 is None if unknown.
+      card: the CARD_KEYS, JSON values. The number of tokens is the product of grid; tokenizer_sha256 is None if unknown.
       source_records: records of the source, bad ones included. shard_records: source records per shard.
 
     Raises: StoreError for a wrong card, or a folder that holds a finished store or the beginning of another one.
@@ -98,10 +90,7 @@ class TokenStoreWriter:
 
     @contextlib.contextmanager
     def shard(self, j: int) -> Iterator[Shard]:
-        """Context that takes the records of a shard and writes it on exit.
-
-        Raises: StoreError unless exactly the records of its span were appended.
-        """
+        """Context that takes exactly the records of a shard's span, and writes it on exit. Raises: StoreError."""
         (begin, end), path = self.span(j), self.folder / self.name(j)
         shard = Shard(self.card, self.dtype, begin, end, str(path))
         yield shard
@@ -209,10 +198,9 @@ class Shard:
     ) -> None:
         """Append the next records of the source: tokens ints (b, n), labels, source_ids and crops ints (b,).
 
-        bad: bool (b,), True for a record whose image could not be decoded: it is counted and left out.
+        bad: bool (b,), records whose image could not be decoded: they are counted and left out.
 
-        Raises: StoreError, before anything is appended, for a wrong shape, a value out of range, or more records than the
-          span has.
+        Raises: StoreError for a wrong shape, a value out of range, or too many records.
         """
         tokens, labels, crops = np.asarray(tokens), np.asarray(labels), np.asarray(crops)
         if tokens.ndim != 2 or tokens.shape[1] != self._card["num_tokens"]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rar_jax.config import nearest
 from rar_jax.data.encoded import EncodedSource
-from rar_jax.data.image_source import ImageSource, Record, Split, View, pad_images, padded_shape
+from rar_jax.data.image_source import Batch, ImageSource, Split, View, pad_images, padded_shape
 from rar_jax.errors import ConfigError
 
 # In this order; the labels of a "test" may be withheld (-1).
@@ -69,10 +69,10 @@ class TfdsSource(ImageSource):
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: int) -> Record:
-        record = self._data[index]
-        image = pad_images(record["image"][None], self._image_size)[0]
-        return {"images": image, "labels": np.int32(record["label"]), "ids": np.int64(index)}
+    def gather(self, indices: np.ndarray) -> Batch:
+        records = [self._data[int(i)] for i in indices]
+        images = pad_images(np.stack([r["image"] for r in records]), self._image_size)
+        return {"images": images, "labels": np.array([r["label"] for r in records], np.int32), "ids": indices}
 
 
 class TfdsEncodedSource(EncodedSource):
