@@ -162,8 +162,8 @@ class EncodedSource(ImageSource):
         Returns: "images" uint8 (b, size, size, c), "labels" int32 (b,), "ids" int64 (b,), "bad" bool (b,), and with ten
           crops "crops" int16 (b,).
         """
-        fits = indices.size == 0 or (indices.min() >= 0 and indices.max() < len(self))
-        require(fits, f"{self.spec}: records {indices.min(initial=0)}..{indices.max(initial=0)} of {len(self)}")
+        if (outside := indices[(indices < 0) | (indices >= len(self))]).size:
+            raise ConfigError(f"{self.spec}: record {outside[0]} of {len(self)}")
         images_b, crops_b = np.divmod(indices, self._views)
         draws = indices.astype(np.uint64) if draws is None else draws
         out: Batch = {

@@ -122,8 +122,8 @@ def test_ten_views(files: Any, tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     source = open_folder(tmp_path, crop="ten")
     assert (len(source), source.num_images) == (150, 15)  # of 5, 6 and 7 images one each is held out
     decoded = collections.Counter()
-    record = source._record
-    monkeypatch.setattr(source, "_record", lambda image: (decoded.update([image]), record(image))[1])
+    read = source.read_image
+    monkeypatch.setattr(source, "read_image", lambda image: (decoded.update([image]), read(image))[1])
     batch = source.gather(np.arange(30))
     assert decoded == {0: 1, 1: 1, 2: 1}, "crops that follow one another decode once"
     np.testing.assert_array_equal(batch["ids"], np.repeat(np.arange(3), 10))
