@@ -17,7 +17,7 @@ from rar_jax.config import nearest, require
 from rar_jax.data.folder import FolderSource
 from rar_jax.data.formats.array_record import ArrayRecordSource
 from rar_jax.data.formats.parquet import ParquetSource
-from rar_jax.data.formats.tfds import open_tfds
+from rar_jax.data.formats.tfds import TfdsSource
 from rar_jax.data.formats.webdataset import WebDatasetSource
 from rar_jax.data.image_source import ArraySource, ImageSource, Split, View, pad_images
 from rar_jax.data.splits import number_classes, read_class_names
@@ -133,7 +133,7 @@ ARRAYS = ("digits", "idx")
 _KINDS: dict[str, Callable[[str, Split, View], ImageSource]] = {
     "digits": _open_digits,
     "idx": _open_idx,
-    "tfds": open_tfds,
+    "tfds": TfdsSource,
     "folder": FolderSource,
     "parquet": ParquetSource,
     "webdataset": WebDatasetSource,
