@@ -22,9 +22,10 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     from rar_jax.config import build, load_experiment
     from rar_jax.errors import ConfigError
     from rar_jax.evaluation.program import Settings
-    from rar_jax.evaluation.reconstructions import reconstruct
-    from rar_jax.evaluation.scores import reference_of, score_images, score_samples, summary
-    from rar_jax.evaluation.steps import score_steps, steps_table
+    from rar_jax.evaluation.reconstructions import score_reconstructions
+    from rar_jax.evaluation.results import format_scores, format_steps
+    from rar_jax.evaluation.scores import make_reference, score_images, score_samples
+    from rar_jax.evaluation.steps import score_steps
     from rar_jax.runs.workdir import Workdir
     from rar_jax.sampling import Guidance
 
@@ -66,23 +67,25 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     compared = {"reference_path": args.reference, **common}
     drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "tensor": args.tensor, **compared}
     if args.make_reference:
-        told = summary(reference_of(args.make_reference, args.inception, out, **theirs, **common))
+        told = format_scores(make_reference(args.make_reference, args.inception, out, **theirs, **common))
     elif args.reconstruction:
-        told = summary(
-            reconstruct(weights, args.images, args.inception, out, download=args.download, **theirs, **compared)
+        told = format_scores(
+            score_reconstructions(
+                weights, args.images, args.inception, out, download=args.download, **theirs, **compared
+            )
         )
     elif args.images:
-        told = summary(score_images(args.images, args.inception, out, **theirs, **compared))
+        told = format_scores(score_images(args.images, args.inception, out, **theirs, **compared))
     elif args.steps:
         assert workdir is not None
-        told = steps_table(score_steps(workdir.path, args.inception, out, steps=args.steps, **drawn))
+        told = format_steps(score_steps(workdir.path, args.inception, out, steps=args.steps, **drawn))
     else:
         assert args.weights or directory
         result = score_samples(
             args.weights or directory, args.inception, out, tokenizer=args.tokenizer, download=args.download,
             samples_npz=args.samples_npz, shares=args.shares, **drawn,
         )  # fmt: skip
-        told = summary(result)
+        told = format_scores(result)
     if workdir is not None:
         workdir.send()
     return told

@@ -1,7 +1,7 @@
 """Frechet distance of two Gaussians: |m1-m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
 
 The last trace is the nuclear norm (sum of singular values) of S1^(1/2) S2^(1/2). Roots of eigenvalues of
-S1 S2 would square the spectrum first: errors of -5 and -8 were seen in float32 (evaluation.md, numerics).
+S1 S2 would square the spectrum first: errors of -5 and -8 were seen in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rar_jax.metrics.moments import Moments
 
 
-def distance(
+def frechet_distance(
     mean1: npt.ArrayLike,
     cov1: npt.ArrayLike,
     mean2: npt.ArrayLike,
@@ -23,15 +23,14 @@ def distance(
     n1: int | None = None,
     n2: int | None = None,
 ) -> float:
-    """Frechet distance in float64 on the host: the number to report.
+    """Compute the Frechet distance in float64 on the host: the number to report.
 
     Args:
       mean1, mean2: (d,) means.
       cov1, cov2: (d, d) covariances, symmetric; they may be singular.
-      n1, n2: samples that each covariance is of, where it is known. Its rank is below that, so smaller eigenvalues are
-        rounding: of float32 sums of 40 images they moved a FID by 1e-5 of itself.
+      n1, n2: numbers of samples, where known. The rank of a covariance is below that, so smaller eigenvalues are
+        rounding and left out.
 
-    Returns: |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), at least 0 but for rounding.
     Raises: ValueError if shapes do not fit, a covariance is not symmetric, or a number is not finite.
     Source: Heusel et al. 2017 (arXiv 1706.08500), equation 6 of Dowson and Landau 1982.
     """
@@ -68,24 +67,20 @@ def _checked(
     return mean_d, cov_dd
 
 
-def distance_of_sums(cov1: jax.Array, sums: Moments) -> jax.Array:
-    """`distance_in_graph` of a Gaussian and sums about its mean; jittable, so that only the distance leaves the devices."""
+def frechet_distance_of_moments(cov1: jax.Array, sums: Moments) -> jax.Array:
+    """Compute `frechet_distance_in_graph` of a covariance and moments about its mean; jittable."""
     shift_d = sums.sum / sums.count  # the difference of the means
     cov_dd = (sums.outer - sums.count * shift_d[:, None] * shift_d[None, :]) / (sums.count - 1)
-    return distance_in_graph(jnp.zeros_like(shift_d), cov1, shift_d, (cov_dd + cov_dd.T) / 2)
+    return frechet_distance_in_graph(jnp.zeros_like(shift_d), cov1, shift_d, (cov_dd + cov_dd.T) / 2)
 
 
-def distance_in_graph(mean1: jax.Array, cov1: jax.Array, mean2: jax.Array, cov2: jax.Array) -> jax.Array:
-    """The same distance in float32, jittable: for curves during training, within about 5e-4 at unit scale.
-
-    Args: as in `distance`, jax arrays; nothing is checked.
-    Returns: () float32.
-    """
+def frechet_distance_in_graph(mean1: jax.Array, cov1: jax.Array, mean2: jax.Array, cov2: jax.Array) -> jax.Array:
+    """Compute the same distance in float32, jittable, within about 5e-4 at unit scale; nothing is checked."""
 
     def sqrt(cov_dd: jax.Array) -> jax.Array:
         values_d, vectors_dd = jnp.linalg.eigh(cov_dd)
-        # Below 2 eps an eigenvalue is rounding noise, and its root is 1e-4 and more. Measured: the rank-deficient
-        # golden case errs by 1.2e-5 so, by 1.5e-3 when only negatives are clipped; steep spectra stay within 1e-4.
+        # Below 2 eps an eigenvalue is rounding noise, and its root is 1e-4 and more: of a rank-deficient covariance
+        # the distance would err by 1.5e-3 if only negative ones were clipped.
         noise = 2 * jnp.finfo(jnp.float32).eps * values_d[-1]
         scaled_dd = vectors_dd * jnp.sqrt(jnp.where(values_d > noise, values_d, 0.0))[None, :]
         return jnp.matmul(scaled_dd, vectors_dd.T, precision=jax.lax.Precision.HIGHEST)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from rar_jax.config import flatten, require, steps_fields
-from rar_jax.evaluation.fd_classifier import evaluate
+from rar_jax.evaluation.fd_classifier import score_with_classifier
 from rar_jax.evaluation.program import Settings
 from rar_jax.evaluation.scores import score_samples
 from rar_jax.experiment import Experiment, open_source
@@ -82,7 +82,7 @@ def _run(experiment: Experiment, workdir: Workdir, mesh: Mesh, around: Session, 
     # ---- what came of it
     inputs = _inputs(experiment, workdir)
     if from_main(lambda: _result_of(workdir, inputs)) is None:
-        metrics = evaluate(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
+        metrics = score_with_classifier(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
         metrics |= _inception_scores(experiment, workdir, quiet) if experiment.evaluate.inception else {}
         pipeline = load(workdir.path, mesh=mesh)
         draw_pictures(experiment, workdir, pipeline)

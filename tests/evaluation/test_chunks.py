@@ -29,7 +29,7 @@ def _random_sums(seed: int, count: int) -> Sums:
 
 
 def equal(a: Totals, b: Totals) -> bool:
-    left, right = a.arrays(), b.arrays()
+    left, right = a.to_arrays(), b.to_arrays()
     return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
 
 
@@ -37,7 +37,7 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
     totals = Totals(split_size=20)
     for i, count in enumerate((10, 10, 10, 10, 3)):
         totals.add(_random_sums(i, count), count)
-        restored = Totals.restore(totals.arrays())
+        restored = Totals.from_arrays(totals.to_arrays())
         assert equal(restored, totals) and restored.done == totals.done and restored.split_size == 20
     assert totals.done == 43
     assert [float(s.count) for s in totals.splits] == [20, 20, 3]
@@ -49,7 +49,7 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
     straight = Totals(split_size=20)
     for i, count in enumerate((10, 10, 10, 10, 3)):
         straight.add(_random_sums(i, count), count)
-        straight = Totals.restore(straight.arrays())  # as after a kill at every chunk
+        straight = Totals.from_arrays(straight.to_arrays())  # as after a kill at every chunk
     assert equal(straight, totals)
 
 
@@ -61,8 +61,7 @@ def test_accumulate_goes_on_behind_the_last_chunk(
 
     def compute(start: int, count: int) -> Chunk:
         calls.append((start, count))
-        # More rows than images: the last batch was filled up.
-        return Chunk(_random_sums(start, count), {"pool3": np.full((count + 5, 2), start)})
+        return Chunk(_random_sums(start, count), {"pool3": np.full((count, 2), start)})
 
     def run(folder: str, images: int, **keywords: Any) -> Totals:
         store = ChunkStore(tmp_path / folder, {"a": 1})
@@ -81,8 +80,8 @@ def test_accumulate_goes_on_behind_the_last_chunk(
     store = ChunkStore(tmp_path / "resumed", {"a": 1})
     (store.folder / "pool3_00000099.npy").write_text("of nobody")  # by the totals, and not by what a folder shows
     accumulate(store, compute, images=25, chunk=10, split_size=20, description="d", quiet=True)
-    assert [len(x) for x in store.kept("pool3")] == [10, 10, 5]
-    assert ChunkStore(tmp_path / "resumed", {"a": 2}).load(20).done == 0, "something else is measured"
+    assert [len(x) for x in store.load_kept("pool3")] == [10, 10, 5]
+    assert ChunkStore(tmp_path / "resumed", {"a": 2}).load_totals(20).done == 0, "something else is measured"
     calls.clear()
     assert equal(run("resumed", 25), straight) and calls == []
 
@@ -93,7 +92,7 @@ def test_damaged_totals_are_no_totals(tmp_path: pathlib.Path, damage: str) -> No
     totals = Totals(20)
     totals.add(_random_sums(0, 10), 10)
     store.save(totals, 0, {})
-    assert equal(store.load(20), totals)
+    assert equal(store.load_totals(20), totals)
     path = store.folder / "totals.npz"
     data = path.read_bytes()
     at = data.index(b"\x93NUMPY") + 130  # in the numbers of the first array
@@ -108,4 +107,4 @@ def test_damaged_totals_are_no_totals(tmp_path: pathlib.Path, damage: str) -> No
     path.write_bytes(changed)
     if damage == "other arrays":
         np.savez(path, done=np.asarray(10))
-    assert store.load(20).done == 0
+    assert store.load_totals(20).done == 0

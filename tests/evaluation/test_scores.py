@@ -3,7 +3,6 @@
 Inception, with random weights, runs in test_scoring only; here a projection of the pixels stands for it (conftest.py).
 """
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -17,11 +16,12 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation import image_batches, program, scores
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
-from rar_jax.evaluation.image_sets import open_images
-from rar_jax.evaluation.program import Program, Settings, remarks, shift_of
-from rar_jax.evaluation.reference import ImageFile, Reference, write_reference
+from rar_jax.evaluation.image_sets import open_image_set
+from rar_jax.evaluation.program import Program, Settings
+from rar_jax.evaluation.reference import Reference, write_reference
+from rar_jax.evaluation.results import get_shift
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
@@ -41,13 +41,13 @@ def write_images(path: pathlib.Path, num: int, side: int = 16, seed: int = 0) ->
 def write_reference_of(folder: pathlib.Path, num: int = REFERENCE_NUM) -> pathlib.Path:
     write_images(folder / "images.npz", num)
     path = folder / "reference.npz"
-    evaluate.reference_of(str(folder / "images.npz"), pathlib.Path("inception"), path, settings=SETTINGS, quiet=True)
+    scores.make_reference(str(folder / "images.npz"), pathlib.Path("inception"), path, settings=SETTINGS, quiet=True)
     return path
 
 
 def score(pair: Any, out: pathlib.Path, reference: pathlib.Path | None, **changed: Any) -> dict[str, Any]:
     keywords: dict[str, Any] = {"samples": NUM, "settings": SETTINGS, "samples_npz": True, "quiet": True} | changed
-    return evaluate.score_samples(
+    return scores.score_samples(
         str(pair.generator), pathlib.Path("inception"), out, reference_path=reference, tokenizer=str(pair.tokenizer),
         **keywords,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
         return accumulate(store, recorded_compute, description=description, **keywords)
 
-    monkeypatch.setattr(evaluate, "accumulate", recorded)
+    monkeypatch.setattr(program, "accumulate", recorded)
     return spans
 
 
@@ -91,7 +91,7 @@ def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bits(
 
     def run(folder: str, settings: Settings = SETTINGS) -> dict[str, Any]:
         computed.clear()
-        return evaluate.score_images(
+        return scores.score_images(
             str(tmp_path / "given.npz"), pathlib.Path("i"), tmp_path / folder, settings=settings,
             reference_path=reference, quiet=True,
         )  # fmt: skip
@@ -149,7 +149,7 @@ def test_killed_samples_go_on(
     assert (tmp_path / "killed/samples.npz").read_bytes() == (tmp_path / "straight/samples.npz").read_bytes()
     (ours,), (theirs,) = ((tmp_path / x / "chunks").glob("*/totals.npz") for x in ("killed", "straight"))
     with np.load(ours) as a, np.load(theirs) as b:
-        assert close(Totals.restore(dict(a)), Totals.restore(dict(b))) == 0
+        assert close(Totals.from_arrays(dict(a)), Totals.from_arrays(dict(b))) == 0
 
 
 def _kill_at(patch: pytest.MonkeyPatch, writes: int) -> None:
@@ -177,26 +177,28 @@ def mesh_of(devices: int) -> Any:
 
 def close(ours: Totals, theirs: Totals) -> float:
     """Largest difference, over the largest number of its array."""
-    a, b = ours.arrays(), theirs.arrays()
+    a, b = ours.to_arrays(), theirs.to_arrays()
     return max(float(np.abs(a[k] - b[k]).max() / np.abs(b[k]).max()) for k in b)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pathlib.Path) -> None:
-    reference = evaluate.read_reference(write_reference_of(tmp_path))
+    reference = scores.read_reference(write_reference_of(tmp_path))
     found = []
     for devices, batch_size in MESHES:
         mesh = mesh_of(devices)
         settings = Settings(seed=3, batch_size=batch_size, chunk=20, split_size=20)
         pipeline = load(str(released_pair.generator), tokenizer=str(released_pair.tokenizer), mesh=mesh)
-        network = evaluate.load_network(pathlib.Path(), mesh, settings)
-        program = Program(network, mesh, settings, shift_of(reference))
-        store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
+        network = scores.load_inception(pathlib.Path(), mesh, settings)
+        scorer = Program(network, mesh, settings, get_shift(reference))
         models = pipeline.generator, pipeline.tokenizer
-        compute = program.samples(models, pipeline.params, pipeline.guidance, ("images",))
-        found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
-        images = np.concatenate(list(store.kept("images")))
+        batches = image_batches.batch_samples(models, pipeline.params, pipeline.guidance, num=27, seed=3)
+        totals, store = scorer.accumulate(
+            batches, tmp_path / f"{devices}_{batch_size}", made_from={}, keep=("images",), description="", quiet=True
+        )
+        found.append(totals)
+        images = np.concatenate(list(store.load_kept("images")))
         np.testing.assert_array_equal(images, pipeline.sample(np.arange(27) % 10, seed=3))
         assert float(found[-1].pool3.count) == found[-1].done == 27  # pyright: ignore
         assert [float(s.count) for s in found[-1].splits] == [20, 7]
@@ -208,7 +210,7 @@ def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pa
 
 def _fid(totals: Totals, reference: Reference) -> float:
     shift = np.asarray(reference.mean, np.float32)  # as the sums were taken
-    return frechet.distance(reference.mean, reference.cov, *moments.finalize(totals.pool3, shift))
+    return frechet.frechet_distance(reference.mean, reference.cov, *moments.finalize_moments(totals.pool3, shift))
 
 
 @pytest.mark.usefixtures("cheap")
@@ -218,10 +220,10 @@ def test_images_give_the_same_sums_on_any_mesh(tmp_path: pathlib.Path) -> None:
     for devices, batch_size in MESHES:
         mesh = mesh_of(devices)
         settings = Settings(batch_size=batch_size, chunk=20, split_size=20)
-        program = Program(evaluate.load_network(pathlib.Path(), mesh, settings), mesh, settings, None)
-        compute = program.images(open_images(str(tmp_path / "images.npz")), ())
-        store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
-        found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
+        scorer = Program(scores.load_inception(pathlib.Path(), mesh, settings), mesh, settings, None)
+        batches = image_batches.batch_image_set(open_image_set(str(tmp_path / "images.npz")))
+        out = tmp_path / f"{devices}_{batch_size}"
+        found.append(scorer.accumulate(batches, out, made_from={}, description="", quiet=True)[0])
         assert close(found[-1], found[0]) < 1e-6, (devices, batch_size)
 
 
@@ -239,7 +241,7 @@ def test_samples_npz_holds_what_was_scored(released_pair: Any, tmp_path: pathlib
     assert difference.max() <= 1 and difference.mean() < 1e-3
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size[0] > 16 and grid.size[1] > 16
-    given = evaluate.score_images(
+    given = scores.score_images(
         str(tmp_path / "out" / "samples.npz"), pathlib.Path("inception"), tmp_path / "again", settings=SETTINGS,
         reference_path=reference, quiet=True,
     )  # fmt: skip
@@ -251,16 +253,16 @@ def test_samples_npz_holds_what_was_scored(released_pair: Any, tmp_path: pathlib
 @pytest.mark.usefixtures("cheap")
 def test_grey_images_become_a_reference_of_three_channels(tmp_path: pathlib.Path) -> None:
     settings = Settings(batch_size=200, chunk=1000)
-    made = evaluate.reference_of("digits", pathlib.Path("i"), tmp_path / "r.npz", settings=settings, quiet=True)
+    made = scores.make_reference("digits", pathlib.Path("i"), tmp_path / "r.npz", settings=settings, quiet=True)
     source = load_source("digits", "train")
-    reference = evaluate.read_reference(tmp_path / "r.npz")
+    reference = scores.read_reference(tmp_path / "r.npz")
     assert made["n"] == reference.n == made["images_kept"] == len(source) and reference.source == "digits (train)"
     assert reference.images is not None
     np.testing.assert_array_equal(
-        next(reference.images.batches(3)), np.repeat(source.gather(np.arange(3))["images"], 3, axis=-1)
+        reference.images.read(0, 3), np.repeat(source.gather(np.arange(3))["images"], 3, axis=-1)
     )
     with pytest.raises(ConfigError, match=r"r\.dat: a reference is a \.npz file"):
-        evaluate.reference_of("digits", pathlib.Path("i"), tmp_path / "r.dat", settings=settings)
+        scores.make_reference("digits", pathlib.Path("i"), tmp_path / "r.dat", settings=settings)
 
 
 # ---------------------------------------------------------------- the command
@@ -363,37 +365,8 @@ def test_the_commands_from_images_to_numbers(
     made_from = json.loads((tmp_path / "cropped" / "result.json").read_text())["made_from"]
     assert made_from["images_from"] == f"folder:{tmp_path}/data (train), centre crop to 16"
     assert "n 18\n" in run("--make-reference", f"folder:{tmp_path}/data", *cropped, tmp_path / "cropped.npz")
-    assert evaluate.read_reference(tmp_path / "cropped.npz").source == made_from["images_from"]
+    assert scores.read_reference(tmp_path / "cropped.npz").source == made_from["images_from"]
     without = run(*argv[:-1], tmp_path / "without", "--no-neighbours")
     assert "fid" in without and "kid" not in without and "precision" not in without
     with pytest.raises(SystemExit):
         cli.main(["evaluate", *network, "--nothing"])
-
-
-# ---------------------------------------------------------------- remarks
-
-
-def test_remarks() -> None:
-    def reference(n: int | None) -> Reference:
-        return Reference(pathlib.Path("r"), "", np.zeros(1), np.eye(1), None, None, None, n, None, None, None)
-
-    assert remarks(50_000, 1000, reference(10_000), "sha") == [] == remarks(2048, None, None, "sha")
-    assert remarks(50_000, 1000, reference(None), "sha") == []
-    with_images = dataclasses.replace(reference(None), images=ImageFile(pathlib.Path("r"), 9, 256, 256))
-    assert remarks(50_000, 1000, with_images, "sha", (256, 256)) == []
-    (sizes,) = remarks(50_000, 1000, with_images, "sha", (64, 256))
-    assert sizes.startswith(
-        "the reference's images have 256 x 256 pixels, these 64 x 256, which is a part of the distance: rar-jax"
-    )
-    (small,) = remarks(2047, None, None, "sha")
-    assert small.startswith("n is 2047, below 2048: the covariance is singular")
-    (uneven,) = remarks(2500, 1000, None, "sha")
-    assert uneven == "n is 2500, no multiple of the 1000 classes: they are not equally often among the samples"
-    (other,) = remarks(50_000, 1000, reference(2000), "sha")
-    assert other.startswith("the reference is of 2000 images, below 2048")
-    assert len(remarks(15, 10, reference(3), "sha")) == 3
-    made_with_another = Reference(
-        pathlib.Path("r"), "", np.zeros(1), np.eye(1), None, None, None, None, None, "other", None
-    )
-    (weights,) = remarks(50_000, 1000, made_with_another, "sha")
-    assert weights.startswith("the reference was made with another file of Inception's weights")

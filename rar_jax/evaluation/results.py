@@ -1,0 +1,119 @@
+"""Sums to numbers, and what a reader of the numbers must know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rar_jax.config import require
+from rar_jax.evaluation.program import Program, Settings
+from rar_jax.evaluation.reference import Reference
+from rar_jax.metrics import sums
+from rar_jax.metrics.frechet import frechet_distance, frechet_distance_in_graph
+from rar_jax.metrics.inception_score import score_splits
+from rar_jax.metrics.kid import kid
+from rar_jax.metrics.moments import finalize_moments
+from rar_jax.metrics.precision_recall import precision_recall
+from rar_jax.metrics.sums import Shift, Totals
+
+ENOUGH = 2048  # images, below which the covariance of 2048 features is singular
+
+
+def get_shift(reference: Reference | None) -> Shift | None:
+    """Return the points that sums are taken about: the reference's means."""
+    if reference is None:
+        return None
+    spatial = reference.spatial_mean
+    return Shift(reference.mean, np.zeros(sums.SPATIAL) if spatial is None else spatial)
+
+
+def compute_scores(
+    totals: Totals, program: Program, reference: Reference | None, pool3: tuple[np.ndarray, np.ndarray] | None
+) -> dict[str, float]:
+    """Compute all numbers that the sums allow: FID, sFID and KID, lower is better; the others, higher.
+
+    pool3: features of the reference's images and of the samples, for precision, recall and KID.
+    """
+    numbers: dict[str, float] = {}
+    if reference is not None:
+        counts: dict[str, Any] = {"n1": reference.n, "n2": totals.done}
+        gaussians = reference.mean, reference.cov, *finalize_moments(totals.pool3, program.shift.pool3)
+        numbers["fid"] = frechet_distance(*gaussians, **counts)
+        in_float32 = (jnp.asarray(x, jnp.float32) for x in gaussians)
+        numbers["fid_in_graph_float32"] = float(jax.jit(frechet_distance_in_graph)(*in_float32))
+        if reference.spatial_mean is not None and reference.spatial_cov is not None:
+            ours = finalize_moments(totals.spatial, program.shift.spatial)
+            numbers["sfid"] = frechet_distance(reference.spatial_mean, reference.spatial_cov, *ours, **counts)
+    numbers["inception_score"] = score_splits(totals.splits)
+    if pool3 is not None:
+        numbers |= precision_recall(*pool3)
+        numbers["kid"] = kid(*pool3)
+    return numbers
+
+
+def check_protocol(reference: Reference | None, settings: Settings) -> None:
+    """Raise a ConfigError if a reference was made with another protocol."""
+    if reference is not None:
+        require(
+            reference.protocol in (None, settings.protocol),
+            f"{reference.path} was made with protocol {reference.protocol}, not {settings.protocol}: they do not "
+            "compare",
+        )
+
+
+def make_remarks(
+    n: int,
+    classes: int | None,
+    reference: Reference | None,
+    inception_sha256: str,
+    size: tuple[int, ...] | None = None,
+) -> list[str]:
+    """Return what a reader of the numbers must know; size: height and width of the images."""
+    remarks = []
+    if reference is not None and reference.images is not None and size is not None:
+        theirs = reference.images.shape[1:3]
+        if size != theirs:
+            remarks.append(
+                f"the reference's images have {theirs[0]} x {theirs[1]} pixels, these {size[0]} x {size[1]}, which "
+                "changes the distance: rar-jax evaluate --make-reference makes one of images of this size"
+            )
+    if n < ENOUGH:
+        remarks.append(f"n is {n}, below {ENOUGH}: the covariance is singular, and the FID is far above that of 50,000")
+    if classes is not None and n % classes:
+        remarks.append(f"n is {n}, not a multiple of the {classes} classes: some have more samples than others")
+    if reference is not None and reference.n is not None and reference.n < ENOUGH:
+        remarks.append(f"the reference is of {reference.n} images, below {ENOUGH}: its covariance is singular")
+    if reference is not None and reference.weights_sha256 not in (None, inception_sha256):
+        remarks.append("the reference was made with another file of Inception's weights: check that they are the same")
+    return remarks
+
+
+def format_scores(result: dict[str, Any]) -> str:
+    """Format the numbers of a result and its remarks, one a line."""
+    lines = [f"{name:24} {value:12.4f}" for name, value in list_numbers(result).items()]
+    if parts := result.get("seconds_a_batch"):
+        whole = sum(parts.values())
+        lines += [f"{f'share of {name}':24} {seconds / whole:12.1%}" for name, seconds in parts.items()]
+    return "\n".join([*lines, *_format_remarks(result)])
+
+
+def format_steps(result: dict[str, Any]) -> str:
+    """Format the result of `score_steps`, a row a step, the best one marked."""
+    names = list(next(iter(result["steps"].values())))
+    lines = ["      step " + "".join(f"{name:>22}" for name in names)]
+    for step, numbers in result["steps"].items():
+        best = " <- best" if step == result["best"] else ""
+        lines.append(f"{step:10} " + "".join(f"{numbers[name]:22.4f}" for name in names) + best)
+    return "\n".join([*lines, *_format_remarks(result)])
+
+
+def list_numbers(result: dict[str, Any]) -> dict[str, float]:
+    """Return the scores of a result."""
+    return {name: value for name, value in result.items() if isinstance(value, float) and name != "seconds"}
+
+
+def _format_remarks(result: dict[str, Any]) -> list[str]:
+    return [f"n {result['n']}", *(f"note: {remark}" for remark in result["remarks"])]
