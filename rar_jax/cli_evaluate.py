@@ -21,7 +21,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     """Scores what the flags name; what is to be said of it."""
     from rar_jax.config import build, load_experiment
     from rar_jax.errors import ConfigError
-    from rar_jax.evaluation.program import Settings
+    from rar_jax.evaluation.image_sets import open_image_set
+    from rar_jax.evaluation.program import Settings, open_program
     from rar_jax.evaluation.reconstructions import score_reconstructions
     from rar_jax.evaluation.results import format_scores, format_steps
     from rar_jax.evaluation.scores import make_reference, score_images, score_samples
@@ -62,27 +63,28 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     if args.config and guidance is None:
         section: Any = load_experiment(args.config, overrides).guidance
         guidance = build(Guidance, section, where="config.guidance")
-    common: dict[str, Any] = {"settings": settings, "quiet": args.quiet}
-    theirs = {"split": args.split, "image_size": args.image_size}
-    compared = {"reference_path": args.reference, **common}
-    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "tensor": args.tensor, **compared}
+    quiet, images = args.quiet, None
+    if args.images or args.make_reference:
+        images = open_image_set(args.images or args.make_reference, args.split, image_size=args.image_size)
+    if args.make_reference and out.suffix != ".npz":
+        raise ConfigError(f"--out {out}: a reference is a .npz file")
+    program = open_program(args.inception, settings, reference_path=args.reference, tensor=args.tensor)
+    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "quiet": quiet}
     if args.make_reference:
-        told = format_scores(make_reference(args.make_reference, args.inception, out, **theirs, **common))
+        assert images is not None
+        told = format_scores(make_reference(program, images, out, quiet=quiet))
     elif args.reconstruction:
-        told = format_scores(
-            score_reconstructions(
-                weights, args.images, args.inception, out, download=args.download, **theirs, **compared
-            )
-        )
-    elif args.images:
-        told = format_scores(score_images(args.images, args.inception, out, **theirs, **compared))
+        assert images is not None
+        told = format_scores(score_reconstructions(program, weights, images, out, download=args.download, quiet=quiet))
+    elif images is not None:
+        told = format_scores(score_images(program, images, out, quiet=quiet))
     elif args.steps:
         assert workdir is not None
-        told = format_steps(score_steps(workdir.path, args.inception, out, steps=args.steps, **drawn))
+        told = format_steps(score_steps(program, workdir.path, out, steps=args.steps, **drawn))
     else:
         assert args.weights or directory
         result = score_samples(
-            args.weights or directory, args.inception, out, tokenizer=args.tokenizer, download=args.download,
+            program, args.weights or directory, out, tokenizer=args.tokenizer, download=args.download,
             samples_npz=args.samples_npz, shares=args.shares, **drawn,
         )  # fmt: skip
         told = format_scores(result)

@@ -201,7 +201,7 @@ def exhausted_while_training(at: Place) -> None:
 
 @case("Devices and memory", "Memory is exhausted while scoring")
 def exhausted_while_scoring(at: Place) -> None:
-    at.patch.setattr("rar_jax.evaluation.scores.load_inception", lambda *_: scoring.Network({}, "0" * 64))
+    at.patch.setattr("rar_jax.evaluation.program.load_inception", lambda *_: scoring.Network({}, "0" * 64))
     at.patch.setattr(scoring.Program, "_scan", exhausted)
     np.savez("theirs.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     at.how = "where the program asks for 2^50 bytes"

@@ -85,6 +85,10 @@ class ChunkStore:
         for start in self.starts:
             yield np.load(self._path(name, start), allow_pickle=False)
 
+    def concatenate(self, name: str) -> np.ndarray:
+        """Return the array of all chunks."""
+        return np.concatenate(list(self.load_kept(name)))
+
     def _path(self, name: str, start: int) -> pathlib.Path:
         return self.folder / f"{name}_{start:08d}.npy"
 

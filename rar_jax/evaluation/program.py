@@ -19,14 +19,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.config import require
+from rar_jax.errors import ConfigError
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.evaluation.image_batches import ImageBatches, row_sharding
+from rar_jax.evaluation.reference import Reference, read_reference
 from rar_jax.metrics import sums
 from rar_jax.metrics.features import extract_features
 from rar_jax.metrics.inception_score import SPLIT_SIZE
 from rar_jax.metrics.sums import Shift, Totals
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.machine import versions
 from rar_jax.runs.manifest import file_sha256
@@ -78,6 +81,19 @@ class Network:
     sha256: str
 
 
+def open_program(
+    inception_path: pathlib.Path, settings: Settings, *, reference_path: pathlib.Path | None = None, tensor: int = 1
+) -> Program:
+    """Load what samples or images are scored with, over all devices.
+
+    tensor: devices that share one copy of the generator.
+    Raises: ConfigError, ReferenceFileError; WeightsError that says where to get Inception's weights.
+    """
+    mesh = make_mesh(MeshConfig(tensor=tensor))
+    reference = read_reference(reference_path) if reference_path else None
+    return Program(load_inception(inception_path, mesh, settings), mesh, settings, reference)
+
+
 def load_inception(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Network:
     """Load Inception's weights on every device. Raises: WeightsError that says where to get them."""
     with jax.enable_x64(settings.features == "float64"):
@@ -88,15 +104,28 @@ def load_inception(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Networ
 class Program:
     """The jitted program of one mesh: a scan over the batches of a chunk.
 
-    JAX is in float64 mode around a program of float64 features, and out of it where images are made.
+    Sums are taken about `shift`, by default the means of the reference. JAX is in float64 mode around a program of
+    float64 features, and out of it where images are made. Raises: ConfigError for a reference of another protocol.
     """
 
-    def __init__(self, network: Network, mesh: Mesh, settings: Settings, shift: Shift | None) -> None:
+    def __init__(
+        self, network: Network, mesh: Mesh, settings: Settings, reference: Reference | None, shift: Shift | None = None
+    ) -> None:
         self.network: Network = network
         self.mesh: Mesh = mesh
         self.settings: Settings = settings
-        zero = Shift(np.zeros(sums.POOL3, np.float32), np.zeros(sums.SPATIAL, np.float32))
-        self.shift: Shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift or zero)
+        self.reference: Reference | None = reference
+        if reference is not None and reference.protocol not in (None, settings.protocol):
+            raise ConfigError(
+                f"{reference.path} was made with protocol {reference.protocol}, not {settings.protocol}: they do not "
+                "compare"
+            )
+        mean, spatial_mean = (reference.mean, reference.spatial_mean) if reference else (None, None)
+        zeros = Shift(np.zeros(sums.POOL3), np.zeros(sums.SPATIAL))
+        shift = shift or Shift(
+            zeros.pool3 if mean is None else mean, zeros.spatial if spatial_mean is None else spatial_mean
+        )
+        self.shift: Shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift)
         self._dtype = np.dtype(settings.features)
         self._jitted = jax.jit(self._scan, static_argnames=("make", "keep"), out_shardings=replicated(mesh))
 
@@ -137,30 +166,31 @@ class Program:
             return self._jitted.lower(self._params(batches, shift), *rows, make=batches.make, keep=())
 
     def accumulate(
-        self,
-        batches: ImageBatches,
-        out: pathlib.Path,
-        *,
-        made_from: dict[str, Any],
-        keep: tuple[str, ...] = (),
-        description: str,
-        quiet: bool = False,
+        self, batches: ImageBatches, out: pathlib.Path, *, keep: tuple[str, ...] = (), description: str, quiet: bool
     ) -> tuple[Totals, ChunkStore]:
-        """Score all images in chunks, and resume after the last finished chunk in `out`.
-
-        made_from: all that the sums depend on, besides `self.execution` and the shift.
-        """
+        """Score all images in chunks, and resume after the last finished chunk in `out`."""
         shift = hashlib.sha256(b"".join(x.tobytes() for x in self.shift)).hexdigest()
-        store = ChunkStore(out, {**made_from, **self.execution, "shift_sha256": shift}, keep)
+        made_from = {**self.describe_inputs(batches), **self.describe_execution(), "shift_sha256": shift}
+        store, settings = ChunkStore(out, made_from, keep), self.settings
         totals = accumulate(
             store, lambda start, count: self.score(batches, start, count, keep), images=batches.num,
-            chunk=self.settings.chunk, split_size=self.settings.split_size, description=description, quiet=quiet,
+            chunk=settings.chunk, split_size=settings.split_size, description=description, quiet=quiet,
         )  # fmt: skip
         return totals, store
 
-    @property
-    def execution(self) -> dict[str, Any]:
-        """What changes the last bits of the sums: batches, devices and versions."""
+    def describe_inputs(self, batches: ImageBatches) -> dict[str, Any]:
+        """Return what the numbers depend on, besides the machine."""
+        return {
+            "images": batches.num,
+            "protocol": self.settings.protocol,
+            "inception_sha256": self.network.sha256,
+            "features": self.settings.features,
+            "reference_sha256": self.reference.sha256 if self.reference else None,
+            **batches.made_from,
+        }
+
+    def describe_execution(self) -> dict[str, Any]:
+        """Return what changes the last bits of the sums: batches, devices and versions."""
         settings = self.settings
         return {
             "batch_size": settings.batch_size,
@@ -216,10 +246,11 @@ def _make_abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def estimate_shift(program: Program, batches: ImageBatches) -> Shift:
-    """Return the means of the first batch, to take sums about.
+def shift_to_mean(program: Program, batches: ImageBatches) -> Program:
+    """Return a program that takes sums about the means of the first batch.
 
     Float32 sums about zero lose what small eigenvalues are made of: an error of 1e-4 of an FID was seen.
     """
     first = program.score(batches, 0, min(program.settings.batch_size, batches.num)).sums
-    return Shift(first.pool3.sum / first.pool3.count, first.spatial.sum / first.spatial.count)
+    shift = Shift(first.pool3.sum / first.pool3.count, first.spatial.sum / first.spatial.count)
+    return Program(program.network, program.mesh, program.settings, program.reference, shift)

@@ -4,46 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rar_jax.config import require
-from rar_jax.evaluation.program import Program, Settings
+from rar_jax.evaluation.program import Program
 from rar_jax.evaluation.reference import Reference
-from rar_jax.metrics import sums
-from rar_jax.metrics.frechet import frechet_distance, frechet_distance_in_graph
+from rar_jax.metrics.frechet import frechet_distance
 from rar_jax.metrics.inception_score import score_splits
 from rar_jax.metrics.kid import kid
 from rar_jax.metrics.moments import finalize_moments
 from rar_jax.metrics.precision_recall import precision_recall
-from rar_jax.metrics.sums import Shift, Totals
+from rar_jax.metrics.sums import Totals
 
 ENOUGH = 2048  # images, below which the covariance of 2048 features is singular
 
 
-def get_shift(reference: Reference | None) -> Shift | None:
-    """Return the points that sums are taken about: the reference's means."""
-    if reference is None:
-        return None
-    spatial = reference.spatial_mean
-    return Shift(reference.mean, np.zeros(sums.SPATIAL) if spatial is None else spatial)
-
-
-def compute_scores(
-    totals: Totals, program: Program, reference: Reference | None, pool3: tuple[np.ndarray, np.ndarray] | None
-) -> dict[str, float]:
+def compute_scores(program: Program, totals: Totals, pool3: tuple[np.ndarray, np.ndarray] | None) -> dict[str, float]:
     """Compute all numbers that the sums allow: FID, sFID and KID, lower is better; the others, higher.
 
     pool3: features of the reference's images and of the samples, for precision, recall and KID.
     """
     numbers: dict[str, float] = {}
-    if reference is not None:
+    if (reference := program.reference) is not None:
         counts: dict[str, Any] = {"n1": reference.n, "n2": totals.done}
-        gaussians = reference.mean, reference.cov, *finalize_moments(totals.pool3, program.shift.pool3)
-        numbers["fid"] = frechet_distance(*gaussians, **counts)
-        in_float32 = (jnp.asarray(x, jnp.float32) for x in gaussians)
-        numbers["fid_in_graph_float32"] = float(jax.jit(frechet_distance_in_graph)(*in_float32))
+        ours = finalize_moments(totals.pool3, program.shift.pool3)
+        numbers["fid"] = frechet_distance(reference.mean, reference.cov, *ours, **counts)
         if reference.spatial_mean is not None and reference.spatial_cov is not None:
             ours = finalize_moments(totals.spatial, program.shift.spatial)
             numbers["sfid"] = frechet_distance(reference.spatial_mean, reference.spatial_cov, *ours, **counts)
@@ -52,16 +36,6 @@ def compute_scores(
         numbers |= precision_recall(*pool3)
         numbers["kid"] = kid(*pool3)
     return numbers
-
-
-def check_protocol(reference: Reference | None, settings: Settings) -> None:
-    """Raise a ConfigError if a reference was made with another protocol."""
-    if reference is not None:
-        require(
-            reference.protocol in (None, settings.protocol),
-            f"{reference.path} was made with protocol {reference.protocol}, not {settings.protocol}: they do not "
-            "compare",
-        )
 
 
 def make_remarks(

@@ -7,13 +7,10 @@ from typing import Any
 
 from rar_jax.config import require
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation.program import Program, Settings, load_inception
-from rar_jax.evaluation.reference import read_reference
-from rar_jax.evaluation.results import get_shift, list_numbers
-from rar_jax.evaluation.scores import hash_weights, score_pipeline
-from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.evaluation.program import Program
+from rar_jax.evaluation.results import list_numbers
+from rar_jax.evaluation.scores import score_samples
 from rar_jax.parallel.processes import from_main
-from rar_jax.pipeline import load
 from rar_jax.runs.checkpoint import best_steps, good_steps, mark_best
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.workdir import Workdir
@@ -21,43 +18,37 @@ from rar_jax.sampling import Guidance
 
 
 def score_steps(
+    program: Program,
     workdir: pathlib.Path,
-    inception_path: pathlib.Path,
     out: pathlib.Path,
     *,
     steps: str,
     samples: int,
-    settings: Settings,
-    reference_path: pathlib.Path | None = None,
     guidance: Guidance | None = None,
     dtype: str | None = None,
-    tensor: int = 1,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Score the generator's checkpoints; finished ones are not computed again.
 
-    Writes the files of `score_pipeline` to out/step_<n>/, out/steps.json, and best.json beside the checkpoints, so that
+    Writes the files of `score_samples` to out/step_<n>/, out/steps.json, and best.json beside the checkpoints, so that
     a resumed training keeps the best: the lowest FID or, without a reference, the highest Inception Score.
 
-    Args:
-      steps: "all", or numbers with commas: "1000,2000". tensor: devices that share one copy of the generator.
+    steps: "all", or numbers with commas: "1000,2000".
 
     Returns: {"steps": {n: numbers}, "best", "metric", "n", "remarks"}.
-    Raises: ConfigError for a step without a good checkpoint; as `score_pipeline`.
+    Raises: ConfigError for a step without a good checkpoint; as `score_samples`.
     """
     folder = Workdir(workdir).checkpoints("generator")
     wanted = _find_steps(folder, steps)
-    mesh = make_mesh(MeshConfig(tensor=tensor))
-    reference = read_reference(reference_path) if reference_path else None
-    program = Program(load_inception(inception_path, mesh, settings), mesh, settings, get_shift(reference))
+    reference = program.reference
     metric = "fid" if reference else "inception_score"
-    results: dict[int, dict[str, Any]] = {}
-    for step in wanted:
-        pipeline = load(workdir, mesh=mesh, dtype=dtype, step=step)
-        results[step] = score_pipeline(
-            program, pipeline, out / f"step_{step}", samples=samples, reference=reference, guidance=guidance,
-            made_from=hash_weights(workdir, None, dtype, step), quiet=quiet, description=f"step {step}",
-        )  # fmt: skip
+    results = {
+        step: score_samples(
+            program, workdir, out / f"step_{step}", samples=samples, guidance=guidance, dtype=dtype, step=step,
+            quiet=quiet,
+        )
+        for step in wanted
+    }  # fmt: skip
     best = (min if reference else max)(wanted, key=lambda step: results[step][metric])
     name, value = f"evaluate/{metric}_n{samples}", results[best][metric]
     summary = {

@@ -18,7 +18,7 @@ from PIL import Image
 
 from rar_jax.config import flatten, require, steps_fields
 from rar_jax.evaluation.fd_classifier import score_with_classifier
-from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation.program import Settings, open_program
 from rar_jax.evaluation.scores import score_samples
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.mesh import make_mesh
@@ -117,16 +117,11 @@ def _inception_scores(experiment: Experiment, workdir: Workdir, quiet: bool) -> 
     """What `rar-jax evaluate --workdir` would give; all of it is in WORKDIR/evaluation/result.json."""
     config = experiment.evaluate
     assert config.inception is not None
-    result = score_samples(
-        str(workdir.path),
-        pathlib.Path(config.inception),
-        workdir.path / "evaluation",
-        samples=config.samples,
-        settings=Settings(seed=experiment.seed, batch_size=config.batch_size),
-        reference_path=pathlib.Path(config.reference) if config.reference else None,
-        guidance=experiment.guidance,
-        quiet=quiet,
-    )
+    settings = Settings(seed=experiment.seed, batch_size=config.batch_size)
+    reference_path = pathlib.Path(config.reference) if config.reference else None
+    program = open_program(pathlib.Path(config.inception), settings, reference_path=reference_path)
+    out, guidance = workdir.path / "evaluation", experiment.guidance
+    result = score_samples(program, workdir.path, out, samples=config.samples, guidance=guidance, quiet=quiet)
     return {f"{k}_n{config.samples}": v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
 
 

@@ -14,7 +14,6 @@ from rar_jax.evaluation.fd_classifier import ClassifierScorer
 from rar_jax.evaluation.image_batches import ImageBatches, batch_samples
 from rar_jax.evaluation.program import Program, Settings, load_inception
 from rar_jax.evaluation.reference import read_reference
-from rar_jax.evaluation.results import check_protocol, get_shift
 from rar_jax.experiment import Experiment
 from rar_jax.metrics import frechet, inception_score, moments
 from rar_jax.metrics.sums import Totals
@@ -71,10 +70,7 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Numbers:
     size = -(-min(config.batch_size, n) // parts) * parts
     settings = Settings(seed=experiment.seed, batch_size=size, chunk=1, split_size=n)
     reference = read_reference(config.reference) if config.reference else None
-    check_protocol(reference, settings)
-    program = Program(
-        load_inception(pathlib.Path(config.inception), mesh, settings), mesh, settings, get_shift(reference)
-    )
+    program = Program(load_inception(pathlib.Path(config.inception), mesh, settings), mesh, settings, reference)
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
     distance = jax.jit(frechet.frechet_distance_of_moments)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rar_jax.errors import DeviceMemoryError
-from rar_jax.evaluation.program import Program, Settings
+from rar_jax.evaluation.image_sets import NpzImages
+from rar_jax.evaluation.program import Program, Settings, open_program
 from rar_jax.evaluation.scores import score_images
 
 
@@ -23,5 +24,5 @@ def test_exhausted_memory_names_the_batch_size(tmp_path: pathlib.Path, monkeypat
     monkeypatch.setattr(Program, "_scan", exhausted)
     settings, out = Settings(batch_size=8, neighbours=False), tmp_path / "out"
     with pytest.raises(DeviceMemoryError, match=r"scoring, batch_size 8: .*allocating 9 bytes\): make it smaller"):
-        score_images(str(tmp_path / "given.npz"), pathlib.Path("i"), out, settings=settings, quiet=True)
+        score_images(open_program(pathlib.Path("i"), settings), NpzImages(tmp_path / "given.npz"), out, quiet=True)
     assert not list(out.rglob("totals.npz"))

@@ -21,7 +21,6 @@ from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.evaluation.image_sets import open_image_set
 from rar_jax.evaluation.program import Program, Settings
 from rar_jax.evaluation.reference import Reference, write_reference
-from rar_jax.evaluation.results import get_shift
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
@@ -38,19 +37,21 @@ def write_images(path: pathlib.Path, num: int, side: int = 16, seed: int = 0) ->
     return images
 
 
+def open_program(settings: Settings = SETTINGS, reference: pathlib.Path | None = None) -> Program:
+    return program.open_program(pathlib.Path("inception"), settings, reference_path=reference)
+
+
 def write_reference_of(folder: pathlib.Path, num: int = REFERENCE_NUM) -> pathlib.Path:
     write_images(folder / "images.npz", num)
     path = folder / "reference.npz"
-    scores.make_reference(str(folder / "images.npz"), pathlib.Path("inception"), path, settings=SETTINGS, quiet=True)
+    scores.make_reference(open_program(), open_image_set(str(folder / "images.npz")), path, quiet=True)
     return path
 
 
 def score(pair: Any, out: pathlib.Path, reference: pathlib.Path | None, **changed: Any) -> dict[str, Any]:
-    keywords: dict[str, Any] = {"samples": NUM, "settings": SETTINGS, "samples_npz": True, "quiet": True} | changed
-    return scores.score_samples(
-        str(pair.generator), pathlib.Path("inception"), out, reference_path=reference, tokenizer=str(pair.tokenizer),
-        **keywords,
-    )  # fmt: skip
+    keywords: dict[str, Any] = {"samples": NUM, "samples_npz": True, "quiet": True} | changed
+    scorer = open_program(reference=reference)
+    return scores.score_samples(scorer, str(pair.generator), out, tokenizer=str(pair.tokenizer), **keywords)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ ALL_CHUNKS = [("evaluate", 0, 20), ("evaluate", 20, 20), ("reference images", 0,
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
     found = {k: v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
-    assert found.keys() == {"fid", "fid_in_graph_float32", "sfid", "inception_score", "precision", "recall", "kid"}
+    assert found.keys() == {"fid", "sfid", "inception_score", "precision", "recall", "kid"}
     return found
 
 
@@ -91,10 +92,8 @@ def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bits(
 
     def run(folder: str, settings: Settings = SETTINGS) -> dict[str, Any]:
         computed.clear()
-        return scores.score_images(
-            str(tmp_path / "given.npz"), pathlib.Path("i"), tmp_path / folder, settings=settings,
-            reference_path=reference, quiet=True,
-        )  # fmt: skip
+        images = open_image_set(str(tmp_path / "given.npz"))
+        return scores.score_images(open_program(settings, reference), images, tmp_path / folder, quiet=True)
 
     expected = numbers(run("straight"))
     assert computed == ALL_CHUNKS
@@ -184,19 +183,18 @@ def close(ours: Totals, theirs: Totals) -> float:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pathlib.Path) -> None:
-    reference = scores.read_reference(write_reference_of(tmp_path))
+    reference = program.read_reference(write_reference_of(tmp_path))
     found = []
     for devices, batch_size in MESHES:
         mesh = mesh_of(devices)
         settings = Settings(seed=3, batch_size=batch_size, chunk=20, split_size=20)
         pipeline = load(str(released_pair.generator), tokenizer=str(released_pair.tokenizer), mesh=mesh)
-        network = scores.load_inception(pathlib.Path(), mesh, settings)
-        scorer = Program(network, mesh, settings, get_shift(reference))
+        network = program.load_inception(pathlib.Path(), mesh, settings)
+        scorer = Program(network, mesh, settings, reference)
         models = pipeline.generator, pipeline.tokenizer
         batches = image_batches.batch_samples(models, pipeline.params, pipeline.guidance, num=27, seed=3)
-        totals, store = scorer.accumulate(
-            batches, tmp_path / f"{devices}_{batch_size}", made_from={}, keep=("images",), description="", quiet=True
-        )
+        out = tmp_path / f"{devices}_{batch_size}"
+        totals, store = scorer.accumulate(batches, out, keep=("images",), description="", quiet=True)
         found.append(totals)
         images = np.concatenate(list(store.load_kept("images")))
         np.testing.assert_array_equal(images, pipeline.sample(np.arange(27) % 10, seed=3))
@@ -220,10 +218,10 @@ def test_images_give_the_same_sums_on_any_mesh(tmp_path: pathlib.Path) -> None:
     for devices, batch_size in MESHES:
         mesh = mesh_of(devices)
         settings = Settings(batch_size=batch_size, chunk=20, split_size=20)
-        scorer = Program(scores.load_inception(pathlib.Path(), mesh, settings), mesh, settings, None)
+        scorer = Program(program.load_inception(pathlib.Path(), mesh, settings), mesh, settings, None)
         batches = image_batches.batch_image_set(open_image_set(str(tmp_path / "images.npz")))
         out = tmp_path / f"{devices}_{batch_size}"
-        found.append(scorer.accumulate(batches, out, made_from={}, description="", quiet=True)[0])
+        found.append(scorer.accumulate(batches, out, description="", quiet=True)[0])
         assert close(found[-1], found[0]) < 1e-6, (devices, batch_size)
 
 
@@ -241,10 +239,9 @@ def test_samples_npz_holds_what_was_scored(released_pair: Any, tmp_path: pathlib
     assert difference.max() <= 1 and difference.mean() < 1e-3
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size[0] > 16 and grid.size[1] > 16
-    given = scores.score_images(
-        str(tmp_path / "out" / "samples.npz"), pathlib.Path("inception"), tmp_path / "again", settings=SETTINGS,
-        reference_path=reference, quiet=True,
-    )  # fmt: skip
+    images_of_samples = open_image_set(str(tmp_path / "out" / "samples.npz"))
+    again = open_program(reference=reference)
+    given = scores.score_images(again, images_of_samples, tmp_path / "again", quiet=True)
     assert "images_sha256" in given["made_from"] and "seed" not in given["made_from"]
     for name, value in numbers(drawn).items():
         assert given[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
@@ -253,16 +250,16 @@ def test_samples_npz_holds_what_was_scored(released_pair: Any, tmp_path: pathlib
 @pytest.mark.usefixtures("cheap")
 def test_grey_images_become_a_reference_of_three_channels(tmp_path: pathlib.Path) -> None:
     settings = Settings(batch_size=200, chunk=1000)
-    made = scores.make_reference("digits", pathlib.Path("i"), tmp_path / "r.npz", settings=settings, quiet=True)
+    made = scores.make_reference(open_program(settings), open_image_set("digits"), tmp_path / "r.npz", quiet=True)
     source = load_source("digits", "train")
-    reference = scores.read_reference(tmp_path / "r.npz")
+    reference = program.read_reference(tmp_path / "r.npz")
     assert made["n"] == reference.n == made["images_kept"] == len(source) and reference.source == "digits (train)"
     assert reference.images is not None
     np.testing.assert_array_equal(
         reference.images.read(0, 3), np.repeat(source.gather(np.arange(3))["images"], 3, axis=-1)
     )
     with pytest.raises(ConfigError, match=r"r\.dat: a reference is a \.npz file"):
-        scores.make_reference("digits", pathlib.Path("i"), tmp_path / "r.dat", settings=settings)
+        scores.make_reference(open_program(settings), open_image_set("digits"), tmp_path / "r.dat")
 
 
 # ---------------------------------------------------------------- the command
@@ -365,7 +362,7 @@ def test_the_commands_from_images_to_numbers(
     made_from = json.loads((tmp_path / "cropped" / "result.json").read_text())["made_from"]
     assert made_from["images_from"] == f"folder:{tmp_path}/data (train), centre crop to 16"
     assert "n 18\n" in run("--make-reference", f"folder:{tmp_path}/data", *cropped, tmp_path / "cropped.npz")
-    assert scores.read_reference(tmp_path / "cropped.npz").source == made_from["images_from"]
+    assert program.read_reference(tmp_path / "cropped.npz").source == made_from["images_from"]
     without = run(*argv[:-1], tmp_path / "without", "--no-neighbours")
     assert "fid" in without and "kid" not in without and "precision" not in without
     with pytest.raises(SystemExit):

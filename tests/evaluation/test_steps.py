@@ -11,7 +11,8 @@ from rar_jax import cli, load
 from rar_jax.config import load_experiment
 from rar_jax.errors import ConfigError, Preempted
 from rar_jax.evaluation import image_batches
-from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation.image_sets import open_image_set
+from rar_jax.evaluation.program import Settings, open_program
 from rar_jax.evaluation.results import format_steps
 from rar_jax.evaluation.scores import make_reference
 from rar_jax.evaluation.steps import score_steps
@@ -31,7 +32,7 @@ def reference(tmp_path: pathlib.Path, cheap: Any) -> pathlib.Path:
     """Statistics of the training digits."""
     path = tmp_path / "reference.npz"
     settings = Settings(batch_size=500)
-    make_reference("digits", pathlib.Path("inception"), path, settings=settings, quiet=True)
+    make_reference(open_program(pathlib.Path("inception"), settings), open_image_set("digits"), path, quiet=True)
     return path
 
 
@@ -80,10 +81,8 @@ def test_curves_retention_and_steps(
 
     # ---- every checkpoint
     settings = Settings(batch_size=20, chunk=20)
-    told = score_steps(
-        trained, pathlib.Path("inception"), tmp_path / "steps", steps="all", samples=40, settings=settings,
-        reference_path=reference, quiet=True,
-    )  # fmt: skip
+    program = open_program(pathlib.Path("inception"), settings, reference_path=reference)
+    told = score_steps(program, trained, tmp_path / "steps", steps="all", samples=40, quiet=True)
     assert list(told["steps"]) == kept
     expected = {step: by_hand(cheap, trained, step, reference, 40) for step in kept}
     # Another program may truncate a pixel of these 8 x 8 to the level below.
@@ -96,7 +95,7 @@ def test_curves_retention_and_steps(
         assert (tmp_path / "steps" / f"step_{step}" / "grid.png").is_file()
     for steps, message in (("3", "no good step 3; it has"), ("x", "write all, or numbers")):
         with pytest.raises(ConfigError, match=message):
-            score_steps(trained, pathlib.Path("i"), tmp_path / "no", steps=steps, samples=40, settings=settings)
+            score_steps(program, trained, tmp_path / "no", steps=steps, samples=40)
 
 
 @pytest.mark.promise(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rar_jax.cli import main
-from rar_jax.evaluation import program, reference, scores
+from rar_jax.evaluation import program, reference
 from rar_jax.metrics import sums
 
 
@@ -42,8 +42,8 @@ def patch(put: Callable[[Any, str, Any], None] = setattr) -> None:
         (sums, "SPATIAL", 8),
         (sums, "CLASSES", 10),
         (program, "extract_features", extract_features),
-        (scores, "load_inception", load_inception),
-        (scores, "read_reference", functools.partial(reference.read_reference, feature_dims=12, spatial_dims=8)),
+        (program, "load_inception", load_inception),
+        (program, "read_reference", functools.partial(reference.read_reference, feature_dims=12, spatial_dims=8)),
     ]
     for module, name, value in changed:
         put(module, name, value)

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rar_jax.config import load_experiment
-from rar_jax.evaluation import program, reconstructions, scores, steps
+from rar_jax.evaluation import program
 from rar_jax.evaluation.program import Network
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.experiment import Experiment, resolve
@@ -51,7 +51,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(sums, constant, width)
     monkeypatch.setattr(program, "extract_features", projection)
     network = Network({"fc": {"kernel": jnp.zeros((1, 1))}}, "0" * 64)
-    for module in (scores, steps, live, reconstructions):
+    for module in (program, live):
         monkeypatch.setattr(
             module, "read_reference", lambda path: read_reference(path, feature_dims=12, spatial_dims=8)
         )

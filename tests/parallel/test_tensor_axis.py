@@ -11,7 +11,7 @@ import pytest
 
 from rar_jax import Guidance, cli, load
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation import program, scores
+from rar_jax.evaluation import program
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.sampling import sample_keys
@@ -53,7 +53,7 @@ def test_evaluate_scores_the_same_samples(
     for module, name in [(sums, "POOL3"), (sums, "SPATIAL"), (sums, "CLASSES"), (program, "extract_features")]:
         monkeypatch.setattr(module, name, getattr(module, name))  # what `patch` changes is put back
     for name in ("load_inception", "read_reference"):
-        monkeypatch.setattr(scores, name, getattr(scores, name))
+        monkeypatch.setattr(program, name, getattr(program, name))
     cheap_inception.patch()
     np.savez(tmp_path / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8))
     argv = ["evaluate", "--inception=any", "--batch-size=8", "--quiet"]
