@@ -102,10 +102,8 @@ class _Sampler:
 
     def __call__(self, params: Any, rows: Any) -> dict[str, jax.Array]:
         keys = sample_keys(params["seed"], rows["ids"])
-        models = self.generator, self.tokenizer
-        return {
-            "images": sample_images(*models, params, rows["labels"], keys, params["guidance"], rounding=self.rounding)
-        }
+        arguments = params, rows["labels"], keys, params["guidance"]
+        return {"images": sample_images(self.generator, self.tokenizer, *arguments, rounding=self.rounding)}
 
 
 # ---------------------------------------------------------------- sets of images
@@ -139,12 +137,11 @@ def batch_source(source: ImageSource) -> ImageBatches:
 
 
 def batch_reconstructions(
-    images: ImageSet, tokenizer: Model, params: Any, *, rounding: str, tokenizer_sha256: str
+    originals: ImageBatches, tokenizer: Model, params: Any, *, rounding: str, tokenizer_sha256: str
 ) -> ImageBatches:
     """Encode and decode the images of a set; "tokens", "psnr" and "ssim" can be kept."""
-    batches = batch_image_set(images)
-    made_from = {**batches.made_from, "tokenizer_sha256": tokenizer_sha256, "rounding": rounding}
-    return dataclasses.replace(batches, make=_Reconstructor(tokenizer, rounding), params=params, made_from=made_from)
+    made_from = {**originals.made_from, "tokenizer_sha256": tokenizer_sha256, "rounding": rounding}
+    return dataclasses.replace(originals, make=_Reconstructor(tokenizer, rounding), params=params, made_from=made_from)
 
 
 def _take_images(params: Any, rows: Any) -> dict[str, jax.Array]:

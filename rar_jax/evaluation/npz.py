@@ -25,7 +25,7 @@ _MAX_ITEM = 1 << 18  # bytes of one number or string
 
 
 class Member(NamedTuple):
-    """An array in a file. `stream` is at the first byte of its values."""
+    """An array in a file; `stream` is at the first byte of its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -54,7 +54,11 @@ def score_reconstructions(
     if reference is None:
         program = shift_to_mean(program, originals)
     reconstructed = batch_reconstructions(
-        images, model, opened.place(program.mesh), rounding=program.settings.rounding, tokenizer_sha256=opened.sha256()
+        originals,
+        model,
+        opened.place(program.mesh),
+        rounding=program.settings.rounding,
+        tokenizer_sha256=opened.sha256(),
     )
     remarks = make_remarks(images.num, None, reference, program.network.sha256, takes[:2])
     if reference is None:

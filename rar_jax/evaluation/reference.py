@@ -20,9 +20,9 @@ import numpy.typing as npt
 from rar_jax.errors import ReferenceFileError
 from rar_jax.evaluation import npz
 from rar_jax.evaluation.image_sets import NpzImages
+from rar_jax.metrics.frechet import check_gaussian
+from rar_jax.metrics.moments import Float64
 from rar_jax.runs.manifest import file_sha256
-
-Float64 = npt.NDArray[np.float64]
 
 POOL3_DIMS, SPATIAL_DIMS = 2048, 2023
 
@@ -68,10 +68,10 @@ def read_reference(
                 f"{path} lacks 'mu': it holds images and no statistics. Make them with rar-jax evaluate "
                 f"--make-reference {path}"
             )
-        mean, cov = _read_gaussian(archive, "mu", "sigma", feature_dims)
+        mean, cov = _read_statistics(archive, "mu", feature_dims)
         spatial: tuple[Float64 | None, Float64 | None] = (None, None)
         if "mu_s" in keys or "sigma_s" in keys:
-            spatial = _read_gaussian(archive, "mu_s", "sigma_s", spatial_dims)
+            spatial = _read_statistics(archive, "mu_s", spatial_dims)
         meta = _read_meta(archive) if "meta" in keys else {}
     images = NpzImages(path) if npz.IMAGES in keys else None
     return Reference(path, file_sha256(path), mean, cov, *spatial, images, **meta)
@@ -101,52 +101,33 @@ def write_reference(
     """
     statistics = {"mu": mean, "sigma": cov, "mu_s": spatial_mean, "sigma_s": spatial_cov}
     arrays = {key: np.asarray(value, np.float64) for key, value in statistics.items() if value is not None}
-    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (mu in arrays) != (sigma in arrays):
-            raise ReferenceFileError(f"{path}: give both of {mu} and {sigma}, or neither")
-        if mu in arrays:
-            _check_gaussian(path, mu, arrays[mu], arrays[sigma])
+    for key in ("mu", "mu_s")[: 1 if spatial_mean is None else 2]:
+        _check_statistics(path, key, arrays[key], arrays[key.replace("mu", "sigma")])
     meta = {"n": n, "protocol": protocol, "weights_sha256": weights_sha256, "source": source}
-    _check_meta(path, meta)
     npz.write_npz(path, {**arrays, "meta": json.dumps(meta, sort_keys=True)}, images)
 
 
-def _read_gaussian(archive: zipfile.ZipFile, mu: str, sigma: str, dims: int) -> tuple[Float64, Float64]:
-    mean = npz.read_array(archive, mu, shape=(dims,), kind="f").astype(np.float64)
-    cov = npz.read_array(archive, sigma, shape=(dims, dims), kind="f").astype(np.float64, order="C")
-    _check_gaussian(archive.filename, mu, mean, cov)
-    return mean, cov
+def _read_statistics(archive: zipfile.ZipFile, key: str, dims: int) -> tuple[Float64, Float64]:
+    sigma = key.replace("mu", "sigma")
+    mean = npz.read_array(archive, key, shape=(dims,), kind="f")
+    cov = npz.read_array(archive, sigma, shape=(dims, dims), kind="f")
+    return _check_statistics(archive.filename, key, mean, cov)
 
 
-def _check_gaussian(path: Any, name: str, mean: Float64, cov: Float64) -> None:
-    where = f"{path}, key '{name}' with its covariance"
-    if mean.ndim != 1 or cov.shape != mean.shape * 2:
-        raise ReferenceFileError(f"{where}: shapes are {mean.shape} and {cov.shape}")
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise ReferenceFileError(f"{where} holds numbers that are not finite: make the file again")
-    symmetric = np.allclose(cov, cov.T, rtol=1e-4, atol=1e-6 * np.abs(cov).max(initial=0))
-    if not symmetric or np.diagonal(cov).min(initial=0) < 0:
-        raise ReferenceFileError(f"{where} is not symmetric or has a negative variance: make the file again")
+def _check_statistics(path: Any, key: str, mean: np.ndarray, cov: np.ndarray) -> tuple[Float64, Float64]:
+    try:
+        return check_gaussian(mean, np.ascontiguousarray(cov))
+    except ValueError as error:
+        raise ReferenceFileError(f"{path}, key '{key}': {error}: make the file again") from error
 
 
 def _read_meta(archive: zipfile.ZipFile) -> dict[str, Any]:
-    text = str(npz.read_array(archive, "meta", shape=(), kind="U"))
+    where, text = f"{archive.filename}, key 'meta'", str(npz.read_array(archive, "meta", shape=(), kind="U"))
     try:
-        meta = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ReferenceFileError(
-            f"{archive.filename}, key 'meta' is not JSON ({error}): make the file again"
-        ) from error
-    if not isinstance(meta, dict):
-        raise ReferenceFileError(f"{archive.filename}, key 'meta' must be a JSON object")
-    meta = {key: value for key, value in meta.items() if key in _META}
-    _check_meta(archive.filename, meta)
-    return meta
-
-
-def _check_meta(path: Any, meta: dict[str, Any]) -> None:
-    for key, value in meta.items():
-        if type(value) is not _META[key]:
-            raise ReferenceFileError(f"{path}, key 'meta': {key} is {value!r}, expected {_META[key].__name__}")
-    if meta.get("n", 2) < 2:
-        raise ReferenceFileError(f"{path}, key 'meta': n is {meta['n']}: a covariance needs at least 2 images")
+        meta = dict(json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ReferenceFileError(f"{where} is not a JSON object ({error}): make the file again") from error
+    for key, kind in _META.items():
+        if type(meta.get(key, kind())) is not kind:
+            raise ReferenceFileError(f"{where}: {key} is {meta[key]!r}, expected {kind.__name__}")
+    return {key: meta[key] for key in _META if key in meta}

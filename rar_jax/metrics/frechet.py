@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from rar_jax.metrics.moments import Moments
+from rar_jax.metrics.moments import Float64, Moments
 
 
 def frechet_distance(
@@ -34,15 +34,15 @@ def frechet_distance(
     Raises: ValueError if shapes do not fit, a covariance is not symmetric, or a number is not finite.
     Source: Heusel et al. 2017 (arXiv 1706.08500), equation 6 of Dowson and Landau 1982.
     """
-    m1_d, s1_dd = _checked("1", mean1, cov1)
-    m2_d, s2_dd = _checked("2", mean2, cov2)
+    m1_d, s1_dd = check_gaussian(mean1, cov1)
+    m2_d, s2_dd = check_gaussian(mean2, cov2)
     if m1_d.shape != m2_d.shape:
         raise ValueError(f"mean1 has {m1_d.size} features and mean2 {m2_d.size}: both must come from one network")
     root = np.linalg.svd(_root(s1_dd, n1).T @ _root(s2_dd, n2), compute_uv=False).sum()
     return float(np.sum((m1_d - m2_d) ** 2) + np.trace(s1_dd) + np.trace(s2_dd) - 2 * root)
 
 
-def _root(cov_dd: npt.NDArray[np.float64], n: int | None) -> npt.NDArray[np.float64]:
+def _root(cov_dd: Float64, n: int | None) -> Float64:
     """R (d, rank) with cov = R R^T. The nuclear norm of R1^T R2 is that of the symmetric roots: they differ by rotations."""
     values_d, vectors_dd = np.linalg.eigh(cov_dd)  # ascending
     rank = len(values_d) if n is None else min(n - 1, len(values_d))
@@ -51,19 +51,16 @@ def _root(cov_dd: npt.NDArray[np.float64], n: int | None) -> npt.NDArray[np.floa
     return vectors_dr * np.sqrt(np.clip(values_r, 0, None))[None, :]
 
 
-def _checked(
-    which: str, mean: npt.ArrayLike, cov: npt.ArrayLike
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def check_gaussian(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Float64, Float64]:
+    """Return both in float64. Raises: ValueError unless they are a finite mean (d,) and covariance (d, d)."""
     mean_d, cov_dd = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
-    if mean_d.ndim != 1 or cov_dd.shape != (mean_d.size, mean_d.size):
-        raise ValueError(f"mean{which} {mean_d.shape} and cov{which} {cov_dd.shape} must have shapes (d,) and (d, d)")
-    for name, x in ((f"mean{which}", mean_d), (f"cov{which}", cov_dd)):
-        if not np.isfinite(x).all():
-            raise ValueError(
-                f"{name} holds {np.sum(~np.isfinite(x))} numbers that are not finite: look at the features"
-            )
-    if not np.allclose(cov_dd, cov_dd.T, rtol=1e-4, atol=1e-6 * np.abs(cov_dd).max(initial=0)):
-        raise ValueError(f"cov{which} is not symmetric: it is no covariance")
+    if mean_d.ndim != 1 or cov_dd.shape != mean_d.shape * 2:
+        raise ValueError(f"mean {mean_d.shape} and covariance {cov_dd.shape} must have shapes (d,) and (d, d)")
+    if bad := np.sum(~np.isfinite(mean_d)) + np.sum(~np.isfinite(cov_dd)):
+        raise ValueError(f"mean or covariance holds {bad} numbers that are not finite: look at the features")
+    symmetric = np.allclose(cov_dd, cov_dd.T, rtol=1e-4, atol=1e-6 * np.abs(cov_dd).max(initial=0))
+    if not symmetric or np.diagonal(cov_dd).min(initial=0) < 0:
+        raise ValueError("the covariance is not symmetric or has a negative variance")
     return mean_d, cov_dd
 
 

@@ -51,7 +51,6 @@ def score_splits(splits: Iterable[SplitSums]) -> float:
     """Compute the Inception Score from the sums of each split, in float64 on the host.
 
     Raises: ValueError if there is no split, one holds no sample, or a sum is not finite.
-    Source: Salimans et al. 2016 (arXiv 1606.03498), section 4.
     """
     scores = []
     for index, sums in enumerate(splits):

@@ -7,8 +7,6 @@ Shapes: n, m samples, d feature width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 
@@ -19,13 +17,6 @@ Float64 = npt.NDArray[np.float64]
 _BLOCK_BYTES = 1 << 26  # of kernel values at a time
 
 
-class SubsetKid(NamedTuple):
-    """KID over random subsets."""
-
-    mean: float
-    std: float  # over subsets, ddof 0, as torch-fidelity reports it; not the error of `mean`: subsets overlap
-
-
 def kid(reference: npt.ArrayLike, samples: npt.ArrayLike) -> float:
     """Compute the KID of two sets of features, (n, d) and (m, d), of any float dtype.
 
@@ -34,26 +25,7 @@ def kid(reference: npt.ArrayLike, samples: npt.ArrayLike) -> float:
     Source: Binkowski et al. 2018 (arXiv 1801.01401), section 3; the unbiased estimator is equation 3 of Gretton et
       al. 2012. Cost: (n + m)^2 d multiplications in blocks of 64 MB.
     """
-    return _unbiased_mmd(*check_feature_sets(reference, samples, least=2))
-
-
-def kid_subsets(
-    reference: npt.ArrayLike, samples: npt.ArrayLike, *, subsets: int = 100, size: int = 1000, seed: int = 0
-) -> SubsetKid:
-    """Compute the KID of random subsets of `size` rows, drawn without replacement: the protocol of most papers.
-
-    Raises: ValueError as `kid`, or if a set has fewer than `size` rows.
-    """
-    if subsets < 1 or size < 2:
-        raise ValueError(f"subsets is {subsets} and size {size}: at least 1 and 2")
-    sets = check_feature_sets(reference, samples, least=size)
-    rng = np.random.default_rng(seed)
-    draws = ([x[rng.choice(len(x), size, replace=False)] for x in sets] for _ in range(subsets))
-    values = [_unbiased_mmd(*draw) for draw in draws]
-    return SubsetKid(float(np.mean(values)), float(np.std(values)))
-
-
-def _unbiased_mmd(x_nd: Float64, y_md: Float64) -> float:
+    x_nd, y_md = check_feature_sets(reference, samples, least=2)
     n, m = len(x_nd), len(y_md)
     # A pair of a sample with itself is no pair of independent samples: it is what biases the plain mean.
     within = (_sum_kernel(x_nd, x_nd) - _sum_diagonal(x_nd)) / (n * (n - 1))
