@@ -46,8 +46,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
         raise ConfigError("--make-reference compares with nothing: leave --reference out")
     if wrong := [x for x in overrides if not (args.config and x.startswith("guidance."))]:
         raise ConfigError(f"--config.{wrong[0]}: with --inception only --config and --config.guidance.* are read")
-    if args.steps and (args.samples_npz or args.shares):
-        raise ConfigError("--samples-npz and --shares are of one checkpoint: leave --steps out")
+    if args.steps and args.samples_npz:
+        raise ConfigError("--samples-npz is of one checkpoint: leave --steps out")
     if args.steps and not args.workdir:
         raise ConfigError("--steps needs --workdir, whose checkpoints it means")
     if args.image_size is not None and not (args.images or args.make_reference):
@@ -85,7 +85,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
         assert args.weights or directory
         result = score_samples(
             program, args.weights or directory, out, tokenizer=args.tokenizer, download=args.download,
-            samples_npz=args.samples_npz, shares=args.shares, **drawn,
+            samples_npz=args.samples_npz, **drawn,
         )  # fmt: skip
         told = format_scores(result)
     if workdir is not None:

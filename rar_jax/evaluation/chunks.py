@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from rar_jax.errors import ProcessError
-from rar_jax.metrics.sums import Sums, Totals
+from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import write_json
@@ -48,33 +48,29 @@ class ChunkStore:
         text = json.dumps({**made_from, "keep": keep}, sort_keys=True)
         self.folder: pathlib.Path = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
-        def make() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "evaluation.json", made_from)
+        from_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        from_main(lambda: write_json(self.folder / "evaluation.json", made_from))
 
-        from_main(make)
-
-    def load_totals(self, split_size: int) -> Totals:
+    def load_totals(self, split_size: int) -> ScoreTotals:
         """Load the sums so far; empty if there are none, or the file is damaged."""
         try:
             with open(self.folder / "totals.npz", "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                return Totals.from_arrays(dict(file))
+                return ScoreTotals.from_arrays(dict(file))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            return Totals(split_size)
+            return ScoreTotals(split_size)
 
     def is_complete(self, images: int, chunk: int, done: int) -> bool:
         """Return whether the kept arrays of the first `done` images exist and have the right lengths."""
-        for start in range(0, done, chunk):
-            for name in self.keep:
-                try:
-                    rows = len(np.load(self._path(name, start), mmap_mode="r", allow_pickle=False))
-                except (OSError, ValueError, EOFError):
-                    return False
-                if rows != min(chunk, images - start):
-                    return False
-        return True
+        try:
+            return all(
+                len(np.load(self._path(name, start), mmap_mode="r", allow_pickle=False)) == min(chunk, images - start)
+                for start in range(0, done, chunk)
+                for name in self.keep
+            )
+        except (OSError, ValueError, EOFError):
+            return False
 
-    def save(self, totals: Totals, start: int, kept: dict[str, np.ndarray]) -> None:
+    def save(self, totals: ScoreTotals, start: int, kept: dict[str, np.ndarray]) -> None:
         """Write the arrays of the chunk that starts at image `start`, then the sums, which make the chunk count."""
         for name, array in kept.items():
             self._write(self._path(name, start).name, lambda file, array=array: np.save(file, array))
@@ -110,7 +106,7 @@ def accumulate(
     split_size: int,
     description: str,
     quiet: bool = False,
-) -> Totals:
+) -> ScoreTotals:
     """Sum over `images` images: load the finished chunks and compute the others.
 
     compute: function (start, count) -> Chunk of the images start .. start + count - 1.
@@ -118,7 +114,7 @@ def accumulate(
     totals, store.starts = store.load_totals(split_size), range(0, images, chunk)
     done = from_main(lambda: totals.done if store.is_complete(images, chunk, totals.done) else 0)
     if not done:
-        totals = Totals(split_size)
+        totals = ScoreTotals(split_size)
     if totals.done != done:
         raise ProcessError(
             f"{store.folder}: process 0 finds {done} images done, process {jax.process_index()} {totals.done}: give a "

@@ -21,11 +21,10 @@ from rar_jax.metrics.frechet import frechet_distance, frechet_distance_of_moment
 from rar_jax.metrics.moments import Moments, add_in_float64, finalize_moments, init_moments, update_moments
 from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import place
-from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
+from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import Guidance
-from rar_jax.weights.stages import trained_params
+from rar_jax.weights.stages import model_shardings, trained_params
 
 CHUNK = 5  # batches in one run of the program
 TRAIN_BLOCK = 1000  # training images on the devices at a time
@@ -69,12 +68,11 @@ class ClassifierScorer:
         start = ClassifierSums(init_moments(len(self.mean)), jnp.zeros(()))
         return jax.lax.scan(add_batch, start, (rows, weights_sb))
 
-    def batch_samples(self, generator_params: Any, num: int, *, seed: int, guidance: Guidance | None = None) -> Any:
+    def draw(self, generator_params: Any, num: int, *, seed: int) -> ImageBatches:
         """Draw `num` samples of a generator with these parameters."""
-        experiment = self.experiment
-        params = {"generator": generator_params, "tokenizer": self._tokenizer_params}
+        experiment, params = self.experiment, {"generator": generator_params, "tokenizer": self._tokenizer_params}
         models = experiment.generator, experiment.tokenizer
-        return batch_samples(models, params, guidance or experiment.guidance, num=num, seed=seed)
+        return batch_samples(models, params, experiment.guidance, num=num, seed=seed)
 
     def score(
         self,
@@ -109,17 +107,14 @@ class ClassifierScorer:
         params = {"images": batches.params, "classifier": self._params, "shift": jnp.asarray(self.mean, jnp.float32)}
         return params, *place(rows, row_sharding(self.mesh))
 
-    # ---- numbers
-
     def compute_distance(self, sums: ClassifierSums) -> float:
         """Compute fd_classifier to the training images in float64."""
         return frechet_distance(self.mean, self.cov, *finalize_moments(sums.moments, self.mean))
 
     def compute_distance_in_graph(self, sums: ClassifierSums) -> float:
         """Compute fd_classifier with the float32 program of live curves."""
-        return float(
-            self._jitted_distance(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (self.cov, sums.moments)))
-        )
+        arguments = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (self.cov, sums.moments))
+        return float(self._jitted_distance(*arguments))
 
     def measure_nearest(self, images: np.ndarray) -> float:
         """Return the pixel RMS distance (0..1) of images (n, y, x, c) to their nearest training image, mean over n.
@@ -137,27 +132,21 @@ class ClassifierScorer:
             nearest = [np.minimum(best, squared(part, block)) for best, part in zip(nearest, parts, strict=True)]
         return float(np.sqrt(np.concatenate(nearest)[:n]).mean(dtype=np.float64))
 
-    # ---- while training
-
     def compile_live(self, generator_params: Any) -> None:
         """Compile what `score_live` runs, without running it."""
-        evaluate = self.experiment.evaluate
-        batches = self.batch_samples(generator_params, evaluate.live_samples, seed=0)
-        count = min(evaluate.batch_size, batches.num)
+        batches = self.draw(generator_params, self.experiment.evaluate.live_samples, seed=0)
         with sharded(self.mesh):
-            self._jitted.lower(*self._arguments(batches, 0, count), keep=(), make=batches.make).compile()
+            self._jitted.lower(*self._arguments(batches, 0, 1), make=batches.make, keep=()).compile()
         moments = init_moments(len(self.mean))
         self._jitted_distance.lower(jnp.asarray(self.cov, jnp.float32), moments).compile()
 
     def score_live(self, generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
         """Score few samples while training, in float32 and in graph to the end; the name carries their number."""
-        batches = self.batch_samples(generator_params, self.experiment.evaluate.live_samples, seed=0)
+        batches = self.draw(generator_params, self.experiment.evaluate.live_samples, seed=0)
         n = batches.num
         sums, _ = self.score(batches, range(n), chunk=1, poll=poll)
-        return {
-            f"fd_classifier_n{n}": self.compute_distance_in_graph(sums),
-            "asked_class_share": float(sums.correct) / n,
-        }
+        distance = self.compute_distance_in_graph(sums)
+        return {f"fd_classifier_n{n}": distance, "asked_class_share": float(sums.correct) / n}
 
 
 def _square_distances_to_nearest(images: jax.Array, train: jax.Array) -> jax.Array:
@@ -182,9 +171,9 @@ def score_with_classifier(
     n_heldout = len(scorer.heldout)
     n_few = min(n, n_heldout)
     trained, _ = trained_params(experiment, "generator", workdir, mesh)
-    module, config = experiment.generator.module, experiment.generator.config
-    at = param_shardings(module.axes(config), trained, mesh)
-    untrained = jax.jit(functools.partial(module.init, config), out_shardings=at)(jax.random.key(experiment.seed))
+    init = functools.partial(experiment.generator.module.init, experiment.generator.config)
+    at = model_shardings(experiment.generator, mesh)
+    untrained = jax.jit(init, out_shardings=at)(jax.random.key(experiment.seed))
 
     def score(batches: ImageBatches, description: str) -> tuple[ClassifierSums, ClassifierSums, np.ndarray]:
         """Return the sums of the first n_few images and of all, and all images."""
@@ -194,8 +183,8 @@ def score_with_classifier(
         return few, add_in_float64(few, rest), np.concatenate([*first["images"], *others["images"]])
 
     real_few, real, real_images = score(batch_source(scorer.heldout), "held-out images")
-    few, many, images = score(scorer.batch_samples(trained, n, seed=experiment.seed), "samples")
-    untrained_few, untrained_many, _ = score(scorer.batch_samples(untrained, n, seed=experiment.seed), "untrained")
+    few, many, images = score(scorer.draw(trained, n, seed=experiment.seed), "samples")
+    untrained_few, untrained_many, _ = score(scorer.draw(untrained, n, seed=experiment.seed), "untrained")
     return {
         "fd_classifier": {
             "reference": f"the {len(scorer.train)} training images",

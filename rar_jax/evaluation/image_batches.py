@@ -27,8 +27,7 @@ class ImageBatches:
     num: number of images.
     shape: (y, x, c) of one.
     read: function of ids (steps, b) -> rows, a dict of arrays (steps, b, ...).
-    make: traceable, hashable function of (params, rows (b, ...)) -> {"images": uint8 (b, y, x, c), ...}; callers may
-      keep the other arrays, too.
+    make: traceable, hashable function of (params, rows (b, ...)) -> {"images": uint8 (b, y, x, c), other arrays}.
     params: what `make` reads, on the devices.
     made_from: what the images depend on, as JSON.
     classes: number of classes that the images are evenly drawn from, if known.
@@ -47,8 +46,7 @@ class ImageBatches:
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return rows and 0/1 weights (steps, b) of images start .. start + count - 1.
 
-        The last image pads the last batch, with weight 0. b is `batch_size` or, for fewer images, their number, rounded
-        up to divide over the mesh.
+        b is min(batch_size, num), rounded up to divide over the mesh. The last image pads the last batch, with weight 0.
         """
         parts = batch_divisor(mesh)
         size = -(-min(batch_size, self.num) // parts) * parts
@@ -61,9 +59,6 @@ class ImageBatches:
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of rows (steps, b, ...) over the batch."""
     return NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
-
-
-# ---------------------------------------------------------------- samples
 
 
 def batch_samples(
@@ -104,9 +99,6 @@ class _Sampler:
         keys = sample_keys(params["seed"], rows["ids"])
         arguments = params, rows["labels"], keys, params["guidance"]
         return {"images": sample_images(self.generator, self.tokenizer, *arguments, rounding=self.rounding)}
-
-
-# ---------------------------------------------------------------- sets of images
 
 
 def batch_image_set(images: ImageSet) -> ImageBatches:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from rar_jax.config import require
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.sources import ARRAYS, ImageSource, Split, load_source
 from rar_jax.errors import ConfigError, ReferenceFileError
@@ -24,12 +23,9 @@ _MAX_SIDE = 4096  # pixels; the header of a .npz may claim any
 
 
 class ImageSet(Protocol):
-    """Images of one size in a fixed order.
+    """Images of one size in a fixed order."""
 
-    name: for messages and the record, with the crop. num: how many.
-    """
-
-    name: str
+    name: str  # for messages and the record, with the crop
     num: int
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -51,10 +47,8 @@ def open_image_set(spec: str, split: Split = "train", *, image_size: int | None 
     """
     path = pathlib.Path(spec)
     plain = path.is_dir() or path.suffix == ".npz" or spec.partition(":")[0] in ARRAYS
-    require(
-        not (plain and image_size is not None),
-        f"{spec} is read as it is: leave --image-size out (images of many sizes in a folder a class: folder:PATH)",
-    )
+    if plain and image_size is not None:
+        raise ConfigError(f"{spec} is read as it is: leave --image-size out (of many sizes: folder:PATH)")
     if path.is_dir():
         return FolderImages(path)
     if path.suffix == ".npz":
@@ -63,10 +57,9 @@ def open_image_set(spec: str, split: Split = "train", *, image_size: int | None 
         raise ConfigError(f"{spec}: give a folder of images, a .npz, or a source such as folder:PATH or tfds:NAME")
     if ":" not in spec and spec not in ARRAYS:
         raise ConfigError(f"{spec}: there is no such file or folder, look for a mistyped path (a source is KIND:PATH)")
-    if image_size is None:
-        return SourceImages(f"{spec} ({split})", load_source(spec, split))
-    source = load_source(spec, split, image_size=image_size, crop="center")
-    return SourceImages(f"{spec} ({split}), centre crop to {image_size}", source)
+    crop = "" if image_size is None else f", centre crop to {image_size}"
+    source = load_source(spec, split, image_size=image_size, crop="center" if crop else None)
+    return SourceImages(f"{spec} ({split}){crop}", source)
 
 
 class FolderImages:
@@ -78,7 +71,7 @@ class FolderImages:
         self.num: int = len(self._paths)
         if not self._paths:
             raise ConfigError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give a folder that does")
-        self._size: tuple[int, int] | None = None
+        self._size: tuple[int, ...] | None = None
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return uint8 (count, y, x, 3); grey images and palettes become RGB, transparency is dropped."""
@@ -95,13 +88,14 @@ class FolderImages:
                 if image.mode.startswith(("I", "F")):  # Pillow would clip all that is above 255
                     raise ValueError(f"mode {image.mode}, more than 8 bits: scale it to 8 bits first")
                 pixels = np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as an image ({error}): remove or replace it") from error
-        self._size = self._size or pixels.shape[:2]
-        if pixels.shape[:2] != self._size:
+        self._size = self._size or pixels.shape
+        if pixels.shape != self._size:
+            (height, width, _), (first_height, first_width, _) = pixels.shape, self._size
             raise ConfigError(
-                f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first image {self._size[1]}x{self._size[0]}: "
-                "crop all to one size, or, in a folder a class, give folder:PATH and --image-size N for ADM's centre crop"
+                f"{path} is {width}x{height} pixels, the first image {first_width}x{first_height}: crop all to one "
+                "size, or, in a folder a class, give folder:PATH and --image-size N for ADM's centre crop"
             )
         return pixels
 
@@ -143,7 +137,7 @@ class NpzImages:
             if member.shape != self.shape:
                 raise ReferenceFileError(f"{self.path} changed: '{npz.IMAGES}' was {self.shape}, is {member.shape}")
             for _ in range(self.num):
-                yield np.frombuffer(member.read_exactly(math.prod(self.shape[1:])), np.uint8).reshape(self.shape[1:])
+                yield np.frombuffer(member.stream.read(math.prod(self.shape[1:])), np.uint8).reshape(self.shape[1:])
 
 
 class SourceImages:
@@ -167,9 +161,6 @@ class SourceImages:
 
     def fingerprint(self) -> str:
         """Return name, crop and number: sources are fixed datasets. Of files, also the sha256 of their names."""
-        if not isinstance(self._source, EncodedSource):
-            return f"{self.name} ({self.num})"
-        names = hashlib.sha256()
-        for image in range(self.num):
-            names.update(f"{self._source.name(image)}\n".encode())
-        return f"{self.name} ({self.num}, names {names.hexdigest()})"
+        source = self._source
+        names = [source.name(i) for i in range(self.num)] if isinstance(source, EncodedSource) else []
+        return f"{self.name} ({self.num}, names {hashlib.sha256(repr(names).encode()).hexdigest()})"

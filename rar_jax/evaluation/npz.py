@@ -30,14 +30,7 @@ class Member(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran_order: bool
-    stream: IO[bytes]
-
-    def read_exactly(self, count: int) -> bytes:
-        """Read `count` bytes. Raises: EOFError if there are fewer; BadZipFile, at the end, if the checksum differs."""
-        data = self.stream.read(count)
-        if len(data) != count:
-            raise EOFError(f"{count - len(data)} bytes are missing")
-        return data
+    stream: IO[bytes]  # raises BadZipFile with the last byte if the checksum differs
 
 
 @contextlib.contextmanager
@@ -89,8 +82,8 @@ def read_array(archive: zipfile.ZipFile, key: str, *, shape: tuple[int, ...], ki
                 f"{archive.filename}, key '{key}' is {member.dtype} {member.shape}, expected kind '{kind}' {shape}: "
                 "it is of another network. Make a reference with rar-jax evaluate --make-reference"
             )
-        data = member.read_exactly(math.prod(shape) * member.dtype.itemsize)
-        return np.frombuffer(data, member.dtype).reshape(shape, order="F" if member.fortran_order else "C")
+        values = np.frombuffer(member.stream.read(math.prod(shape) * member.dtype.itemsize), member.dtype)
+        return values.reshape(shape, order="F" if member.fortran_order else "C")
 
 
 def write_npz(
@@ -98,9 +91,9 @@ def write_npz(
     arrays: Mapping[str, npt.ArrayLike],
     images: tuple[tuple[int, ...], Iterable[np.ndarray]] | None = None,
 ) -> None:
-    """Write arrays and images; the file has its name only once it is whole.
+    """Write arrays and, as `arr_0`, uint8 images: their shape (n, y, x, 3) and batches (b, y, x, 3).
 
-    images: shape (n, y, x, 3) of all, and uint8 batches (b, y, x, 3) that are written one after the other as `arr_0`.
+    The file has its name only once it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

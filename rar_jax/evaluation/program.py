@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,14 +24,14 @@ from rar_jax.evaluation.reference import Reference, read_reference
 from rar_jax.metrics import sums
 from rar_jax.metrics.features import extract_features
 from rar_jax.metrics.inception_score import SPLIT_SIZE
-from rar_jax.metrics.sums import Shift, Totals
+from rar_jax.metrics.sums import ScoreTotals, Shift
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.machine import versions
 from rar_jax.runs.manifest import file_sha256
-from rar_jax.sampling import ROUNDINGS, sample_keys, to_uint8
+from rar_jax.sampling import ROUNDINGS
 from rar_jax.weights import inception
 
 PROTOCOLS = {"adm": "tf1", "pytorch_fid": "pytorch_fid"}  # and their resize
@@ -116,16 +114,12 @@ class Program:
         self.settings: Settings = settings
         self.reference: Reference | None = reference
         if reference is not None and reference.protocol not in (None, settings.protocol):
-            raise ConfigError(
-                f"{reference.path} was made with protocol {reference.protocol}, not {settings.protocol}: they do not "
-                "compare"
-            )
-        mean, spatial_mean = (reference.mean, reference.spatial_mean) if reference else (None, None)
+            theirs = f"{reference.path} was made with protocol {reference.protocol}"
+            raise ConfigError(f"{theirs}, not {settings.protocol}: they do not compare")
+        mean, spatial_mean = shift or ((reference.mean, reference.spatial_mean) if reference else (None, None))
         zeros = Shift(np.zeros(sums.POOL3), np.zeros(sums.SPATIAL))
-        shift = shift or Shift(
-            zeros.pool3 if mean is None else mean, zeros.spatial if spatial_mean is None else spatial_mean
-        )
-        self.shift: Shift = jax.tree.map(lambda x: np.asarray(x, np.float32), shift)
+        pairs = zip((mean, spatial_mean), zeros, strict=True)
+        self.shift: Shift = Shift(*(np.asarray(zero if x is None else x, np.float32) for x, zero in pairs))
         self._dtype = np.dtype(settings.features)
         self._jitted = jax.jit(self._scan, static_argnames=("make", "keep"), out_shardings=replicated(mesh))
 
@@ -167,7 +161,7 @@ class Program:
 
     def accumulate(
         self, batches: ImageBatches, out: pathlib.Path, *, keep: tuple[str, ...] = (), description: str, quiet: bool
-    ) -> tuple[Totals, ChunkStore]:
+    ) -> tuple[ScoreTotals, ChunkStore]:
         """Score all images in chunks, and resume after the last finished chunk in `out`."""
         shift = hashlib.sha256(b"".join(x.tobytes() for x in self.shift)).hexdigest()
         made_from = {**self.describe_inputs(batches), **self.describe_execution(), "shift_sha256": shift}
@@ -201,40 +195,6 @@ class Program:
             "versions": versions(("jax", "jaxlib", "flax", "numpy")),
         }
 
-    def time_parts(self, samples: ImageBatches) -> dict[str, float]:
-        """Return seconds of a batch of samples in each part alone, the best of 3 runs after compiling."""
-        make: Any = samples.make
-        generator, tokenizer, params = make.generator, make.tokenizer, samples.params
-        batch = place(samples.read_rows(0, 1, self.settings.batch_size, self.mesh), row_sharding(self.mesh))
-        rows, weights_b = jax.tree.map(lambda x: x[0], batch)
-        keys = sample_keys(params["seed"], rows["ids"])
-        seconds: dict[str, float] = {}
-
-        def sample(params: Any, labels: Any, keys: Any, guidance: Any) -> jax.Array:
-            return generator.module.sample(generator.config, params, labels, keys=keys, guidance=guidance)
-
-        def decode(params: Any, tokens_bn: jax.Array) -> jax.Array:
-            return to_uint8(tokenizer.module.decode(tokenizer.config, params, tokens_bn), make.rounding)
-
-        def run(name: str, function: Callable[..., Any], *args: Any) -> Any:
-            jitted, times = jax.jit(function), []
-            out = jax.block_until_ready(jitted(*args))
-            for _ in range(3):
-                began = time.perf_counter()
-                jax.block_until_ready(jitted(*args))
-                times.append(time.perf_counter() - began)
-            seconds[name] = min(times)
-            return out
-
-        with sharded(self.mesh):
-            tokens_bn = run("sampling", sample, params["generator"], rows["labels"], keys, params["guidance"])
-            images = run("decoding", decode, params["tokenizer"], tokens_bn)
-            with self._mode():
-                extract = functools.partial(extract_features, resize=PROTOCOLS[self.settings.protocol])
-                out = run("inception", extract, self.network.params, images)
-                run("moments", sums.update_sums, sums.init_sums(self._dtype), out, weights_b, self._placed_shift)
-        return seconds
-
     def _params(self, batches: ImageBatches, shift: Shift) -> dict[str, Any]:
         return {"images": batches.params, "inception": self.network.params, "shift": shift}
 
@@ -242,7 +202,7 @@ class Program:
         return jax.enable_x64(self._dtype == np.float64)
 
 
-def _make_abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+def _make_abstract(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 

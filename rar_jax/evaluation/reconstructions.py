@@ -25,13 +25,7 @@ PSNR_OF_EQUAL = 100.0  # decibels, instead of infinity, which would be the mean'
 
 
 def score_reconstructions(
-    program: Program,
-    weights: str,
-    images: ImageSet,
-    out: pathlib.Path,
-    *,
-    download: bool = False,
-    quiet: bool = False,
+    program: Program, weights: str, images: ImageSet, out: pathlib.Path, *, download: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Score the reconstructions of images; resumes after the last finished chunk, and writes out/result.json.
 
@@ -60,7 +54,7 @@ def score_reconstructions(
         rounding=program.settings.rounding,
         tokenizer_sha256=opened.sha256(),
     )
-    remarks = make_remarks(images.num, None, reference, program.network.sha256, takes[:2])
+    remarks = make_remarks(program, reconstructed)
     if reference is None:
         remarks.append("rfid is to the images themselves")
     result = {

@@ -6,19 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from rar_jax.evaluation.image_batches import ImageBatches
 from rar_jax.evaluation.program import Program
-from rar_jax.evaluation.reference import Reference
 from rar_jax.metrics.frechet import frechet_distance
 from rar_jax.metrics.inception_score import score_splits
 from rar_jax.metrics.kid import kid
 from rar_jax.metrics.moments import finalize_moments
 from rar_jax.metrics.precision_recall import precision_recall
-from rar_jax.metrics.sums import Totals
+from rar_jax.metrics.sums import ScoreTotals
 
 ENOUGH = 2048  # images, below which the covariance of 2048 features is singular
 
 
-def compute_scores(program: Program, totals: Totals, pool3: tuple[np.ndarray, np.ndarray] | None) -> dict[str, float]:
+def compute_scores(
+    program: Program, totals: ScoreTotals, pool3: tuple[np.ndarray, np.ndarray] | None
+) -> dict[str, float]:
     """Compute all numbers that the sums allow: FID, sFID and KID, lower is better; the others, higher.
 
     pool3: features of the reference's images and of the samples, for precision, recall and KID.
@@ -38,29 +40,23 @@ def compute_scores(program: Program, totals: Totals, pool3: tuple[np.ndarray, np
     return numbers
 
 
-def make_remarks(
-    n: int,
-    classes: int | None,
-    reference: Reference | None,
-    inception_sha256: str,
-    size: tuple[int, ...] | None = None,
-) -> list[str]:
-    """Return what a reader of the numbers must know; size: height and width of the images."""
-    remarks = []
-    if reference is not None and reference.images is not None and size is not None:
-        theirs = reference.images.shape[1:3]
-        if size != theirs:
-            remarks.append(
-                f"the reference's images have {theirs[0]} x {theirs[1]} pixels, these {size[0]} x {size[1]}, which "
-                "changes the distance: rar-jax evaluate --make-reference makes one of images of this size"
-            )
+def make_remarks(program: Program, batches: ImageBatches) -> list[str]:
+    """Return what a reader of the numbers must know."""
+    n, size, reference, remarks = batches.num, batches.shape[:2], program.reference, []
     if n < ENOUGH:
         remarks.append(f"n is {n}, below {ENOUGH}: the covariance is singular, and the FID is far above that of 50,000")
-    if classes is not None and n % classes:
-        remarks.append(f"n is {n}, not a multiple of the {classes} classes: some have more samples than others")
-    if reference is not None and reference.n is not None and reference.n < ENOUGH:
+    if batches.classes is not None and n % batches.classes:
+        remarks.append(f"n is {n}, not a multiple of the {batches.classes} classes: some have more samples than others")
+    if reference is None:
+        return remarks
+    if reference.images is not None and (theirs := reference.images.shape[1:3]) != size:
+        remarks.append(
+            f"the reference's images have {theirs[0]} x {theirs[1]} pixels, these {size[0]} x {size[1]}, which "
+            "changes the distance: rar-jax evaluate --make-reference makes one of images of this size"
+        )
+    if reference.n is not None and reference.n < ENOUGH:
         remarks.append(f"the reference is of {reference.n} images, below {ENOUGH}: its covariance is singular")
-    if reference is not None and reference.weights_sha256 not in (None, inception_sha256):
+    if reference.weights_sha256 not in (None, program.network.sha256):
         remarks.append("the reference was made with another file of Inception's weights: check that they are the same")
     return remarks
 
@@ -68,9 +64,6 @@ def make_remarks(
 def format_scores(result: dict[str, Any]) -> str:
     """Format the numbers of a result and its remarks, one a line."""
     lines = [f"{name:24} {value:12.4f}" for name, value in list_numbers(result).items()]
-    if parts := result.get("seconds_a_batch"):
-        whole = sum(parts.values())
-        lines += [f"{f'share of {name}':24} {seconds / whole:12.1%}" for name, seconds in parts.items()]
     return "\n".join([*lines, *_format_remarks(result)])
 
 

@@ -22,7 +22,7 @@ from rar_jax.evaluation.program import Program, shift_to_mean
 from rar_jax.evaluation.reference import write_reference
 from rar_jax.evaluation.results import compute_scores, make_remarks
 from rar_jax.metrics.moments import finalize_moments
-from rar_jax.metrics.sums import Totals
+from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
@@ -47,7 +47,6 @@ def score_samples(
     step: int | None = None,
     download: bool = False,
     samples_npz: bool = False,
-    shares: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Draw samples of a directory or released file and score them. Also draws out/grid.png.
@@ -55,7 +54,6 @@ def score_samples(
     Args:
       weights, tokenizer, dtype, step, download: as in `rar_jax.load`.
       samples_npz: write the images to out/samples.npz, as ADM's `arr_0`.
-      shares: measure the seconds of a batch in each part.
 
     Returns: what out/result.json holds. Raises: as `score_batches` and `rar_jax.load`.
     """
@@ -76,8 +74,6 @@ def score_samples(
     images = pipeline.sample(np.arange(classes), seed=settings.seed, guidance=guidance)
     if is_main():
         grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], out / "grid.png")
-    if shares:
-        result["seconds_a_batch"] = program.time_parts(batches)
     from_main(lambda: write_json(out / "result.json", result))
     return result
 
@@ -96,7 +92,7 @@ def make_reference(program: Program, images: ImageSet, out: pathlib.Path, *, qui
     """Write statistics of all images of a set, and up to 10,000 of the images, to the reference file `out`."""
     require(out.suffix == ".npz", f"{out}: a reference is a .npz file")
     _check_count(images.num)
-    batches, sha256 = batch_image_set(images), program.network.sha256
+    batches = batch_image_set(images)
     program = shift_to_mean(program, batches)
     folder = out.with_name(f"{out.stem}_chunks")
     totals, _ = program.accumulate(batches, folder, description="reference", quiet=quiet)
@@ -107,13 +103,13 @@ def make_reference(program: Program, images: ImageSet, out: pathlib.Path, *, qui
 
     def write() -> None:
         write_reference(
-            out, mean=mean, cov=cov, n=images.num, protocol=program.settings.protocol, weights_sha256=sha256,
+            out, mean=mean, cov=cov, n=images.num, protocol=program.settings.protocol, weights_sha256=program.network.sha256,
             source=images.name, spatial_mean=spatial_mean, spatial_cov=spatial_cov,
             images=((len(kept), *batches.shape[:2], 3), _to_rgb(_read_images(images, kept))),
         )  # fmt: skip
 
     from_main(write)
-    remarks = make_remarks(images.num, None, None, sha256)
+    remarks = make_remarks(program, batches)
     return {"reference": str(out), "n": images.num, "images_kept": len(kept), "remarks": remarks}
 
 
@@ -138,11 +134,11 @@ def score_batches(
         few = min(num, neighbours.num)
         require(few >= 4, f"{few} images are too few for precision and recall: at least 4, or --no-neighbours")
         keep = ("pool3", *keep)
-    remarks = make_remarks(num, batches.classes, reference, program.network.sha256, batches.shape[:2])
+    remarks = make_remarks(program, batches)
     for remark in remarks if is_main() and not quiet else []:  # before hours of work, and in the result again
         print(f"note: {remark}", file=sys.stderr)
 
-    def accumulate(batches: ImageBatches, keep: tuple[str, ...], description: str) -> tuple[Totals, ChunkStore]:
+    def accumulate(batches: ImageBatches, keep: tuple[str, ...], description: str) -> tuple[ScoreTotals, ChunkStore]:
         return program.accumulate(batches, out / "chunks", keep=keep, description=description, quiet=quiet)
 
     totals, store = accumulate(batches, keep, description)

@@ -57,9 +57,6 @@ def _apply(params: Mapping[str, Any], pixels_byxc: jax.Array) -> Any:  # Any: Fl
     return Inception().apply({"params": params}, pixels_byxc)
 
 
-# ---------------------------------------------------------------- resizing
-
-
 def resize_tf1(images: jax.Array, *, size: int = IMAGE_SIZE) -> jax.Array:
     """Resize as TensorFlow 1's bilinear resize without align_corners: (b, y, x, c) -> (b, size, size, c).
 
@@ -104,9 +101,6 @@ def _resize_bilinear(images_byxc: jax.Array, read_at: Callable[[int, np.dtype], 
         low, high = (jnp.take(images_byxc, index, axis=axis, mode="clip") for index in (lower, upper))
         images_byxc = low + (high - low) * fraction
     return images_byxc
-
-
-# ---------------------------------------------------------------- sets of features
 
 
 def check_feature_sets(

@@ -31,10 +31,8 @@ _PAIR_BYTES = 1 << 23  # of differences at a time, summed directly
 def precision_recall(reference: npt.ArrayLike, samples: npt.ArrayLike, *, k: int = 3) -> dict[str, float]:
     """Compute {"precision", "recall"}, shares in [0, 1], of samples against a reference.
 
-    Args:
-      reference: (n, d) pool3 features of the reference images (ADM's file: 10,000), any float dtype.
-      samples: (m, d) features of the samples. Numbers of different n or m do not compare.
-      k: a ball reaches to its k-th neighbour; 3 in ADM.
+    reference, samples: features (n, d), (m, d) of any float dtype. Numbers of different n or m do not compare.
+    k: a ball reaches to its k-th neighbour; 3 in ADM.
 
     Raises: ValueError if shapes do not fit, a set has k points or fewer, or a number is not finite.
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991), section 2; ADM's evaluator.py.

@@ -14,20 +14,14 @@ _K1, _K2 = 0.01, 0.03
 
 
 def compare_images(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.Array]:
-    """Compute PSNR and SSIM of each image of a batch.
+    """Compute {"psnr", "ssim"} (b,) of uint8 images (b, y, x, c); without "ssim" of images smaller than its window.
 
-    Args:
-      originals, reconstructions: (b, y, x, c) uint8.
-
-    Returns: {"psnr": (b,) decibels, "ssim": (b,)}, float32; without "ssim" if images are smaller than its window.
     Raises: ValueError (while tracing) if the shapes differ or images are not uint8.
     """
     if originals.dtype != jnp.uint8 or reconstructions.dtype != jnp.uint8:
         raise ValueError(f"images are {originals.dtype} and {reconstructions.dtype}: both must be uint8")
-    found = {"psnr": psnr(originals, reconstructions, data_range=255.0)}
-    if min(originals.shape[1:3]) >= WINDOW:
-        found["ssim"] = ssim(originals, reconstructions, data_range=255.0)
-    return found
+    metrics = {"psnr": psnr, "ssim": ssim} if min(originals.shape[1:3]) >= WINDOW else {"psnr": psnr}
+    return {name: metric(originals, reconstructions, data_range=255.0) for name, metric in metrics.items()}
 
 
 def psnr(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:

@@ -1,6 +1,6 @@
 """Sums of Inception features: all that an evaluation keeps of its images.
 
-In graph, sums have the dtype of the features and cover one chunk of images; `Totals` adds chunks in float64 on the
+In graph, sums have the dtype of the features and cover one chunk of images; `ScoreTotals` adds chunks in float64 on the
 host. Shapes: b batch, f pool3 features, s spatial features.
 """
 
@@ -48,7 +48,7 @@ def update_sums(sums: Sums, features: Mapping[str, jax.Array], weights_b: jax.Ar
     )
 
 
-class Totals:
+class ScoreTotals:
     """Float64 sums over chunks, with those of each split of the Inception Score on their own."""
 
     def __init__(self, split_size: int = SPLIT_SIZE) -> None:
@@ -75,7 +75,7 @@ class Totals:
         return named | {"done": np.asarray(self.done), "split_size": np.asarray(self.split_size)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Totals:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> ScoreTotals:
         """Undo `to_arrays`. Raises: KeyError, ValueError for other arrays."""
         totals = cls(int(arrays["split_size"]))
         totals.done = int(arrays["done"])

@@ -16,7 +16,7 @@ from rar_jax.evaluation.program import Program, Settings, load_inception
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.experiment import Experiment
 from rar_jax.metrics import frechet, inception_score, moments
-from rar_jax.metrics.sums import Totals
+from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.stages import trained_params
@@ -85,7 +85,7 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Numbers:
             distance.lower(jnp.asarray(reference.cov, jnp.float32), moments.init_moments(len(reference.mean))).compile()
 
     def score(generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
-        samples, totals = draw(generator_params), Totals(n)
+        samples, totals = draw(generator_params), ScoreTotals(n)
         for start in range(0, n, size):
             poll()
             count = min(size, n - start)

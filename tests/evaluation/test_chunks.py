@@ -10,7 +10,7 @@ from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.evaluation.program import Settings
 from rar_jax.metrics.inception_score import SplitSums
 from rar_jax.metrics.moments import Moments
-from rar_jax.metrics.sums import Sums, Totals
+from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.runs import logging as report
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
@@ -28,16 +28,16 @@ def _random_sums(seed: int, count: int) -> Sums:
     )
 
 
-def equal(a: Totals, b: Totals) -> bool:
+def equal(a: ScoreTotals, b: ScoreTotals) -> bool:
     left, right = a.to_arrays(), b.to_arrays()
     return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
 
 
 def test_totals_there_and_back_and_splits_are_counted() -> None:
-    totals = Totals(split_size=20)
+    totals = ScoreTotals(split_size=20)
     for i, count in enumerate((10, 10, 10, 10, 3)):
         totals.add(_random_sums(i, count), count)
-        restored = Totals.from_arrays(totals.to_arrays())
+        restored = ScoreTotals.from_arrays(totals.to_arrays())
         assert equal(restored, totals) and restored.done == totals.done and restored.split_size == 20
     assert totals.done == 43
     assert [float(s.count) for s in totals.splits] == [20, 20, 3]
@@ -46,10 +46,10 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
     )
     assert totals.pool3 is not None and totals.pool3.count == 43 and totals.pool3.outer.dtype == np.float64
 
-    straight = Totals(split_size=20)
+    straight = ScoreTotals(split_size=20)
     for i, count in enumerate((10, 10, 10, 10, 3)):
         straight.add(_random_sums(i, count), count)
-        straight = Totals.from_arrays(straight.to_arrays())  # as after a kill at every chunk
+        straight = ScoreTotals.from_arrays(straight.to_arrays())  # as after a kill at every chunk
     assert equal(straight, totals)
 
 
@@ -63,7 +63,7 @@ def test_accumulate_goes_on_behind_the_last_chunk(
         calls.append((start, count))
         return Chunk(_random_sums(start, count), {"pool3": np.full((count, 2), start)})
 
-    def run(folder: str, images: int, **keywords: Any) -> Totals:
+    def run(folder: str, images: int, **keywords: Any) -> ScoreTotals:
         store = ChunkStore(tmp_path / folder, {"a": 1})
         return accumulate(store, compute, images=images, chunk=10, split_size=20, description="d", **keywords)
 
@@ -89,7 +89,7 @@ def test_accumulate_goes_on_behind_the_last_chunk(
 @pytest.mark.parametrize("damage", ["empty", "text", "first half", "bit", "without end", "other arrays"])
 def test_damaged_totals_are_no_totals(tmp_path: pathlib.Path, damage: str) -> None:
     store = ChunkStore(tmp_path, {})
-    totals = Totals(20)
+    totals = ScoreTotals(20)
     totals.add(_random_sums(0, 10), 10)
     store.save(totals, 0, {})
     assert equal(store.load_totals(20), totals)

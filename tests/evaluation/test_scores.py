@@ -22,7 +22,7 @@ from rar_jax.evaluation.image_sets import open_image_set
 from rar_jax.evaluation.program import Program, Settings
 from rar_jax.evaluation.reference import Reference, write_reference
 from rar_jax.metrics import frechet, moments
-from rar_jax.metrics.sums import Totals
+from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
@@ -59,7 +59,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """(what, first image, images) of every chunk that is computed."""
     spans: list[tuple[str, int, int]] = []
 
-    def recorded(store: ChunkStore, compute: Any, *, description: str, **keywords: Any) -> Totals:
+    def recorded(store: ChunkStore, compute: Any, *, description: str, **keywords: Any) -> ScoreTotals:
         def recorded_compute(start: int, count: int) -> Chunk:
             spans.append((description, start, count))
             return compute(start, count)
@@ -148,7 +148,7 @@ def test_killed_samples_go_on(
     assert (tmp_path / "killed/samples.npz").read_bytes() == (tmp_path / "straight/samples.npz").read_bytes()
     (ours,), (theirs,) = ((tmp_path / x / "chunks").glob("*/totals.npz") for x in ("killed", "straight"))
     with np.load(ours) as a, np.load(theirs) as b:
-        assert close(Totals.from_arrays(dict(a)), Totals.from_arrays(dict(b))) == 0
+        assert close(ScoreTotals.from_arrays(dict(a)), ScoreTotals.from_arrays(dict(b))) == 0
 
 
 def _kill_at(patch: pytest.MonkeyPatch, writes: int) -> None:
@@ -174,7 +174,7 @@ def mesh_of(devices: int) -> Any:
     return make_mesh(MeshConfig(), devices=jax.devices()[:devices])
 
 
-def close(ours: Totals, theirs: Totals) -> float:
+def close(ours: ScoreTotals, theirs: ScoreTotals) -> float:
     """Largest difference, over the largest number of its array."""
     a, b = ours.to_arrays(), theirs.to_arrays()
     return max(float(np.abs(a[k] - b[k]).max() / np.abs(b[k]).max()) for k in b)
@@ -206,7 +206,7 @@ def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pa
         assert fid == pytest.approx(fids[0], rel=1e-6) and fid > 1, (devices, batch_size)
 
 
-def _fid(totals: Totals, reference: Reference) -> float:
+def _fid(totals: ScoreTotals, reference: Reference) -> float:
     shift = np.asarray(reference.mean, np.float32)  # as the sums were taken
     return frechet.frechet_distance(reference.mean, reference.cov, *moments.finalize_moments(totals.pool3, shift))
 
