@@ -26,7 +26,6 @@ from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.stages import model_shardings, trained_params
 
-CHUNK = 5  # batches in one run of the program
 TRAIN_BLOCK = 1000  # training images on the devices at a time
 
 
@@ -80,7 +79,7 @@ class ClassifierScorer:
         ids: range,
         *,
         keep: tuple[str, ...] = (),
-        chunk: int = CHUNK,
+        chunk: int = 5,
         show: Callable[[range], Iterable[int]] = iter,
         poll: Callable[[], None] = lambda: None,
     ) -> tuple[ClassifierSums, dict[str, list[np.ndarray]]]:

@@ -46,7 +46,7 @@ class ImageBatches:
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return rows and 0/1 weights (steps, b) of images start .. start + count - 1.
 
-        b is min(batch_size, num), rounded up to divide over the mesh. The last image pads the last batch, with weight 0.
+        b is min(batch_size, num), rounded up to divide over the mesh. The last image pads the last batch.
         """
         parts = batch_divisor(mesh)
         size = -(-min(batch_size, self.num) // parts) * parts
@@ -129,7 +129,7 @@ def batch_source(source: ImageSource) -> ImageBatches:
 
 
 def batch_reconstructions(
-    originals: ImageBatches, tokenizer: Model, params: Any, *, rounding: str, tokenizer_sha256: str
+    originals: ImageBatches, tokenizer: Model, params: Any, rounding: str, *, tokenizer_sha256: str
 ) -> ImageBatches:
     """Encode and decode the images of a set; "tokens", "psnr" and "ssim" can be kept."""
     made_from = {**originals.made_from, "tokenizer_sha256": tokenizer_sha256, "rounding": rounding}

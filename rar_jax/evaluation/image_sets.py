@@ -154,9 +154,8 @@ class SourceImages:
         if isinstance(self._source, EncodedSource) and rows["bad"].any():
             # The source would replace it by another image, which would count twice.
             bad = start + int(np.argmax(rows["bad"]))
-            raise ConfigError(
-                f"{self.name}: {self._source.name(bad)} cannot be used ({self._source.problem(bad)}): remove or replace it"
-            )
+            name, problem = self._source.name(bad), self._source.problem(bad)
+            raise ConfigError(f"{self.name}: {name} cannot be used ({problem}): remove or replace it")
         return rows["images"]
 
     def fingerprint(self) -> str:

@@ -1,7 +1,7 @@
 """The program that scores images with Inception: images, uint8, features and sums, jitted over the mesh.
 
-Only sums leave the devices and, for precision, recall and KID, the pool3 features. Definitions: openai/guided-diffusion,
-evaluations/evaluator.py.
+Only sums leave the devices and, for precision, recall and KID, the pool3 features.
+Definitions: openai/guided-diffusion, evaluations/evaluator.py.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ class Settings:
     def __post_init__(self) -> None:
         require(self.protocol in PROTOCOLS, f"protocol is '{self.protocol}': it must be adm or pytorch_fid")
         require(self.rounding in ROUNDINGS, f"rounding is '{self.rounding}': it must be truncate or round")
-        require(
-            self.features in ("float32", "float64"), f"features is '{self.features}': it must be float32 or float64"
-        )
+        dtypes = "float32", "float64"
+        require(self.features in dtypes, f"features is '{self.features}': it must be float32 or float64")
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
         for name in ("batch_size", "chunk"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")

@@ -12,7 +12,7 @@ from rar_jax.config import require
 from rar_jax.evaluation.image_batches import ImageBatches, batch_image_set, batch_reconstructions
 from rar_jax.evaluation.image_sets import ImageSet
 from rar_jax.evaluation.program import Program, shift_to_mean
-from rar_jax.evaluation.results import make_remarks
+from rar_jax.evaluation.results import describe_scoring, make_remarks
 from rar_jax.metrics.frechet import frechet_distance
 from rar_jax.metrics.moments import finalize_moments
 from rar_jax.metrics.reconstruction import WINDOW, measure_code_usage
@@ -47,23 +47,14 @@ def score_reconstructions(
     require(images.num >= 2, f"{images.name} has {images.num} images: a covariance needs at least 2")
     if reference is None:
         program = shift_to_mean(program, originals)
-    reconstructed = batch_reconstructions(
-        originals,
-        model,
-        opened.place(program.mesh),
-        rounding=program.settings.rounding,
-        tokenizer_sha256=opened.sha256(),
-    )
+    params, rounding = opened.place(program.mesh), program.settings.rounding
+    reconstructed = batch_reconstructions(originals, model, params, rounding, tokenizer_sha256=opened.sha256())
     remarks = make_remarks(program, reconstructed)
     if reference is None:
         remarks.append("rfid is to the images themselves")
     result = {
         **_compute_scores(program, originals, reconstructed, model.config.codebook_size, out / "chunks", quiet),
-        "n": images.num,
-        "made_from": program.describe_inputs(reconstructed),
-        "made_on": program.describe_execution(),
-        "reference": str(reference.path) if reference else None,
-        "remarks": remarks,
+        **describe_scoring(program, reconstructed, remarks),
         "seconds": time.monotonic() - began,
     }
     from_main(lambda: write_json(out / "result.json", result))

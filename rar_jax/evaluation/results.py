@@ -61,6 +61,17 @@ def make_remarks(program: Program, batches: ImageBatches) -> list[str]:
     return remarks
 
 
+def describe_scoring(program: Program, batches: ImageBatches, remarks: list[str]) -> dict[str, Any]:
+    """Return what result.json holds beside the numbers."""
+    return {
+        "n": batches.num,
+        "reference": str(program.reference.path) if program.reference else None,
+        "made_from": program.describe_inputs(batches),
+        "made_on": program.describe_execution(),
+        "remarks": remarks,
+    }
+
+
 def format_scores(result: dict[str, Any]) -> str:
     """Format the numbers of a result and its remarks, one a line."""
     lines = [f"{name:24} {value:12.4f}" for name, value in list_numbers(result).items()]

@@ -20,7 +20,7 @@ from rar_jax.evaluation.image_sets import ImageSet
 from rar_jax.evaluation.npz import write_npz
 from rar_jax.evaluation.program import Program, shift_to_mean
 from rar_jax.evaluation.reference import write_reference
-from rar_jax.evaluation.results import compute_scores, make_remarks
+from rar_jax.evaluation.results import compute_scores, describe_scoring, make_remarks
 from rar_jax.metrics.moments import finalize_moments
 from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import matmul_dtype
@@ -51,9 +51,8 @@ def score_samples(
 ) -> dict[str, Any]:
     """Draw samples of a directory or released file and score them. Also draws out/grid.png.
 
-    Args:
-      weights, tokenizer, dtype, step, download: as in `rar_jax.load`.
-      samples_npz: write the images to out/samples.npz, as ADM's `arr_0`.
+    weights, tokenizer, dtype, step, download: as in `rar_jax.load`.
+    samples_npz: write the images to out/samples.npz, as ADM's `arr_0`.
 
     Returns: what out/result.json holds. Raises: as `score_batches` and `rar_jax.load`.
     """
@@ -103,8 +102,8 @@ def make_reference(program: Program, images: ImageSet, out: pathlib.Path, *, qui
 
     def write() -> None:
         write_reference(
-            out, mean=mean, cov=cov, n=images.num, protocol=program.settings.protocol, weights_sha256=program.network.sha256,
-            source=images.name, spatial_mean=spatial_mean, spatial_cov=spatial_cov,
+            out, mean=mean, cov=cov, spatial_mean=spatial_mean, spatial_cov=spatial_cov, n=images.num,
+            protocol=program.settings.protocol, weights_sha256=program.network.sha256, source=images.name,
             images=((len(kept), *batches.shape[:2], 3), _to_rgb(_read_images(images, kept))),
         )  # fmt: skip
 
@@ -148,11 +147,7 @@ def score_batches(
         pool3 = theirs.concatenate("pool3"), store.concatenate("pool3")
     result = {
         **compute_scores(program, totals, pool3),
-        "n": num,
-        "reference": str(reference.path) if reference else None,
-        "made_from": program.describe_inputs(batches),
-        "made_on": program.describe_execution(),
-        "remarks": remarks,
+        **describe_scoring(program, batches, remarks),
         "seconds": time.monotonic() - began,
     }
     return result, store

@@ -27,10 +27,8 @@ _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 def extract_features(params: Mapping[str, Any], images: jax.Array, *, resize: str = "tf1") -> dict[str, jax.Array]:
     """Compute the features of FID, sFID, Inception Score, precision, recall and KID; jittable.
 
-    Args:
-      params: from `weights.inception.load`. Their dtype, float32 or float64, is that of the computation.
-      images: (b, y, x, c) uint8 of any size; c is 3, or 1 for grey images, which count as three equal channels.
-      resize: "tf1" or "pytorch_fid".
+    params: from `weights.inception.load`. Their dtype, float32 or float64, is that of the computation.
+    images: (b, y, x, c) uint8 of any size; c is 3, or 1 for grey images, which count as three equal channels.
 
     Returns: {"pool3": (b, 2048), "spatial": (b, 2023), "logits": (b, 1008; without the bias)}.
     Raises: ConfigError for an unknown resize; ValueError for other images, or parameters of another dtype.

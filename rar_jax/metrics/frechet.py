@@ -25,11 +25,8 @@ def frechet_distance(
 ) -> float:
     """Compute the Frechet distance in float64 on the host: the number to report.
 
-    Args:
-      mean1, mean2: (d,) means.
-      cov1, cov2: (d, d) covariances, symmetric; they may be singular.
-      n1, n2: numbers of samples, where known. The rank of a covariance is below that, so smaller eigenvalues are
-        rounding and left out.
+    Means are (d,), covariances (d, d); they may be singular. n1, n2: numbers of samples, where known. The rank of a
+    covariance is below that, so smaller eigenvalues are rounding and left out.
 
     Raises: ValueError if shapes do not fit, a covariance is not symmetric, or a number is not finite.
     Source: Heusel et al. 2017 (arXiv 1706.08500), equation 6 of Dowson and Landau 1982.
@@ -43,7 +40,7 @@ def frechet_distance(
 
 
 def _root(cov_dd: Float64, n: int | None) -> Float64:
-    """R (d, rank) with cov = R R^T. The nuclear norm of R1^T R2 is that of the symmetric roots: they differ by rotations."""
+    """Return R (d, rank) with cov = R R^T: a rotation of the symmetric root, with the same nuclear norm."""
     values_d, vectors_dd = np.linalg.eigh(cov_dd)  # ascending
     rank = len(values_d) if n is None else min(n - 1, len(values_d))
     values_r, vectors_dr = values_d[len(values_d) - rank :], vectors_dd[:, len(values_d) - rank :]
@@ -58,8 +55,9 @@ def check_gaussian(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Float64, Fl
         raise ValueError(f"mean {mean_d.shape} and covariance {cov_dd.shape} must have shapes (d,) and (d, d)")
     if bad := np.sum(~np.isfinite(mean_d)) + np.sum(~np.isfinite(cov_dd)):
         raise ValueError(f"mean or covariance holds {bad} numbers that are not finite: look at the features")
-    symmetric = np.allclose(cov_dd, cov_dd.T, rtol=1e-4, atol=1e-6 * np.abs(cov_dd).max(initial=0))
-    if not symmetric or np.diagonal(cov_dd).min(initial=0) < 0:
+    rounding = 1e-6 * np.abs(cov_dd).max(initial=0)
+    symmetric = np.allclose(cov_dd, cov_dd.T, rtol=1e-4, atol=rounding)
+    if not symmetric or np.diagonal(cov_dd).min(initial=0) < -rounding:
         raise ValueError("the covariance is not symmetric or has a negative variance")
     return mean_d, cov_dd
 

@@ -35,9 +35,8 @@ def init_split_sums(classes: int, dtype: Any = np.float32) -> SplitSums:
 def sum_split(logits: jax.Array, weights: jax.Array) -> SplitSums:
     """Sum a batch; jittable, also with a sharded batch axis.
 
-    Args:
-      logits: (b, c), any float dtype; sums are float64 for float64 logits, otherwise float32.
-      weights: (b,) 1 for a sample, 0 for padding, whose logits may be anything.
+    logits: (b, c), any float dtype; sums are float64 for float64 logits, otherwise float32.
+    weights: (b,) 1 for a sample, 0 for padding, whose logits may be anything.
     """
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     # `where`, not a product: a padded row may hold a NaN, and 0 * NaN is NaN.

@@ -32,11 +32,8 @@ def init_moments(dim: int, dtype: Any = np.float32) -> Moments:
 def update_moments(moments: Moments, features_bd: jax.Array, weights_b: jax.Array, shift_d: jax.Array) -> Moments:
     """Add a batch; jittable, also with a sharded batch axis.
 
-    Args:
-      moments: sums so far, about the same shift; their dtype is that of the result.
-      features_bd: (b, d), any float dtype.
-      weights_b: (b,) 1 for a sample, 0 for padding, whose features may be anything.
-      shift_d: (d,) the point about which all sums of one evaluation are taken.
+    weights_b: 1 for a sample, 0 for padding, whose features may be anything.
+    shift_d: the point about which all sums of one evaluation are taken.
     """
     dtype = moments.sum.dtype
     # `where`, not a product: a padded row may hold a NaN, and 0 * NaN is NaN.

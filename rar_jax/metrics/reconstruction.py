@@ -27,10 +27,7 @@ def compare_images(originals: jax.Array, reconstructions: jax.Array) -> dict[str
 def psnr(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:
     """Compute 10 log10(data_range^2 / mean squared error) of each pair of images.
 
-    Args:
-      a, b: (b, y, x, c), any dtype.
-      data_range: the largest value minus the smallest that a pixel can have: 255 or 1.
-
+    a, b: (b, y, x, c), any dtype. data_range: the largest value minus the smallest that a pixel can have: 255 or 1.
     Returns: (b,) float32, decibels; infinite for equal images.
     Raises: ValueError (while tracing) if the shapes differ or are not of 4 dimensions.
     """
