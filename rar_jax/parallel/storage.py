@@ -9,7 +9,7 @@ import socket
 import jax
 
 from rar_jax.errors import StorageError
-from rar_jax.parallel.processes import from_all, from_main
+from rar_jax.parallel.processes import from_main, gather_strings
 
 
 def check_shared(folder: pathlib.Path) -> None:
@@ -23,7 +23,9 @@ def check_shared(folder: pathlib.Path) -> None:
     file = folder / f".shared-{token}"
     from_main(lambda: file.write_text(token))
     seen = file.is_file() and file.read_text() == token
-    blind = [who for who in from_all("" if seen else f"process {jax.process_index()} on {socket.gethostname()}") if who]
+    blind = [
+        who for who in gather_strings("" if seen else f"process {jax.process_index()} on {socket.gethostname()}") if who
+    ]
     from_main(lambda: file.unlink())
     if blind:
         raise StorageError(

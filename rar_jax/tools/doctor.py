@@ -302,7 +302,13 @@ def _of_folder(workdir: pathlib.Path, folder: pathlib.Path) -> list[Problem]:
         file.rename(file.with_suffix(".renamed")).unlink()
     except OSError as error:
         remedy = "look at its owner, its mode and how it is mounted, or give another --workdir"
-        return [Problem(f"{workdir} cannot be worked in", f"this process cannot create and rename a file there ({error})", remedy)]
+        return [
+            Problem(
+                f"{workdir} cannot be worked in",
+                f"this process cannot create and rename a file there ({error})",
+                remedy,
+            )
+        ]
     return []
 
 

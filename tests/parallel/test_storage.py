@@ -14,7 +14,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
     """This is process 1 of two, and what process 0 does happens elsewhere."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(storage, "from_all", lambda text: ["", text])
+    monkeypatch.setattr(storage, "gather_strings", lambda text: ["", text])
 
 
 def test_alone_nothing_is_written(tmp_path: pathlib.Path) -> None:

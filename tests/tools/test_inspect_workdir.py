@@ -91,9 +91,7 @@ def test_damage_is_named(workdir: pathlib.Path, capsys: pytest.CaptureFixture[st
     steps = workdir / "checkpoints" / "tokenizer"
     (steps / "12" / "meta.json").write_text("{}")
     text, report = said(workdir, capsys, 1)
-    assert (
-        f"tokenizer step 12: {steps / '12' / 'meta.json'} is damaged" in text and "checkpoint 12: bad" in text
-    )
+    assert f"tokenizer step 12: {steps / '12' / 'meta.json'} is damaged" in text and "checkpoint 12: bad" in text
     assert report["problems"]["total"] == 1
     (steps / "6" / "manifest.json").unlink()
     assert "no checkpoint is good: bring the files named above back" in said(workdir, capsys, 1)[0]
