@@ -22,6 +22,7 @@ import tensorstore
 from rar_jax.errors import ConfigError, ObjectStoreError
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
+ENDPOINTS = ("AWS_ENDPOINT_URL", "TENSORSTORE_GCS_HTTP_URL")
 RETRIES = 6  # of a request, within half a minute
 # The longest wait for a request and its retries. Large objects take longer: a server that never answers is an error.
 WAIT_SECONDS, SECONDS_PER_BYTE = 60.0, 1e-6
@@ -92,7 +93,7 @@ class BucketPath(pathlib.PurePosixPath):
     def store(self) -> Any:
         """TensorStore's key-value store of the whole bucket."""
         with self.translate_errors():
-            return _open_bucket(type(self)(*self.parts[:2]), os.environ.get("AWS_ENDPOINT_URL"))
+            return _open_bucket(type(self)(*self.parts[:2]), *map(os.environ.get, ENDPOINTS))
 
     @property
     def key(self) -> str:
@@ -167,6 +168,6 @@ Path = pathlib.Path | BucketPath
 
 
 @functools.cache
-def _open_bucket(root: BucketPath, endpoint: str | None) -> Any:
-    del endpoint  # a part of the cache's key
+def _open_bucket(root: BucketPath, *endpoints: str | None) -> Any:
+    del endpoints  # a part of the cache's key
     return tensorstore.KvStore.open(kvstore_spec(root)).result(timeout=WAIT_SECONDS)

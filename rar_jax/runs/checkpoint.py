@@ -1,6 +1,6 @@
 """Checkpoints: TensorStore writes the arrays in the background, and a manifest of checksums, written last, commits the step.
 
-    <folder>/<step>/state/          the train state: zarr arrays in an OCDBT store, named "params/blocks/kernel"
+    <folder>/<step>/state-1a2b3c4d/ the train state: zarr arrays in an OCDBT store, named "params/blocks/kernel"
     <folder>/<step>/meta.json       facts about the step
     <folder>/<step>/manifest.json   sha256 of every file above, and of itself
     <folder>/best.json              the best steps by some metrics: retention keeps them
@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import pathlib
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -124,6 +125,10 @@ def _array_spec(state: Path, name: str, process: int | None = None) -> dict[str,
     return {"driver": "zarr", "kvstore": store}
 
 
+def _find_state(folder: Path, step: int) -> Path:
+    return next(path for path in (folder / str(step)).iterdir() if path.name.startswith("state-"))
+
+
 def _names(tree: Any) -> list[str]:
     return [
         jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
@@ -144,14 +149,15 @@ def _merge_processes(state: Path) -> None:
 
 def list_arrays(folder: Path, step: int) -> list[str]:
     """Return the names of a step's arrays."""
-    store = _array_spec(folder / str(step) / "state", "")["kvstore"] | {"path": ""}
+    store = _array_spec(_find_state(folder, step), "")["kvstore"] | {"path": ""}
     keys = tensorstore.KvStore.open(store).result().list().result()
     return sorted(key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray"))
 
 
 def load_arrays(folder: Path, step: int, names: list[str], shardings: list[Any] | None = None) -> list[Any]:
     """Read arrays of a step: NumPy arrays, or with shardings jax.Arrays, of which each process reads its own shards."""
-    specs = [_array_spec(folder / str(step) / "state", name) for name in names]
+    state = _find_state(folder, step)
+    specs = [_array_spec(state, name) for name in names]
     if shardings is not None:
         return GlobalAsyncCheckpointManager().deserialize(shardings, specs)
     opened = [tensorstore.open(spec, open=True) for spec in specs]
@@ -234,27 +240,29 @@ class Checkpointer:
         self.wait()
         self._step = step
         with self._tolerate_failures():
-            from_main(lambda: self._prepare(step, sum(x.nbytes for x in jax.tree.leaves(state))))
-            process = jax.process_index() if jax.process_count() > 1 else None
-            specs = [_array_spec(self.folder / str(step) / "state", name, process) for name in _names(state)]
-            commit = functools.partial(self._commit, step, meta, score, retain)
+            name = from_main(lambda: self._prepare(step, sum(x.nbytes for x in jax.tree.leaves(state))))
+            at, process = self.folder / str(step) / name, jax.process_index() if jax.process_count() > 1 else None
+            specs = [_array_spec(at, name, process) for name in _names(state)]
+            commit = functools.partial(self._commit, at, meta, score, retain)
             self._committed.clear()
             self._manager.serialize(jax.tree.leaves(state), specs, on_commit_callback=commit)
             self._saving = True
 
-    def _prepare(self, step: int, size: int) -> None:
+    def _prepare(self, step: int, size: int) -> str:
+        """Make room for a step. Returns: a new name, since TensorStore caches stores by their path."""
         remove_tree(self.folder / str(step))
         (self.folder / str(step)).mkdir()
         if isinstance(self.folder, pathlib.Path) and (free := shutil.disk_usage(self.folder).free) < size:
             why = f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free of {size:,}"
             raise OSError(errno.ENOSPC, why, str(self.folder))
+        return f"state-{secrets.token_hex(4)}"
 
-    def _commit(self, step: int, meta: dict[str, Any], score: tuple[str, float] | None, retain: bool) -> None:
+    def _commit(self, state: Path, meta: dict[str, Any], score: tuple[str, float] | None, retain: bool) -> None:
         """Run on process 0 in the manager's thread, once every process has written its shards."""
-        folder = self.folder / str(step)
+        folder, step = state.parent, int(state.parent.name)
         try:
             if jax.process_count() > 1:
-                _merge_processes(folder / "state")
+                _merge_processes(state)
             write_json(folder / META, meta)
             self._before_commit()
             if score is not None:  # the mark counts as soon as the step does
