@@ -55,7 +55,7 @@ class Lock:
     def release(self) -> None:
         """Let others in. Safe to call twice; another process's lock stays."""
         with self._writing, contextlib.suppress(ValueError, OSError, RuntimeError):
-            if not self._released.is_set():
+            if self._lost is None and not self._released.is_set():
                 self._released.set()
                 _open(self.folder).write(NAME, None, if_equal=self._generation).result(timeout=WAIT_SECONDS)
 

@@ -116,8 +116,8 @@ def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) ->
         assert (two / name).is_file()
     assert not list(two.glob(".preflight*")) and not list(two.rglob("*.tmp"))
     # Written by both, each its own part.
-    written = {path.parent.name for path in (two / "checkpoints/generator/24/state").glob("ocdbt.process_*/manifest.*")}
-    assert written == {"ocdbt.process_0", "ocdbt.process_1"}
+    written = {path.parent.name for path in (two / "checkpoints/generator/24").glob("state-*/process_*/manifest.ocdbt")}
+    assert written == {"process_0", "process_1"}
 
 
 @pytest.mark.promise(3, "saved by 2 processes, gone on with by 1 on another mesh")

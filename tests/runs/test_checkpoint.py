@@ -221,7 +221,7 @@ def test_any_file_deleted_or_cut(folder: pathlib.Path, caplog: pytest.LogCapture
 @pytest.mark.parametrize("name", [".DS_Store", "state/surplus", "state/new/surplus", "manifest.json.tmp"])
 def test_a_file_added_does_no_harm(folder: pathlib.Path, name: str) -> None:
     path = folder / "2" / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("x")
     good = good_step(folder)
     assert good is not None and good[0] == 2
