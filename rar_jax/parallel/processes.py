@@ -96,8 +96,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPUs
     name = f"process {settings.index} of {settings.count} at {settings.coordinator}" if manual else "this process"
     missing = (
-        f"{name} did not find the other processes within {initialization} s: start all of them, check the coordinator's "
-        f"address and port, or set {COUNT}=1 for one process"
+        f"{name} did not find the other processes within {initialization} s: start all of them, check the "
+        f"coordinator's address and port, or set {COUNT}=1 for one process"
     )
     # JAX ends a process that found no others by a stack trace of its own; this comes before it.
     alarm = threading.Timer(initialization, _give_up, [missing])

@@ -108,7 +108,7 @@ def tokenize_source(
       weights: the tokenizer's file, directory or released name.
       crops: one of CROPS; default, the source's own.
 
-    Raises: ConfigError, WeightsError, CheckpointError; StoreError if `out` holds another store, or the beginning of one.
+    Raises: ConfigError, WeightsError, CheckpointError; StoreError if `out` holds another store.
     """
     require(crops is None or crops in CROPS, f"--crops {crops}: choose one of {', '.join(CROPS)}")
     require(batch_size >= 1 and shard_records >= 1, "--batch-size and --shard-records must be at least 1")

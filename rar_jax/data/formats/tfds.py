@@ -51,7 +51,7 @@ class TfdsSource(EncodedSource):
         except (KeyError, ValueError, NotImplementedError, FileNotFoundError) as error:
             reason = str(error.args[0] if error.args else error).split("\n")[0]
             raise ConfigError(
-                f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}). Prepare it once, where TensorFlow is installed: "
+                f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}). Prepare it once, where TensorFlow is: "
                 f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
             ) from None
         view = dataclasses.replace(view, channels=view.channels or shape[-1])
