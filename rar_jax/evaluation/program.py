@@ -64,10 +64,8 @@ class Settings:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
         for name in ("batch_size", "chunk"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(
-            self.split_size % self.chunk == 0,
-            f"chunk is {self.chunk}: it must divide {self.split_size}, a split of the Inception Score",
-        )
+        divides = self.split_size % self.chunk == 0
+        require(divides, f"chunk is {self.chunk}: it must divide {self.split_size}, a split of the Inception Score")
 
 
 @dataclasses.dataclass(frozen=True)
