@@ -73,7 +73,7 @@ def batch_samples(
 ) -> ImageBatches:
     """Draw samples of a generator and its tokenizer.
 
-    Sample i has class i modulo the number of classes. params: {"generator", "tokenizer"}. made_from: checksums of the weights.
+    Sample i has class i modulo num_classes. params: {"generator", "tokenizer"}. made_from: checksums of the weights.
     """
     generator, tokenizer = models
     classes = generator.config.num_classes

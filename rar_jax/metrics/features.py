@@ -85,7 +85,7 @@ def resize_half_pixel(images: jax.Array, *, size: int = IMAGE_SIZE) -> jax.Array
 def _resize_bilinear(images_byxc: jax.Array, read_at: Callable[[int, np.dtype], npt.NDArray[np.floating]]) -> jax.Array:
     """Resize columns, then rows, bilinearly.
 
-    read_at: length and dtype of an axis -> where each new pixel is read. Raises: ValueError for other dtypes than float32 and float64.
+    read_at: length and dtype of an axis -> where each new pixel is read.
     """
     if images_byxc.dtype not in _DTYPES:
         raise ValueError(f"images are {images_byxc.dtype}: make them float32 or float64 before they are resized")

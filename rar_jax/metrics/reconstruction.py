@@ -16,7 +16,7 @@ _K1, _K2 = 0.01, 0.03
 def compare_images(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.Array]:
     """Compute {"psnr", "ssim"} (b,) of uint8 images (b, y, x, c).
 
-    "ssim" is left out for images smaller than its window. Raises: ValueError (while tracing) if the shapes differ or images are not uint8.
+    "ssim" is left out for images smaller than its window. Raises: ValueError if shapes differ or images are not uint8.
     """
     if originals.dtype != jnp.uint8 or reconstructions.dtype != jnp.uint8:
         raise ValueError(f"images are {originals.dtype} and {reconstructions.dtype}: both must be uint8")
