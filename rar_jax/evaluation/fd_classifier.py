@@ -20,7 +20,7 @@ from rar_jax.experiment import Experiment, open_source
 from rar_jax.metrics.frechet import frechet_distance, frechet_distance_of_moments
 from rar_jax.metrics.moments import Moments, add_in_float64, finalize_moments, init_moments, update_moments
 from rar_jax.networks import classifier
-from rar_jax.parallel.arrays import place
+from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
@@ -104,7 +104,7 @@ class ClassifierScorer:
     def _arguments(self, batches: ImageBatches, start: int, count: int) -> tuple[Any, ...]:
         rows = batches.read_rows(start, count, self.experiment.evaluate.batch_size, self.mesh)
         params = {"images": batches.params, "classifier": self._params, "shift": jnp.asarray(self.mean, jnp.float32)}
-        return params, *place(rows, row_sharding(self.mesh))
+        return params, *put_on_mesh(rows, row_sharding(self.mesh))
 
     def compute_distance(self, sums: ClassifierSums) -> float:
         """Compute fd_classifier to the training images in float64."""
@@ -122,12 +122,12 @@ class ClassifierScorer:
         """
         n, size = len(images), self.experiment.evaluate.batch_size * self.mesh.size
         spans = [np.minimum(np.arange(start, start + size), n - 1) for start in range(0, n, size)]
-        parts = [place(images[ids], batch_sharding(self.mesh)) for ids in spans]
+        parts = [put_on_mesh(images[ids], batch_sharding(self.mesh)) for ids in spans]
         nearest = [np.full(size, np.inf, np.float32) for _ in parts]
         squared = jax.jit(_square_distances_to_nearest, out_shardings=replicated(self.mesh))
         for start in range(0, len(self.train), TRAIN_BLOCK):
             ids = np.minimum(np.arange(start, start + TRAIN_BLOCK), len(self.train) - 1)
-            block = place(self.train.gather(ids)["images"], replicated(self.mesh))
+            block = put_on_mesh(self.train.gather(ids)["images"], replicated(self.mesh))
             nearest = [np.minimum(best, squared(part, block)) for best, part in zip(nearest, parts, strict=True)]
         return float(np.sqrt(np.concatenate(nearest)[:n]).mean(dtype=np.float64))
 

@@ -26,7 +26,7 @@ from rar_jax.metrics.features import extract_features
 from rar_jax.metrics.inception_score import SPLIT_SIZE
 from rar_jax.metrics.sums import ScoreTotals, Shift
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import place
+from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.machine import versions
@@ -92,7 +92,7 @@ def open_program(
 def load_inception(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Network:
     """Load Inception's weights on every device."""
     with jax.enable_x64(settings.features == "float64"):
-        params = place(inception.load(path, dtype=settings.features), replicated(mesh))
+        params = put_on_mesh(inception.load(path, dtype=settings.features), replicated(mesh))
     return Network(params, file_sha256(path))
 
 
@@ -133,7 +133,7 @@ class Program:
 
     @functools.cached_property
     def _placed_shift(self) -> Shift:
-        return place(self.shift, replicated(self.mesh))
+        return put_on_mesh(self.shift, replicated(self.mesh))
 
     def score(self, batches: ImageBatches, start: int, count: int, keep: tuple[str, ...] = ()) -> Chunk:
         """Return sums of images from `start` on, and the arrays named in `keep`.
@@ -143,7 +143,7 @@ class Program:
         size = self.settings.batch_size
         rows, weights_sb = batches.read_rows(start, count, size, self.mesh)
         with sharded(self.mesh), self._mode(), memory.exhaustion(f"scoring, batch_size {size}", "make it smaller"):
-            placed = place((rows, weights_sb), row_sharding(self.mesh))
+            placed = put_on_mesh((rows, weights_sb), row_sharding(self.mesh))
             params = self._params(batches, self._placed_shift)
             chunk = jax.device_get(self._jitted(params, *placed, make=batches.make, keep=keep))
         kept = {name: x.reshape(-1, *x.shape[2:])[:count] for name, x in chunk.kept.items()}
