@@ -47,7 +47,7 @@ def score_reconstructions(
     require(images.num >= 2, f"{images.name} has {images.num} images: a covariance needs at least 2")
     if reference is None:
         program = shift_to_mean(program, originals)
-    params, rounding = opened.put_on_mesh(program.mesh), program.settings.rounding
+    params, rounding = opened.place(program.mesh), program.settings.rounding
     reconstructed = batch_reconstructions(originals, model, params, rounding, tokenizer_sha256=opened.sha256())
     remarks = make_remarks(program, reconstructed)
     if reference is None:
