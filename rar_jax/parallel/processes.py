@@ -96,10 +96,12 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         return
     initialization, heartbeat, shutdown = (_number(os.environ, name, default) for name, default in TIMEOUTS.items())
     common: dict[str, Any] = {
-        "initialization_timeout": initialization + 60,
+        "initialization_timeout": initialization + 1,
         "heartbeat_timeout_seconds": heartbeat,
         "shutdown_timeout_seconds": shutdown,
     }
+    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training loop.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read only where the devices are CPUs
     asked = (
         f"process {place.index} of {place.count} at {place.coordinator}" if isinstance(place, Place) else "this process"
@@ -108,8 +110,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         f"{asked} did not find the other processes within {initialization} s: start all of them, see that the coordinator's "
         f"address is process 0's and its port free and open, or set {COUNT}=1 for one process"
     )
-    # JAX ends a process that found no others by a stack trace of its own; this comes before it.
-    alarm = threading.Timer(initialization, _give_up, [missing])
+    # JAX aborts a process that finds no others, with a stack trace. This message comes first.
+    alarm = threading.Timer(initialization, print, [f"rar-jax: {missing}"], {"file": sys.stderr, "flush": True})
     alarm.daemon = True
     alarm.start()
     try:
@@ -133,22 +135,15 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     barrier("start")
 
 
-def _give_up(message: str) -> None:
-    print(f"rar-jax: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+def together(verb: str, function: Callable[[], int]) -> int:
+    """Run a program of one or many processes, which exit together, and return its exit code.
 
-
-def together(verb: str, function: Callable[[], int], failed: Callable[[int], int] = lambda code: code) -> int:
-    """The exit code of a program of one or many processes, which end together; an error of one does not leave the others waiting.
-
-    failed: the exit code of this process in the place of that of an error.
-
-    Where there are many, an error ends this process at once and nothing is returned: JAX's own way out would first wait for the
-    others, which wait for this one.
+    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait for the others,
+    which wait for this one.
     """
     if jax.process_count() == 1:
-        code = function()
-        return code if code in (0, PREEMPTED) else failed(code)
+        return function()
+    code = 1
     try:
         code = function()
         if code in (0, PREEMPTED):
@@ -162,11 +157,11 @@ def together(verb: str, function: Callable[[], int], failed: Callable[[int], int
             "connection, another process was lost: its own log says why",
             file=sys.stderr,
         )
-        code = 1
+        code = code or 1
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(GRACE_SECONDS)
-    os._exit(failed(code))
+    os._exit(code)
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

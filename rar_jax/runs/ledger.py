@@ -104,7 +104,7 @@ def goodput(rows: Sequence[Row], *, signs: Sequence[float] = (), now: float | No
             spent[kind if kind in spent else "lost"] += seconds
             if kind in PRODUCTIVE and row["event"] != "stage":
                 worked.append((stage, step, kind, seconds))
-        if row["event"] in ("stage", "rewind"):
+        if row["event"] in ("stage", "rollback"):
             gone = [w for w in worked if w[0] == stage and w[1] > row.get("to", step)]
             worked = [w for w in worked if w not in gone]
             for _, _, kind, seconds in gone:

@@ -1,13 +1,16 @@
-"""Numbers of an evaluation while training. Scores are on few samples, in graph to the last root, named with their number."""
+"""Evaluation while training: validation losses, and scores of a few samples, whose names carry the number of samples."""
 
 from __future__ import annotations
 
+import functools
+import math
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.evaluation.fd_classifier import Scorer
@@ -17,87 +20,138 @@ from rar_jax.evaluation.scores import load_network
 from rar_jax.experiment import Experiment
 from rar_jax.metrics import frechet, inception_score, moments
 from rar_jax.metrics.sums import Totals
+from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, place
 from rar_jax.parallel.mesh import batch_divisor
+from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.workdir import Workdir
+from rar_jax.training.objective import Objective
+from rar_jax.training.step import Batch, encode_batch
 from rar_jax.weights.stages import trained_params
 
+Poll = Callable[[], None]  # called before each batch; it may raise Preempted
 
-class Numbers(NamedTuple):
-    """Numbers of a stage's parameters.
 
-    compile: of parameters, makes the programs that `of` calls. of: of parameters, and of what it calls before each part of the work,
-    which may raise Preempted.
+class Evaluator(Protocol):
+    """Computes metrics of a stage's parameters. `compile` compiles every program that `evaluate` calls."""
+
+    def compile(self, params: Any) -> None: ...
+
+    def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]: ...
+
+
+class Validator:
+    """Mean metrics over the first validation records.
+
+    Args:
+      records: rounded down to divide over the mesh.
+      frozen: parameters of the objective's encoder, if it has one: images are encoded once, here.
     """
 
-    compile: Callable[[Any], None]
-    of: Callable[[Any, Callable[[], None]], dict[str, float]]
+    def __init__(self, objective: Objective, records: int, mesh: Mesh, frozen: Any = None) -> None:
+        parts, records = batch_divisor(mesh), min(records, len(objective.heldout))
+        self._count = math.ceil(records / 512)
+        size = max(records // self._count // parts, 1) * parts
+        encode = jax.jit(functools.partial(encode_batch, objective.encoder), out_shardings=batch_sharding(mesh))
+        self._batches: list[tuple[str, Batch]] = []
+        for i in range(self._count):
+            rows = (i * size + local_rows(mesh, size)) % len(objective.heldout)
+            batch = global_batch(for_devices(objective.heldout.gather(rows)), mesh)
+            if objective.encoder is not None:
+                with sharded(mesh):
+                    batch = encode(frozen, batch)
+            for name, extra in objective.variants(size).items():
+                self._batches.append((name and f"{name}_", {**batch, **place(extra, batch_sharding(mesh))}))
+        self._loss = jax.jit(
+            lambda params, batch, step: objective.model.loss(objective.config, params, batch, key=None, step=step)[1],
+            out_shardings=replicated(mesh),
+        )
+
+    def compile(self, params: Any) -> None:
+        shapes = {str(jax.tree.map(jnp.shape, batch)): batch for _, batch in self._batches}
+        for batch in shapes.values():
+            self._loss.lower(params, batch, np.int32(0)).compile()
+
+    def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for prefix, batch in self._batches:
+            poll()
+            for name, value in jax.device_get(self._loss(params, batch, np.int32(step))).items():
+                key = f"validation/{prefix}{name}"
+                totals[key] = totals.get(key, 0.0) + float(value) / self._count
+        return totals
 
 
-def live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[Numbers]:
-    """What config.evaluate asks for: the distance on classifier features, and on Inception's.
+class ClassifierEvaluator:
+    """Frechet distance on the features of the run's classifier."""
+
+    def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
+        self._scorer = Scorer(experiment, workdir, mesh)
+        self.compile: Callable[[Any], None] = self._scorer.compile_live
+
+    def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
+        return self._scorer.live(params, poll)
+
+
+class InceptionEvaluator:
+    """inception_score_n..., and fid_n... if there is a reference, on float32 sums of each batch.
+
+    The FID of few samples is far above that of 50,000, and noisy: a curve, not a result.
 
     Raises: what reading Inception's weights and the reference raises, before anything is trained.
     """
-    scorers: list[Numbers] = []
+
+    def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
+        config = experiment.evaluate
+        assert config.inception is not None
+        self._samples, parts = config.live_samples, batch_divisor(mesh)
+        self._size = -(-min(config.batch_size, self._samples) // parts) * parts
+        settings = Settings(seed=experiment.seed, batch_size=self._size, chunk=1, split_size=self._samples)
+        self._reference = read_reference(config.reference) if config.reference else None
+        check_protocol(self._reference, settings)
+        network = load_network(pathlib.Path(config.inception), mesh, settings)
+        self._program = Program(network, mesh, settings, shift_of(self._reference))
+        self._experiment = experiment
+        self._tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
+        self._distance = jax.jit(frechet.distance_of_sums)
+
+    def compile(self, params: Any) -> None:
+        self._program.compile_samples(*self._arguments(params))
+        if (reference := self._reference) is not None:
+            zero = moments.zero(len(reference.mean))
+            self._distance.lower(jnp.asarray(reference.cov, jnp.float32), zero).compile()
+
+    def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
+        n, totals = self._samples, Totals(self._samples)
+        compute = self._program.samples(*self._arguments(params), whole_batches=True)
+        for start in range(0, n, self._size):
+            poll()
+            count = min(self._size, n - start)
+            totals.add(compute(start, count).sums, count)
+        metrics = {f"inception_score_n{n}": inception_score.score(totals.splits)}
+        if self._reference is not None:
+            given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (self._reference.cov, totals.pool3))
+            metrics[f"fid_n{n}"] = float(self._distance(*given))
+        return metrics
+
+    def _arguments(self, params: Any) -> tuple[Any, ...]:
+        models = self._experiment.generator, self._experiment.tokenizer
+        return models, {"generator": params, "tokenizer": self._tokenizer}, self._experiment.guidance
+
+
+def make_live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[Evaluator]:
+    """Make the evaluators of samples that config.evaluate requests."""
+    scorers: list[Evaluator] = []
     if experiment.evaluate.live_samples and experiment.classifier:
-        scorer = Scorer(experiment, workdir, mesh)
-        scorers.append(Numbers(scorer.compile_live, scorer.live))
+        scorers.append(ClassifierEvaluator(experiment, workdir, mesh))
     if experiment.evaluate.live_samples and experiment.evaluate.inception:
-        scorers.append(_inception(experiment, workdir, mesh))
+        scorers.append(InceptionEvaluator(experiment, workdir, mesh))
     return scorers
 
 
-def best_by(told: dict[str, float]) -> tuple[str, float] | None:
-    """By what a checkpoint is the best: a live distance, or else the first held-out loss; lower is better."""
-    for wanted in (
-        lambda name: name.startswith("fid_n"),
-        lambda name: name.startswith("fd_classifier_n"),
-        lambda name: name.startswith("validation/") and name.endswith("loss"),
-    ):
-        if name := next(filter(wanted, told), None):
-            return name, told[name]
+def select_score(metrics: dict[str, float]) -> tuple[str, float] | None:
+    """Select the metric by which the best checkpoint is chosen (lower is better): a live distance, or a validation loss."""
+    for prefix, suffix in (("fid_n", ""), ("fd_classifier_n", ""), ("validation/", "loss")):
+        for name, value in metrics.items():
+            if name.startswith(prefix) and name.endswith(suffix):
+                return name, value
     return None
-
-
-def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Numbers:
-    """fid_n..., where there is a reference, and inception_score_n..., on float32 sums of each batch.
-
-    Of few images a FID is far above that of 50,000, and the noisier the fewer: a curve, not a result.
-    """
-    config = experiment.evaluate
-    assert config.inception is not None
-    n, parts = config.live_samples, batch_divisor(mesh)
-    size = -(-min(config.batch_size, n) // parts) * parts
-    settings = Settings(seed=experiment.seed, batch_size=size, chunk=1, split_size=n)
-    reference = read_reference(config.reference) if config.reference else None
-    check_protocol(reference, settings)
-    program = Program(load_network(pathlib.Path(config.inception), mesh, settings), mesh, settings, shift_of(reference))
-    tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
-    distance = jax.jit(frechet.distance_of_sums)
-
-    def given(generator_params: Any) -> tuple[Any, ...]:
-        models = experiment.generator, experiment.tokenizer
-        return models, {"generator": generator_params, "tokenizer": tokenizer}, experiment.guidance
-
-    def compile(generator_params: Any) -> None:
-        program.compile_samples(*given(generator_params))
-        if reference is not None:
-            distance.lower(jnp.asarray(reference.cov, jnp.float32), moments.zero(len(reference.mean))).compile()
-
-    def score(generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
-        compute, totals = program.samples(*given(generator_params), whole_batches=True), Totals(n)
-        for start in range(0, n, size):
-            poll()
-            count = min(size, n - start)
-            totals.add(compute(start, count).sums, count)
-        told = {f"inception_score_n{n}": inception_score.score(totals.splits)}
-        if reference is not None:
-            told[f"fid_n{n}"] = float(
-                distance(
-                    jnp.asarray(reference.cov, jnp.float32),
-                    jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), totals.pool3),
-                )
-            )
-        return told
-
-    return Numbers(compile, score)

@@ -51,7 +51,7 @@ def test_one_bad_batch_is_left_out_and_counted(tmp_path: pathlib.Path, poison: A
     rows = [row for row in told(tmp_path) if "loss" in row]
     assert [row["step"] for row in rows if row["loss"] is None] == [7]
     assert [row["skipped"] for row in rows] == [0.0] * 6 + [1.0] * 6
-    assert events(tmp_path, "skipped", "rewind") == [("skipped", 7, None)]
+    assert events(tmp_path, "skipped", "rollback") == [("skipped", 7, None)]
     # Stopped within the evaluation of step 6, which is made up for.
     stopped = tmp_path / "stopped"
     stopped.mkdir()
@@ -69,7 +69,7 @@ def test_one_spike_is_left_out_and_counted(tmp_path: pathlib.Path, monkeypatch: 
     rows = {row["step"]: row for row in told(tmp_path) if "loss" in row}
     assert [step for step, row in rows.items() if 50 < row["loss"] / rows[1]["loss"] < 200] == [77]
     assert [rows[step]["skipped"] for step in (76, 77, 78, 80)] == [0, 1, 1, 1]
-    assert events(tmp_path, "skipped", "rewind") == [("skipped", 77, None)]
+    assert events(tmp_path, "skipped", "rollback") == [("skipped", 77, None)]
 
 
 @pytest.mark.promise(
@@ -82,7 +82,7 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
     (tmp_path / "one").mkdir()
     stage(tmp_path / "one")
     # Steps 10, 11 and 12 are bad, which is known while 13 runs; back to 8, and step 9 trains on batch 14.
-    assert events(tmp_path / "one", "rewind") == [("rewind", 13, 8)]
+    assert events(tmp_path / "one", "rollback") == [("rollback", 13, 8)]
     assert [step for _, step, _ in events(tmp_path / "one", "skipped")] == [10, 11, 12], (
         "13 went with what was gone back from"
     )
@@ -110,9 +110,9 @@ def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poiso
                 assert meta["step"] == 12 and meta[checkpoint.IRREGULAR], "no training goes back to it"
         if polls == (13, 5):
             good = good_step(stopped / "checkpoints" / "classifier")
-            assert good is not None and good[0] == 12 and len(events(stopped, "rewind")) == 1
+            assert good is not None and good[0] == 12 and len(events(stopped, "rollback")) == 1
         stage(stopped, keep_checkpoints=keep)
-        assert events(stopped, "rewind") == [("rewind", 13, 8)], polls
+        assert events(stopped, "rollback") == [("rollback", 13, 8)], polls
         assert state_of(stopped, 20) == state_of(tmp_path / "one", 20) and told(stopped) == told(tmp_path / "one"), (
             polls
         )
@@ -141,7 +141,7 @@ def test_a_signal_while_it_goes_back(tmp_path: pathlib.Path, poison: Any, monkey
     with watch.listening(), monkeypatch.context() as patch, pytest.raises(Preempted):
         patch.setattr(checkpoint.Checkpointer, "restore", signalled)
         stage(tmp_path, Session(ledgers.Ledger(tmp_path), watch))
-    assert events(tmp_path, "rewind") == [("rewind", 12, 8)]
+    assert events(tmp_path, "rollback") == [("rollback", 12, 8)]
     stage(tmp_path)
     assert state_of(tmp_path, 20) == state_of(tmp_path / "one", 20) and told(tmp_path) == told(tmp_path / "one")
 
@@ -151,7 +151,7 @@ def test_giving_up_leaves_a_dump(tmp_path: pathlib.Path, poison: Any) -> None:
     poison(*range(6, 40))
     with pytest.raises(TrainingError, match=r"3 updates in a row were bad .* by step 8, after going back 2 time"):
         stage(tmp_path)
-    assert events(tmp_path, "rewind") == [("rewind", 9, 4), ("rewind", 8, 4)]
+    assert events(tmp_path, "rollback") == [("rollback", 9, 4), ("rollback", 8, 4)]
     dump = tmp_path / "dump" / "classifier"
     with np.load(dump / "batch.0.npz") as batch:
         assert batch["images"].shape[0] == 64
@@ -183,7 +183,7 @@ def test_no_way_back(tmp_path: pathlib.Path, poison: Any) -> None:
     shutil.rmtree(folder / "4")  # 7 is of the bad steps, and all that is left
     with pytest.raises(TrainingError, match=r"by step 9, after going back 0 time"):
         stage(tmp_path, **recipe)
-    assert sorted(p.name for p in folder.iterdir()) == ["7"] and events(tmp_path, "rewind") == []
+    assert sorted(p.name for p in folder.iterdir()) == ["7"] and events(tmp_path, "rollback") == []
     assert (tmp_path / "dump" / "classifier" / "batch.0.npz").exists()
 
 
@@ -217,8 +217,8 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
         return start("train", tmp_path / name, *flags, processes=2, devices=2, before=before)
 
     finish(begin("one"))
-    assert events(tmp_path / "one", "skipped", "rewind") == [
-        *(("skipped", step, None) for step in (70, 71, 72)), ("rewind", 73, 60), ("skipped", 97, None)
+    assert events(tmp_path / "one", "skipped", "rollback") == [
+        *(("skipped", step, None) for step in (70, 71, 72)), ("rollback", 73, 60), ("skipped", 97, None)
     ]  # fmt: skip
     running = begin("stopped")
     wait_for(lambda: (tmp_path / "stopped").exists() and len(told(tmp_path / "stopped")) > 40, running)

@@ -100,7 +100,7 @@ def two(one: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.
     workdir = cut_back(one, tmp_path_factory.mktemp("two") / "run", 8, tokens=False)
     out = rar_jax(2, "run", workdir, *FSDP)
     # Told once, and by process 0.
-    assert out.count("tokenizer: done before") == out.count("generator: goes on from step 8 of 24") == 1
+    assert out.count("tokenizer: done before") == out.count("generator: resuming from step 8 of 24") == 1
     return workdir
 
 
@@ -124,7 +124,7 @@ def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) ->
 def test_one_process_goes_on_from_what_two_saved(one: pathlib.Path, two: pathlib.Path, tmp_path: pathlib.Path) -> None:
     workdir = cut_back(two, tmp_path / "run", 16)
     out = rar_jax(1, "train", workdir, *FSDP, "--config.mesh.fsdp=4")
-    assert "generator: goes on from step 16 of 24" in out
+    assert "generator: resuming from step 16 of 24" in out
     check_rows(workdir, one, "generator")
 
 
