@@ -23,7 +23,9 @@ from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
+from rar_jax.runs.logging import Reporter
 from rar_jax.runs.workdir import Workdir
+from rar_jax.training.live_grids import make_reconstruction_grid, make_sample_grid
 from rar_jax.training.objective import Objective
 from rar_jax.training.step import Batch, encode_batch
 from rar_jax.weights.stages import trained_params
@@ -138,14 +140,20 @@ class InceptionEvaluator:
         return models, {"generator": params, "tokenizer": self._tokenizer}, self._experiment.guidance
 
 
-def make_live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[Evaluator]:
-    """Make the evaluators of samples that config.evaluate requests."""
-    scorers: list[Evaluator] = []
-    if experiment.evaluate.live_samples and experiment.classifier:
-        scorers.append(ClassifierEvaluator(experiment, workdir, mesh))
-    if experiment.evaluate.live_samples and experiment.evaluate.inception:
-        scorers.append(InceptionEvaluator(experiment, workdir, mesh))
-    return scorers
+def make_live_evaluators(
+    experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, reporter: Reporter
+) -> list[Evaluator]:
+    """Make the evaluators of a stage's samples or reconstructions that config.evaluate requests."""
+    evaluators: list[Evaluator] = []
+    if stage == "generator" and experiment.evaluate.live_samples and experiment.classifier:
+        evaluators.append(ClassifierEvaluator(experiment, workdir, mesh))
+    if stage == "generator" and experiment.evaluate.live_samples and experiment.evaluate.inception:
+        evaluators.append(InceptionEvaluator(experiment, workdir, mesh))
+    if stage == "generator" and experiment.evaluate.live_grid:
+        evaluators.append(make_sample_grid(experiment, workdir, mesh, reporter))
+    if stage == "tokenizer" and experiment.evaluate.live_grid:
+        evaluators.append(make_reconstruction_grid(experiment, mesh, reporter))
+    return evaluators
 
 
 def select_score(metrics: dict[str, float]) -> tuple[str, float] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,24 +15,22 @@ import jax
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import batches
-from rar_jax.errors import CheckpointError, Preempted, TrainingError
+from rar_jax.errors import Preempted, TrainingError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import local_rows, on_devices, place
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
-from rar_jax.runs.checkpoint import Checkpointer, good_step, mark_if_best, read_meta
+from rar_jax.runs.checkpoint import Checkpointer, good_step, mark_if_best
 from rar_jax.runs.logging import Reporter
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sections import Recipe
 from rar_jax.training import guard
 from rar_jax.training.failures import dump_failure, oom_hint
-from rar_jax.training.live import Validator, make_live_scorers, select_score
-from rar_jax.training.live_grids import make_live_grid
+from rar_jax.training.live import Evaluator, Validator, make_live_evaluators, select_score
 from rar_jax.training.objective import Objective, make_objective, start_from
-from rar_jax.training.step import Batch, State, compile_training
-from rar_jax.training.train_logger import TrainLogger
+from rar_jax.training.step import Batch, State, compile_training, evaluated_params
 from rar_jax.weights.stages import STAGES, evaluated, take_over_tokenizer, trained_params
 
 
@@ -65,9 +62,8 @@ def train(
     if recipe is None and stage == "tokenizer":
         take_over_tokenizer(experiment, workdir, mesh)
         return
-    assert recipe is not None  # `make_objective` refuses a missing classifier
+    assert recipe is not None  # `experiment.model` refuses a missing classifier
     objective = make_objective(experiment, stage, workdir)
-    check_tokenizer_unchanged(workdir.checkpoints(stage), objective)
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.exhaustion(*oom_hint(experiment, stage)))
         stack.enter_context(sharded(mesh))
@@ -90,7 +86,7 @@ class Trainer:
     """The training of one stage.
 
     state, step: the current ones. saved_step: the newest step on disk. in_flight: a step that the devices may still compute, and its
-    metrics.
+    metrics. skipped, consecutive_bad: the guard's counts after the last logged step. shown: metrics of the progress line.
     """
 
     def __init__(
@@ -103,35 +99,32 @@ class Trainer:
         session: Session,
         reporter: Reporter,
     ) -> None:
-        self.experiment, self.objective, self.recipe, self.mesh = experiment, objective, recipe, mesh
-        self.workdir, self.session, self.ledger = workdir, session, session.ledger
-        self.stage: str = objective.meta["stage"]
-        root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(self.stage))
+        self.experiment, self.objective, self.recipe = experiment, objective, recipe
+        self.workdir, self.mesh = workdir, mesh
+        self.session, self.ledger, self.reporter = session, session.ledger, reporter
+        self.stage = stage = str(objective.meta["stage"])
+        root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
         self.init_key, self.step_key = jax.random.split(root)
         # The encoder's parameters are an argument of the step, neither donated nor saved.
         self.frozen: Any = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.encoder else None
         self.setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
-        evaluators = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
-        if self.stage == "generator":
-            evaluators += make_live_scorers(experiment, workdir, mesh)
-        grid = make_live_grid(experiment, self.stage, workdir, mesh)
-        self.logger = TrainLogger(self.stage, recipe, reporter, session, evaluators, grid)
+        self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
+        self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, reporter)
         self.checkpointer = Checkpointer(
-            workdir.checkpoints(self.stage),
+            workdir.checkpoints(stage),
             keep=recipe.keep_checkpoints,
             every=recipe.checkpoint_every,
             verify=recipe.verify_saves,
-            on_saved=lambda step: self.ledger.row("saved", stage=self.stage, step=step),
-            on_full_disk=lambda step: self.ledger.row(
-                "save_failed", stage=self.stage, step=step, reason="the disk is full"
-            ),
+            on_saved=lambda step: self.ledger.row("saved", stage=stage, step=step),
+            on_full_disk=lambda step: self.ledger.row("save_failed", stage=stage, step=step, reason="the disk is full"),
         )
+        self.step = self.saved_step = self.skipped = self.consecutive_bad = 0
         self.state: State = {}
-        self.step = self.saved_step = 0
-        self.in_flight: tuple[int, Any] | None = None
         self.batch: Batch = {}
         self.batches: Iterator[Batch] = iter(())
         self.stream: Any = None
+        self.in_flight: tuple[int, Any] | None = None
+        self.shown: dict[str, float] = {}
 
     # ---------------------------------------------------------------- the loop
 
@@ -162,13 +155,21 @@ class Trainer:
             raise Preempted
 
     def log_step_in_flight(self) -> None:
-        """Log the step in flight, if any. Raises: Rollback after too many consecutive bad updates."""
+        """Log the metrics of the step in flight, if any. Raises: Rollback after too many consecutive bad updates."""
         if self.in_flight is None:
             return
         (step, metrics), self.in_flight = self.in_flight, None
-        self.logger.log_step(step, metrics)
-        if self.logger.consecutive_bad >= self.recipe.max_consecutive_skips:
-            raise Rollback(step - self.logger.consecutive_bad + 1)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bad = int(values["skipped"]) > self.skipped
+        self.skipped, self.consecutive_bad = int(values["skipped"]), int(values.pop("consecutive"))
+        if bad:
+            self.ledger.row("skipped", stage=self.stage, step=step, **{k: repr(values[k]) for k in guard.MONITORED})
+        if step % self.recipe.log_every == 0 or step == self.recipe.steps or bad:
+            self.reporter.metrics(step, values)
+        self.shown["loss"] = values["loss"]
+        self.reporter.progress(step, **self.shown)
+        if self.consecutive_bad >= self.recipe.max_consecutive_skips:
+            raise Rollback(step - self.consecutive_bad + 1)
 
     def should_evaluate(self) -> bool:
         """Whether the current step is on the evaluation schedule."""
@@ -180,10 +181,24 @@ class Trainer:
 
     def evaluate_and_save(self) -> None:
         """Evaluate and save the current step if they are due. Within bad updates nothing is saved but the last step."""
-        metrics = self.logger.evaluate(self.step, self.state) if self.should_evaluate() else {}
-        if self.should_save() and (not self.logger.consecutive_bad or self.step == self.recipe.steps):
+        metrics = self.evaluate() if self.should_evaluate() else {}
+        if self.should_save() and (not self.consecutive_bad or self.step == self.recipe.steps):
             # After the evaluation, so that a run which resumes from this step has its metrics.
             self.save(self.objective.meta, select_score(metrics) if self.recipe.keep_best else None)
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the current state; log and return the metrics. Raises: Preempted between two batches."""
+        self.ledger.lap("training")
+        metrics: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            metrics |= evaluator.evaluate(evaluated_params(self.state), self.step, self.session.poll)
+        self.reporter.metrics(self.step, metrics)  # last: this row says that the step was evaluated
+        short = {name.removeprefix("validation/"): value for name, value in metrics.items()}
+        self.shown |= {
+            k: v for k, v in short.items() if k.startswith(("fd_", "fid_", "acc")) or k.endswith(("bits", "psnr"))
+        }
+        self.ledger.lap("evaluating")
+        return metrics
 
     def rerun_evaluation(self) -> None:
         """Evaluate the restored step if it is due and a preemption came first."""
@@ -191,7 +206,7 @@ class Trainer:
             return
         metrics = evaluated(self.workdir, self.stage, self.step)
         if metrics is None:
-            metrics = self.logger.evaluate(self.step, self.state)
+            metrics = self.evaluate()
         score = select_score(metrics)
         if self.recipe.keep_best and self.should_save() and score is not None:
             from_main(lambda: mark_if_best(self.workdir.checkpoints(self.stage), self.step, *score))
@@ -209,7 +224,7 @@ class Trainer:
         """Save the current step off schedule. After bad updates nothing is saved: they are re-run from an earlier step."""
         with contextlib.suppress(Rollback):
             self.log_step_in_flight()
-        if self.step == self.saved_step or self.logger.consecutive_bad:
+        if self.step == self.saved_step or self.consecutive_bad:
             return
         # A stage counts as finished once its last step has been evaluated.
         unevaluated = {"unevaluated": True} if self.step == self.recipe.steps else {}
@@ -228,7 +243,8 @@ class Trainer:
         """Continue from a restored or initial state: its step, its position in the data, and the metrics up to it."""
         self.state, self.in_flight = state, None
         self.step = self.saved_step = int(state["step"])
-        self.logger.resume_from(state)
+        self.skipped, self.consecutive_bad = (int(state["guard"][name]) for name in ("skipped", "consecutive"))
+        self.reporter.resume_from(self.step)
         self.close_stream()
         self.stream = batches(
             self.objective.train,
@@ -268,7 +284,8 @@ class Trainer:
             self.batch = next(self.batches)
             self.batches = itertools.chain([self.batch], self.batches)
             self.setup.step.lower(self.state, self.batch, self.step_key, self.frozen).compile()
-        self.logger.compile(self.state)
+        for evaluator in self.evaluators:
+            evaluator.compile(evaluated_params(self.state))
 
     def close_stream(self) -> None:
         """End the input workers."""
@@ -280,14 +297,3 @@ class Trainer:
             self.close_stream()
         finally:
             self.checkpointer.close()
-
-
-def check_tokenizer_unchanged(folder: pathlib.Path, objective: Objective) -> None:
-    """Raise CheckpointError if a stage's checkpoints were trained on the tokens of another tokenizer."""
-    good, sha256 = good_step(folder), objective.meta.get("tokenizer_sha256")
-    if good is None or sha256 is None:
-        return
-    if from_main(lambda: read_meta(folder, good[0]))["tokenizer_sha256"] != sha256:
-        raise CheckpointError(
-            f"{folder} was trained on tokens of another tokenizer than this work directory's: move it away"
-        )

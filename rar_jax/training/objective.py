@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source
+from rar_jax.errors import CheckpointError
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.models import Model
 from rar_jax.parallel.mesh import on_device
+from rar_jax.parallel.processes import from_main
+from rar_jax.runs.checkpoint import good_step, read_meta
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.opening import open_tokens
 from rar_jax.training.step import Setup, State
@@ -52,10 +56,21 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
         train, heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
     if stage == "generator":
         meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
+        _check_tokenizer(workdir.checkpoints(stage), meta["tokenizer_sha256"])
     offered = getattr(module, "validation_variants", None)
     variants = functools.partial(offered, config) if offered else _one_variant
     encoder = Model(experiment.tokenizer.module, on_device(experiment.tokenizer.config)) if on_the_fly else None
     return Objective(module, config, train, heldout, variants, meta, encoder)
+
+
+def _check_tokenizer(folder: pathlib.Path, sha256: str | None) -> None:
+    good = good_step(folder)
+    if good is None or sha256 is None:
+        return
+    if from_main(lambda: read_meta(folder, good[0]))["tokenizer_sha256"] != sha256:
+        raise CheckpointError(
+            f"{folder} was trained on tokens of another tokenizer than this work directory's: move it away"
+        )
 
 
 def _one_variant(size: int) -> dict[str, dict[str, np.ndarray]]:

@@ -19,9 +19,9 @@ from rar_jax.experiment import resolve
 from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.checkpoint import best_steps, good_steps, load_params, mark_best
-from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.logging import Reporter, read_metrics
 from rar_jax.runs.workdir import Workdir
-from rar_jax.training.live import select_score, make_live_scorers
+from rar_jax.training.live import make_live_evaluators, select_score
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")
 
@@ -110,11 +110,12 @@ def test_live_scores_ask_before_each_batch(
     workdir = tmp_path / "run"
     arguments = ["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.evaluate.live_samples=0"]
     assert cli.main(arguments) == 0
-    overrides = ["live_samples=50", "batch_size=20", "inception=inception", f"reference={reference}"]
+    overrides = ["live_grid=0", "live_samples=50", "batch_size=20", "inception=inception", f"reference={reference}"]
     experiment = resolve(load_experiment(TINY, [f"evaluate.{text}" for text in overrides]), "tiny")
     params = load_params(Workdir(workdir).checkpoints("generator"), 24)
     told: dict[str, float] = {}
-    scorers = make_live_scorers(experiment, Workdir(workdir), make_mesh(experiment.mesh))
+    reporter = Reporter(tmp_path, "generator", total_steps=0, quiet=True)
+    scorers = make_live_evaluators(experiment, "generator", Workdir(workdir), make_mesh(experiment.mesh), reporter)
     for scorer in scorers:
         scorer.compile(params)
     for module in (fd_classifier, scoring):
@@ -158,5 +159,8 @@ def test_what_makes_a_checkpoint_the_best() -> None:
 def test_a_reference_without_inception_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="reference needs inception"):
         resolve(load_experiment(TINY, ["evaluate.reference=r.npz"]), "tiny")
-    experiment = resolve(load_experiment(TINY, ["evaluate.live_samples=0", "evaluate.inception=i"]), "tiny")
-    assert make_live_scorers(experiment, Workdir(tmp_path), make_mesh(experiment.mesh)) == []
+    experiment = resolve(
+        load_experiment(TINY, ["evaluate.live_samples=0", "evaluate.live_grid=0", "evaluate.inception=i"]), "tiny"
+    )
+    reporter = Reporter(tmp_path, "generator", total_steps=0, quiet=True)
+    assert make_live_evaluators(experiment, "generator", Workdir(tmp_path), make_mesh(experiment.mesh), reporter) == []

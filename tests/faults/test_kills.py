@@ -63,8 +63,7 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_pro
     record_property("count", f"{done} of {kills} kills")
 
 
-LOGGER, TRAINER = "rar_jax.training.train_logger:TrainLogger", "rar_jax.training.loop:Trainer"
-SAVES = "rar_jax.runs.checkpoint"
+TRAINER, SAVES = "rar_jax.training.loop:Trainer", "rar_jax.runs.checkpoint"
 
 
 def stuck_in(owner: str, name: str, *, after: bool = False) -> Any:
@@ -75,12 +74,12 @@ def stuck_in(owner: str, name: str, *, after: bool = False) -> Any:
 PHASES = [
     (stuck_in(TRAINER, "resume_from"), 0),  # the first batches
     (poisoned.endless, 0),  # the compilation of the step
-    (stuck_in(LOGGER, "log_step", after=True), 0),  # a step
+    (stuck_in(TRAINER, "log_step_in_flight", after=True), 0),  # a step
     (stuck_in(f"{SAVES}:Checkpointer", "save", after=True), 0),  # a save under way
     (stuck_in(SAVES, "write_manifest"), 0),  # its files are whole
     (stuck_in(SAVES, "write_manifest", after=True), 5),  # it counts
-    (stuck_in(LOGGER, "evaluate"), 5),  # an evaluation
-    (stuck_in(LOGGER, "evaluate", after=True), 5),  # the same, told
+    (stuck_in(TRAINER, "evaluate"), 5),  # an evaluation
+    (stuck_in(TRAINER, "evaluate", after=True), 5),  # the same, told
     (stuck_in(SAVES, "write_manifest", after=True), 10),  # the best so far counts, and older ones are still there
 ]
 
