@@ -62,8 +62,8 @@ def train(
     if recipe is None and stage == "tokenizer":
         take_over_tokenizer(experiment, workdir, mesh)
         return
-    assert recipe is not None  # `experiment.model` refuses a missing classifier
     objective = make_objective(experiment, stage, workdir)
+    assert recipe is not None  # `make_objective` refuses a missing classifier
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.exhaustion(*oom_hint(experiment, stage)))
         stack.enter_context(sharded(mesh))
@@ -229,6 +229,7 @@ class Trainer:
         # A stage counts as finished once its last step has been evaluated.
         unevaluated = {"unevaluated": True} if self.step == self.recipe.steps else {}
         self.save(self.objective.meta | unevaluated, retain=False)
+        self.checkpointer.wait()  # here, where a repeated signal does no harm
 
     def restore_or_init(self, before: int | None = None) -> State:
         """Restore the newest good checkpoint below a step, or initialize a state."""
