@@ -16,16 +16,14 @@ from rar_jax.training.step import Batch, State
 
 
 def oom_hint(experiment: Experiment, stage: str) -> tuple[str, str]:
-    """Return what a training's memory depends on, and what to change when it runs out: for `memory.exhaustion`."""
-    recipe, section = experiment.recipe(stage), {"tokenizer": "tokenizer_train", "classifier": "classifier.train"}
-    where, mesh = f"config.{section.get(stage, 'train')}", experiment.mesh
+    """Return what runs out of memory, and what to change: for `memory.exhaustion`."""
+    section = {"tokenizer": "tokenizer_train", "classifier": "classifier.train"}.get(stage, "train")
+    recipe = experiment.recipe(stage)
     assert recipe is not None
-    sizes = f"{where}.batch_size {recipe.batch_size}, accumulation {recipe.accumulation}"
-    remat = getattr(experiment.model(stage).config, "remat", None)
-    advice = f"increase {where}.accumulation (same training, smaller parts) or decrease batch_size"
-    advice += f", set config.{stage}.remat=True" if remat is False else ""
-    advice += ", or shard the weights over more devices with config.mesh.fsdp"
-    return f"training the {stage}, {sizes}, mesh fsdp {mesh.fsdp}, tensor {mesh.tensor}", advice
+    sizes = f"config.{section}.batch_size {recipe.batch_size}, accumulation {recipe.accumulation}"
+    advice = f"increase config.{section}.accumulation (same training, smaller parts), decrease batch_size, or shard over more devices"
+    remat = f", or set config.{stage}.remat=True" if hasattr(experiment.model(stage).config, "remat") else ""
+    return f"training the {stage}, {sizes}", f"{advice} with config.mesh.fsdp{remat}"
 
 
 def dump_failure(workdir: Workdir, stage: str, state: State, batch: Batch) -> str:

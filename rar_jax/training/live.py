@@ -88,7 +88,9 @@ class ClassifierEvaluator:
 
     def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
         self._scorer = Scorer(experiment, workdir, mesh)
-        self.compile: Callable[[Any], None] = self._scorer.compile_live
+
+    def compile(self, params: Any) -> None:
+        self._scorer.compile_live(params)
 
     def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
         return self._scorer.live(params, poll)

@@ -7,6 +7,7 @@ a run that was killed and resumed is bitwise identical to one that was not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -82,6 +83,7 @@ def train(
         trainer.run()
 
 
+@dataclasses.dataclass(eq=False)
 class Trainer:
     """The training of one stage.
 
@@ -89,19 +91,17 @@ class Trainer:
     metrics. skipped, consecutive_bad: the guard's counts after the last logged step. shown: metrics of the progress line.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        objective: Objective,
-        recipe: Recipe,
-        workdir: Workdir,
-        mesh: Mesh,
-        session: Session,
-        reporter: Reporter,
-    ) -> None:
-        self.experiment, self.objective, self.recipe = experiment, objective, recipe
-        self.workdir, self.mesh = workdir, mesh
-        self.session, self.ledger, self.reporter = session, session.ledger, reporter
+    experiment: Experiment
+    objective: Objective
+    recipe: Recipe
+    workdir: Workdir
+    mesh: Mesh
+    session: Session
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        experiment, objective, recipe = self.experiment, self.objective, self.recipe
+        workdir, mesh, self.ledger = self.workdir, self.mesh, self.session.ledger
         self.stage = stage = str(objective.meta["stage"])
         root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
         self.init_key, self.step_key = jax.random.split(root)
@@ -109,7 +109,7 @@ class Trainer:
         self.frozen: Any = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.encoder else None
         self.setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
-        self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, reporter)
+        self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)
         self.checkpointer = Checkpointer(
             workdir.checkpoints(stage),
             keep=recipe.keep_checkpoints,
