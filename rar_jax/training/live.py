@@ -1,11 +1,12 @@
-"""Evaluation while training: validation losses, and scores of a few samples, whose names carry the number of samples."""
+"""Evaluation while training: validation losses, grids, and scores of a few samples, whose names carry their number."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -17,19 +18,21 @@ from rar_jax.evaluation.fd_classifier import Scorer
 from rar_jax.evaluation.program import Program, Settings, check_protocol, shift_of
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.evaluation.scores import load_network
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import Experiment, open_source
 from rar_jax.metrics import frechet, inception_score, moments
 from rar_jax.metrics.sums import Totals
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
+from rar_jax.runs.grids import Grid, spread
 from rar_jax.runs.logging import Reporter
 from rar_jax.runs.workdir import Workdir
-from rar_jax.training.live_grids import make_reconstruction_grid, make_sample_grid
+from rar_jax.sampling import sample_images, sample_keys, to_uint8
 from rar_jax.training.objective import Objective
 from rar_jax.training.step import Batch, encode_batch
 from rar_jax.weights.stages import trained_params
 
+PAIRS = 12  # validation images of a tokenizer's grid
 Poll = Callable[[], None]  # called before each batch; it may raise Preempted
 
 
@@ -140,6 +143,84 @@ class InceptionEvaluator:
     def _arguments(self, params: Any) -> tuple[Any, ...]:
         models = self._experiment.generator, self._experiment.tokenizer
         return models, {"generator": params, "tokenizer": self._tokenizer}, self._experiment.guidance
+
+
+@dataclasses.dataclass
+class GridEvaluator:
+    """Logs a grid of images, which `rar-jax report` shows over time. It has no metrics.
+
+    function: (params, frozen, *rows of a batch) -> images. make_grid: of all images.
+    """
+
+    name: str
+    function: Callable[..., jax.Array]
+    frozen: Any
+    rows: tuple[np.ndarray, ...]
+    make_grid: Callable[[np.ndarray], Grid]
+    batch_size: int
+    reporter: Reporter
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        self._program = jax.jit(self.function, out_shardings=replicated(self.mesh))
+
+    def compile(self, params: Any) -> None:
+        with sharded(self.mesh):
+            self._program.lower(params, self.frozen, *next(self._batches())).compile()
+
+    def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
+        images = []
+        for batch in self._batches():
+            poll()
+            with sharded(self.mesh):
+                images.append(np.asarray(self._program(params, self.frozen, *batch)))
+        self.reporter.grid(self.name, self.make_grid(np.concatenate(images)[: len(self.rows[0])]), step)
+        return {}
+
+    def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
+        """The rows on the devices; the last batch is filled up."""
+        count, parts = len(self.rows[0]), batch_divisor(self.mesh)
+        size = -(-min(self.batch_size, count) // parts) * parts
+        for start in range(0, count, size):
+            rows = np.arange(start, start + size) % count
+            yield tuple(place([array[rows] for array in self.rows], batch_sharding(self.mesh)))
+
+
+def make_sample_grid(experiment: Experiment, workdir: Workdir, mesh: Mesh, reporter: Reporter) -> GridEvaluator:
+    """One row per class. Image i is that of `Pipeline.sample` for these labels and the experiment's seed."""
+    data, columns, size = experiment.data, experiment.evaluate.live_grid, experiment.evaluate.batch_size
+    classes = spread(data.num_classes, experiment.evaluate.grid_classes)
+    labels = np.repeat(classes, columns).astype(np.int32)
+    names = tuple(data.class_names[label].split(",")[0] for label in classes)
+    tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
+
+    def sample(params: Any, tokenizer: Any, labels_b: jax.Array, ids_b: jax.Array) -> jax.Array:
+        params, models = {"generator": params, "tokenizer": tokenizer}, (experiment.generator, experiment.tokenizer)
+        keys_b = sample_keys(jnp.uint32(experiment.seed), ids_b)
+        return sample_images(*models, params, labels_b, keys_b, experiment.guidance)
+
+    def make_grid(images: np.ndarray) -> Grid:
+        return Grid(images.reshape(len(classes), columns, *images.shape[1:]), names, ("",) * columns)
+
+    rows = labels, np.arange(len(labels), dtype=np.int32)
+    return GridEvaluator("samples", sample, tokenizer, rows, make_grid, size, reporter, mesh)
+
+
+def make_reconstruction_grid(experiment: Experiment, mesh: Mesh, reporter: Reporter) -> GridEvaluator:
+    """Two rows: validation images, and their reconstructions."""
+    heldout, size = open_source(experiment, "heldout"), experiment.evaluate.batch_size
+    records = heldout.gather(np.array(spread(len(heldout), PAIRS)))
+    originals = records["images"]
+    names = tuple(experiment.data.class_names[label].split(",")[0] for label in records["labels"])
+    module, config = experiment.tokenizer.module, experiment.tokenizer.config
+
+    def reconstruct(params: Any, _: None, images: jax.Array) -> jax.Array:
+        return to_uint8(module.decode(config, params, module.encode(config, params, images)))
+
+    def make_grid(images: np.ndarray) -> Grid:
+        return Grid(np.stack([originals, images]), ("original", "reconstruction"), names)
+
+    return GridEvaluator("reconstructions", reconstruct, None, (originals,), make_grid, size, reporter, mesh)
 
 
 def make_live_evaluators(
