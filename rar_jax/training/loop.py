@@ -65,11 +65,12 @@ def train(
         return
     objective = make_objective(experiment, stage, workdir)
     assert recipe is not None  # `make_objective` refuses a missing classifier
+    frozen = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.encoder else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.exhaustion(*oom_hint(experiment, stage)))
         stack.enter_context(sharded(mesh))
         reporter = Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet, wandb=experiment.wandb)
-        trainer = Trainer(experiment, objective, recipe, workdir, mesh, session, stack.enter_context(reporter))
+        trainer = Trainer(experiment, objective, frozen, recipe, workdir, mesh, session, stack.enter_context(reporter))
         stack.enter_context(contextlib.closing(trainer))
         trainer.resume_from(trainer.restore_or_init())
         session.ledger.lap("starting")
@@ -87,12 +88,14 @@ def train(
 class Trainer:
     """The training of one stage.
 
+    frozen: the encoder's parameters, an argument of the step that is neither donated nor saved.
     state, step: the current ones. saved_step: the newest step on disk. in_flight: a step that the devices may still compute, and its
     metrics. skipped, consecutive_bad: the guard's counts after the last logged step. shown: metrics of the progress line.
     """
 
     experiment: Experiment
     objective: Objective
+    frozen: Any
     recipe: Recipe
     workdir: Workdir
     mesh: Mesh
@@ -105,8 +108,6 @@ class Trainer:
         self.stage = stage = str(objective.meta["stage"])
         root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
         self.init_key, self.step_key = jax.random.split(root)
-        # The encoder's parameters are an argument of the step, neither donated nor saved.
-        self.frozen: Any = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.encoder else None
         self.setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
         self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)
