@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rar_jax.evaluation.fd_classifier import Scorer
-from rar_jax.evaluation.program import Program, Settings, check_protocol, shift_of
+from rar_jax.evaluation.fd_classifier import ClassifierScorer
+from rar_jax.evaluation.image_batches import ImageBatches, batch_samples
+from rar_jax.evaluation.program import Program, Settings, load_inception
 from rar_jax.evaluation.reference import read_reference
-from rar_jax.evaluation.scores import load_network
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.metrics import frechet, inception_score, moments
-from rar_jax.metrics.sums import Totals
-from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, place
+from rar_jax.metrics.sums import ScoreTotals
+from rar_jax.parallel.arrays import drop_metadata, local_rows, make_global_batch, put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.grids import Grid, spread
@@ -60,12 +60,12 @@ class Validator:
         self._batches: list[tuple[str, Batch]] = []
         for i in range(self._count):
             rows = (i * size + local_rows(mesh, size)) % len(objective.heldout)
-            batch = global_batch(for_devices(objective.heldout.gather(rows)), mesh)
+            batch = make_global_batch(drop_metadata(objective.heldout.gather(rows)), mesh)
             if objective.encoder is not None:
                 with sharded(mesh):
                     batch = encode(frozen, batch)
             for name, extra in objective.variants(size).items():
-                self._batches.append((name and f"{name}_", {**batch, **place(extra, batch_sharding(mesh))}))
+                self._batches.append((name and f"{name}_", {**batch, **put_on_mesh(extra, batch_sharding(mesh))}))
         self._loss = jax.jit(
             lambda params, batch, step: objective.model.loss(objective.config, params, batch, key=None, step=step)[1],
             out_shardings=replicated(mesh),
@@ -90,13 +90,13 @@ class ClassifierEvaluator:
     """Frechet distance on the features of the run's classifier."""
 
     def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
-        self._scorer = Scorer(experiment, workdir, mesh)
+        self._scorer = ClassifierScorer(experiment, workdir, mesh)
 
     def compile(self, params: Any) -> None:
         self._scorer.compile_live(params)
 
     def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
-        return self._scorer.live(params, poll)
+        return self._scorer.score_live(params, poll)
 
 
 class InceptionEvaluator:
@@ -114,35 +114,34 @@ class InceptionEvaluator:
         self._size = -(-min(config.batch_size, self._samples) // parts) * parts
         settings = Settings(seed=experiment.seed, batch_size=self._size, chunk=1, split_size=self._samples)
         self._reference = read_reference(config.reference) if config.reference else None
-        check_protocol(self._reference, settings)
-        network = load_network(pathlib.Path(config.inception), mesh, settings)
-        self._program = Program(network, mesh, settings, shift_of(self._reference))
+        network = load_inception(pathlib.Path(config.inception), mesh, settings)
+        self._program = Program(network, mesh, settings, self._reference)
         self._experiment = experiment
         self._tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
-        self._distance = jax.jit(frechet.distance_of_sums)
+        self._distance = jax.jit(frechet.frechet_distance_of_moments)
 
     def compile(self, params: Any) -> None:
-        self._program.compile_samples(*self._arguments(params))
+        self._program.lower(self._batch_samples(params)).compile()
         if (reference := self._reference) is not None:
-            zero = moments.zero(len(reference.mean))
+            zero = moments.init_moments(len(reference.mean))
             self._distance.lower(jnp.asarray(reference.cov, jnp.float32), zero).compile()
 
     def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
-        n, totals = self._samples, Totals(self._samples)
-        compute = self._program.samples(*self._arguments(params), whole_batches=True)
+        n, totals, samples = self._samples, ScoreTotals(self._samples), self._batch_samples(params)
         for start in range(0, n, self._size):
             poll()
             count = min(self._size, n - start)
-            totals.add(compute(start, count).sums, count)
-        metrics = {f"inception_score_n{n}": inception_score.score(totals.splits)}
+            totals.add(self._program.score(samples, start, count).sums, count)
+        metrics = {f"inception_score_n{n}": inception_score.score_splits(totals.splits)}
         if self._reference is not None:
             given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (self._reference.cov, totals.pool3))
             metrics[f"fid_n{n}"] = float(self._distance(*given))
         return metrics
 
-    def _arguments(self, params: Any) -> tuple[Any, ...]:
-        models = self._experiment.generator, self._experiment.tokenizer
-        return models, {"generator": params, "tokenizer": self._tokenizer}, self._experiment.guidance
+    def _batch_samples(self, params: Any) -> ImageBatches:
+        experiment, params = self._experiment, {"generator": params, "tokenizer": self._tokenizer}
+        models = experiment.generator, experiment.tokenizer
+        return batch_samples(models, params, experiment.guidance, num=self._samples, seed=experiment.seed)
 
 
 @dataclasses.dataclass
@@ -183,7 +182,7 @@ class GridEvaluator:
         size = -(-min(self.batch_size, count) // parts) * parts
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count
-            yield tuple(place([array[rows] for array in self.rows], batch_sharding(self.mesh)))
+            yield tuple(put_on_mesh([array[rows] for array in self.rows], batch_sharding(self.mesh)))
 
 
 def make_sample_grid(experiment: Experiment, workdir: Workdir, mesh: Mesh, reporter: Reporter) -> GridEvaluator:

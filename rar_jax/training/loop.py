@@ -19,7 +19,7 @@ from rar_jax.data.loader import batches
 from rar_jax.errors import Preempted, TrainingError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import local_rows, on_devices, place
+from rar_jax.parallel.arrays import local_rows, prefetch_batches, put_on_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.checkpoint import Checkpointer, good_step, mark_if_best
@@ -256,7 +256,7 @@ class Trainer:
             rows=local_rows(self.mesh, self.recipe.batch_size),
             num_workers=self.experiment.data.workers,
         )
-        self.batches = on_devices(self.stream, self.mesh)
+        self.batches = prefetch_batches(self.stream, self.mesh)
 
     def roll_back(self, first_bad: int) -> None:
         """Resume from the newest good scheduled checkpoint before a step, and skip the batches since.
@@ -276,7 +276,7 @@ class Trainer:
         to = int(state["step"])
         restored = guard.after_rollback(jax.device_get(state["guard"]), current, num_steps=self.step - to)
         self.ledger.row("rollback", stage=self.stage, step=self.step, to=to)
-        self.resume_from({**state, "guard": place(restored, replicated(self.mesh))})
+        self.resume_from({**state, "guard": put_on_mesh(restored, replicated(self.mesh))})
 
     # ---------------------------------------------------------------- around the loop
 

@@ -17,7 +17,7 @@ from rar_jax.data.loader import Source
 from rar_jax.errors import CheckpointError
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.models import Model
-from rar_jax.parallel.mesh import on_device
+from rar_jax.parallel.mesh import with_device_dtype
 from rar_jax.parallel.processes import from_main
 from rar_jax.runs.checkpoint import good_step, read_meta
 from rar_jax.runs.workdir import Workdir
@@ -47,7 +47,7 @@ class Objective:
 
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
     """Resolve a stage's model and data. Raises CheckpointError, ConfigError or StoreError if the data does not fit."""
-    module, config = experiment.model(stage).module, on_device(experiment.model(stage).config)
+    module, config = experiment.model(stage).module, with_device_dtype(experiment.model(stage).config)
     meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
     on_the_fly = stage == "generator" and experiment.data.on_the_fly
     if stage == "generator" and not on_the_fly:
@@ -59,7 +59,7 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
         _check_tokenizer(workdir.checkpoints(stage), meta["tokenizer_sha256"])
     offered = getattr(module, "validation_variants", None)
     variants = functools.partial(offered, config) if offered else _one_variant
-    encoder = Model(experiment.tokenizer.module, on_device(experiment.tokenizer.config)) if on_the_fly else None
+    encoder = Model(experiment.tokenizer.module, with_device_dtype(experiment.tokenizer.config)) if on_the_fly else None
     return Objective(module, config, train, heldout, variants, meta, encoder)
 
 
