@@ -29,8 +29,7 @@ from rar_jax.runs.logging import Reporter, read_metrics
 from rar_jax.runs.machine import where
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.pictures import curves, grid, pairs
-from rar_jax.runs.preemption import Watch
-from rar_jax.runs.session import Session, session
+from rar_jax.runs.session import Session, open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize
 from rar_jax.training.loop import train
@@ -39,7 +38,7 @@ from rar_jax.weights.stages import check_start, finished
 PICTURES = ("samples.png", "reconstructions.png", "curves.png")
 
 
-def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch: Watch | None = None) -> None:
+def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> None:
     """Does or resumes the whole job of an experiment in a work directory.
 
     Raises: ConfigError if the directory belongs to another experiment, LeaseError if another run writes to it, and whatever a
@@ -53,7 +52,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch:
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_start(experiment, workdir)
-    with session(workdir, "run", watch or Watch(), lambda: workdir.claim(experiment.resolved())) as around:
+    with open_session(workdir, "run", lambda: workdir.claim(experiment.resolved())) as around:
         _run(experiment, workdir, mesh, around, quiet)
 
 

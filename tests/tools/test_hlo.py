@@ -18,7 +18,7 @@ from rar_jax.sampling import Guidance, sample_keys
 from rar_jax.sections import Recipe
 from rar_jax.tools.plan import hlo
 from rar_jax.tools.plan.collectives import Collective, replica_groups, wire_bytes
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 
 ROWS, SLOTS = 8, rar.TINY.num_tokens + 1
 

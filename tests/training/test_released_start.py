@@ -20,7 +20,9 @@ from rar_jax.programs.run import run
 from rar_jax.runs.checkpoint import load_params, read_meta
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.workdir import Workdir
-from rar_jax.training.loop import compile_training, start_from, train
+from rar_jax.training.loop import train
+from rar_jax.training.objective import start_from
+from rar_jax.training.step import compile_training
 from rar_jax.weights import maskgit_vq, rar
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"

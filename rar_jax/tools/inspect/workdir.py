@@ -57,7 +57,7 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
         }
     seconds = ledger.goodput(rows, signs=[row["time"] for row in metrics], now=time.time() if holder else None)
     counted = {
-        name: sum(row["event"] == name for row in rows) for name in ("start", "skipped", "rewind", "save_failed")
+        name: sum(row["event"] == name for row in rows) for name in ("start", "skipped", "rollback", "save_failed")
     }
     starts, stops = ([row for row in rows if row["event"] == name] for name in ("start", "stop"))
     counted["preempted"] = sum(row["reason"] == "preempted" for row in stops)
@@ -94,7 +94,7 @@ def tell_workdir(report: Report) -> list[str]:
         ]
         where = ", ".join(f"{kind} {s / wall:.1%}" for kind, s in rest)
         lines.append(f"  goodput    {report['goodput']:.1%} of {wall:,.0f} s: {where}")
-    named = {"preempted": "preempted", "killed": "killed", "skipped": "updates left out", "rewind": "rewinds"}
+    named = {"preempted": "preempted", "killed": "killed", "skipped": "updates left out", "rollback": "rollbacks"}
     named["save_failed"] = "saves without room"
     told = [f"{text} {report['events'][event]}" for event, text in named.items() if report["events"][event]]
     lines.append(f"  runs       {', '.join([str(report['events']['start']), *told])}")

@@ -24,7 +24,7 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.tokens.tokenize import jit_encode
 from rar_jax.tools.plan import hlo
 from rar_jax.tools.plan.topology import Topology, chip_places, wire
-from rar_jax.training.loop import Setup, compile_training
+from rar_jax.training.step import Setup, compile_training
 from rar_jax.weights.stages import model_shardings
 
 
