@@ -25,7 +25,7 @@ TABLES = ("pos_embed", "target_aware_pos_embed", "timesteps_embeddings")
 
 def by_released_name(config: rar.Config, tree: Any) -> dict[str, np.ndarray]:
     """Under the released names; position tables cut to the rows that are used, as the golden files hold them."""
-    out = released.to_released(config, tree)
+    out = released.to_released(tree)
     return {name: x[:, : config.num_tokens + 2] if name in TABLES else x for name, x in out.items()}
 
 
