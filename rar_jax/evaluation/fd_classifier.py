@@ -25,7 +25,7 @@ from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance, sample_images, sample_keys
 from rar_jax.weights.stages import trained_params
@@ -226,7 +226,7 @@ def evaluate(experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: boo
         few: Score | None = None
         total: Score | None = None
         spans = list(itertools.pairwise(edges))
-        for start, stop in progress(spans, description=f"evaluate {name}", unit="chunks", quiet=quiet):
+        for start, stop in track_progress(spans, description=f"evaluate {name}", unit="chunks", quiet=quiet):
             part = scorer.samples(params, range(start, stop), seed=experiment.seed)
             total = part if total is None else total.add(part)
             if stop == n_few:

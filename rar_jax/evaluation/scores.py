@@ -32,7 +32,7 @@ from rar_jax.parallel.rules import replicated
 from rar_jax.pipeline import Pipeline, load
 from rar_jax.runs.machine import versions
 from rar_jax.runs.manifest import file_sha256, write_json
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
 from rar_jax.sampling import Guidance
 from rar_jax.weights import inception
 from rar_jax.weights import registry as released
@@ -325,7 +325,7 @@ def _draw(pipeline: Any, guidance: Guidance | None, settings: Settings, path: pa
     classes = min(pipeline.generator.config.num_classes, 8)
     images = pipeline.sample(np.arange(classes), seed=settings.seed, guidance=guidance)
     if is_main():
-        grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], path)
+        save_image_grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], path)
 
 
 def cut(program: Program) -> dict[str, Any]:

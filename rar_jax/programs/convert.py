@@ -15,8 +15,8 @@ from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.models import check_pair, find_module
 from rar_jax.runs.checkpoint import save_params
-from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import file_sha256, write_json
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
@@ -86,7 +86,7 @@ def _to_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]
         lambda: file_sha256(out),
         lambda: _source(weights),
     )
-    told = progress(parts, description=f"convert {weights.path.name}", unit="parts", quiet=quiet)
+    told = track_progress(parts, description=f"convert {weights.path.name}", unit="parts", quiet=quiet)
     _, sha256, made_from = [part() for part in told]
     record = {
         "file": out.name,
@@ -119,7 +119,7 @@ def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, qui
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was cut off
     try:
         both = (("generator", generator), ("tokenizer", tokenizer))
-        for stage, weights in progress(both, description=f"convert {out.name}", unit="models", quiet=quiet):
+        for stage, weights in track_progress(both, description=f"convert {out.name}", unit="models", quiet=quiet):
             module = weights.model.module.__name__.rpartition(".")[2]
             config[stage] = {"name": module, **to_dict(weights.model.config)}
             meta = {"stage": stage, "made_from": config["converted_from"][stage]}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.runs.machine import where
+from rar_jax.runs.machine import describe_machine
 from rar_jax.runs import lock as lease
 from rar_jax.runs.lock import Lease
 from rar_jax.errors import LeaseError
@@ -134,7 +134,7 @@ def session(workdir: Workdir, verb: str, watch: Watch, claim: Callable[[], None]
             "processes": jax.process_count(),
             "last_sign": max(signs, default=0.0),
         }
-        ledger.row("start", verb=verb, command=_command(), **who, **where())
+        ledger.row("start", verb=verb, command=_command(), **who, **describe_machine())
         threading.Thread(target=mind, daemon=True).start()
         yield around
         reason = "done"

@@ -33,7 +33,7 @@ from rar_jax.parallel.arrays import global_batch
 from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, sweep
@@ -225,7 +225,7 @@ def write_store(
     began, batches = time.perf_counter(), _Timed(stream)
     with sharded(mesh), contextlib.closing(stream):
         done = writer.source_records - sum(sizes)
-        rows = progress(
+        rows = track_progress(
             _encoded(batches, lambda images: encode(params, global_batch({"images": images}, mesh)["images"])),
             total=writer.source_records,
             description=name,

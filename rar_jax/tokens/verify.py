@@ -13,8 +13,7 @@ from rar_jax.config import require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError, StoreError
 from rar_jax.experiment import Experiment
-from rar_jax.runs.logging import progress
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
 from rar_jax.sampling import to_uint8
 from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
 from rar_jax.tokens.store import TokenStore
@@ -117,7 +116,7 @@ def _draw(store: TokenStore, weights: str, out: pathlib.Path, download: bool) ->
     rows = np.split(tokens, len(shown))
     images = np.concatenate([np.asarray(decode(params, row)) for row in rows])
     names = [store.class_names[label].split(",")[0] for label in shown]
-    grid(images, names, out, title=f"decoded tokens of {store.folder.name}")
+    save_image_grid(images, names, out, title=f"decoded tokens of {store.folder.name}")
     return out
 
 
@@ -176,4 +175,4 @@ def export_tokens(folder: pathlib.Path, out: pathlib.Path, *, quiet: bool = Fals
 
 
 def _shown(description: str, unit: str, quiet: bool) -> Any:
-    return functools.partial(progress, description=description, unit=unit, quiet=quiet)
+    return functools.partial(track_progress, description=description, unit=unit, quiet=quiet)

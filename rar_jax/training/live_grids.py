@@ -15,7 +15,7 @@ from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.arrays import place
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.runs.grids import Grid, spread
+from rar_jax.runs.grids import Grid, pick_evenly
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import sample_images, sample_keys, to_uint8
 from rar_jax.weights.stages import trained_params
@@ -45,7 +45,7 @@ def live_grid(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh) 
 def _samples(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Draw:
     """A row a class of samples.png's; image i is that of `Pipeline.sample` for these labels and the experiment's seed."""
     data, columns = experiment.data, experiment.evaluate.live_grid
-    shown = spread(data.num_classes, experiment.evaluate.grid_classes)
+    shown = pick_evenly(data.num_classes, experiment.evaluate.grid_classes)
     labels = np.repeat(shown, columns).astype(np.int32)
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
 
@@ -71,7 +71,7 @@ def _samples(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Draw:
 def _reconstructions(experiment: Experiment, mesh: Mesh) -> Draw:
     """Two rows: held-out images, and what is left of them."""
     heldout = open_source(experiment, "heldout")
-    records = heldout.gather(np.array(spread(len(heldout), PAIRS)))
+    records = heldout.gather(np.array(pick_evenly(len(heldout), PAIRS)))
     names = [experiment.data.class_names[label].split(",")[0] for label in records["labels"]]
     module, config = experiment.tokenizer.module, experiment.tokenizer.config
 

@@ -31,7 +31,7 @@ from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.runs.checkpoint import IRREGULAR, Checkpointer, good_step, mark_if_best, read_meta
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sections import Recipe
@@ -217,7 +217,7 @@ def train(
 
         # ---- what is told
         reporter = stack.enter_context(
-            Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet, wandb=experiment.wandb)
+            RunLogger(workdir.path, stage, total_steps=recipe.steps, quiet=quiet, wandb=experiment.wandb)
         )
         reporter.resume_from(start)
         telling = Telling(stage, recipe, reporter, session, state, numbers, draw)
@@ -295,7 +295,7 @@ def train(
                     data = batches_after(state, objective.train, experiment, recipe, mesh, stack)
                     reporter.resume_from(step)
                     continue
-                reporter.progress(step, **telling.shown)
+                reporter.show_progress(step, **telling.shown)
                 checkpointer.poll()
                 session.poll()
                 evaluate_now, save_now = due(step)

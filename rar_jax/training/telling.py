@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.session import Session
 from rar_jax.sections import Recipe
 from rar_jax.training.live import Numbers
@@ -24,7 +24,7 @@ class Telling:
         self,
         stage: str,
         recipe: Recipe,
-        reporter: Reporter,
+        reporter: RunLogger,
         session: Session,
         state: State,
         numbers: Sequence[Numbers],
@@ -51,7 +51,7 @@ class Telling:
             self._session.ledger.row("skipped", stage=self._stage, step=step, **told)
         self.shown["loss"] = values["loss"]
         if step % self._recipe.log_every == 0 or step == self._recipe.steps or bad:
-            self._reporter.metrics(step, values)
+            self._reporter.write_metrics(step, values)
 
     def compile(self, state: State) -> None:
         """Compiles what `evaluate` calls."""
@@ -68,10 +68,9 @@ class Telling:
             told |= each.of(params, self._session.poll)
         if self._draw is not None:
             self._session.poll()
-            self._reporter.grid(
-                "reconstructions" if self._stage == "tokenizer" else "samples", self._draw.of(params), step
-            )
-        self._reporter.metrics(step, told)  # last: they say that the step was evaluated
+            name = "reconstructions" if self._stage == "tokenizer" else "samples"
+            self._reporter.write_grid(step, name, self._draw.of(params))
+        self._reporter.write_metrics(step, told)  # last: they say that the step was evaluated
         of_note, ends = ("fd_", "fid_", "acc"), ("bits", "psnr")
         watched = {name.removeprefix("validation/"): value for name, value in told.items()}
         self.shown |= {k: v for k, v in watched.items() if k.endswith(ends) or k.startswith(of_note)}

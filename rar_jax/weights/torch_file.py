@@ -159,20 +159,9 @@ def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
             raise WeightsError("its data.pkl is too large for a state dict")
         tensors = _tensors(_next_pickle(io.BytesIO(archive.read(pickles[0])), {}))
-    needed: dict[str, int] = {}  # bytes of each storage
-    for key, dtype, start, count in (tensor.storage for tensor in tensors.values()):
-        needed[key] = max(needed.get(key, 0), (start + count) * dtype.itemsize)
-    unpacked: dict[str, np.ndarray] = {}  # compressed members, which torch.save does not make
-    checked: set[str] = set()  # one storage may hold many tensors
+    checked: set[str] = set()  # a storage may hold many tensors
 
     def read(key: str, info: zipfile.ZipInfo) -> np.ndarray:
-        if info.compress_type != zipfile.ZIP_STORED:
-            if info.file_size > needed[key]:
-                raise WeightsError(f"refused: storage {key} unpacks to {info.file_size:,} bytes, of {needed[key]:,}")
-            if key not in unpacked:
-                with zipfile.ZipFile(path) as archive:
-                    unpacked[key] = np.frombuffer(archive.read(info), np.uint8)
-            return unpacked[key]
         # The local header repeats the name, and its extra field (torch pads there) has its own length.
         header = _map_bytes(path, info.header_offset, 30).tobytes()
         start = info.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
@@ -186,6 +175,8 @@ def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
         info = members.get(f"{root}data/{key}")
         if info is None:
             raise WeightsError(f"storage {key} is missing: download it again")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise WeightsError(f"refused: storage {key} is compressed, which torch.save does not do")
         return info.file_size, functools.partial(read, key, info)
 
     return _stored(tensors, locate)

@@ -11,7 +11,7 @@ from stopped import StopAt, stage, tiny, told
 
 from rar_jax.errors import Preempted
 from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training import loop as train
 from rar_jax.weights.stages import finished
@@ -59,7 +59,7 @@ def test_an_evaluation_that_cannot_be_told(tmp_path: pathlib.Path, monkeypatch: 
     stopped(tmp_path, 19)
     stopped(tmp_path, 20 - newest(tmp_path / "checkpoints" / "classifier"))
     with monkeypatch.context() as patch:
-        patch.setattr(Reporter, "metrics", lambda *_: None)
+        patch.setattr(RunLogger, "write_metrics", lambda *_: None)
         with pytest.raises(train.TrainingError, match=r"evaluation of the last step could not be written .* make room"):
             stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)
     stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)

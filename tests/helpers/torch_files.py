@@ -53,8 +53,8 @@ def tensor(storage, shape, strides, offset=0):
     return Call("torch._utils", "_rebuild_tensor_v2", storage, offset, shape, strides, False, empty)
 
 
-def write_zip(path, content, storages, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
+def write_zip(path, content, storages):
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", content if isinstance(content, bytes) else dumps(content))
         archive.writestr("archive/byteorder", "little")
         for key, array in storages.items():

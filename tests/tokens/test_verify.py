@@ -20,7 +20,7 @@ from rar_jax.cli import main
 from rar_jax.data import imagenet
 from rar_jax.errors import StoreError
 from rar_jax.runs.manifest import file_sha256
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.verify import sample_of
@@ -145,7 +145,7 @@ def test_the_picture_is_the_decoded_tokens(
     decoded = tokenizer.decode(tiny.config, params, records["tokens"][np.concatenate(rows)].astype(np.int32))
     expected = (np.asarray(decoded) * 255).astype(np.uint8)
     assert len(np.unique(expected)) > 20
-    grid(expected, ["cat", "eel", "fox", "gnu"], tmp_path / "expected.png", title="decoded tokens of store")
+    save_image_grid(expected, ["cat", "eel", "fox", "gnu"], tmp_path / "expected.png", title="decoded tokens of store")
     ours, theirs = (
         np.asarray(Image.open(p).convert("RGB"), int) for p in (store / "verify.png", tmp_path / "expected.png")
     )

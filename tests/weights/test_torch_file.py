@@ -48,10 +48,8 @@ def check_example(state):
 # ---------------------------------------------------------------- right files
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_zip_respects_strides_offsets_and_dtypes(tmp_path, compression):
-    path = write_zip(tmp_path / "w.bin", example(), {"0": WEIGHT, "1": COUNTS}, compression)
-    check_example(read_tensors(path))
+def test_zip_respects_strides_offsets_and_dtypes(tmp_path):
+    check_example(read_tensors(write_zip(tmp_path / "w.bin", example(), {"0": WEIGHT, "1": COUNTS})))
 
 
 @pytest.mark.promise(9, "zip bombs in a torch file: refused, and not unpacked")
