@@ -1,8 +1,6 @@
 """Grids of images saved during training, which the report shows over time.
 
-    <workdir>/grids/<stage>/<step>.png     cells side by side without gaps, labels in the PNG's text
-
-At most MOST steps per stage, spread over the training, and SIDE pixels per cell.
+<workdir>/grids/<stage>/<step>.png     cells side by side without gaps, labels in the PNG's text
 """
 
 from __future__ import annotations

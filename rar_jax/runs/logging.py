@@ -21,9 +21,10 @@ from rar_jax.parallel.processes import is_main
 from rar_jax.runs import grids
 from rar_jax.runs.disk import append, is_full
 from rar_jax.runs.progress import ProgressLine
-from rar_jax.runs.writers import TensorBoardWriter, WandbWriter, Writer
+from rar_jax.runs.writers import TensorBoardWriter, WandbWriter
 
 Row = dict[str, Any]
+Writer = TensorBoardWriter | WandbWriter
 
 CELL = 48  # minimum pixels of an image in TensorBoard and Weights & Biases
 log: logging.Logger = logging.getLogger(__name__)
@@ -35,11 +36,7 @@ class RunLogger:
     A full disk costs the row or image, not the run.
 
     Args:
-      workdir: folder of the run, created if absent.
-      stage: name in the rows and folder under tensorboard/.
-      total_steps: end of the progress line.
-      quiet: print nothing; files are written all the same.
-      wandb: project of Weights & Biases, or None.
+      total_steps: end of the progress line. quiet: do not draw it. wandb: project of Weights & Biases, or None.
     """
 
     def __init__(
@@ -132,8 +129,7 @@ class RunLogger:
             if not is_full(error):
                 raise
             if not self._warned_full:
-                what = "rows and images are skipped until there is room; training continues"
-                log.warning("the disk of %s is full: %s", self._workdir, what)
+                log.warning("the disk of %s is full: rows and images are skipped until there is room", self._workdir)
             self._warned_full = True
 
     def _keep_rows(self, keep: Callable[[Row], bool]) -> None:
@@ -154,11 +150,9 @@ class RunLogger:
 def read_metrics(
     workdir: str | os.PathLike[str], stage: str | None = None, *, problems: list[str] | None = None
 ) -> list[Row]:
-    """Read the rows of workdir/metrics.jsonl in the order written; [] if there is no file. Damaged lines are skipped.
+    """Read the rows of workdir/metrics.jsonl, of one stage or all; [] if there is no file. Damaged lines are skipped.
 
-    Args:
-      stage: read the rows of one stage only.
-      problems: gets a message for each damaged line, except for a row that was cut short.
+    problems: gets a message for each damaged line, except for a row that was cut short.
     """
     path = pathlib.Path(workdir) / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -82,25 +82,18 @@ def save_image_grid(images: np.ndarray, row_labels: Sequence[str], path: Path, *
 
 
 def save_image_pairs(originals: np.ndarray, reconstructions: np.ndarray, path: Path, *, columns: int = 12) -> None:
-    """Save rows that alternate originals and, below each, its reconstruction.
-
-    Args:
-      originals, reconstructions: uint8 (n, y, x, 1 or 3), in the same order.
-      columns: images per row.
+    """Save rows that alternate originals and reconstructions, uint8 (n, y, x, 1 or 3), one below the other.
 
     Raises: ValueError if there are none, they are not uint8 images, or the two differ in shape.
     """
     n = len(originals)
     if originals.shape != reconstructions.shape or n == 0:
-        raise ValueError(
-            f"originals {originals.shape} and reconstructions {reconstructions.shape} must be as many, >= 1"
-        )
+        raise ValueError(f"originals {originals.shape}, reconstructions {reconstructions.shape}: give as many, >= 1")
     columns = min(columns, n)
     blocks = math.ceil(n / columns)
-    cells = np.full((blocks, 2, columns, *originals.shape[1:]), 255, np.uint8)
-    for i, images in enumerate((originals, reconstructions)):
-        padded = np.pad(images, ((0, blocks * columns - n), (0, 0), (0, 0), (0, 0)), constant_values=255)
-        cells[:, i] = padded.reshape(cells[:, i].shape)
+    pairs = np.stack([originals, reconstructions])
+    pairs = np.pad(pairs, ((0, 0), (0, blocks * columns - n), (0, 0), (0, 0), (0, 0)), constant_values=255)
+    cells = pairs.reshape(2, blocks, columns, *originals.shape[1:]).swapaxes(0, 1)
     labels = ["original", "reconstruction"] * blocks
     save_image_grid(cells.reshape(-1, *originals.shape[1:]), labels, path, gaps=(GAP, 14))
 
@@ -138,15 +131,14 @@ _COLOURS = ("#3b6fb6", "#d1495b", "#2a9d78", "#8a5fb0")
 
 
 def plot_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Save the curves of a run as a PNG file; a panel without data is left out.
-
-    Args:
-      rows: from `rar_jax.runs.logging.read_metrics`.
+    """Save the curves of `read_metrics` as a PNG file; a panel without data is left out.
 
     Raises: ValueError if no row holds a metric that is drawn.
     """
     rows = list(rows)
-    panels = [(title, unit, lines) for title, unit, *which in _PANELS if (lines := _lines(*which, rows))]
+    panels = [
+        (title, unit, lines) for title, unit, stage, metrics in _PANELS if (lines := _lines(stage, metrics, rows))
+    ]
     if not panels:
         raise ValueError("no metric to draw in these rows: the run has reported nothing yet")
     across = min(3, len(panels))

@@ -40,9 +40,8 @@ def track_progress(
 ) -> Iterator[T]:
     """Yield from `iterable`, and show the count, the rate and the time left.
 
-    Args:
-      total: number of units; default len(iterable). description: the job. unit: name of the units, in the plural.
-      sizes: units of each item; default 1 each. done: units that are done before the first item.
+    total: number of units, default len(iterable). unit: their name, in the plural. sizes: units of each item, default
+    1. done: units that are done before the first item.
     """
     line = ProgressLine(description, len(iterable) if total is None else total, unit, quiet)  # pyright: ignore[reportArgumentType]
     try:
@@ -56,7 +55,7 @@ def track_progress(
 
 
 class ProgressLine:
-    """The line itself. `close` leaves it as it was last."""
+    """The line. `close` leaves it as it was last."""
 
     def __init__(self, description: str, total: int, unit: str, quiet: bool) -> None:
         self._description, self._total, self._unit = description, total, unit

@@ -1,4 +1,4 @@
-"""Writers of a stage's scalars and images: TensorBoard and Weights & Biases."""
+"""TensorBoard and Weights & Biases. Steps may be repeated; images are uint8 (height, width, 1 or 3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tensorboardX import summary
@@ -20,14 +20,6 @@ from rar_jax.errors import ConfigError
 from rar_jax.runs.manifest import write_json
 
 FLUSH_SECONDS = 10.0  # between two flushes, each of which waits for the disk
-
-
-class Writer(Protocol):
-    """One sink. Steps may be repeated, and images are uint8 (height, width, 1 or 3)."""
-
-    def write_scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None: ...
-    def close(self) -> None: ...
 
 
 class TensorBoardWriter:

@@ -28,18 +28,12 @@ from rar_jax.weights.mapping import param_shapes
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A generator's or tokenizer's weights, not read yet.
-
-    Attributes:
-      model: module and Config. path: where the weights are from.
-      restore: function tree of shardings -> tree of jax.Arrays.
-      sha256: function () -> hex digest of the content: of the file, or of the checkpoint's manifest.
-    """
+    """A generator's or tokenizer's weights, not read yet."""
 
     model: Model
     path: pathlib.Path
-    restore: Callable[[Any], Any]
-    sha256: Callable[[], str]
+    restore: Callable[[Any], Any]  # tree of shardings -> tree of jax.Arrays
+    sha256: Callable[[], str]  # hex digest of the file, or of the checkpoint's manifest
 
     def place(self, mesh: Mesh | None = None) -> Any:
         """Read float32 parameters, sharded over a mesh as rules.py says, or onto the first device.

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +20,17 @@ from rar_jax.errors import WeightsError
 from rar_jax.weights.lazy import LazyArray, check_finite
 from rar_jax.weights.torch_file import StoredTensor
 
+State = Mapping[str, StoredTensor]
+
 
 class Mapped(NamedTuple):
-    """Our parameter for a released tensor. "{}" in the released name is a layer: our layers are stacked along the first axis.
+    """Our parameter for a released tensor. "{}" in the released name is a layer: ours are stacked along the first axis.
 
     Attributes:
       path: names in our tree, joined by "/".
       axes: "OURS -> RELEASED", one letter per axis: "io -> o i" transposes, "ihk -> hk i" also merges two axes, and
         "nd -> 1 n d" adds one of size 1. "" means the same axes.
-      unused: trailing entries along each released axis that the model does not use: dropped by `open_mapped`, zeros
-        in `to_released`.
+      unused: entries at the end of each released axis that the model does not use: dropped on reading, written as 0.
     """
 
     path: str
@@ -51,7 +52,7 @@ def map_norm(released: str, path: str) -> dict[str, Mapped]:
 
 
 def param_shapes(init: Any, config: Any) -> dict[str, Any]:
-    """Shapes of the parameters that `init(config, key)` makes, without making them."""
+    """Shapes of the parameters that `init(config, key)` makes."""
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
@@ -60,18 +61,8 @@ def flatten_params(params: Any) -> dict[str, Any]:
     return dict(flatten_dict(params, sep="/"))
 
 
-def released_shapes(table: Table, shapes: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released file, for the shapes of our parameters."""
-    leaves = flatten_params(shapes)
-    found: dict[str, tuple[int, ...]] = {}
-    for name, mapped in table.items():
-        shape, names = _layers(name, leaves[mapped.path].shape)
-        found |= dict.fromkeys(names, _released_shape(mapped, shape))
-    return found
-
-
-def get_tensor(path: str | pathlib.Path, state: Mapping[str, StoredTensor], name: str, ndim: int) -> StoredTensor:
-    """Return a tensor of `ndim` dimensions, none of them empty. Raises: WeightsError."""
+def get_tensor(path: str | pathlib.Path, state: State, name: str, ndim: int) -> StoredTensor:
+    """Return a tensor of `ndim` dimensions, none of size 0. Raises: WeightsError."""
     if name not in state:
         raise WeightsError(f"{path}: '{name}' is missing.{nearest(name, list(state)[:1000])}")
     shape = state[name].shape
@@ -80,9 +71,7 @@ def get_tensor(path: str | pathlib.Path, state: Mapping[str, StoredTensor], name
     return state[name]
 
 
-def check_shapes(
-    path: str | pathlib.Path, state: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_shapes(path: str | pathlib.Path, state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise WeightsError unless a file holds exactly the tensors of these names and shapes."""
     if surplus := sorted(state.keys() - expected.keys()):
         name, count = surplus[0], len(surplus)
@@ -94,39 +83,36 @@ def check_shapes(
             raise WeightsError(f"{path}: '{name}' has shape {state[name].shape}, expected {shape}")
 
 
-def open_mapped(
-    path: str | pathlib.Path, state: Mapping[str, StoredTensor], table: Table, shapes: Any
-) -> dict[str, Any]:
-    """Check names and shapes of a file, and return our tree of LazyArrays.
+def released_shapes(table: Table, shapes: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released file, for the shapes of our parameters."""
+    return {entry.name: entry.released for entry in _entries(table, shapes)}
 
-    Raises: WeightsError for a missing or unexpected tensor, or another shape.
-    """
+
+def open_mapped(path: str | pathlib.Path, state: State, table: Table, shapes: Any) -> dict[str, Any]:
+    """Check names and shapes of a file, and return our tree of LazyArrays. Raises: WeightsError."""
     check_shapes(path, state, released_shapes(table, shapes))
-    leaves = flatten_params(shapes)
-    lazy: dict[str, LazyArray] = {}
-    for name, mapped in table.items():
-        whole = leaves[mapped.path].shape
-        shape, names = _layers(name, whole)
+    leaves, parts = flatten_params(shapes), dict[str, list[Any]]()
 
-        def read(name: str, mapped: Mapped = mapped, shape: tuple[int, ...] = shape) -> np.ndarray:
-            return _to_ours(mapped, shape, check_finite(path, name, state[name].read()))
+    def read(entry: _Entry) -> np.ndarray:
+        value = check_finite(path, entry.name, state[entry.name].read())
+        used = value[tuple(map(slice, entry.used))]
+        return used.reshape([entry.shape[axis] for axis in entry.order]).transpose(np.argsort(entry.order))
 
-        parts = [functools.partial(read, name) for name in names]
-        lazy[mapped.path] = LazyArray(whole, parts, stacked=shape != whole)
+    for entry in _entries(table, shapes):
+        parts.setdefault(entry.path, []).append(functools.partial(read, entry))
+    stacked = {mapped.path for name, mapped in table.items() if "{}" in name}
+    lazy = {name: LazyArray(leaves[name].shape, parts[name], stacked=name in stacked) for name in parts}
     return unflatten_dict(lazy, sep="/")
 
 
 def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
     """Any tree of the parameters' structure (parameters, gradients) under the released names and shapes."""
-    leaves = flatten_params(params)
-    state: dict[str, np.ndarray] = {}
-    for name, mapped in table.items():
-        array = np.asarray(leaves[mapped.path])
-        shape, names = _layers(name, array.shape)
-        for name, layer in zip(names, array if shape != array.shape else [array], strict=True):
-            order = [axis for group in _groups(mapped, layer.ndim) for axis in group]
-            merged = layer.transpose(order).reshape(_merged_shape(mapped, shape))
-            state[name] = np.pad(merged, [(0, unused) for unused in mapped.unused]) if mapped.unused else merged
+    leaves, state = flatten_params(jax.tree.map(np.asarray, params)), dict[str, np.ndarray]()
+    for entry in _entries(table, params):
+        leaf = leaves[entry.path]
+        value = (leaf if entry.layer is None else leaf[entry.layer]).transpose(entry.order).reshape(entry.used)
+        unused = [(0, size - used) for size, used in zip(entry.released, entry.used, strict=True)]
+        state[entry.name] = np.pad(value, unused) if entry.used != entry.released else value
     return state
 
 
@@ -136,10 +122,11 @@ def save_mapped(path: str | pathlib.Path, table: Table, shapes: Any, params: Any
     Raises: WeightsError for another suffix, parameters of other shapes, or a file that cannot be written.
     """
     ours, theirs = ({name: leaf.shape for name, leaf in flatten_params(tree).items()} for tree in (shapes, params))
-    if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-        raise WeightsError(
-            f"{path}: '{wrong[0]}' has shape {theirs.get(wrong[0])}, the configuration says {ours.get(wrong[0])}"
-        )
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise WeightsError(
+                f"{path}: '{name}' has shape {theirs.get(name)}, its configuration says {ours.get(name)}"
+            )
     write_safetensors(path, {name: np.asarray(x, np.float32) for name, x in to_released(table, params).items()})
 
 
@@ -150,9 +137,7 @@ def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray])
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
-        raise WeightsError(
-            f"{path}: weights are written as .safetensors. docs/released_weights.md shows how to make a torch file of it"
-        )
+        raise WeightsError(f"{path}: weights are written as .safetensors (docs/released_weights.md makes .bin of it)")
     partial = path.with_name(f".{path.name}.rar_jax_partial")
     try:
         safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, partial)
@@ -162,32 +147,30 @@ def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray])
         raise WeightsError(f"{path} cannot be written ({error}): choose another folder") from error
 
 
-# ---------------------------------------------------------------- axes
+class _Entry(NamedTuple):
+    """A tensor of a released file, and the parameter, or layer of a parameter, that it holds."""
+
+    name: str
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]  # of our parameter or its layer
+    order: list[int]  # our axes as they are merged into the released axes
+    used: tuple[int, ...]  # released shape without unused entries
+    released: tuple[int, ...]
 
 
-def _layers(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], list[str]]:
-    """Our shape of one layer, and the released name of each layer."""
-    return (shape[1:], [name.format(i) for i in range(shape[0])]) if "{}" in name else (shape, [name])
-
-
-def _groups(mapped: Mapped, ndim: int) -> list[list[int]]:
-    """Our axes that make up each released axis."""
-    if not mapped.axes:
-        return [[axis] for axis in range(ndim)]
-    ours, released = mapped.axes.split(" -> ")
-    return [[ours.index(letter) for letter in group.strip("1")] for group in released.split(" ")]
-
-
-def _merged_shape(mapped: Mapped, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis] for axis in group) for group in _groups(mapped, len(shape)))
-
-
-def _released_shape(mapped: Mapped, shape: tuple[int, ...]) -> tuple[int, ...]:
-    merged = _merged_shape(mapped, shape)
-    return tuple(size + unused for size, unused in zip(merged, mapped.unused or (0,) * len(merged), strict=True))
-
-
-def _to_ours(mapped: Mapped, shape: tuple[int, ...], value: np.ndarray) -> np.ndarray:
-    order = [axis for group in _groups(mapped, len(shape)) for axis in group]
-    used = value[tuple(slice(size) for size in _merged_shape(mapped, shape))]
-    return used.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+def _entries(table: Table, shapes: Any) -> Iterator[_Entry]:
+    leaves = flatten_params(shapes)
+    for name, mapped in table.items():
+        shape = leaves[mapped.path].shape
+        layers: Any = range(shape[0]) if "{}" in name else [None]
+        shape = shape[1:] if "{}" in name else shape
+        ours, _, released = mapped.axes.partition(" -> ")
+        groups = [[ours.index(letter) for letter in group.strip("1")] for group in released.split(" ")]
+        groups = groups if mapped.axes else [[axis] for axis in range(len(shape))]
+        used = tuple(math.prod(shape[axis] for axis in group) for group in groups)
+        unused = mapped.unused or (0,) * len(used)
+        whole = tuple(a + b for a, b in zip(used, unused, strict=True))
+        for layer in layers:
+            order = [axis for group in groups for axis in group]
+            yield _Entry(name.format(layer), mapped.path, layer, shape, order, used, whole)

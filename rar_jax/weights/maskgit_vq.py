@@ -14,9 +14,8 @@ from typing import Any
 
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.tokenizers.maskgit_vq import Config, init
-from rar_jax.weights import mapping
 from rar_jax.weights.lazy import read_arrays
-from rar_jax.weights.mapping import Mapped, flatten_params, get_tensor, param_shapes
+from rar_jax.weights.mapping import Mapped, flatten_params, get_tensor, open_mapped, param_shapes, save_mapped
 from rar_jax.weights.torch_file import StoredTensor, open_tensors
 
 _CODEBOOK = "quantize.embedding.weight"
@@ -42,10 +41,7 @@ def load(
 def open_params(
     path: str | pathlib.Path, *, image_size: int | None = None, num_tokens: int | None = None
 ) -> tuple[Config, dict[str, Any]]:
-    """Like `load`, but the leaves are LazyArrays: only names and shapes are read.
-
-    Raises: WeightsError for a file that is not this tokenizer's, missing or surplus keys, or wrong shapes.
-    """
+    """Like `load`, but the leaves are LazyArrays: only names and shapes are read and checked."""
     state = open_tensors(path)
     if any(key in state for key in _OF_RAR):
         raise WeightsError(f"{path} holds a RAR generator, not a tokenizer: give the MaskGIT-VQGAN file here")
@@ -54,7 +50,7 @@ def open_params(
     except ConfigError as error:
         raise WeightsError(f"{path}: {error}") from error
     shapes = param_shapes(init, config)
-    return config, mapping.open_mapped(path, state, _table(shapes), shapes)
+    return config, open_mapped(path, state, make_table(shapes), shapes)
 
 
 def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> None:
@@ -63,13 +59,7 @@ def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> No
     Raises: WeightsError for another suffix, or parameters that are not those of `config`.
     """
     shapes = param_shapes(init, config)
-    mapping.save_mapped(path, _table(shapes), shapes, params)
-
-
-def released_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released file of this config."""
-    shapes = param_shapes(init, config)
-    return mapping.released_shapes(_table(shapes), shapes)
+    save_mapped(path, make_table(shapes), shapes, params)
 
 
 def _read_config(
@@ -99,7 +89,7 @@ def _read_config(
     )
 
 
-def _table(shapes: Any) -> dict[str, Mapped]:
+def make_table(shapes: Any) -> dict[str, Mapped]:
     return {
         _released_name(path): Mapped(path, "yxio -> o i y x" if leaf.ndim == 4 else "")
         for path, leaf in flatten_params(shapes).items()

@@ -9,14 +9,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from rar_jax.config import nearest
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators.rar import Config, init
-from rar_jax.weights import mapping
 from rar_jax.weights.lazy import read_arrays
-from rar_jax.weights.mapping import Mapped, get_tensor, map_linear, map_norm, param_shapes
+from rar_jax.weights.mapping import Mapped, get_tensor, map_linear, map_norm, open_mapped, param_shapes, save_mapped
 from rar_jax.weights.torch_file import StoredTensor, open_tensors
 
 UNUSED_ROWS = {"pos_embed": 1022, "target_aware_pos_embed": 1022, "timesteps_embeddings": 98}
@@ -53,13 +50,10 @@ def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
 
 
 def open_params(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """Like `load`, but the leaves are LazyArrays: only names and shapes are read.
-
-    Raises: WeightsError for a file that is not RAR's, missing or surplus keys, or wrong shapes.
-    """
+    """Like `load`, but the leaves are LazyArrays: only names and shapes are read and checked."""
     state = open_tensors(path)
     config = _read_config(path, state)
-    return config, mapping.open_mapped(path, state, TABLE, param_shapes(init, config))
+    return config, open_mapped(path, state, TABLE, param_shapes(init, config))
 
 
 def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> None:
@@ -69,17 +63,7 @@ def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> No
     """
     if "layers" in params:
         raise WeightsError(f"{path}: these parameters are prepared for decoding; save those that they were made of")
-    mapping.save_mapped(path, TABLE, param_shapes(init, config), params)
-
-
-def to_released(params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Any tree of the parameters' structure (parameters, gradients, masks) under the released names and shapes."""
-    return mapping.to_released(TABLE, params)
-
-
-def released_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released file of this config."""
-    return mapping.released_shapes(TABLE, param_shapes(init, config))
+    save_mapped(path, TABLE, param_shapes(init, config), params)
 
 
 def _read_config(path: str | pathlib.Path, state: Mapping[str, StoredTensor]) -> Config:

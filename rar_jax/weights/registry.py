@@ -15,7 +15,7 @@ from rar_jax.sampling import Guidance
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """A file on the Hugging Face hub; for a generator also its size and guidance (arXiv 2411.00776, and its code)."""
+    """A file on the Hugging Face hub; for a generator also its size and guidance (arXiv 2411.00776 and its code)."""
 
     repository: str
     file: str
@@ -48,9 +48,7 @@ def preset(config: Any) -> Released | None:
 def locate(path_or_name: str | pathlib.Path, *, download: bool = False) -> pathlib.Path:
     """Return an existing path, or the cached file of a released name ("rar_b", "rar_b.bin").
 
-    Args:
-      download: fetch a released file that is not cached, and check its sha256 against the hub's.
-
+    With `download`, fetch a file that is not cached, and check its sha256 against the hub's.
     Raises: ConfigError that says how to get the file; WeightsError for a wrong sha256.
     """
     path = pathlib.Path(path_or_name)

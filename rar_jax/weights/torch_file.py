@@ -44,7 +44,7 @@ _DTYPES: dict[str, np.dtype] = {
     "torch.BoolStorage": np.dtype(np.bool_),
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
 }
-_STREAM_MAGIC, _STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
+_STREAM_HEADER = (0x1950A86A20F9469CFC6C, 1001)
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 # The largest RAR has a pickle of 0.1 MB with 3000 tuples.
 _PICKLE_LIMIT, _TUPLE_LIMIT = 1 << 28, 20_000  # bytes; tuples
@@ -55,13 +55,7 @@ Locate = Callable[[str], tuple[int, Callable[[], np.ndarray]]]
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a weights file.
-
-    Attributes:
-      shape: known without reading.
-      read: function () -> its values, a read-only array where the file is mapped. Raises: WeightsError if the bytes
-        are damaged.
-    """
+    """A tensor in a weights file. `read` may return a read-only array, and raises WeightsError for damaged bytes."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -186,9 +180,9 @@ def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         dtypes: dict[str, np.dtype] = {}
         magic, version, machine, content, keys = (_next_pickle(stream, dtypes) for _ in range(5))
-        if magic != _STREAM_MAGIC or version != _STREAM_VERSION or not isinstance(keys, list):
+        if (magic, version) != _STREAM_HEADER or not isinstance(machine, dict) or not isinstance(keys, list):
             raise WeightsError("a pickle, but not a torch file")
-        if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        if machine.get("little_endian") is not True:
             raise WeightsError("written on a big-endian machine, which is not supported")
         tensors, position = _tensors(content), stream.tell()
         storages: dict[str, tuple[int, Callable[[], np.ndarray]]] = {}
@@ -249,13 +243,13 @@ class _Unpickler(pickle.Unpickler):
         self._dtypes = dtypes
 
     def find_class(self, module: str, name: str, /) -> Any:
-        full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return collections.OrderedDict
-        if full == "torch._utils._rebuild_tensor_v2":
-            return _RebuildTensor()
-        if full == "torch._utils._rebuild_parameter":
-            return _RebuildParameter()
+        match full := f"{module}.{name}":
+            case "collections.OrderedDict":
+                return collections.OrderedDict
+            case "torch._utils._rebuild_tensor_v2":
+                return _RebuildTensor()
+            case "torch._utils._rebuild_parameter":
+                return _RebuildParameter()
         if full in _DTYPES:
             return full  # its name is enough, and text cannot be called
         raise WeightsError(f"refused: the file asks for {full}, which is no part of a state dict of tensors")

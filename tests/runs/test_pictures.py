@@ -90,7 +90,7 @@ def test_grid_refuses_what_it_cannot_show(tmp_path: pathlib.Path, images: np.nda
 
 
 def test_pairs_must_be_pairs(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="must be as many"):
+    with pytest.raises(ValueError, match="give as many"):
         pictures.save_image_pairs(_images(3), _images(4), tmp_path / "pairs.png")
 
 

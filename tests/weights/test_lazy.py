@@ -17,7 +17,7 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.weights import maskgit_vq, rar
 from rar_jax.weights.lazy import LazyArray, put_on_devices
-from rar_jax.weights.mapping import write_safetensors
+from rar_jax.weights.mapping import param_shapes, released_shapes, to_released, write_safetensors
 
 WRITERS = {".bin": write_state_dict, ".safetensors": write_safetensors}
 
@@ -26,7 +26,7 @@ WRITERS = {".bin": write_state_dict, ".safetensors": write_safetensors}
 @pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 1, 4), (2, 2, 1)])
 def test_placed_is_loaded(tmp_path: pathlib.Path, suffix: str, mesh: tuple[int, int, int]) -> None:
     params = init(TINY, jax.random.key(0))
-    WRITERS[suffix](tmp_path / f"w{suffix}", rar.to_released(params))
+    WRITERS[suffix](tmp_path / f"w{suffix}", to_released(rar.TABLE, params))
     devices = make_mesh(MeshConfig(*mesh))
     shardings = param_shardings(axes(TINY), params, devices)
     _, lazy = rar.open_params(tmp_path / f"w{suffix}")
@@ -55,7 +55,7 @@ def test_only_the_layers_that_are_asked_for_are_read() -> None:
 
 
 def test_damage_that_is_found_while_placing_names_the_file_and_the_tensor(tmp_path: pathlib.Path) -> None:
-    write_state_dict(tmp_path / "w.bin", rar.to_released(init(TINY, jax.random.key(0))))
+    write_state_dict(tmp_path / "w.bin", to_released(rar.TABLE, init(TINY, jax.random.key(0))))
     data = bytearray((tmp_path / "w.bin").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "w.bin").write_bytes(data)
@@ -87,7 +87,7 @@ print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(params)))
 def test_memory_never_holds_two_copies(tmp_path: pathlib.Path, suffix: str, parity: Any) -> None:
     """Peak resident memory, the mapped file included. The largest array (adaLN, a third of all) is there twice for a moment."""
     config = Config(num_tokens=16, codebook_size=64, num_classes=10, width=512, depth=16, num_heads=8, mlp_width=2048)
-    state = {n: np.zeros(s, np.float32) for n, s in rar.released_shapes(config).items()}
+    state = {n: np.zeros(s, np.float32) for n, s in released_shapes(rar.TABLE, param_shapes(init, config)).items()}
     WRITERS[suffix](tmp_path / f"big{suffix}", state)
     rar.save(tmp_path / "tiny.safetensors", TINY, init(TINY, jax.random.key(0)))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny.safetensors"), str(tmp_path / f"big{suffix}")]

@@ -11,6 +11,7 @@ import safetensors.numpy
 from rar_jax.errors import WeightsError
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights import maskgit_vq as interop
+from rar_jax.weights.mapping import param_shapes
 from rar_jax.weights.torch_file import read_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -40,7 +41,7 @@ def test_the_configuration_is_read_off_the_shapes():
 
 
 def test_the_released_names_of_the_released_architecture():
-    names = set(interop.released_shapes(maskgit_vq.Config(image_size=256)))
+    names = set(interop.make_table(param_shapes(maskgit_vq.init, maskgit_vq.Config(image_size=256))))
     assert {
         "encoder.conv_in.weight",
         "encoder.down.2.block.0.nin_shortcut.weight",
