@@ -40,7 +40,10 @@ config = Config(width=released.width, depth=released.depth, mlp_width=released.m
 with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     rng = np.random.default_rng(0)
-    state = {n: rng.standard_normal(s, dtype=np.float32) for n, s in released_shapes(rar.TABLE, param_shapes(init, config)).items()}
+    state = {
+        n: rng.standard_normal(s, dtype=np.float32)
+        for n, s in released_shapes(rar.TABLE, param_shapes(init, config)).items()
+    }
     write_safetensors(folder / "rar.safetensors", state)
     del state
     small = tokenizer.Config(image_size=32, base_width=32, width_multipliers=(1, 2), latent_width=8)

@@ -22,7 +22,7 @@ from rar_jax.experiment import Experiment, open_source
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.moments import Moments
 from rar_jax.networks import classifier
-from rar_jax.parallel.arrays import place
+from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.runs.progress import track_progress
@@ -56,7 +56,7 @@ class Scorer:
         self.classifier_params: Any = trained_params(experiment, "classifier", workdir, mesh)[0]
         self.train: ImageSource = open_source(experiment, "train")
         self.heldout: ImageSource = open_source(experiment, "heldout")
-        self._train_images = place(_all_images(self.train), replicated(mesh))
+        self._train_images = put_on_mesh(_all_images(self.train), replicated(mesh))
         features = jax.jit(
             lambda p, x: classifier.features(self.judge, p, x)["features"], out_shardings=replicated(mesh)
         )
@@ -197,7 +197,7 @@ class Scorer:
 
     def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         at = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(None, *batch_sharding(self.mesh).spec))
-        return place(arrays, at)
+        return put_on_mesh(arrays, at)
 
 
 def _all_images(source: ImageSource) -> np.ndarray:

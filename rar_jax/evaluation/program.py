@@ -27,7 +27,7 @@ from rar_jax.metrics.features import features
 from rar_jax.metrics.sums import Shift, Totals
 from rar_jax.models import Model
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import place
+from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling import ROUNDINGS, Guidance, sample_images, sample_keys, to_uint8
@@ -103,7 +103,7 @@ class Program:
 
     @functools.cached_property
     def _params(self) -> dict[str, Any]:
-        return {"inception": self._network.params, "shift": place(self.shift, replicated(self.mesh))}
+        return {"inception": self._network.params, "shift": put_on_mesh(self.shift, replicated(self.mesh))}
 
     def _one(self, params: Any, total: sums.Sums, images: jax.Array, weights_b: jax.Array) -> tuple[sums.Sums, Any]:
         out = features(params["inception"], images, resize=PROTOCOLS[self.settings.protocol])
@@ -303,7 +303,7 @@ class Program:
 
     def _place(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         at = NamedSharding(self.mesh, PartitionSpec(None, *batch_sharding(self.mesh).spec))
-        return place(arrays, at)
+        return put_on_mesh(arrays, at)
 
 
 def _flat(chunk: Chunk) -> Chunk:

@@ -25,7 +25,7 @@ from rar_jax.evaluation.program import Network, Program, Settings, check_protoco
 from rar_jax.evaluation.reference import Reference, SamplesWriter, read_reference, write_reference
 from rar_jax.metrics import moments
 from rar_jax.metrics.sums import Shift
-from rar_jax.parallel.arrays import place
+from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import MeshConfig, make_mesh, matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated
@@ -139,7 +139,7 @@ def near_the_mean(network: Network, mesh: Mesh, settings: Settings, images: Imag
 def load_network(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Network:
     """Inception's weights on every device. Raises: WeightsError that says where to get them."""
     with jax.enable_x64(settings.features == "float64"):
-        params = place(inception.load(path, dtype=settings.features), replicated(mesh))
+        params = put_on_mesh(inception.load(path, dtype=settings.features), replicated(mesh))
     return Network(params, file_sha256(path))
 
 

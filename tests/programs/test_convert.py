@@ -83,8 +83,12 @@ def test_what_cannot_be_done(released_pair: Any, tmp_path: pathlib.Path, capsys:
     (tmp_path / "o2.safetensors.json").write_text("precious")
     assert "o2.safetensors.json exists" in problem(capsys, "--weights", generator, "--out", tmp_path / "o2.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    assert "no weights file" in problem(capsys, "--weights", tmp_path / "text.safetensors", "--out", tmp_path / "o.safetensors")
-    assert {p.name for p in tmp_path.iterdir()} == {"there.safetensors", "text.safetensors", "o2.safetensors.json"}, "a failure leaves nothing"
+    assert "no weights file" in problem(
+        capsys, "--weights", tmp_path / "text.safetensors", "--out", tmp_path / "o.safetensors"
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"there.safetensors", "text.safetensors", "o2.safetensors.json"}, (
+        "a failure leaves nothing"
+    )
 
 
 def test_a_generator_that_does_not_fit_the_tokenizer(
@@ -93,7 +97,13 @@ def test_a_generator_that_does_not_fit_the_tokenizer(
     config = dataclasses.replace(TINY, codebook_size=16)
     rar.save(tmp_path / "other.safetensors", config, init(config, jax.random.key(0)))
     line = problem(
-        capsys, "--weights", tmp_path / "other.safetensors", "--tokenizer", released_pair.tokenizer, "--out", tmp_path / "o"
+        capsys,
+        "--weights",
+        tmp_path / "other.safetensors",
+        "--tokenizer",
+        released_pair.tokenizer,
+        "--out",
+        tmp_path / "o",
     )
     assert "codebook_size is 16 in the generator and 32 in the tokenizer" in line
     assert {p.name for p in tmp_path.iterdir()} == {"other.safetensors"}

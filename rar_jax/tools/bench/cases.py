@@ -25,7 +25,7 @@ from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import on_devices
+from rar_jax.parallel.arrays import prefetch_batches
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling import sample_images, sample_keys
@@ -228,7 +228,7 @@ def loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
         record = _size(store.gather(np.arange(1))) + _stored_bytes(store)
         for size in batch_sizes(experiment, mesh, options):
             stream = batches(store, global_batch=size, seed=0, start_step=0, num_workers=experiment.data.workers)
-            placed, waits = on_devices(stream, mesh), []
+            placed, waits = prefetch_batches(stream, mesh), []
 
             def run(placed: Any = placed, waits: list[float] = waits) -> None:
                 for _ in range(LOADER_STEPS):

@@ -18,6 +18,7 @@ from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.sources import ARRAYS, SPECS, ImageSource, Split, load_source
 from rar_jax.errors import DecodeError
 from rar_jax.runs.pictures import save_image_grid
+from rar_jax.runs.progress import track_progress
 from rar_jax.tools.inspect.text import LISTED, Report, class_lines, counts, problem_lines, readable, spread, three
 
 ROWS, COLUMNS, CELL = 10, 8, 128  # classes, images of each and pixels in the picture
@@ -135,7 +136,7 @@ def _look_into_files(source: EncodedSource, images: np.ndarray, shown: Any) -> _
         try:
             if reason := source.problem(image):
                 raise DecodeError(reason)
-            data, label = source.encoded(image), source.label(image)
+            data, label = source.read_image(image)
         except (OSError, ValueError) as error:
             seen.problems.append((source.name(image), reason_of(error)))
             continue

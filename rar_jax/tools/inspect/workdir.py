@@ -144,7 +144,9 @@ def _checkpoints(folder: pathlib.Path, found: list[list[str]], verify: bool, qui
     steps = sorted(int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit())
     best = best_steps(folder)
     told = []
-    for step in track_progress(steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps):
+    for step in track_progress(
+        steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps
+    ):
         state = "verified" if verify else "not verified"
         try:
             if verify:
