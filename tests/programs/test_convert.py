@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from torch_files import write_state_dict
 
 from rar_jax import cli
 from rar_jax.generators.rar import TINY, init
@@ -112,9 +113,10 @@ def test_a_generator_that_does_not_fit_the_tokenizer(
 def test_damage_found_late_leaves_nothing(
     released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = bytearray(released_pair.generator.read_bytes())
+    whole = write_state_dict(tmp_path / "bad.bin", read_tensors(released_pair.generator))
+    data = bytearray(whole.read_bytes())
     data[len(data) // 2] ^= 1
-    (tmp_path / "bad.bin").write_bytes(data)
+    whole.write_bytes(data)
     for out in (tmp_path / "o.safetensors", tmp_path / "o"):
         extra = () if out.suffix else ("--tokenizer", released_pair.tokenizer)
         assert "is damaged: download it again" in problem(

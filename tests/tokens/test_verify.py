@@ -159,7 +159,7 @@ def test_the_picture_is_the_decoded_tokens(
 def test_another_tokenizer_is_refused(
     tiny: Any, store: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other.bin"
+    other = tmp_path / "other.safetensors"
     maskgit_vq.save(other, tiny.config, tokenizer.init(tiny.config, jax.random.key(1)))
     line = check_fails(capsys, "--verify", str(store), "--weights", str(other))
     assert "was made by the tokenizer with sha256" in line and "Give the tokenizer that made it" in line
