@@ -19,7 +19,7 @@ from torch_files import write_state_dict
 
 from rar_jax.config import load_experiment
 from rar_jax.errors import ConfigError, ReferenceFileError, StoreError, WeightsError
-from rar_jax.evaluation.npz import open_npz
+from rar_jax.evaluation.npz import open_npz, read_array
 from rar_jax.experiment import resolve
 from rar_jax.tokens.store import TokenStore, card_sha256, npy_header, record_dtype
 from rar_jax.weights.torch_file import read_tensors
@@ -98,7 +98,7 @@ def test_npz(data: bytes, tmp_path: pathlib.Path) -> None:
     try:
         with open_npz(path) as file:
             for key, shape in (("mu", (8,)), ("sigma", (8, 8))):
-                assert file.array(key, shape=shape).shape == shape
+                assert read_array(file, key, shape=shape, kind="f").shape == shape
     except ReferenceFileError as error:
         assert str(path) in str(error)
 

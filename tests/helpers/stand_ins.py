@@ -13,10 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rar_jax.config import load_experiment
-from rar_jax.evaluation import program as scoring
-from rar_jax.evaluation import reconstructions as reconstruct
-from rar_jax.evaluation import scores as evaluate
-from rar_jax.evaluation import steps as evaluate_steps
+from rar_jax.evaluation import program
 from rar_jax.evaluation.program import Network
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.experiment import Experiment, resolve
@@ -52,13 +49,13 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Few features instead of Inception's, fewer than images: everything else is as it is. The function that makes them."""
     for constant, width in WIDTHS.values():
         monkeypatch.setattr(sums, constant, width)
-    monkeypatch.setattr(scoring, "features", projection)
+    monkeypatch.setattr(program, "extract_features", projection)
     network = Network({"fc": {"kernel": jnp.zeros((1, 1))}}, "0" * 64)
-    for module in (evaluate, evaluate_steps, live, reconstruct):
+    for module in (program, live):
         monkeypatch.setattr(
             module, "read_reference", lambda path: read_reference(path, feature_dims=12, spatial_dims=8)
         )
-        monkeypatch.setattr(module, "load_network", lambda path, mesh, settings: network)
+        monkeypatch.setattr(module, "load_inception", lambda path, mesh, settings: network)
     return projection
 
 
