@@ -74,14 +74,14 @@ def _guarded(args: argparse.Namespace, overrides: list[str]) -> int:
     from rar_jax.parallel import mesh
     from rar_jax.parallel.memory import exhaustion
     from rar_jax.programs import refusals
-    from rar_jax.runs.logging import progress_in_files
     from rar_jax.runs.object_store import ObjectStoreError
+    from rar_jax.runs.progress import show_progress_in_files
 
     def fail(problem: object, code: int = 1) -> int:
         print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)
         return code
 
-    progress_in_files(args.progress)
+    show_progress_in_files(args.progress)
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":

@@ -41,7 +41,9 @@ def main(name: str) -> None:
     }
     steps: list[Any] = []
     for guarded in (True, False):
-        free = mock.patch.multiple(guard, judge=lambda g, m, *, sigmas: (False, g), select_if=lambda bad, then, otherwise: otherwise)
+        free = mock.patch.multiple(
+            guard, judge=lambda g, m, *, sigmas: (False, g), select_if=lambda bad, then, otherwise: otherwise
+        )
         with sharded(mesh), mock.patch.dict({}) if guarded else free:
             setup = compile_training(model.module, model.config, recipe, mesh)
             state, _ = setup.step(setup.init(jax.random.key(0)), batch, jax.random.key(1))

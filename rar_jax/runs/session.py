@@ -18,7 +18,7 @@ from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.lock import Lease
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.machine import where
+from rar_jax.runs.machine import describe_machine
 from rar_jax.runs.preemption import PreemptionMonitor
 from rar_jax.runs.workdir import Workdir
 
@@ -83,7 +83,7 @@ def record_run(workdir: Workdir, verb: str) -> Iterator[Ledger]:
     # When the previous run was still alive: it may have been killed, and this one drops its last rows of metrics.
     signs = [row["time"] for row in read_metrics(workdir.path)] if is_main() else []
     who = {"host": socket.gethostname(), "pid": os.getpid(), "processes": jax.process_count()}
-    ledger.row("start", verb=verb, command=_command(), **who, last_sign=max(signs, default=0.0), **where())
+    ledger.row("start", verb=verb, command=_command(), **who, last_sign=max(signs, default=0.0), **describe_machine())
     reason = "done"
     try:
         yield ledger

@@ -24,8 +24,8 @@ from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.arrays import drop_metadata, local_rows, make_global_batch, put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.runs.grids import Grid, spread
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.grids import Grid, pick_evenly
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import sample_images, sample_keys, to_uint8
 from rar_jax.training.objective import Objective
@@ -157,7 +157,7 @@ class GridEvaluator:
     rows: tuple[np.ndarray, ...]
     make_grid: Callable[[np.ndarray], Grid]
     batch_size: int
-    reporter: Reporter
+    reporter: RunLogger
     mesh: Mesh
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ class GridEvaluator:
             poll()
             with sharded(self.mesh):
                 images.append(np.asarray(self._program(params, self.frozen, *batch)))
-        self.reporter.grid(self.name, self.make_grid(np.concatenate(images)[: len(self.rows[0])]), step)
+        self.reporter.write_grid(step, self.name, self.make_grid(np.concatenate(images)[: len(self.rows[0])]))
         return {}
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
@@ -185,10 +185,10 @@ class GridEvaluator:
             yield tuple(put_on_mesh([array[rows] for array in self.rows], batch_sharding(self.mesh)))
 
 
-def make_sample_grid(experiment: Experiment, workdir: Workdir, mesh: Mesh, reporter: Reporter) -> GridEvaluator:
+def make_sample_grid(experiment: Experiment, workdir: Workdir, mesh: Mesh, reporter: RunLogger) -> GridEvaluator:
     """One row per class. Image i is that of `Pipeline.sample` for these labels and the experiment's seed."""
     data, columns, size = experiment.data, experiment.evaluate.live_grid, experiment.evaluate.batch_size
-    classes = spread(data.num_classes, experiment.evaluate.grid_classes)
+    classes = pick_evenly(data.num_classes, experiment.evaluate.grid_classes)
     labels = np.repeat(classes, columns).astype(np.int32)
     names = tuple(data.class_names[label].split(",")[0] for label in classes)
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
@@ -205,10 +205,10 @@ def make_sample_grid(experiment: Experiment, workdir: Workdir, mesh: Mesh, repor
     return GridEvaluator("samples", sample, tokenizer, rows, make_grid, size, reporter, mesh)
 
 
-def make_reconstruction_grid(experiment: Experiment, mesh: Mesh, reporter: Reporter) -> GridEvaluator:
+def make_reconstruction_grid(experiment: Experiment, mesh: Mesh, reporter: RunLogger) -> GridEvaluator:
     """Two rows: validation images, and their reconstructions."""
     heldout, size = open_source(experiment, "heldout"), experiment.evaluate.batch_size
-    records = heldout.gather(np.array(spread(len(heldout), PAIRS)))
+    records = heldout.gather(np.array(pick_evenly(len(heldout), PAIRS)))
     originals = records["images"]
     names = tuple(experiment.data.class_names[label].split(",")[0] for label in records["labels"])
     module, config = experiment.tokenizer.module, experiment.tokenizer.config
@@ -223,7 +223,7 @@ def make_reconstruction_grid(experiment: Experiment, mesh: Mesh, reporter: Repor
 
 
 def make_live_evaluators(
-    experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, reporter: Reporter
+    experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, reporter: RunLogger
 ) -> list[Evaluator]:
     """Make the evaluators of a stage's samples or reconstructions that config.evaluate requests."""
     evaluators: list[Evaluator] = []

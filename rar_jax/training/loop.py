@@ -23,7 +23,7 @@ from rar_jax.parallel.arrays import local_rows, prefetch_batches, put_on_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.checkpoint import Checkpointer, good_step, mark_if_best
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sections import Recipe
@@ -69,7 +69,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.exhaustion(*oom_hint(experiment, stage)))
         stack.enter_context(sharded(mesh))
-        reporter = Reporter(workdir.path, stage, total_steps=recipe.steps, quiet=quiet, wandb=experiment.wandb)
+        reporter = RunLogger(workdir.path, stage, total_steps=recipe.steps, quiet=quiet, wandb=experiment.wandb)
         trainer = Trainer(experiment, objective, frozen, recipe, workdir, mesh, session, stack.enter_context(reporter))
         stack.enter_context(contextlib.closing(trainer))
         trainer.resume_from(trainer.restore_or_init())
@@ -100,7 +100,7 @@ class Trainer:
     workdir: Workdir
     mesh: Mesh
     session: Session
-    reporter: Reporter
+    reporter: RunLogger
 
     def __post_init__(self) -> None:
         experiment, objective, recipe = self.experiment, self.objective, self.recipe
@@ -166,9 +166,9 @@ class Trainer:
         if bad:
             self.ledger.row("skipped", stage=self.stage, step=step, **{k: repr(values[k]) for k in guard.MONITORED})
         if step % self.recipe.log_every == 0 or step == self.recipe.steps or bad:
-            self.reporter.metrics(step, values)
+            self.reporter.write_metrics(step, values)
         self.shown["loss"] = values["loss"]
-        self.reporter.progress(step, **self.shown)
+        self.reporter.show_progress(step, **self.shown)
         if self.consecutive_bad >= self.recipe.max_consecutive_skips:
             raise Rollback(step - self.consecutive_bad + 1)
 
@@ -193,7 +193,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         for evaluator in self.evaluators:
             metrics |= evaluator.evaluate(evaluated_params(self.state), self.step, self.session.poll)
-        self.reporter.metrics(self.step, metrics)  # last: this row says that the step was evaluated
+        self.reporter.write_metrics(self.step, metrics)  # last: this row says that the step was evaluated
         short = {name.removeprefix("validation/"): value for name, value in metrics.items()}
         self.shown |= {
             k: v for k, v in short.items() if k.startswith(("fd_", "fid_", "acc")) or k.endswith(("bits", "psnr"))

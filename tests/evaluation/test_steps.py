@@ -20,7 +20,7 @@ from rar_jax.experiment import resolve
 from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.checkpoint import best_steps, good_steps, load_params, mark_best
-from rar_jax.runs.logging import Reporter, read_metrics
+from rar_jax.runs.logging import RunLogger, read_metrics
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training.live import make_live_evaluators, select_score
 
@@ -111,7 +111,7 @@ def test_live_scores_ask_before_each_batch(
     experiment = resolve(load_experiment(TINY, [f"evaluate.{text}" for text in overrides]), "tiny")
     params = load_params(Workdir(workdir).checkpoints("generator"), 24)
     told: dict[str, float] = {}
-    reporter = Reporter(tmp_path, "generator", total_steps=0, quiet=True)
+    reporter = RunLogger(tmp_path, "generator", total_steps=0, quiet=True)
     scorers = make_live_evaluators(experiment, "generator", Workdir(workdir), make_mesh(experiment.mesh), reporter)
     for scorer in scorers:
         scorer.compile(params)
@@ -158,5 +158,5 @@ def test_a_reference_without_inception_is_refused(tmp_path: pathlib.Path) -> Non
     experiment = resolve(
         load_experiment(TINY, ["evaluate.live_samples=0", "evaluate.live_grid=0", "evaluate.inception=i"]), "tiny"
     )
-    reporter = Reporter(tmp_path, "generator", total_steps=0, quiet=True)
+    reporter = RunLogger(tmp_path, "generator", total_steps=0, quiet=True)
     assert make_live_evaluators(experiment, "generator", Workdir(tmp_path), make_mesh(experiment.mesh), reporter) == []

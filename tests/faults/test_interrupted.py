@@ -46,9 +46,9 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 def tokenized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Callable[..., list[Command]], pathlib.Path]:
     """Function that starts to tokenize the digits into a folder, 144 shards of 10; and a folder where that was not disturbed."""
     folder = tmp_path_factory.mktemp("tokenized")
-    maskgit_vq.save(folder / "vq.bin", VQ, tokenizer.init(VQ, jax.random.key(0)))
+    maskgit_vq.save(folder / "vq.safetensors", VQ, tokenizer.init(VQ, jax.random.key(0)))
     flags = ["--config", str(TINY), "--config.tokenizer.restart_every=0", "--source=digits", "--shard-records=10"]
-    flags += ["--batch-size=2", "--weights", str(folder / "vq.bin")]
+    flags += ["--batch-size=2", "--weights", str(folder / "vq.safetensors")]
 
     def begin(out: pathlib.Path, **rest: Any) -> list[Command]:
         return start("tokenize", None, *flags, "--out", str(out), **rest)

@@ -11,7 +11,7 @@ from stopped import StopAt, stage, tiny, told
 
 from rar_jax.errors import Preempted
 from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training import loop as train
 from rar_jax.weights.stages import finished
@@ -59,7 +59,7 @@ def test_an_evaluation_without_a_row_is_run_again(tmp_path: pathlib.Path, monkey
     stopped(tmp_path, 19)
     stopped(tmp_path, 20 - newest(tmp_path / "checkpoints" / "classifier"))
     with monkeypatch.context() as patch:
-        patch.setattr(Reporter, "metrics", lambda *_: None)
+        patch.setattr(RunLogger, "write_metrics", lambda *_: None)
         stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)
         assert finished(tiny(), "classifier", Workdir(tmp_path)) is None
     stage(tmp_path, eval_every=8, checkpoint_every=8, keep_best=True)

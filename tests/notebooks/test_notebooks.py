@@ -154,8 +154,8 @@ def test_sampling_says_which_weights(executed: dict[str, Any]) -> None:
 def test_sampling_from_given_weights(folder: pathlib.Path, environment: dict[str, str], released_pair: Any) -> None:
     """A directory of ImageNet's 1000 classes, as `rar-jax convert` makes it of released files."""
     config, weights = dataclasses.replace(rar.TINY, num_tokens=64, num_classes=1000), folder / "rar_1000"
-    interop_rar.save(folder / "rar_1000.bin", config, rar.init(config, jax.random.key(0)))
-    convert(str(folder / "rar_1000.bin"), weights, tokenizer=str(released_pair.tokenizer), quiet=True)
+    interop_rar.save(folder / "rar_1000.safetensors", config, rar.init(config, jax.random.key(0)))
+    convert(str(folder / "rar_1000.safetensors"), weights, tokenizer=str(released_pair.tokenizer), quiet=True)
     told = json.loads((weights / "config.json").read_text())
     told["data"]["class_names"] = list(imagenet.class_names())  # convert knows them of the released sizes
     (weights / "config.json").write_text(json.dumps(told))

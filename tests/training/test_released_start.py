@@ -34,8 +34,8 @@ def files(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, path
     folder = tmp_path_factory.mktemp("files")
     other = dataclasses.replace(generator.TINY, num_tokens=9, num_classes=4)
     params = generator.init(other, jax.random.key(1))
-    rar.save(folder / "rar.bin", other, jax.tree.map(lambda x: x + 0.05, params))
-    return {"tokenizer": tiny.weights, "generator": folder / "rar.bin"}
+    rar.save(folder / "rar.safetensors", other, jax.tree.map(lambda x: x + 0.05, params))
+    return {"tokenizer": tiny.weights, "generator": folder / "rar.safetensors"}
 
 
 def experiment_from(files: dict[str, pathlib.Path], *overrides: str) -> Experiment:
@@ -108,7 +108,7 @@ def test_an_ema_lies_as_the_parameters(files: dict[str, pathlib.Path], devices: 
 def test_a_tokenizer_of_another_size(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     experiment = experiment_from(files, "tokenizer.base_width=16")
     with pytest.raises(
-        ConfigError, match=r"vq\.bin has other parameters than config\.tokenizer: .*base_width: 8 -> 16"
+        ConfigError, match=r"vq\.safetensors has other parameters than config\.tokenizer: .*base_width: 8 -> 16"
     ):
         train(experiment, "tokenizer", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rar_jax.config import require
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.tools.bench import cases as bench_cases
 from rar_jax.tools.bench.cases import Case, Cases, Options
 from rar_jax.tools.bench.ceilings import Ceilings, Cost, measure_ceilings
@@ -83,7 +83,7 @@ def _results(
 def _time(case: Case, options: Options, quiet: bool) -> list[float]:
     """Seconds of a step, of each repeat."""
     name, seconds = f"bench {options.what}, batch {case.batch_size}", []
-    for _ in progress(range(1 + options.repeats), description=name, unit="runs", quiet=quiet):
+    for _ in track_progress(range(1 + options.repeats), description=name, unit="runs", quiet=quiet):
         seconds.append(bench_cases.seconds_of(case.run) / case.steps)
     return seconds[1:]  # the first one warms up
 
