@@ -24,9 +24,10 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tools.bench import bench as bench_program
 from rar_jax.tools.bench import cases as bench_cases
 from rar_jax.tools.bench import ceilings
-from rar_jax.tools.bench.bench import CASES, _result, _share, _time, bench, table
-from rar_jax.tools.bench.cases import Case, Options
-from rar_jax.tools.bench.ceilings import Ceilings, Cost
+from rar_jax.tools.bench.bench import compare_to_ceilings, describe_case, format_bench, run_bench, time_case
+from rar_jax.tools.bench.cases import CASES, Case, Options
+from rar_jax.tools.bench.ceilings import Ceilings
+from rar_jax.tools.costs import Cost
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 KEYS = {
@@ -72,7 +73,7 @@ def check(report: dict[str, Any], unit: str, items: int, sizes: tuple[int, ...] 
 
 
 def test_sample(tiny: Experiment) -> None:
-    report = bench(tiny, Options("sample", batch_sizes=(4, 8), repeats=2))
+    report = run_bench(tiny, Options("sample", batch_sizes=(4, 8), repeats=2))
     check(report, "images", 1)
     assert report["guided"] and report["dtype"] == "float32"
     four, eight = (r["flops"] for r in report["results"])
@@ -83,24 +84,24 @@ def test_sample(tiny: Experiment) -> None:
         for b in (4, 8)
     ]
     assert [four, eight] == by_hand
-    assert "images/s" in table(report) and "guided" in table(report)
+    assert "images/s" in format_bench(report) and "guided" in format_bench(report)
 
 
 def test_sample_to_images_costs_the_decoder_too(tiny: Experiment) -> None:
     plain, decoded = (
-        bench(tiny, Options("sample", batch_sizes=(4,), repeats=2, dtype="bfloat16", decode=decode))
+        run_bench(tiny, Options("sample", batch_sizes=(4,), repeats=2, dtype="bfloat16", decode=decode))
         for decode in (False, True)
     )
     check(decoded, "images", 1, (4,))
     assert decoded["dtype"] == "bfloat16"
-    alone = bench(tiny, Options("tokenize", batch_sizes=(4,), repeats=2, decode=True))
+    alone = run_bench(tiny, Options("tokenize", batch_sizes=(4,), repeats=2, decode=True))
     check(alone, "images", 1, (4,))
     for name in ("flops", "bytes"):
         assert decoded["results"][0][name] == plain["results"][0][name] + alone["results"][0][name]
 
 
 def test_train(tiny: Experiment) -> None:
-    report = bench(tiny, Options("train", batch_sizes=(4, 8), repeats=2))
+    report = run_bench(tiny, Options("train", batch_sizes=(4, 8), repeats=2))
     check(report, "steps", 0)
     parameters = sum(x.size for x in jax.tree.leaves(rar.init(tiny.generator.config, jax.random.key(0))))
     for r in report["results"]:
@@ -117,10 +118,10 @@ def test_a_device_without_bfloat16_is_benched_in_float32(monkeypatch: pytest.Mon
         bench_cases, "matmul_dtype", lambda dtype: "float32"
     )  # what it says there: tests/parallel/test_mesh.py
     for what in ("sample", "train", "tokenize"):
-        assert bench_cases.computes_in(tiny, Options(what, dtype="bfloat16")) == "float32"
+        assert bench_cases.select_dtype(tiny, Options(what, dtype="bfloat16")) == "float32"
     made: list[Any] = []
     monkeypatch.setattr(bench_cases, "_compile", lambda mesh, size, jitted, *args: made.append(args) or (len, 0.0))
-    (case,) = bench_cases.sample_cases(
+    (case,) = bench_cases.make_sample_cases(
         tiny, make_mesh(tiny.mesh), Options("sample", batch_sizes=(4,), dtype="bfloat16")
     )
     assert {x.dtype for x in jax.tree.leaves(made[0][0])} == {np.dtype(np.float32)}
@@ -133,14 +134,14 @@ def test_the_training_step_trains(tiny: Experiment) -> None:
     recipe = dataclasses.replace(tiny.train, warmup=0, learning_rate=1e-2, steps=100)
     experiment = dataclasses.replace(tiny, train=recipe)
     mesh = make_mesh(tiny.mesh)
-    (case,) = bench_cases.train_cases(experiment, mesh, Options("train", batch_sizes=(16,)))
+    (case,) = bench_cases.make_train_cases(experiment, mesh, Options("train", batch_sizes=(16,)))
     losses = [float(case.run()) for _ in range(60)]
     assert losses[0] == pytest.approx(math.log(32), abs=0.1), "random tokens of 32 codes"
     assert np.mean(losses[-5:]) < losses[0] - 0.1, "it is the same batch every time"
 
 
 def test_evaluate(tiny: Experiment) -> None:
-    report = bench(tiny, Options("evaluate", batch_sizes=(4,), repeats=2))
+    report = run_bench(tiny, Options("evaluate", batch_sizes=(4,), repeats=2))
     check(report, "images", 1, (4,))
     # torchvision's documentation gives 5.71 G multiply-adds for an Inception v3 of 299 pixels. XLA does not count those with
     # the zeros of the padding.
@@ -156,7 +157,7 @@ def test_evaluate_whole(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(scoring, "features", no_inception)
     whole, alone = (
-        bench(tiny, Options(what, batch_sizes=(4,), repeats=2, **more))
+        run_bench(tiny, Options(what, batch_sizes=(4,), repeats=2, **more))
         for what, more in (("evaluate", {"whole": True}), ("sample", {"decode": True}))
     )
     check(whole, "images", 1, (4,))
@@ -164,14 +165,14 @@ def test_evaluate_whole(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_tokenize(tiny: Experiment) -> None:
-    report = bench(tiny, Options("tokenize", batch_sizes=(4, 8), repeats=2))
+    report = run_bench(tiny, Options("tokenize", batch_sizes=(4, 8), repeats=2))
     check(report, "images", 1)
     four, eight = (r["flops"] for r in report["results"])
     assert eight == pytest.approx(2 * four, rel=0.01)
 
 
 def test_loader(tiny: Experiment) -> None:
-    report = bench(tiny, Options("loader", batch_sizes=(4, 8), repeats=2, records=5000))
+    report = run_bench(tiny, Options("loader", batch_sizes=(4, 8), repeats=2, records=5000))
     check(report, "records", 1)
     assert report["dtype"] is None
     for r in report["results"]:
@@ -179,18 +180,18 @@ def test_loader(tiny: Experiment) -> None:
         assert r["flops"] == 0 and 0 < r["bytes"] / r["batch_size"] - (16 * 4 + 4 + 8) - 16 * 2 < 32
         assert r["limited_by"] == "bytes" and 0 < r["share_of_ceiling"] < 1
         assert r["longest_wait_seconds"] >= r["seconds"]["min"]
-    assert "longest wait" in table(report)
+    assert "longest wait" in format_bench(report)
 
 
 def test_a_generator_without_counts_is_timed_all_the_same(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sample_flops", "sample_bytes", "train_flops"):
         monkeypatch.delattr(rar, name)
     for what, unit, items in (("sample", "images", 1), ("train", "steps", 0)):
-        report = bench(tiny, Options(what, batch_sizes=(4,), repeats=2))
+        report = run_bench(tiny, Options(what, batch_sizes=(4,), repeats=2))
         check(report, unit, items, (4,))
         (r,) = report["results"]
         assert r["flops"] is r["bytes"] is r["share_of_ceiling"] is r["limited_by"] is r["bytes_per_second"] is None
-        assert f" {r['rate']:.4g} {unit}/s" in table(report)
+        assert f" {r['rate']:.4g} {unit}/s" in format_bench(report)
 
 
 # ---------------------------------------------------------------- times and ceilings
@@ -204,10 +205,10 @@ def test_seconds_are_of_a_step_and_the_first_run_does_not_count() -> None:
         runs.append(1)
 
     case = Case(3, 6, "records", run, steps=4, cost=Cost(30.0, 10.0))
-    seconds = _time(case, Options("loader", repeats=3), True)
+    seconds = time_case(case, Options("loader", repeats=3), True)
     assert len(runs) == 4 and len(seconds) == 3 and all(0.005 <= s < 0.1 for s in seconds)
-    result = _result(case, [1.0, 4.0, 2.0])
-    result |= _share(result, Ceilings(flops_per_second=60.0, bytes_per_second=10.0))
+    result = describe_case(case, [1.0, 4.0, 2.0])
+    result |= compare_to_ceilings(result, Ceilings(flops_per_second=60.0, bytes_per_second=10.0))
     assert result["rate"] == 3.0 and result["seconds"] == {"min": 1.0, "median": 2.0, "max": 4.0}
     # 0.5 s of arithmetic, 1 s of memory: half of the 2 s.
     assert (result["share_of_ceiling"], result["limited_by"]) == (0.5, "bytes")
@@ -217,7 +218,7 @@ def test_seconds_are_of_a_step_and_the_first_run_does_not_count() -> None:
 def test_a_ceiling_is_the_better_of_before_and_after(monkeypatch: pytest.MonkeyPatch, tiny: Experiment) -> None:
     measured = iter([Ceilings(flops_per_second=3e12, bytes_per_second=1e9), Ceilings(1e12, 2e9)])
     monkeypatch.setattr(bench_program, "measure_ceilings", lambda mesh, dtype: next(measured))
-    report = bench_program.bench(tiny, Options("tokenize", (8,), repeats=1))
+    report = bench_program.run_bench(tiny, Options("tokenize", (8,), repeats=1))
     assert report["ceilings"] == {"flops_per_second": 3e12, "bytes_per_second": 2e9}
     (result,) = report["results"]
     assert result["share_of_ceiling"] == pytest.approx(
@@ -246,7 +247,7 @@ def test_json_on_stdout_the_table_on_stderr_and_a_trace(
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report["bench"] == "tokenize" and report["config"] == "tiny" and len(report["results"]) == 1
-    assert err == table(report) + "\n", "no progress where there is no terminal"
+    assert err == format_bench(report) + "\n", "no progress where there is no terminal"
     assert list((tmp_path / "trace" / "batch_4").rglob("*.xplane.pb"))
 
 
@@ -290,4 +291,4 @@ def test_a_batch_that_memory_does_not_hold(what: str, monkeypatch: pytest.Monkey
 def test_the_loader_reads_codes_only(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rar, "token_spec", lambda config: jax.ShapeDtypeStruct((16, 8), np.dtype(np.float32)))
     with pytest.raises(ConfigError, match="bench loader reads stores of codes, the generator has float32 tokens"):
-        next(bench_cases.loader_cases(tiny, make_mesh(tiny.mesh), Options("loader", records=10)))
+        next(bench_cases.make_loader_cases(tiny, make_mesh(tiny.mesh), Options("loader", records=10)))
