@@ -20,7 +20,7 @@ from rar_jax.config import require
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.logging import progress
-from rar_jax.tools.bench.cases import CASES, Case, Options, select_batch_sizes, select_dtype
+from rar_jax.tools.bench.cases import Case, Options, make_cases, select_batch_sizes, select_dtype
 from rar_jax.tools.bench.ceilings import Ceilings, measure_ceilings
 
 
@@ -64,7 +64,7 @@ def _time_cases(
 ) -> list[dict[str, Any]]:
     """Results of each batch size. The memory of the cases is free when it returns."""
     results: list[dict[str, Any]] = []
-    with contextlib.closing(CASES[options.what](experiment, mesh, options)) as cases:  # pyright: ignore[reportArgumentType]
+    with contextlib.closing(make_cases(experiment, mesh, options)) as cases:  # pyright: ignore[reportArgumentType]
         for case in cases:
             results.append(describe_case(case, time_case(case, options, quiet)))
             if profile is not None:

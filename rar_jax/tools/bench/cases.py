@@ -113,7 +113,7 @@ def select_dtype(experiment: Experiment, options: Options) -> str:
 
 
 def make_sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """Labels to tokens; with `decode` to images, with `whole` to Inception features. Guidance is the experiment's."""
+    """Labels to tokens; with `decode` to images, with `whole` to Inception features."""
     generator, tokenizer = experiment.generator, experiment.tokenizer
     prepared = generator.module.prepare(
         generator.config, draw_params(generator, mesh), dtype=select_dtype(experiment, options)
@@ -133,7 +133,7 @@ def make_sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> I
     for size in select_batch_sizes(experiment, mesh, options):
         labels = jnp.arange(size, dtype=jnp.int32) % experiment.data.num_classes
         batch = jax.device_put((labels, sample_keys(0, jnp.arange(size))), batch_sharding(mesh))
-        yield _make_image_case(mesh, size, sample, params, *batch, experiment.guidance)
+        yield _make_network_case(mesh, size, sample, params, *batch, experiment.guidance)
 
 
 def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
@@ -156,30 +156,21 @@ def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> It
             state, metrics = compiled(state, batch, key)
             return metrics["loss"]
 
-        more = functools.partial(dict, images_a_step=size)
-        yield Case(size, 1, "steps", run, compile_seconds=seconds, cost=cost, more=more)
+        yield Case(size, 1, "steps", run, compile_seconds=seconds, cost=cost)
 
 
-def make_tokenize_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """Images to tokens; with `decode` tokens to images."""
-    config = dataclasses.replace(experiment.tokenizer.config, dtype=select_dtype(experiment, options))
-    tokenizer = Model(experiment.tokenizer.module, config)
-    function = functools.partial(tokenizer.module.decode if options.decode else tokenizer.module.encode, config)
-    params = draw_params(tokenizer, mesh)
+def make_image_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
+    """For "tokenize", images to tokens, with `decode` tokens to images. For "evaluate", images to Inception features."""
+    if options.what == "evaluate":
+        function, params = features, _draw_inception(mesh)
+    else:
+        config = dataclasses.replace(experiment.tokenizer.config, dtype=select_dtype(experiment, options))
+        tokenizer = Model(experiment.tokenizer.module, config)
+        function = functools.partial(tokenizer.module.decode if options.decode else tokenizer.module.encode, config)
+        params = draw_params(tokenizer, mesh)
     for size in select_batch_sizes(experiment, mesh, options):
-        inputs = _draw_tokens(tokenizer, size) if options.decode else _draw_images(experiment, size)
-        yield _make_image_case(mesh, size, function, params, jax.device_put(inputs, batch_sharding(mesh)))
-
-
-def make_evaluate_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """Images to Inception features; with `whole` labels to features in one program."""
-    if options.whole:
-        yield from make_sample_cases(experiment, mesh, options)
-        return
-    params = _draw_inception(mesh)
-    for size in select_batch_sizes(experiment, mesh, options):
-        images = jax.device_put(_draw_images(experiment, size), batch_sharding(mesh))
-        yield _make_image_case(mesh, size, features, params, images)
+        inputs = _draw_tokens(experiment.tokenizer, size) if options.decode else _draw_images(experiment, size)
+        yield _make_network_case(mesh, size, function, params, jax.device_put(inputs, batch_sharding(mesh)))
 
 
 def make_loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
@@ -202,13 +193,11 @@ def make_loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> I
                 yield Case(size, size, "records", run, steps=LOADER_STEPS, cost=cost, more=longest_wait)
 
 
-CASES: dict[str, Callable[[Experiment, Mesh, Options], Iterator[Case]]] = {
-    "sample": make_sample_cases,
-    "train": make_train_cases,
-    "evaluate": make_evaluate_cases,
-    "loader": make_loader_cases,
-    "tokenize": make_tokenize_cases,
-}
+def make_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
+    """The cases of `options.what`. Raises: ConfigError for a case that does not fit in memory."""
+    makers = {"train": make_train_cases, "loader": make_loader_cases, "sample": make_sample_cases}
+    make = make_sample_cases if options.whole else makers.get(options.what, make_image_cases)
+    return make(experiment, mesh, options)
 
 
 def _read_batches(stream: Iterator[Any], waits: list[float]) -> None:
@@ -218,7 +207,7 @@ def _read_batches(stream: Iterator[Any], waits: list[float]) -> None:
         waits.append(time.perf_counter() - began)
 
 
-def _make_image_case(mesh: Mesh, size: int, function: Callable[..., Any], *args: Any) -> Case:
+def _make_network_case(mesh: Mesh, size: int, function: Callable[..., Any], *args: Any) -> Case:
     compiled, seconds, cost = _compile(mesh, size, jax.jit(function), *args)
     return Case(size, size, "images", functools.partial(compiled, *args), compile_seconds=seconds, cost=cost)
 
