@@ -258,7 +258,9 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps(found, indent=1) if args.json else format_search(found))
         return
     report: dict[str, Any] = {}
-    for part in (args.only,) if args.only else list_parts(experiment):  # each is told when it is there: they take minutes
+    for part in (
+        (args.only,) if args.only else list_parts(experiment)
+    ):  # each is told when it is there: they take minutes
         found = plan_experiment(
             experiment, topology, sample_rows=args.sample_rows, parts=(part,), remedies=not args.as_is, say=say
         )
@@ -373,7 +375,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import load_experiment
     from rar_jax.errors import ConfigError
     from rar_jax.experiment import resolve
-    from rar_jax.tools.bench.bench import format_bench, run_bench
+    from rar_jax.tools.bench.bench import bench_experiment, format_bench
     from rar_jax.tools.bench.cases import Options
 
     try:
@@ -383,7 +385,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     keywords = {name: getattr(args, name) for name in ("what", "repeats", "dtype", "decode", "whole", "records")}
     options = Options(batch_sizes=sizes, **keywords)
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    report = run_bench(experiment, options, profile=args.profile, quiet=args.quiet)
+    report = bench_experiment(experiment, options, profile=args.profile, quiet=args.quiet)
     if not (args.json and args.quiet):
         print(format_bench(report), file=sys.stderr if args.json else sys.stdout)
     if args.json:

@@ -24,7 +24,7 @@ from rar_jax.tools.bench.cases import Case, Options, make_cases, select_batch_si
 from rar_jax.tools.bench.ceilings import Ceilings, measure_ceilings
 
 
-def run_bench(
+def bench_experiment(
     experiment: Experiment, options: Options, *, profile: pathlib.Path | None = None, quiet: bool = False
 ) -> dict[str, Any]:
     """Time each batch size: one run to warm up, then `options.repeats`.
@@ -43,7 +43,7 @@ def run_bench(
     ceilings = measure_ceilings(mesh, dtype or "float32")
     results = _time_cases(experiment, mesh, options, profile, quiet)
     # Again, and the better one counts: other work on the machine must not lower a ceiling.
-    ceilings = ceilings.or_better(measure_ceilings(mesh, dtype or "float32"))
+    ceilings = Ceilings(*map(max, ceilings, measure_ceilings(mesh, dtype or "float32")))
     device = mesh.devices.flat[0]
     return {
         "bench": options.what,
@@ -54,7 +54,7 @@ def run_bench(
         "jax_version": jax.__version__,
         "dtype": dtype,
         "guided": experiment.guidance.enabled,
-        "ceilings": vars(ceilings),
+        "ceilings": ceilings._asdict(),
         "results": [{**result, **compare_to_ceilings(result, ceilings)} for result in results],
     }
 
@@ -109,16 +109,16 @@ def compare_to_ceilings(result: Mapping[str, Any], ceilings: Ceilings) -> dict[s
     """
     if result["flops"] is None:
         return {"share_of_ceiling": None, "limited_by": None}
-    least = {name: result[name] / vars(ceilings)[f"{name}_per_second"] for name in ("flops", "bytes")}
-    limit = max(least, key=lambda name: least[name])
-    return {"share_of_ceiling": least[limit] / result["seconds"]["median"], "limited_by": limit}
+    limits = zip((result["flops"], result["bytes"]), ceilings, ("flops", "bytes"), strict=True)
+    least, limited_by = max((count / rate, name) for count, rate, name in limits)
+    return {"share_of_ceiling": least / result["seconds"]["median"], "limited_by": limited_by}
 
 
 # ---------------------------------------------------------------- text
 
 
 def format_bench(report: Mapping[str, Any]) -> str:
-    """The report of `run_bench` as a table."""
+    """The report of `bench_experiment` as a table."""
     ceilings, guidance = report["ceilings"], ", guided" if report["guided"] else ", without guidance"
     lines = [
         f"bench {report['bench']} of {report['config']}, random weights: {report['devices']} {report['device_kind']} device(s), "

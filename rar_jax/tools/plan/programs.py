@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import time
 from typing import Any
@@ -151,23 +152,18 @@ def measure_program(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh)
     memory = {"arguments": arguments, "temporaries": peak - arguments, "peak": peak}
     totals = hlo.count_program(compiled.as_text() or "")
     coordinates = list_coordinates(topology, list(mesh.devices.flat))
-    table: dict[str, dict[str, float]] = {}
+    table: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     exposed = overlapped = 0.0
     for collective, times in totals.collectives.items():
-        sent = estimate_traffic(topology, collective, coordinates)
-        row = table.setdefault(collective.kind, dict.fromkeys(COLUMNS, 0.0))
-        for name, one in zip(COLUMNS, (1, collective.size, sent.bytes, sent.network_bytes, sent.seconds), strict=True):
-            row[name] += times * one
-        exposed += 0 if collective.asynchronous else times * sent.seconds
-        overlapped += times * sent.seconds if collective.asynchronous else 0
+        row = {"count": 1, "bytes": collective.size, **estimate_traffic(topology, collective, coordinates)}
+        table[collective.kind].update({name: times * one for name, one in row.items()})
+        exposed += 0 if collective.asynchronous else times * row["seconds"]
+        overlapped += times * row["seconds"] if collective.asynchronous else 0
     computing = totals.cycles / topology.chip.clock
     everything = max(computing + exposed, overlapped)
     return {
         "compile_seconds": round(seconds, 1),
         "memory": {**memory, "available": int(topology.chip.memory)},
-        "collectives": dict(sorted(table.items())),
+        "collectives": {kind: dict(row) for kind, row in sorted(table.items())},
         "seconds": {"computing": computing, "exposed": exposed, "overlapped": overlapped, "all": everything},
     }
-
-
-COLUMNS = ("count", "bytes", "sent_bytes", "network_bytes", "seconds")

@@ -118,25 +118,18 @@ def find_topology_devices(topology: Topology) -> Sequence[Any]:
 # ---------------------------------------------------------------- interconnect
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """What one chip sends in a collective. bytes: within a slice. network_bytes: between slices. seconds: for both."""
-
-    bytes: float
-    network_bytes: float
-    seconds: float
-
-
-def estimate_traffic(topology: Topology, collective: Collective, coordinates: np.ndarray) -> Traffic:
-    """Estimate by bandwidth alone, with every link in use along the axes of a group.
+def estimate_traffic(topology: Topology, collective: Collective, coordinates: np.ndarray) -> dict[str, float]:
+    """What one chip sends in a collective, by bandwidth alone: every link along the axes of a group is in use.
 
     Args:
       coordinates: int (chips, 1 + dimensions), slice and position of the chips in mesh order, see `list_coordinates`.
+
+    Returns: {"sent_bytes" within a slice, "network_bytes" between slices, "seconds" for both}.
     """
     chip, size = topology.chip, collective.size
     if collective.slices > 1:
         outside = count_sent_bytes(collective.kind, size, collective.slices)
-        return Traffic(0.0, outside, outside / chip.network)
+        return {"sent_bytes": 0.0, "network_bytes": outside, "seconds": outside / chip.network}
     if collective.groups is None:  # a permute: each chip sends to a neighbour
         spans, slices, within = [2], 1, 2
     else:
@@ -147,7 +140,8 @@ def estimate_traffic(topology: Topology, collective: Collective, coordinates: np
     # Each slice reduces first, so that a chip sends only its share to the other slices.
     outside = count_sent_bytes(collective.kind, size / within, slices) if slices > 1 else 0.0
     links = sum((2 if _is_ring(chip, span) else 1) for span in spans if span > 1)
-    return Traffic(inside, outside, inside / (chip.link * max(links, 1)) + outside / chip.network)
+    seconds = inside / (chip.link * max(links, 1)) + outside / chip.network
+    return {"sent_bytes": inside, "network_bytes": outside, "seconds": seconds}
 
 
 def count_sent_bytes(kind: str, size: float, devices: int) -> float:
