@@ -152,11 +152,9 @@ def test_evaluate_whole(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> No
         sizes = {"pool3": sums.POOL3, "spatial": sums.SPATIAL, "logits": sums.CLASSES}
         return {name: jnp.broadcast_to(images.mean((1, 2, 3))[:, None], (len(images), n)) for name, n in sizes.items()}
 
-    monkeypatch.setattr(bench_cases, "features", no_inception)
-    whole, alone = (
-        bench_experiment(tiny, Options(what, batch_sizes=(4,), repeats=2, **more))
-        for what, more in (("evaluate", {"whole": True}), ("sample", {"decode": True}))
-    )
+    monkeypatch.setattr(bench_cases, "extract_features", no_inception)
+    whole = bench_experiment(tiny, Options("evaluate", batch_sizes=(4,), repeats=2, whole=True))
+    alone = bench_experiment(tiny, Options("sample", batch_sizes=(4,), repeats=2, decode=True))
     check(whole, "images", 1, (4,))
     assert whole["guided"] and whole["results"][0]["flops"] == alone["results"][0]["flops"]
 

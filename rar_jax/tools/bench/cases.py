@@ -20,12 +20,12 @@ from rar_jax.config import require
 from rar_jax.data.loader import batches
 from rar_jax.errors import TripCountError
 from rar_jax.experiment import Experiment
-from rar_jax.metrics.features import features
+from rar_jax.metrics.features import extract_features
 from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import on_devices
+from rar_jax.parallel.arrays import prefetch_batches
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling import sample_images, sample_keys
@@ -128,7 +128,7 @@ def make_sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> I
         if "tokenizer" not in params:
             return generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
         images = sample_images(generator, tokenizer, params, labels, keys, guidance)
-        return features(params["inception"], images) if "inception" in params else images
+        return extract_features(params["inception"], images) if "inception" in params else images
 
     for size in select_batch_sizes(experiment, mesh, options):
         labels = jnp.arange(size, dtype=jnp.int32) % experiment.data.num_classes
@@ -162,7 +162,7 @@ def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> It
 def make_image_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
     """For "tokenize", images to tokens, with `decode` tokens to images. For "evaluate", images to Inception features."""
     if options.what == "evaluate":
-        function, params = features, _draw_inception(mesh)
+        function, params = extract_features, _draw_inception(mesh)
     else:
         config = dataclasses.replace(experiment.tokenizer.config, dtype=select_dtype(experiment, options))
         tokenizer = Model(experiment.tokenizer.module, config)
@@ -183,7 +183,7 @@ def make_loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> I
         for size in select_batch_sizes(experiment, mesh, options):
             stream = batches(store, global_batch=size, seed=0, start_step=0, num_workers=experiment.data.workers)
             waits: list[float] = []
-            run = functools.partial(_read_batches, on_devices(stream, mesh), waits)
+            run = functools.partial(_read_batches, prefetch_batches(stream, mesh), waits)
 
             def longest_wait(waits: list[float] = waits) -> dict[str, float]:
                 return {"longest_wait_seconds": max(waits[LOADER_STEPS:])}  # without the warm-up

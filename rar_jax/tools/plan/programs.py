@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.errors import TripCountError
+from rar_jax.evaluation.image_batches import batch_samples
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
 from rar_jax.models import Model
@@ -70,7 +71,8 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
     inception = _place(jax.eval_shape(Inception().init, jax.random.key(0), image)["params"], replicated(mesh))
     program = Program(Network(inception, "none"), mesh, Settings(batch_size=batch_size), None)
     params = {"generator": _place(prepared, at), "tokenizer": shape_params(tokenizer, mesh)}
-    return program.lower_samples((generator, tokenizer), params, experiment.guidance)
+    samples = batch_samples((generator, tokenizer), params, experiment.guidance, num=batch_size, seed=0)
+    return program.lower(samples)
 
 
 def lower_tokenizing(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
