@@ -108,6 +108,14 @@ def test_remedies_change_nothing_that_is_learned() -> None:
         assert changed.train.batch_size == experiment.train.batch_size
 
 
+def test_a_generator_without_remat() -> None:
+    experiment = experiment_of("rar_b")
+    config = dataclasses.make_dataclass("Config", [])()
+    other = dataclasses.replace(experiment, generator=dataclasses.replace(experiment.generator, config=config))
+    flags = [flags for flags, _ in list_remedies(other, 16)]
+    assert flags[0] == ["--config.train.accumulation=2"] and "remat" not in str(flags)
+
+
 def test_remedies_are_of_parts_that_divide_the_batch() -> None:
     found = [
         changed.train.accumulation for _, changed in list_remedies(experiment_of("rar_b", "train.batch_size=24"), 1)

@@ -213,7 +213,7 @@ def _evaluate(instruction: Instruction, value: Callable[[str], Any]) -> Any:
     if opcode == "constant":
         word = instruction.inside.strip("{}) ")
         return {"true": True, "false": False}[word] if word in ("true", "false") else int(word)
-    operands = [value(x) for x in instruction.operands] if opcode in (*_KNOWN, *_UNCHANGED) else []
+    operands = [value(x) for x in instruction.operands]
     if opcode == "minimum":
         return min((x for x in operands if x is not None), default=None)
     if not operands or any(x is None or isinstance(x, tuple) for x in operands):
@@ -221,10 +221,9 @@ def _evaluate(instruction: Instruction, value: Callable[[str], Any]) -> Any:
     if opcode == "compare":
         direction = _search(r"direction=(\w+)", instruction.rest)
         return getattr(operator, direction.lower())(*operands)
-    return operands[0] if opcode in _UNCHANGED else _ARITHMETIC[opcode](*operands)
-
-
-_KNOWN = (*_ARITHMETIC, "minimum", "compare")
+    if opcode in _UNCHANGED:
+        return operands[0]
+    return _ARITHMETIC[opcode](*operands) if opcode in _ARITHMETIC else None
 
 
 def _search(pattern: str, text: str) -> str:
