@@ -225,9 +225,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from rar_jax.config import load_experiment
     from rar_jax.experiment import resolve
-    from rar_jax.tools.plan.plan import parts_of, plan
-    from rar_jax.tools.plan.search import search, search_text
-    from rar_jax.tools.plan.text import plan_text
+    from rar_jax.tools.plan.plan import list_parts, plan_experiment, search_meshes
+    from rar_jax.tools.plan.text import format_plan, format_search
     from rar_jax.tools.plan.topology import parse_topology
 
     def say(text: str) -> None:
@@ -238,16 +237,18 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     topology = parse_topology(args.topology, args.slices)
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
     if args.search:
-        found = search(experiment, topology, say=say)
-        print(json.dumps(found, indent=1) if args.json else search_text(found))
+        found = search_meshes(experiment, topology, say=say)
+        print(json.dumps(found, indent=1) if args.json else format_search(found))
         return
     report: dict[str, Any] = {}
-    for part in (args.only,) if args.only else parts_of(experiment):  # each is told when it is there: they take minutes
-        found = plan(
+    for part in (
+        (args.only,) if args.only else list_parts(experiment)
+    ):  # each is told when it is there: they take minutes
+        found = plan_experiment(
             experiment, topology, sample_rows=args.sample_rows, parts=(part,), remedies=not args.as_is, say=say
         )
         if not args.json:
-            print(plan_text(found, heading=not report), flush=True)
+            print(format_plan(found, heading=not report), flush=True)
         report |= found
     if args.json:
         print(json.dumps(report, indent=1))
@@ -357,7 +358,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import load_experiment
     from rar_jax.errors import ConfigError
     from rar_jax.experiment import resolve
-    from rar_jax.tools.bench.bench import bench, table
+    from rar_jax.tools.bench.bench import bench_experiment, format_bench
     from rar_jax.tools.bench.cases import Options
 
     try:
@@ -367,8 +368,8 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     keywords = {name: getattr(args, name) for name in ("what", "repeats", "dtype", "decode", "whole", "records")}
     options = Options(batch_sizes=sizes, **keywords)
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    report = bench(experiment, options, profile=args.profile, quiet=args.quiet)
+    report = bench_experiment(experiment, options, profile=args.profile, quiet=args.quiet)
     if not (args.json and args.quiet):
-        print(table(report), file=sys.stderr if args.json else sys.stdout)
+        print(format_bench(report), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report, indent=1))
