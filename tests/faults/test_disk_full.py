@@ -116,7 +116,7 @@ checkpointer.wait()
 if {blind}:  # what the look at the free space does not see: another program fills the disk during the save
     real = checkpoint.shutil.disk_usage
     checkpoint.shutil.disk_usage = lambda path: real("/")
-(folder / "ballast").write_bytes(bytes(600_000))
+(folder / "ballast").write_bytes(bytes(720_000))
 checkpointer.save(2, state(2), {{}})
 checkpointer.wait()
 print("full", names(folder), [s for s, _ in good_steps(folder)])
