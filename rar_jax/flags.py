@@ -136,7 +136,7 @@ def _sample_flags(sub: argparse.ArgumentParser) -> None:
 
 def _convert_flags(sub: argparse.ArgumentParser) -> None:
     _weights_flags(sub)
-    sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors, .bin, .pth")
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors")
     sub.add_argument("--part", choices=("generator", "tokenizer"), help="what to take out of a directory (generator)")
 
 
@@ -285,7 +285,7 @@ about each. The exit code is 1 if something is bad.
 _CONVERT = """\
   rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b
   rar-jax convert --weights rar_b.bin --out rar_b.safetensors
-  rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
+  rar-jax convert --weights runs/imagenet --out mine.safetensors          a file with the released names
 Records the sha256 of what was read and written.
 """
 _BENCH = """\

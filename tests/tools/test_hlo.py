@@ -15,7 +15,7 @@ from rar_jax.parallel.rules import batch_sharding, sharded
 from rar_jax.sections import Recipe
 from rar_jax.tools.plan import hlo
 from rar_jax.tools.plan.hlo import Collective, parse_replica_groups
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 
 ROWS = 8
 

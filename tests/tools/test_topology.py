@@ -191,7 +191,5 @@ def test_only_data_reaches_over_slices(config: MeshConfig) -> None:
 
 
 def test_copies_that_do_not_fit_a_slice() -> None:
-    with pytest.raises(
-        ConfigError, match=r"does not fit 2 slices: data must be a multiple of 2, .* the 8 devices of one"
-    ):
+    with pytest.raises(ConfigError, match="does not fit 2 slices of 8 devices: data must be a multiple of 2"):
         make_mesh(MeshConfig(1, 16, 1), slices_of(2, 2, 4))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rar_jax.config import require
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.tools.bench.cases import Case, Options, make_cases, select_batch_sizes, select_dtype
 from rar_jax.tools.bench.ceilings import Ceilings, measure_ceilings
 
@@ -78,7 +78,7 @@ def _time_cases(
 def time_case(case: Case, options: Options, quiet: bool) -> list[float]:
     """Seconds of one step, for each repeat."""
     name, seconds = f"bench {options.what}, batch {case.batch_size}", []
-    for _ in progress(range(1 + options.repeats), description=name, unit="runs", quiet=quiet):
+    for _ in track_progress(range(1 + options.repeats), description=name, unit="runs", quiet=quiet):
         began = time.perf_counter()
         jax.block_until_ready(case.run())
         seconds.append((time.perf_counter() - began) / case.steps)

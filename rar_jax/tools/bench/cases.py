@@ -32,7 +32,7 @@ from rar_jax.sampling import sample_images, sample_keys
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.tools.costs import Cost, count_costs
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 from rar_jax.weights.stages import model_shardings
 
 # The options of each bench besides the batch size.

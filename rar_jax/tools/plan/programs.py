@@ -23,7 +23,7 @@ from rar_jax.tokens.tokenize import jit_encode
 from rar_jax.tools.costs import count_costs
 from rar_jax.tools.plan import hlo
 from rar_jax.tools.plan.topology import Topology, estimate_traffic, list_coordinates
-from rar_jax.training.loop import Setup, compile_training
+from rar_jax.training.step import Setup, compile_training
 from rar_jax.weights.stages import model_shardings
 
 
