@@ -85,7 +85,7 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     manual = isinstance(settings, ProcessSettings)
     initialization, heartbeat, shutdown = (_read_number(os.environ, name, n) for name, n in TIMEOUTS.items())
     options: dict[str, Any] = {
-        "initialization_timeout": initialization + 60,
+        "initialization_timeout": initialization + 1,
         "heartbeat_timeout_seconds": heartbeat,
         "shutdown_timeout_seconds": shutdown,
     }
@@ -93,14 +93,16 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         options |= {"coordinator_address": settings.coordinator, "num_processes": settings.count}
         # Otherwise JAX looks for a cluster anyway, and on Slurm takes one local device per process.
         options |= {"process_id": settings.index, "cluster_detection_method": "deactivate"}
+    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training loop.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPUs
     name = f"process {settings.index} of {settings.count} at {settings.coordinator}" if manual else "this process"
     missing = (
         f"{name} did not find the other processes within {initialization} s: start all of them, check the "
         f"coordinator's address and port, or set {COUNT}=1 for one process"
     )
-    # JAX ends a process that found no others by a stack trace of its own; this comes before it.
-    alarm = threading.Timer(initialization, _give_up, [missing])
+    # JAX aborts a process that finds no others, with a stack trace. This message comes first.
+    alarm = threading.Timer(initialization, print, [f"rar-jax: {missing}"], {"file": sys.stderr, "flush": True})
     alarm.daemon = True
     alarm.start()
     try:
@@ -115,22 +117,15 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     barrier("start")
 
 
-def _give_up(message: str) -> None:
-    print(f"rar-jax: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def together(verb: str, function: Callable[[], int], failed: Callable[[int], int] = lambda code: code) -> int:
+def together(verb: str, function: Callable[[], int]) -> int:
     """Run a program of one or many processes, which exit together, and return its exit code.
 
-    failed: the exit code of this process in the place of that of an error.
-
-    Where there are many, an error ends this process at once and nothing is returned: JAX's own way out would first wait
-    for the others, which wait for this one.
+    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait for
+    the others, which wait for this one.
     """
     if jax.process_count() == 1:
-        code = function()
-        return code if code in (0, PREEMPTED) else failed(code)
+        return function()
+    code = 1
     try:
         code = function()
         if code in (0, PREEMPTED):
@@ -144,11 +139,11 @@ def together(verb: str, function: Callable[[], int], failed: Callable[[int], int
             "connection, another process was lost: its own log says why",
             file=sys.stderr,
         )
-        code = 1
+        code = code or 1
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(GRACE_SECONDS)
-    os._exit(failed(code))
+    os._exit(code)
 
 
 def _read_number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

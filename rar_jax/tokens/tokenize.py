@@ -32,7 +32,7 @@ from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import batch_divisor, own_mesh, with_device_dtype
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, find_difference, remove_leftovers
@@ -185,7 +185,7 @@ def write_store(
     encode_images = lambda x: encode(params, make_global_batch({"images": x}, mesh)["images"])  # noqa: E731
     began, waits = time.perf_counter(), []
     with sharded(mesh), contextlib.closing(stream):
-        rows = progress(
+        rows = track_progress(
             _encode_batches(stream, encode_images, waits),
             total=writer.source_records,
             description=name,
