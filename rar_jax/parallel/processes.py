@@ -53,7 +53,7 @@ class ProcessSettings:
 def read_settings(
     coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str]
 ) -> ProcessSettings | int | None:
-    """Read flags, else the environment: settings, 1 for a single process, None if unspecified. Raises: ConfigError."""
+    """Read flags, else the environment: settings, 1 (single) or None (unset)."""
     coordinator = coordinator or environ.get(COORDINATOR)
     count = _read_number(environ, COUNT) if count is None and COUNT in environ else count
     index = _read_number(environ, INDEX) if index is None and INDEX in environ else index
@@ -167,7 +167,7 @@ def barrier(name: str) -> None:
 
 
 def from_main(function: Callable[[], Any]) -> Any:
-    """Call `function` on process 0 and return its result on every process. All processes call this.
+    """Call `function` on process 0, return its result on all; all call this.
 
     function: returns a JSON value; must not wait for other processes. Tuples become lists.
 
@@ -201,7 +201,7 @@ def _broadcast(text: str) -> str:
 
 
 def gather_strings(text: str) -> list[str]:
-    """Return the first 1,000 bytes of each process's text, on every process. All processes call this."""
+    """Return each process's text, up to 1,000 bytes; all processes call this."""
     if jax.process_count() == 1:
         return [text]
     padded = np.zeros(1000, np.uint8)
