@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source, batches
 from rar_jax.errors import CheckpointError, Preempted, TrainingError
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import STAGES, Experiment
 from rar_jax.models import Model
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
@@ -42,7 +42,7 @@ from rar_jax.training.objective import Objective, encoded, make_objective
 from rar_jax.training.optimizer import optimizer
 from rar_jax.training.step import Batch, State, make_init, make_train_step, state_shardings
 from rar_jax.training.telling import Telling
-from rar_jax.weights.stages import STAGES, evaluated, given_generator, take_over_tokenizer, trained_params
+from rar_jax.weights.stages import evaluated, given_generator, take_over_tokenizer, trained_params
 
 # ---------------------------------------------------------------- validation
 
@@ -278,13 +278,13 @@ def train(
                 if pending is not None:
                     telling.record(*pending)
                 pending = (step, metrics)
-                if telling.bad_in_a_row >= recipe.most_skips:
+                if telling.bad_in_a_row >= recipe.max_consecutive_skips:
                     first_bad = step - telling.bad_in_a_row
                     ledger.lap("training")
                     checkpointer.wait()
                     every = recipe.checkpoint_every
                     nowhere = first_bad > every and good_step(folder, before=first_bad, every=every) is None
-                    if nowhere or int(state["guard"]["rewinds"]) >= recipe.most_rewinds:
+                    if nowhere or int(state["guard"]["rewinds"]) >= recipe.max_rollbacks:
                         raise TrainingError(give_up(workdir, stage, recipe, state, batch))
                     back = newest(before=first_bad)
                     back["guard"] = guard.sent_back(back["guard"], state["guard"], steps=step - int(back["step"]))
@@ -360,7 +360,7 @@ def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: B
     np.savez(folder / f"batch.{jax.process_index()}.npz", allow_pickle=False, **rows)
     seen = {name: int(state["guard"][name]) for name in ("skipped", "rewinds", "data_offset")}
     return (
-        f"{stage}: {recipe.most_skips} updates in a row were bad (loss or gradient not finite, or a spike) by step {step}, after going "
+        f"{stage}: {recipe.max_consecutive_skips} updates in a row were bad (loss or gradient not finite, or a spike) by step {step}, after going "
         f"back {seen['rewinds']} time(s), as often as it may or can; {seen['skipped']} were left out in all. The state and the last batch are in {folder}. Train in "
         "a new --workdir with a lower learning_rate or a longer warmup; this one keeps its last good checkpoint"
     )
