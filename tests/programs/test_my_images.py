@@ -75,7 +75,7 @@ def test_from_zero_to_samples(images: pathlib.Path, tmp_path: pathlib.Path, caps
     capsys.readouterr()
 
     assert main(words) == 0
-    assert "generator: done before" in capsys.readouterr().out
+    assert "generator: up to date, skipped" in capsys.readouterr().out
     picture(images / "cat" / "another.png", 99)
     assert main(words) == 2
     assert re.search(

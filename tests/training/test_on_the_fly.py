@@ -108,7 +108,7 @@ def test_the_whole_run(tiny: Any, tmp_path: pathlib.Path, capsys: pytest.Capture
     assert json.loads((tmp_path / "w" / "config.json").read_text())["data"]["on_the_fly"] is True
     assert "on_the_fly" not in tiny.experiment().resolved()["data"]  # directories of earlier versions are not refused
     run_experiment(experiment, Workdir(tmp_path / "w"))
-    assert "generator: done before" in capsys.readouterr().out
+    assert "generator: up to date, skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", [{"tokens": "a"}, {"tokens_heldout": "a"}, {"mix": (("a", 0.5), ("b", 0.5))}])

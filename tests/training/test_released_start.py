@@ -54,7 +54,7 @@ def test_the_whole_run(
     experiment, workdir = experiment_from(files), Workdir(tmp_path / "w")
     run_experiment(experiment, workdir)
     out = capsys.readouterr().out
-    assert f"M parameters, from {files['tokenizer']}" in out and "tokenizer: taken over from" in out
+    assert f"M parameters, from {files['tokenizer']}" in out and "tokenizer: copied from" in out
     assert "fd_classifier" not in out and "classifier" not in out
     _, expected = maskgit_vq.load(files["tokenizer"], image_size=8)
     assert jax.tree.all(jax.tree.map(np.array_equal, load_params(workdir.checkpoints("tokenizer"), 0), expected))
@@ -66,7 +66,7 @@ def test_the_whole_run(
     assert (workdir.path / "samples.png").is_file()
     assert rar_jax.load(workdir.path).sample([1, 2]).shape == (2, 8, 8, 1)
     run_experiment(experiment, workdir)  # again: nothing to do
-    assert "tokenizer: done before" in capsys.readouterr().out
+    assert "tokenizer: up to date, skipped" in capsys.readouterr().out
 
 
 def test_the_first_step_starts_from_the_weights(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
