@@ -41,8 +41,8 @@ def check_pair(generator: Model, tokenizer: Model) -> None:
     made, read = (model.module.token_spec(model.config) for model in (generator, tokenizer))
     require(
         (made.shape, made.dtype) == (read.shape, read.dtype),
-        f"the generator makes {made.dtype}{list(made.shape)} per image, the tokenizer takes {read.dtype}{list(read.shape)}: "
-        "set generator.num_tokens to the tokenizer's grid",
+        f"the generator makes {made.dtype}{list(made.shape)} tokens, the tokenizer takes "
+        f"{read.dtype}{list(read.shape)}: set generator.num_tokens to the tokenizer's grid",
     )
     a, b = (getattr(model.config, "codebook_size", None) for model in (generator, tokenizer))
     require(a == b, f"codebook_size is {a} in the generator and {b} in the tokenizer: make them equal")
