@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, f"there is no --config that --config.{overrides[0]} could change", 2)
     try:
         if name == "doctor":  # checks what the other verbs import
-            return _import_function(name)(**keywords)
+            return import_function(name)(**keywords)
         _set_up_logging(progress)
         return (
             _run_processes(name, keywords, overrides, place)
@@ -394,7 +394,7 @@ def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
         if is_url(keywords.get("weights") or ""):
             keywords["weights"] = str(Workdir(keywords["weights"]).fetch().path)
         with exhaustion(size, "make it smaller, or use more devices"):  # where the verb has no better advice
-            return _import_function(name)(**keywords) or 0
+            return import_function(name)(**keywords) or 0
     except Preempted:
         return _fail(name, "preempted and saved; rerun the same command to resume", PREEMPTED)
     except RarJaxError as error:
@@ -405,7 +405,8 @@ def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
         return _fail(name, "interrupted; rerun the same command to resume", 130)
 
 
-def _import_function(name: str) -> Callable[..., Any]:
+def import_function(name: str) -> Callable[..., Any]:
+    """Import the function of a verb."""
     module, _, function = VERBS[name].function.partition(":")
     return getattr(importlib.import_module(f"rar_jax.{module}"), function)
 

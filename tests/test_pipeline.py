@@ -171,7 +171,7 @@ def test_what_is_missing(released_pair: Any, tmp_path: pathlib.Path) -> None:
         rar_jax.load(tmp_path)
     config = dataclasses.replace(generator.TINY, num_tokens=12)
     rar.save(tmp_path / "w.bin", config, generator.init(config, jax.random.key(0)))
-    with pytest.raises(ConfigError, match=r"int32\[12\] an image, the tokenizer takes int32\[64\]"):
+    with pytest.raises(ConfigError, match=r"int32\[12\] tokens, the tokenizer takes int32\[64\]"):
         rar_jax.load(tmp_path / "w.bin", tokenizer=released_pair.tokenizer)
 
 
