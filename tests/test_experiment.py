@@ -91,13 +91,11 @@ def test_fields_added_later_take_their_defaults() -> None:
     """A new Config field with a default does not break a work directory of before."""
     experiment = experiment_of("digits")
     saved = experiment.resolved()
-    for section, field in (("generator", "unroll"), ("tokenizer", "restart_every"), ("train", "max_rollbacks")):
-        del saved[section][field]
-    del saved["data"]["crop"], saved["evaluate"], saved["mesh"]
-    changed = replace(experiment, tokenizer=replace(experiment.tokenizer, config=experiment.tokenizer.config))
-    assert bound_differences(rebuild(saved), changed) == [
-        f"tokenizer.restart_every: {rebuild(saved).tokenizer.config.restart_every} -> 10"
-    ]
+    assert saved["generator"].pop("remat") is False and saved["train"].pop("max_rollbacks") == 2
+    assert saved["data"].pop("crop") is None and saved["tokenizer"].pop("dtype") == "float32"
+    assert rebuild(saved) == experiment
+    assert saved["train"].pop("warmup") == 80
+    assert bound_differences(rebuild(saved), experiment) == ["train.warmup: 0 -> 80"]
 
 
 def test_what_may_change_when_a_run_is_resumed() -> None:
@@ -112,7 +110,7 @@ def test_a_saved_config_of_another_version_names_its_unknown_key() -> None:
     saved = experiment_of("digits").resolved()
     with pytest.raises(ConfigError, match=r"config\.train has no key 'most_skips'"):
         rebuild(saved | {"train": saved["train"] | {"most_skips": 3}})
-    with pytest.raises(ConfigError, match="config has no section 'gidance'. Did you mean 'guidance'"):
+    with pytest.raises(ConfigError, match="config has no section 'gidance'"):
         rebuild(saved | {"gidance": {}})
 
 

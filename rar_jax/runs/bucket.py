@@ -15,8 +15,7 @@ from typing import Any
 
 import tensorstore
 
-from rar_jax.errors import ConfigError
-from rar_jax.errors import ObjectStoreError
+from rar_jax.errors import ConfigError, ObjectStoreError
 
 RETRIES = 6  # of a request, within half a minute
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # and TensorStore's names of them

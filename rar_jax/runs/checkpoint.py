@@ -26,10 +26,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rar_jax.errors import CheckpointError
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.runs.disk import full, is_full
 from rar_jax.runs.manifest import MANIFEST, verify_from_disk, verify_manifest, write_json, write_manifest
-from rar_jax.errors import CheckpointError
 from rar_jax.runs.preemption import checkpoint_manager
 
 BEST = "best.json"

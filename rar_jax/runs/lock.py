@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from typing import Any
+
 from rar_jax.errors import LeaseError
 
 HEARTBEAT_SECONDS = 10.0

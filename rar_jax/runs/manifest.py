@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from typing import Any
+
 from rar_jax.errors import CheckpointError
 
 MANIFEST = "manifest.json"

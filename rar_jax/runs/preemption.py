@@ -31,7 +31,6 @@ from jax.experimental import multihost_utils
 
 from rar_jax.errors import PREEMPTED
 from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
-from rar_jax.errors import Preempted
 
 TICK_SECONDS = 0.5  # between two numbers that the thread asks for
 SAME_SECONDS = 2.0  # within which two signals are one

@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
+from rar_jax.errors import LeaseError, Preempted
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.runs.machine import where
 from rar_jax.runs import lock as lease
-from rar_jax.runs.lock import Lease
-from rar_jax.errors import LeaseError
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.object_store import Mirror, ObjectStoreError
-from rar_jax.errors import Preempted
-from rar_jax.runs.preemption import Watch
+from rar_jax.runs.lock import Lease
 from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.machine import where
+from rar_jax.runs.object_store import Mirror, ObjectStoreError
+from rar_jax.runs.preemption import Watch
 from rar_jax.runs.workdir import Workdir
 
 # How long a process that leaves at once sends to its bucket: with processes.GRACE_SECONDS, which may come before, less than the 10

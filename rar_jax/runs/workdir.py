@@ -15,8 +15,8 @@ import json
 import pathlib
 from typing import Any
 
-from rar_jax.errors import ConfigError
 from rar_jax.config import differences, shortened
+from rar_jax.errors import ConfigError
 from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
 from rar_jax.runs.manifest import write_json

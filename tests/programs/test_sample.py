@@ -10,8 +10,8 @@ from PIL import Image
 
 from rar_jax import Guidance, cli, load
 from rar_jax.data import imagenet
-from rar_jax.errors import ConfigError
 from rar_jax.data.class_names import parse_classes
+from rar_jax.errors import ConfigError
 
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
