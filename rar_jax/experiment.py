@@ -13,7 +13,6 @@ import ml_collections
 from jax.sharding import Mesh
 
 from rar_jax.config import build, load_experiment, nearest, require, resolve_steps, steps_fields, to_dict
-from rar_jax.config import differences as leaf_differences
 from rar_jax.data import imagenet
 from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.data.loader import steps_per_epoch
@@ -31,8 +30,6 @@ log: logging.Logger = logging.getLogger(__name__)
 STAGES = ("tokenizer", "classifier", "generator")
 RECIPES = {"tokenizer": "tokenizer_train", "classifier": "classifier_train", "generator": "train"}
 SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "guidance", "evaluate", "mesh")
-# Sections that may change when a run is resumed: mesh, sampling, evaluation, logging.
-FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +173,9 @@ def rebuild(config: Mapping[str, Any]) -> Experiment:
     return Experiment(**made, tokenizer_weights=config["tokenizer"].get("weights"))
 
 
-def bound_differences(old: Experiment, new: Experiment) -> list[str]:
-    """Return "train.steps: 100 -> 200" for each difference that forbids resuming `old` as `new`."""
-    a, b = ({k: v for k, v in x.resolved().items() if k not in FREE_SECTIONS} for x in (old, new))
-    return leaf_differences(a, b)
+def fill_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the fields that were added since at their defaults."""
+    return rebuild(config).resolved()
 
 
 # ---------------------------------------------------------------- from an experiment file

@@ -62,10 +62,9 @@ class Pipeline:
         prepared = generator.module.prepare(generator.config, generator_params, dtype=dtype)
         self.params: dict[str, Any] = {"generator": prepared, "tokenizer": tokenizer_params}
         everywhere = None if mesh is None else replicated(mesh)  # every process gets all images
-        self._jitted = jax.jit(self.sample_fn, out_shardings=everywhere)
+        self._sample = jax.jit(self.sample_fn, out_shardings=everywhere)
         self._reconstruct = jax.jit(self._reconstruct_fn, out_shardings=everywhere)
         self._keys = jax.jit(sample_keys)
-        self._programs: dict[Any, Any] = {}
 
     @property
     def generator_params(self) -> Any:
@@ -103,8 +102,7 @@ class Pipeline:
           guidance: default `self.guidance`.
           batch_size: images at a time; default all, at most 64.
 
-        Raises: ConfigError for a label that is no class or a batch that memory cannot hold; DeviceMemoryError if
-          memory runs out.
+        Raises: ConfigError for a label that is no class; DeviceMemoryError if memory runs out.
         """
         return np.concatenate(list(self.sample_batches(labels, seed=seed, guidance=guidance, batch_size=batch_size)))
 
@@ -128,20 +126,11 @@ class Pipeline:
             if self.mesh is not None:
                 rows = place(rows, batch_sharding(self.mesh))
             labels, ids = rows
-            args = (self.params, labels, self._keys(np.uint32(seed), ids), guidance)
-            with memory.exhaustion(f"sampling, batch_size {size}", "give a smaller batch_size, or dtype='bfloat16'"):
-                images = np.asarray(self._program(size, args)(*args))
+            advice = "give a smaller batch_size, or dtype='bfloat16'"
+            on_mesh = contextlib.nullcontext() if self.mesh is None else sharded(self.mesh)
+            with memory.exhaustion(f"sampling, batch_size {size}", advice), on_mesh:
+                images = np.asarray(self._sample(self.params, labels, self._keys(np.uint32(seed), ids), guidance))
             yield images[: len(labels_b) - start]
-
-    def _program(self, size: int, args: tuple[Any, ...]) -> Any:
-        """Compile the sampler once per kind of arguments. Raises: ConfigError if it would not fit in memory."""
-        key = jax.tree.structure(args), *(jax.typeof(x) for x in jax.tree.leaves(args))
-        if key not in self._programs:
-            with contextlib.nullcontext() if self.mesh is None else sharded(self.mesh):
-                compiled = self._jitted.lower(*args).compile()
-            memory.check(compiled, size, divisor=1 if self.mesh is None else batch_divisor(self.mesh))
-            self._programs[key] = compiled
-        return self._programs[key]
 
     def batch_count(self, images: int, batch_size: int | None = None) -> int:
         """Return the number of batches of `sample_batches`."""

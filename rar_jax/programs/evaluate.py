@@ -66,7 +66,9 @@ def score(
             print(json.dumps(result, indent=1))
         return
     if inception is None:
-        raise ConfigError(f"evaluate needs --inception (FID), or --config and --workdir (fd_classifier): give Inception's weights, {WHERE}")
+        raise ConfigError(
+            f"evaluate needs --inception (FID), or --config and --workdir (fd_classifier): give Inception's weights, {WHERE}"
+        )
     require(experiment is None, "--inception reads no --config: give --guidance for other settings than the model's")
     given = [x for x in (weights, workdir, images, make_reference) if x is not None]
     directory = str(workdir.path) if workdir else None

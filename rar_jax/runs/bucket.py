@@ -26,8 +26,6 @@ READS = 8  # of objects whose size is not known beforehand
 WAIT_SECONDS, SECONDS_A_BYTE = 60.0, 1e-6
 
 
-
-
 class Bucket:
     """A place in a bucket. Names are relative to it."""
 

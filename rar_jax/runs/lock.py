@@ -30,8 +30,6 @@ NAME = ".lease.json"
 log: logging.Logger = logging.getLogger(__name__)
 
 
-
-
 class Lease:
     """Holds a work directory until `release`. Process 0 takes it for all of a run.
 

@@ -13,8 +13,6 @@ from rar_jax.errors import CheckpointError
 MANIFEST = "manifest.json"
 
 
-
-
 def file_sha256(path: pathlib.Path) -> str:
     """Hex sha256 of a file's bytes. Never remembered: a disk that rots does not change a file's time.
 

@@ -36,8 +36,6 @@ TICK_SECONDS = 0.5  # between two numbers that the thread asks for
 SAME_SECONDS = 2.0  # within which two signals are one
 
 
-
-
 class Watch:
     """Hears SIGTERM within `listening`, in this process or another one of the run.
 

@@ -27,7 +27,9 @@ from rar_jax.sections import Recipe
 FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
 # What came later than work directories, and what it is where config.json does not say it: a directory that was made before is
 # still its run's. A key that is added to a section of an experiment goes in here.
-_RECIPE = {key: getattr(Recipe, key) for key in ("spike_sigmas", "max_consecutive_skips", "max_rollbacks", "verify_saves")}
+_RECIPE = {
+    key: getattr(Recipe, key) for key in ("spike_sigmas", "max_consecutive_skips", "max_rollbacks", "verify_saves")
+}
 ADDED: dict[str, dict[str, Any]] = {
     "data": {"crop": None, "on_the_fly": False, "tokens": None, "tokens_heldout": None, "mix": []},
     "evaluate": {"live_grid": 4},
