@@ -26,7 +26,7 @@ Train and sample autoregressive image generators in JAX.
 
   rar-jax run --config experiments/digits.py --workdir runs/digits     train, sample and score
   rar-jax sample --weights runs/digits --classes 3,7 --out pictures    images of the classes 3 and 7
-  rar-jax sample --weights rar_b --download --classes "golden retriever" --out pictures    from the released weights
+  rar-jax sample --weights rar_b --download --classes "golden retriever" --out pictures    released weights
 """
 OVERRIDES = """
 Change any setting of the experiment:
@@ -35,16 +35,14 @@ Durations are steps (1000), a share of the training ('50%') or epochs ('200ep').
 An experiment file is code: only use files that you trust.
 """
 
-Argument = tuple[str, dict[str, Any]]  # name, keywords of `add_argument`
+Argument = tuple[str, dict[str, Any]]  # name and keywords of `add_argument`
 
 
 def arg(name: str, help: str, **options: Any) -> Argument:
-    """Declare an argument."""
     return name, {"help": help, **options}
 
 
 def flag(name: str, help: str) -> Argument:
-    """Declare a switch."""
     return arg(name, help, action="store_true")
 
 
@@ -56,16 +54,13 @@ def location(text: str) -> pathlib.Path | str:
 
 
 class Verb(NamedTuple):
-    """A verb: "module:function" of rar_jax, and its arguments, which are the function's keywords.
+    """A verb. Its arguments are the keywords of its function, which gets --config as `experiment`."""
 
-    --config reaches the function as `experiment`. processes: runs as one or many processes.
-    """
-
-    function: str
+    function: str  # "module:function" of rar_jax
     summary: str
     arguments: Sequence[Argument]
-    text: str
-    processes: bool = False
+    text: str = ""
+    processes: bool = False  # runs as one or many processes
 
     @property
     def has_config(self) -> bool:
@@ -86,17 +81,13 @@ SAMPLING = (
     arg("--dtype", "of the generator's matmuls: float32 (default) or bfloat16"),
     arg("--tensor", "devices that share one copy of the generator (default 1)", type=int, default=1),
 )
-COMMON = (
-    flag("--quiet", "print only results and errors"),
-    flag("--progress", "print progress every 10 s even if stderr is no terminal"),
-)
 PROCESSES = (
     arg("--coordinator-address", "address of process 0", metavar="HOST:PORT"),
     arg("--process-count", "number of processes; 1: do not look for a cluster", type=int, metavar="N"),
     arg("--process-index", "index of this process, 0..N-1", type=int, metavar="K"),
 )
-PROCESSES_HELP = """Run the same command on every host, on shared storage. TPU pods, GKE and Slurm are detected. Otherwise give
-all three, or RAR_JAX_COORDINATOR_ADDRESS, RAR_JAX_PROCESS_COUNT and RAR_JAX_PROCESS_INDEX."""
+PROCESSES_HELP = """Run the same command on every host, on shared storage. TPU pods, GKE and Slurm are detected.
+Otherwise give all three, or RAR_JAX_COORDINATOR_ADDRESS, RAR_JAX_PROCESS_COUNT and RAR_JAX_PROCESS_INDEX."""
 
 
 VERBS = {
@@ -135,7 +126,7 @@ Finished stages are skipped: rerun the same command to resume.""",
             arg("--codebook-size", "of --import (default: of --config, or 1024)", type=int),
             arg("--num-classes", "of --import (default: of --config, or 1000)", type=int),
         ),
-        """  rar-jax tokenize --config digits --workdir runs/digits           writes tokens/train and tokens/heldout there
+        """  rar-jax tokenize --config digits --workdir runs/digits           writes tokens/train and tokens/heldout
   rar-jax tokenize --config rar_b --source tfds:imagenet2012 --weights TOKENIZER.bin --out tokens
   rar-jax tokenize --verify tokens --weights TOKENIZER.bin         checksums, counts, and a picture of a sample
   rar-jax tokenize --import maskgitvq.jsonl --out tokens           the authors' file; --export does the reverse
@@ -186,7 +177,7 @@ Rerun the same command after an interruption. Train on a store with --config.dat
             arg("--no-neighbours", "skip precision, recall and KID", dest="neighbours", action="store_false"),
             *SAMPLING,
         ),
-        """  rar-jax evaluate --weights rar_b --inception INCEPTION.pth --reference VIRTUAL_imagenet256_labeled.npz --out scores
+        """  rar-jax evaluate --weights rar_b --inception INCEPTION.pth --reference imagenet256.npz --out scores
   rar-jax evaluate --images FOLDER --inception INCEPTION.pth --reference mine.npz --out scores
   rar-jax evaluate --make-reference folder:PATH --image-size 256 --inception INCEPTION.pth --out mine.npz
   rar-jax evaluate --workdir runs/mine --steps all --inception INCEPTION.pth --reference mine.npz --samples 5000
@@ -204,8 +195,7 @@ FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines t
             arg("--out", "new directory, or FILE.safetensors, .bin, .pth", required=True, **FILE),
             arg("--part", "model to take out of a directory (default generator)", choices=("generator", "tokenizer")),
         ),
-        """  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b
-  rar-jax convert --weights rar_b.bin --out rar_b.safetensors
+        """  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b
   rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
 Records the sha256 of what was read and written.""",
     ),
@@ -224,8 +214,7 @@ Records the sha256 of what was read and written.""",
             flag("--json", "JSON on stdout, the table on stderr"),
             arg("--profile", "also write a profiler trace of one run", metavar="DIR", **FILE),
         ),
-        """  rar-jax bench sample --config rar_b --batch-size 1,8 --repeats 3
-Weights are random; no files are needed. The ceilings (a large matmul, memory) are measured in the same run.""",
+        "Weights are random; no files are needed. The ceilings (a large matmul, memory) are measured in the same run.",
     ),
     "plan": Verb(
         "tools.verbs:run_plan",
@@ -241,7 +230,6 @@ Weights are random; no files are needed. The ceilings (a large matmul, memory) a
             JSON,
         ),
         """  rar-jax plan --config rar_xxl --topology v5p:4x4x4
-  rar-jax plan --config rar_b --topology gpu:8xH100
 Compiles training, tokenizing and sampling with the TPU compiler, on a machine without a TPU (pip install -e '.[tpu]';
 takes minutes). Reports memory, communication, and estimated time and chip-hours. GPUs: arithmetic alone.""",
     ),
@@ -257,9 +245,7 @@ takes minutes). Reports memory, communication, and estimated time and chip-hours
             arg("--out", "picture of some images of each class (default inspect.png)", **FILE),
             JSON,
         ),
-        """  rar-jax inspect runs/digits
-  rar-jax inspect folder:imagenet --limit 10000
-The exit code is 1 if there are problems. All images of a source are decoded, unless --limit is given.""",
+        "The exit code is 1 if there are problems. All images of a source are decoded, unless --limit is given.",
     ),
     "report": Verb(
         "tools.verbs:run_report",
@@ -268,14 +254,12 @@ The exit code is 1 if there are problems. All images of a source are decoded, un
             arg("workdirs", "work directory; two are compared side by side", metavar="WORKDIR", nargs="+"),
             arg("--out", "the file (default: report.html in the first work directory)", **FILE),
         ),
-        """  rar-jax report runs/a runs/b --out ab.html    both in one page
-Curves, samples over time, reconstructions, scores, config, environment and ledger. The page needs no network.""",
+        "Curves, samples over time, reconstructions, scores, config and ledger. The page needs no network.",
     ),
     "doctor": Verb(
         "tools.verbs:run_doctor",
-        "Check this machine.",
+        "Check versions, devices, memory and disk. The exit code is 1 if there is a problem.",
         (arg("--workdir", "where to try making, renaming and locking files (default: here)", type=location), JSON),
-        """Checks versions, devices, memory and disk, and says what to do about each problem. The exit code is 1 if there is one.""",
     ),
 }
 
@@ -288,7 +272,9 @@ def make_parser() -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         text = f"{verb.summary}\n\n{verb.text}\n{OVERRIDES if verb.has_config else ''}"
         sub = verbs.add_parser(name, help=verb.summary, description=text, formatter_class=formatter)
-        for flag_name, options in (*verb.arguments, *COMMON):
+        sub.add_argument("--quiet", action="store_true", help="print only results and errors")
+        sub.add_argument("--progress", action="store_true", help="print progress every 10 s even without a terminal")
+        for flag_name, options in verb.arguments:
             sub.add_argument(flag_name, **options)
         if verb.processes:
             group = sub.add_argument_group("several processes", PROCESSES_HELP)

@@ -143,7 +143,7 @@ def build(
         optional = dataclasses.MISSING is not field.default or dataclasses.MISSING is not field.default_factory
         require(
             optional or name in values,
-            f"{where} lacks {name}: set {where}.{name} in the experiment file, or --{where}.{name}=... on the command line",
+            f"{where} lacks {name}: set it in the experiment file, or --{where}.{name}=... on the command line",
         )
     try:
         return cls(**values)

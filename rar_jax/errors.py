@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-# Exit code of a process that was preempted and can be started again (EX_TEMPFAIL of sysexits.h); launch/common.sh has it too.
+# Exit code of a preempted process, which can be rerun (EX_TEMPFAIL of sysexits.h); launch/common.sh has it too.
 PREEMPTED = 75
 
 
@@ -108,4 +108,4 @@ def describe_import_error(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return f"a package cannot be used ({error}): reinstall it in the version of requirements.lock"
     name = error.name.partition(".")[0]
-    return f"the package '{name}' is not installed: reinstall rar_jax (pip install -e .), or install what your experiment file imports"
+    return f"the package '{name}' is not installed: reinstall rar_jax (pip install -e .), or install '{name}' yourself"

@@ -67,7 +67,8 @@ def score(
         return
     if inception is None:
         raise ConfigError(
-            f"evaluate needs --inception (FID), or --config and --workdir (fd_classifier): give Inception's weights, {WHERE}"
+            "evaluate needs --inception (FID), or --config and --workdir (fd_classifier): "
+            f"give Inception's weights, {WHERE}"
         )
     require(experiment is None, "--inception reads no --config: give --guidance for other settings than the model's")
     given = [x for x in (weights, workdir, images, make_reference) if x is not None]

@@ -21,7 +21,7 @@ def run_bench(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Print a table, or with `json` the table on stderr and JSON on stdout. options: fields of `bench.cases.Options`."""
+    """Print a table, with `json` on stderr and JSON on stdout. options: fields of `bench.cases.Options`."""
     from rar_jax.errors import ConfigError
     from rar_jax.tools.bench.bench import bench, table
     from rar_jax.tools.bench.cases import Options
