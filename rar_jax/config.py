@@ -233,10 +233,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def shortened(a: str, b: str, limit: int = 80) -> tuple[str, str]:
     """Cut two long texts to the part around their first difference."""
-    if max(len(a), len(b)) <= limit:
-        return a, b
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    begin = max(same - 10, 0)
+    begin = max(same - 10, 0) if max(len(a), len(b)) > limit else 0
     cut = ["..." * (begin > 0) + text[begin : begin + limit] + "..." * (len(text) > begin + limit) for text in (a, b)]
     return cut[0], cut[1]
 

@@ -81,11 +81,7 @@ _ADVICE = {
     errno.EPERM: "permission denied: choose another path, or change its permissions",
     errno.ENOENT: "no such file or folder: check the path",
     errno.ENOTDIR: "a part of this path is a file where a folder should be: choose another path",
-    errno.EISDIR: "this is a folder where a file should be: choose another path",
-    errno.EEXIST: "this exists already: choose another path, or move it away",
-    errno.ENAMETOOLONG: "the name is too long for the file system: choose a shorter path",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n 65536) and rerun the command",
-    errno.EIO: "the storage failed: check the system log, and rerun the command on working storage",
 }
 
 
