@@ -126,8 +126,7 @@ Finished stages are skipped: rerun the same command to resume.""",
             arg("--codebook-size", "of --import (default: of --config, or 1024)", type=int),
             arg("--num-classes", "of --import (default: of --config, or 1000)", type=int),
         ),
-        """  rar-jax tokenize --config digits --workdir runs/digits           writes tokens/train and tokens/heldout
-  rar-jax tokenize --config rar_b --source tfds:imagenet2012 --weights TOKENIZER.bin --out tokens
+        """  rar-jax tokenize --config rar_b --source tfds:imagenet2012 --weights TOKENIZER.bin --out tokens
   rar-jax tokenize --verify tokens --weights TOKENIZER.bin         checksums, counts, and a picture of a sample
   rar-jax tokenize --import maskgitvq.jsonl --out tokens           the authors' file; --export does the reverse
 Rerun the same command after an interruption. Train on a store with --config.data.tokens=DIR.""",
@@ -337,8 +336,7 @@ def _set_up_logging(progress: bool) -> None:
     progress_in_files(progress)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # data/decode.py refuses such images and names them, which Pillow's warning does not.
-    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")  # data/decode.py names them
 
 
 def _run_processes(name: str, keywords: dict[str, Any], overrides: list[str], place: list[Any]) -> int:
@@ -348,14 +346,14 @@ def _run_processes(name: str, keywords: dict[str, Any], overrides: list[str], pl
 
     watch = Watch()
     keywords |= {"watch": watch} if "workdir" in keywords else {}
-    main_thread = threading.current_thread() is threading.main_thread()  # only there signals can be handled
-    with watch.listening() if main_thread else contextlib.nullcontext():
+    is_main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
+    with watch.listening() if is_main else contextlib.nullcontext():
         try:
             processes.start(*place)
             mesh.find_devices()
         except RarJaxError as error:
             return _fail(name, error, error.exit_code)
-        if main_thread:
+        if is_main:
             watch.joined()
         return processes.together(name, lambda: _run(name, keywords, overrides), watch.exit_code)
 

@@ -3,6 +3,8 @@
 import inspect
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -203,3 +205,24 @@ def test_the_module_is_the_program() -> None:
         "",
         "rar-jax doctor: there is no --config that --config.seed=1 could change\n",
     )
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    (page.name, command.replace("\\\n", " ").strip())
+    for page in PAGES
+    for command in re.findall(r"^(?:    |```bash\n|)(rar-jax (?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE)
+]
+
+
+def test_commands_are_found_in_the_documentation() -> None:
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_of_the_documentation_parse(page: str, command: str) -> None:
+    text = re.split(r" {2,}(?=\S)", command)[0]  # without the remark behind it
+    for placeholder, value in (("...", "FILE"), (" N ", " 2 "), (" K", " 1")):
+        text = text.replace(placeholder, value)
+    words, _ = cli.split_overrides(shlex.split(text)[1:])
+    assert cli.make_parser().parse_args(words).verb in cli.VERBS
