@@ -55,7 +55,7 @@ def score(
     Args:
       settings: fields of `evaluation.program.Settings`.
     """
-    if experiment and workdir and inception is None:
+    if experiment and workdir and not (inception or images or make_reference or steps):
         mesh = make_mesh(experiment.mesh)
         experiment.check_mesh(mesh)
         workdir.read_config()  # it must exist
