@@ -172,7 +172,6 @@ Rerun the same command after an interruption. Train on a store with --config.dat
             arg("--batch-size", "images at a time over all devices (default 64)", type=int, default=64),
             arg("--features", "Inception's dtype: float32 (default) or float64", default="float32"),
             arg("--chunk", "images between two saves (default 1000)", type=int, default=1000),
-            flag("--shares", "also time one batch: sampling, decoding, Inception, moments"),
             arg("--no-neighbours", "skip precision, recall and KID", dest="neighbours", action="store_false"),
             *SAMPLING,
         ),

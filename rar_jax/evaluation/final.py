@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from rar_jax.config import flatten, to_dict
-from rar_jax.evaluation.fd_classifier import evaluate
-from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation.fd_classifier import score_with_classifier
+from rar_jax.evaluation.program import Settings, open_program
 from rar_jax.evaluation.scores import score_samples
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.processes import from_main, is_main
@@ -49,7 +49,7 @@ def score_run(experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: bo
     }
     result = from_main(lambda: _read_result(workdir, made_from))
     if result is None:
-        metrics = evaluate(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
+        metrics = score_with_classifier(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
         metrics |= _score_with_inception(experiment, workdir, quiet) if experiment.evaluate.inception else {}
         draw_pictures(experiment, workdir, load(workdir.path, mesh=mesh))
         _log_scores(experiment, workdir, metrics)
@@ -77,16 +77,11 @@ def _score_with_inception(experiment: Experiment, workdir: Workdir, quiet: bool)
     """Score samples as `rar-jax evaluate --workdir` does, into WORKDIR/evaluation."""
     config = experiment.evaluate
     assert config.inception is not None
-    result = score_samples(
-        str(workdir.path),
-        pathlib.Path(config.inception),
-        workdir.path / "evaluation",
-        samples=config.samples,
-        settings=Settings(seed=experiment.seed, batch_size=config.batch_size),
-        reference_path=pathlib.Path(config.reference) if config.reference else None,
-        guidance=experiment.guidance,
-        quiet=quiet,
-    )
+    settings = Settings(seed=experiment.seed, batch_size=config.batch_size)
+    reference_path = pathlib.Path(config.reference) if config.reference else None
+    program = open_program(pathlib.Path(config.inception), settings, reference_path=reference_path)
+    how = {"samples": config.samples, "guidance": experiment.guidance, "quiet": quiet}
+    result = score_samples(program, workdir.path, workdir.path / "evaluation", **how)
     return {f"{k}_n{config.samples}": v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
 
 

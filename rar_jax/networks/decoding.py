@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.networks.layers import gelu, has_fused_attention, matmul_precision, modulate
-from rar_jax.parallel.rules import is_sharded, on_one_device
+from rar_jax.parallel.rules import batch_per_device, is_sharded
 
 Params = dict[str, Any]
 KeysValues = tuple[jax.Array, jax.Array]  # each (*r, m, k) with rows r = b, g, h, or one dimension of them all
@@ -171,7 +171,7 @@ class Conditions(NamedTuple):
 
     def slots_at_a_time(self, slots: int) -> int:
         """Positions per group of modulations: about 1024 vectors on a device, 8 to 64 positions, divided evenly."""
-        most = min(64, max(8, 1024 // on_one_device(len(self.embedded_ed))))
+        most = min(64, max(8, 1024 // batch_per_device(len(self.embedded_ed))))
         return -(-slots // -(-slots // most))
 
     def modulations(self, params: Sequence[Params], steps_sd: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:
@@ -285,7 +285,7 @@ def generate(
         carry = [(empty, empty) for _ in layers], token_b, kept_s
         return jax.lax.fori_loop(0, -(-(end - begin) // period), some_slots, carry)
 
-    for begin, end in itertools.pairwise(_stage_ends(params, slots, on_one_device(math.prod(given.rows)))):
+    for begin, end in itertools.pairwise(_stage_ends(params, slots, batch_per_device(math.prod(given.rows)))):
         stage, token_b, kept_s = one_stage(begin, end, token_b, kept_s)
         done.append(stage)
     return kept_s

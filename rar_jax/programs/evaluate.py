@@ -9,11 +9,14 @@ from typing import Any
 from rar_jax.config import require
 from rar_jax.data.image_source import Split
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation.fd_classifier import evaluate as score_with_classifier
-from rar_jax.evaluation.program import Settings
-from rar_jax.evaluation.reconstructions import reconstruct
-from rar_jax.evaluation.scores import reference_of, score_images, score_samples, summary
-from rar_jax.evaluation.steps import score_steps, steps_table
+from rar_jax.evaluation.fd_classifier import score_with_classifier
+from rar_jax.evaluation.image_sets import open_image_set
+from rar_jax.evaluation.program import Settings, open_program
+from rar_jax.evaluation.reconstructions import score_reconstructions
+from rar_jax.evaluation.results import format_scores, format_steps
+from rar_jax.evaluation.scores import make_reference as write_reference
+from rar_jax.evaluation.scores import score_images, score_samples
+from rar_jax.evaluation.steps import score_steps
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
@@ -44,7 +47,6 @@ def score(
     dtype: str | None,
     tensor: int,
     samples_npz: bool,
-    shares: bool,
     download: bool,
     quiet: bool,
     watch: Watch,
@@ -80,30 +82,31 @@ def score(
         require(len(given) == 1, "give one of --weights, --workdir, --images and --make-reference")
     require(not (make_reference and reference), "--make-reference compares with nothing: leave --reference out")
     require(not steps or workdir is not None, "--steps needs --workdir: its checkpoints are scored")
-    require(
-        not (steps and (samples_npz or shares)), "--samples-npz and --shares need one checkpoint: leave --steps out"
-    )
+    require(not (steps and samples_npz), "--samples-npz needs one checkpoint: leave --steps out")
     of_images = image_size is None or images is not None or make_reference is not None
     require(of_images, "--image-size is of a source in --images or --make-reference")
     out = out or (workdir and workdir.path / "evaluation")
     if out is None:
         raise ConfigError("give --out: where to write the result")
-    common = {"settings": Settings(**settings), "quiet": quiet}
-    compared, crop = {"reference_path": reference, **common}, {"split": split, "image_size": image_size}
-    how = {"samples": samples, "guidance": parse_guidance(guidance), "dtype": dtype, "tensor": tensor, **compared}
-    if make_reference:
-        text = summary(reference_of(make_reference, inception, out, **crop, **common))
-    elif reconstruction and source and images:
-        text = summary(reconstruct(source, images, inception, out, download=download, **crop, **compared))
-    elif images:
-        text = summary(score_images(images, inception, out, **crop, **compared))
+    require(not make_reference or out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
+    chosen, checked, named = parse_guidance(guidance), Settings(**settings), images or make_reference
+    image_set = open_image_set(named, split, image_size=image_size) if named else None
+    program = open_program(inception, checked, reference_path=reference, tensor=tensor)
+    if image_set and make_reference:
+        text = format_scores(write_reference(program, image_set, out, quiet=quiet))
+    elif image_set and reconstruction and source:
+        text = format_scores(score_reconstructions(program, source, image_set, out, download=download, quiet=quiet))
+    elif image_set:
+        text = format_scores(score_images(program, image_set, out, quiet=quiet))
     elif steps and workdir:
-        text = steps_table(score_steps(workdir.path, inception, out, steps=steps, **how))
+        how = {"steps": steps, "samples": samples, "guidance": chosen, "dtype": dtype, "quiet": quiet}
+        text = format_steps(score_steps(program, workdir.path, out, **how))
     else:
         model = weights or directory
         assert model is not None
-        extra = {"tokenizer": tokenizer, "download": download, "samples_npz": samples_npz, "shares": shares}
-        text = summary(score_samples(model, inception, out, **extra, **how))
+        how = {"tokenizer": tokenizer, "download": download, "samples_npz": samples_npz, "quiet": quiet}
+        how |= {"samples": samples, "guidance": chosen, "dtype": dtype}
+        text = format_scores(score_samples(program, model, out, **how))
     if workdir is not None:
         workdir.send()
     if is_main():

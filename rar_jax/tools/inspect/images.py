@@ -136,7 +136,7 @@ def _look_into_files(source: EncodedSource, images: np.ndarray, shown: Any) -> _
         try:
             if reason := source.problem(image):
                 raise DecodeError(reason)
-            data, label = source.encoded(image), source.label(image)
+            data, label = source.read_image(image)
         except (OSError, ValueError) as error:
             seen.problems.append((source.name(image), reason_of(error)))
             continue

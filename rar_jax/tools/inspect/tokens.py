@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rar_jax.errors import StoreError
-from rar_jax.metrics.reconstruction import code_usage
+from rar_jax.metrics.reconstruction import measure_code_usage
 from rar_jax.runs.logging import progress
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tools.inspect.text import LISTED, Report, class_lines, problem_lines, readable
@@ -38,7 +38,7 @@ def inspect_tokens(what: str, *, problems: int = LISTED, quiet: bool = False) ->
             rows = store.gather(np.arange(start, min(start + _BLOCK, len(store))))
             used += np.bincount(rows["tokens"].reshape(-1), minlength=len(used))
             per_class += np.bincount(rows["labels"], minlength=len(per_class))
-        codes = {"used": int((used > 0).sum()), **code_usage(used)}
+        codes = {"used": int((used > 0).sum()), **measure_code_usage(used)}
     files = [store.folder / shard["name"] for shard in card["shards"]]
     keys = ("source", "tokenizer_sha256", "codebook_size", "grid", "crops", "num_classes")
     return {
