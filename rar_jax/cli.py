@@ -198,7 +198,7 @@ FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines t
 Records the sha256 of what was read and written.""",
     ),
     "bench": Verb(
-        "tools.verbs:run_bench",
+        "tools.verbs:print_bench",
         "Time a part of an experiment against what this machine can do.",
         (
             arg("what", "what to time", choices=("sample", "train", "evaluate", "loader", "tokenize")),
@@ -215,7 +215,7 @@ Records the sha256 of what was read and written.""",
         "Weights are random; no files are needed. The ceilings (a large matmul, memory) are measured in the same run.",
     ),
     "plan": Verb(
-        "tools.verbs:run_plan",
+        "tools.verbs:print_plan",
         "Plan an experiment for accelerators that are not here.",
         (
             CONFIG,
@@ -232,7 +232,7 @@ Compiles training, tokenizing and sampling with the TPU compiler, on a machine w
 takes minutes). Reports memory, communication, and estimated time and chip-hours. GPUs: arithmetic alone.""",
     ),
     "inspect": Verb(
-        "tools.verbs:run_inspect",
+        "tools.verbs:print_inspect",
         "Summarize a work directory, token store or image source, and its problems.",
         (
             arg("what", "work directory, token store, source, or folder of images", metavar="WHAT"),
@@ -246,7 +246,7 @@ takes minutes). Reports memory, communication, and estimated time and chip-hours
         "The exit code is 1 if there are problems. All images of a source are decoded, unless --limit is given.",
     ),
     "report": Verb(
-        "tools.verbs:run_report",
+        "tools.verbs:print_report",
         "Write a work directory as one HTML file.",
         (
             arg("workdirs", "work directory; two are compared side by side", metavar="WORKDIR", nargs="+"),
@@ -255,7 +255,7 @@ takes minutes). Reports memory, communication, and estimated time and chip-hours
         "Curves, samples over time, reconstructions, scores, config and ledger. The page needs no network.",
     ),
     "doctor": Verb(
-        "tools.verbs:run_doctor",
+        "tools.verbs:print_doctor",
         "Check versions, devices, memory and disk. The exit code is 1 if there is a problem.",
         (arg("--workdir", "where to try making, renaming and locking files (default: here)", type=location), JSON),
     ),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rar_jax.experiment import Experiment
 
 
-def run_bench(
+def print_bench(
     experiment: Experiment,
     *,
     batch_size: str | None,
@@ -37,7 +37,7 @@ def run_bench(
         _print_json(result)
 
 
-def run_plan(
+def print_plan(
     experiment: Experiment,
     *,
     topology: str,
@@ -78,7 +78,7 @@ def run_plan(
         _print_json(result)
 
 
-def run_inspect(what: str, *, json: bool, **options: Any) -> int:
+def print_inspect(what: str, *, json: bool, **options: Any) -> int:
     """Print the summary of `inspect`. Returns 1 if there are problems."""
     import jax
 
@@ -90,7 +90,7 @@ def run_inspect(what: str, *, json: bool, **options: Any) -> int:
     return 1 if summary["problems"]["total"] else 0
 
 
-def run_report(workdirs: Sequence[str], *, out: pathlib.Path | None, quiet: bool) -> None:
+def print_report(workdirs: Sequence[str], *, out: pathlib.Path | None, quiet: bool) -> None:
     """Write the page and print its path."""
     del quiet
     from rar_jax.runs.object_store import is_url
@@ -100,7 +100,7 @@ def run_report(workdirs: Sequence[str], *, out: pathlib.Path | None, quiet: bool
     print(report([Workdir(path).fetch().path if is_url(path) else path for path in workdirs], out))
 
 
-def run_doctor(workdir: pathlib.Path | str | None, *, json: bool, quiet: bool) -> int:
+def print_doctor(workdir: pathlib.Path | str | None, *, json: bool, quiet: bool) -> int:
     """Print the problems of this machine. Returns 1 if there are any, 2 for a bucket."""
     from rar_jax.tools.doctor import doctor, tell_doctor
 
