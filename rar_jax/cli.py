@@ -149,7 +149,7 @@ Rerun the same command after an interruption. Train on a store with --config.dat
         processes=True,
     ),
     "evaluate": Verb(
-        "programs.evaluate:score",
+        "programs.evaluate:print_scores",
         "Score samples, or images made elsewhere.",
         (
             arg("--weights", WEIGHTS),

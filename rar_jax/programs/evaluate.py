@@ -27,7 +27,7 @@ from rar_jax.sampling import parse_guidance
 from rar_jax.weights.inception import WHERE
 
 
-def score(
+def print_scores(
     experiment: Experiment | None,
     workdir: Workdir | None,
     *,
