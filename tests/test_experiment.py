@@ -21,6 +21,7 @@ from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, fill_defaults, open_source, rebuild, resolve
 from rar_jax.models import load_model
 from rar_jax.parallel.mesh import make_mesh
+from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import sample_images, sample_keys
 from rar_jax.sections import Data, Recipe
 from rar_jax.weights.registry import GENERATORS, preset
@@ -96,6 +97,20 @@ def test_fields_added_later_take_their_defaults() -> None:
     assert rebuild(saved) == experiment
     assert saved["train"].pop("warmup") == 80
     assert differences(fill_defaults(saved), experiment.resolved()) == ["train.warmup: 0 -> 80"]
+
+
+def test_a_work_directory_of_before_a_field_was_added_is_still_its_runs(tmp_path: pathlib.Path) -> None:
+    experiment, workdir = experiment_of("digits"), Workdir(tmp_path)
+    saved = experiment.resolved()
+    del saved["generator"]["remat"]
+    workdir.claim(saved)
+    workdir.checkpoints("tokenizer").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="remat"):
+        workdir.claim(experiment.resolved())
+    workdir.claim(experiment.resolved(), fill_defaults)
+    changed = replace(experiment, seed=3).resolved()
+    with pytest.raises(ConfigError, match="seed: 0 -> 3"):
+        workdir.claim(changed, fill_defaults)
 
 
 def test_a_saved_config_of_another_version_names_its_unknown_key() -> None:

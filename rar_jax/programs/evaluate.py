@@ -17,7 +17,7 @@ from rar_jax.evaluation.results import format_scores, format_steps
 from rar_jax.evaluation.scores import make_reference as write_reference
 from rar_jax.evaluation.scores import score_images, score_samples
 from rar_jax.evaluation.steps import score_steps
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.runs.preemption import Watch
@@ -61,7 +61,7 @@ def print_scores(
         mesh = make_mesh(experiment.mesh)
         experiment.check_mesh(mesh)
         workdir.read_config()  # it must exist
-        with session(workdir, "evaluate", watch, lambda: workdir.claim(experiment.resolved())) as around:
+        with session(workdir, "evaluate", watch, lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
             result = score_with_classifier(experiment, workdir, mesh, quiet=quiet)
             around.ledger.lap("evaluating")
         if is_main():

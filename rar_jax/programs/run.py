@@ -6,7 +6,7 @@ import time
 
 from rar_jax.config import require
 from rar_jax.evaluation.final import describe_result, score_run
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.runs.preemption import Watch
@@ -45,7 +45,9 @@ def run_experiment(
         how = "trained" if experiment.recipe(stage) else f"copied from {experiment.tokenizer_weights}"
         say(f"{stage}: {how} in {time.monotonic() - start:.0f} s")
 
-    with session(workdir, "run", watch or Watch(), lambda: workdir.claim(experiment.resolved())) as around:
+    with session(
+        workdir, "run", watch or Watch(), lambda: workdir.claim(experiment.resolved(), fill_defaults)
+    ) as around:
         say(experiment.describe(workdir.path, mesh))
         for stage in experiment.stages[:-1]:
             train_stage(stage)

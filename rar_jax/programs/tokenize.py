@@ -7,7 +7,7 @@ import pathlib
 from rar_jax.config import require
 from rar_jax.data.image_source import Split
 from rar_jax.errors import ConfigError
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.runs.preemption import Watch
@@ -52,7 +52,7 @@ def make_tokens(
         mesh = make_mesh(experiment.mesh)
         experiment.check_mesh(mesh)
         workdir.read_config()  # it must exist
-        with session(workdir, "tokenize", watch, lambda: workdir.claim(experiment.resolved())) as around:
+        with session(workdir, "tokenize", watch, lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
             for each in ("train", "heldout"):
                 tokenize(experiment, workdir, mesh, each, quiet=quiet)
                 around.ledger.lap("tokenizing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rar_jax.config import nearest, require
-from rar_jax.experiment import STAGES, Experiment
+from rar_jax.experiment import STAGES, Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.runs.preemption import Watch
@@ -19,7 +19,7 @@ def train_stage(experiment: Experiment, workdir: Workdir, *, stage: str, quiet: 
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_start(experiment, workdir)
-    with session(workdir, "train", watch, lambda: workdir.claim(experiment.resolved())) as around:
+    with session(workdir, "train", watch, lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
         if is_main() and not quiet:
             print(experiment.describe(workdir.path, mesh), flush=True)
         train(experiment, stage, workdir, mesh, quiet=quiet, session=around)
