@@ -137,7 +137,7 @@ def test_an_unknown_tokenizer_is_warned_of_once(
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ({"tokens": "a", "mix": (("b", 1.0),)}, "tokens and mix both say"),
+        ({"tokens": "a", "mix": (("b", 1.0),)}, "tokens and mix exclude each other"),
         ({"mix": (("a", 0.0),)}, "each must be positive"),
         ({"mix": (("a", 0.5, 3),)}, r"config\.data\.mix\[0\] is .*: it must have 2 entries"),
         ({"mix": ((0.5, "a"),)}, r"config\.data\.mix\[0\]\[0\] is 0\.5 \(float\): it must be str"),
