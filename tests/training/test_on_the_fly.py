@@ -113,7 +113,7 @@ def test_the_whole_run(tiny: Any, tmp_path: pathlib.Path, capsys: pytest.Capture
 @pytest.mark.parametrize("given", [{"tokens": "a"}, {"tokens_heldout": "a"}, {"mix": (("a", 0.5), ("b", 0.5))}])
 def test_images_and_tokens_exclude_each_other(tiny: Any, given: dict[str, Any]) -> None:
     (name,) = given
-    with pytest.raises(ConfigError, match=rf"config\.data: on_the_fly trains on images, {name} on tokens: give one"):
+    with pytest.raises(ConfigError, match=rf"config\.data: on_the_fly and {name} exclude each other: give one"):
         tiny.experiment(on_the_fly=True, **given)
 
 
