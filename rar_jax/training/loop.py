@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rar_jax.data.loader import batches
 from rar_jax.errors import Preempted, TrainingError
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import STAGES, Experiment
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import local_rows, prefetch_batches, put_on_mesh
 from rar_jax.parallel.processes import from_main, is_main
@@ -32,7 +32,7 @@ from rar_jax.training.failures import dump_failure, oom_hint
 from rar_jax.training.live import Evaluator, Validator, make_live_evaluators, select_score
 from rar_jax.training.objective import Objective, make_objective, start_from
 from rar_jax.training.step import Batch, State, compile_training, evaluated_params
-from rar_jax.weights.stages import STAGES, evaluated, take_over_tokenizer, trained_params
+from rar_jax.weights.stages import evaluated, take_over_tokenizer, trained_params
 
 
 class Rollback(Exception):

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from rar_jax.errors import CheckpointError
+from rar_jax.experiment import STAGES
 from rar_jax.runs import ledger
 from rar_jax.runs import lock as lease
 from rar_jax.runs.checkpoint import best_steps
@@ -16,8 +17,6 @@ from rar_jax.runs.object_store import is_url
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.text import LISTED, Report, problem_lines, readable
-
-STAGES = ("tokenizer", "classifier", "generator")
 
 
 def is_workdir(what: str) -> bool:

@@ -21,13 +21,13 @@ from PIL import Image
 import rar_jax
 from rar_jax.config import require
 from rar_jax.errors import ConfigError
+from rar_jax.experiment import STAGES
 from rar_jax.runs import grids, ledger
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir, with_added
 from rar_jax.tools.inspect.workdir import inspect_workdir
 from rar_jax.tools.report.tables import curves, flat, scores, side_by_side
 
-STAGES = ("tokenizer", "classifier", "generator")
 PICTURES = ("samples.png", "reconstructions.png")
 LEDGER_ROWS = 500  # the last ones
 LARGE = 1_000_000  # bytes; above that a picture goes into the page as WebP
