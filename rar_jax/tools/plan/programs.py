@@ -86,8 +86,9 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
 def lower_tokenizing(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
     """One batch of images to tokens, as `tokenize` jits it."""
     images = _place(_shape_images(experiment, batch_size), batch_sharding(mesh))
+    params = shape_params(experiment.tokenizer, mesh)  # not under the mesh, whose devices cannot run anything
     with sharded(mesh):
-        return jit_encode(experiment.tokenizer, mesh).lower(shape_params(experiment.tokenizer, mesh), images)
+        return jit_encode(experiment.tokenizer, mesh).lower(params, images)
 
 
 def shape_params(model: Model, mesh: Any) -> Any:
