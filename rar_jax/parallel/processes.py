@@ -93,7 +93,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         options |= {"coordinator_address": settings.coordinator, "num_processes": settings.count}
         # Otherwise JAX looks for a cluster anyway, and on Slurm takes one local device per process.
         options |= {"process_id": settings.index, "cluster_detection_method": "deactivate"}
-    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training loop.
+    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training
+    # loop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPUs
     name = f"process {settings.index} of {settings.count} at {settings.coordinator}" if manual else "this process"
@@ -120,8 +121,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
 def together(verb: str, function: Callable[[], int]) -> int:
     """Run a program of one or many processes, which exit together, and return its exit code.
 
-    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait for
-    the others, which wait for this one.
+    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait
+    for the others, which wait for this one.
     """
     if jax.process_count() == 1:
         return function()
