@@ -25,8 +25,8 @@ import numpy as np
 from rar_jax.errors import ProcessError
 from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.parallel.processes import barrier, from_main, is_main
-from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import write_json
+from rar_jax.runs.progress import track_progress
 
 
 class Chunk(NamedTuple):
@@ -122,7 +122,7 @@ def accumulate(
         )
     spans = [(start, min(chunk, images - start)) for start in store.starts if start >= totals.done]
     sizes = [count for _, count in spans]
-    for start, count in progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):
+    for start, count in track_progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):
         sums, kept = compute(start, count)
         totals.add(sums, count)
         if is_main():

@@ -22,7 +22,7 @@ from rar_jax.metrics.moments import Moments, add_in_float64, finalize_moments, i
 from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.stages import model_shardings, trained_params
 
@@ -176,7 +176,7 @@ def score_with_classifier(
 
     def score(batches: ImageBatches, description: str) -> tuple[ClassifierSums, ClassifierSums, np.ndarray]:
         """Return the sums of the first n_few images and of all, and all images."""
-        show = functools.partial(progress, description=f"evaluate {description}", unit="chunks", quiet=quiet)
+        show = functools.partial(track_progress, description=f"evaluate {description}", unit="chunks", quiet=quiet)
         few, first = scorer.score(batches, range(n_few), keep=("images",), show=show)
         rest, others = scorer.score(batches, range(n_few, batches.num), keep=("images",), show=show)
         return few, add_in_float64(few, rest), np.concatenate([*first["images"], *others["images"]])

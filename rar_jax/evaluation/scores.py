@@ -27,7 +27,7 @@ from rar_jax.parallel.mesh import matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
 from rar_jax.runs.manifest import write_json
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
 from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights
@@ -72,7 +72,7 @@ def score_samples(
     # The same images that were scored, except for the rounding.
     images = pipeline.sample(np.arange(classes), seed=settings.seed, guidance=guidance)
     if is_main():
-        grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], out / "grid.png")
+        save_image_grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], out / "grid.png")
     from_main(lambda: write_json(out / "result.json", result))
     return result
 
