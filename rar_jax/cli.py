@@ -6,15 +6,11 @@ Only the verb that runs is imported, so that `rar-jax --help` is instant.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import logging
-import os
 import pathlib
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -190,11 +186,11 @@ FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines t
         (
             arg("--weights", WEIGHTS, required=True),
             *TOKENIZER,
-            arg("--out", "new directory, or FILE.safetensors, .bin, .pth", required=True, **FILE),
+            arg("--out", "new directory, or FILE.safetensors", required=True, **FILE),
             arg("--part", "model to take out of a directory (default generator)", choices=("generator", "tokenizer")),
         ),
         """  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b
-  rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
+  rar-jax convert --weights runs/imagenet --out mine.safetensors          a file with the released names
 Records the sha256 of what was read and written.""",
     ),
     "bench": Verb(
@@ -219,7 +215,7 @@ Records the sha256 of what was read and written.""",
         "Plan an experiment for accelerators that are not here.",
         (
             CONFIG,
-            arg("--topology", "v5e:4x4, v6e:8x8, v5p:4x4x4; gpu:8xH100, gpu:1x24GB", required=True),
+            arg("--topology", "v5e:4x4, v6e:8x8, v5p:4x4x4", required=True),
             arg("--slices", "number of slices, joined by the data centre's network", type=int, default=1),
             arg("--only", "compile only this step", choices=("train", "tokenize", "sample")),
             arg("--sample-rows", "images per chip when sampling (default 16)", type=int, default=16),
@@ -229,7 +225,7 @@ Records the sha256 of what was read and written.""",
         ),
         """  rar-jax plan --config rar_xxl --topology v5p:4x4x4
 Compiles training, tokenizing and sampling with the TPU compiler, on a machine without a TPU (pip install -e '.[tpu]';
-takes minutes). Reports memory, communication, and estimated time and chip-hours. GPUs: arithmetic alone.""",
+takes minutes). Reports memory, communication, and estimated time and chip-hours.""",
     ),
     "inspect": Verb(
         "tools.verbs:print_inspect",
@@ -297,8 +293,6 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rar-jax`. Exit codes: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted, 130 interrupted."""
-    if argv is None:
-        _exit_on_sigterm()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     args, unknown = parser.parse_known_args(words)
@@ -324,15 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, describe_import_error(error), 1)
 
 
-def _exit_on_sigterm() -> None:
-    """Exit at once: before and after a verb there is nothing to save."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
-
-
 def _set_up_logging(progress: bool) -> None:
-    from rar_jax.runs.logging import progress_in_files
+    from rar_jax.runs.progress import show_progress_in_files
 
-    progress_in_files(progress)
+    show_progress_in_files(progress)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")  # data/decode.py names them
@@ -341,20 +330,13 @@ def _set_up_logging(progress: bool) -> None:
 def _run_processes(name: str, keywords: dict[str, Any], overrides: list[str], place: list[Any]) -> int:
     """Run a verb as one of several processes, or alone. The processes end together."""
     from rar_jax.parallel import mesh, processes
-    from rar_jax.runs.preemption import Watch
 
-    watch = Watch()
-    keywords |= {"watch": watch} if "workdir" in keywords else {}
-    is_main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
-    with watch.listening() if is_main else contextlib.nullcontext():
-        try:
-            processes.start(*place)
-            mesh.find_devices()
-        except RarJaxError as error:
-            return _fail(name, error, error.exit_code)
-        if is_main:
-            watch.joined()
-        return processes.together(name, lambda: _run(name, keywords, overrides), watch.exit_code)
+    try:
+        processes.start(*place)
+        mesh.find_devices()
+    except RarJaxError as error:
+        return _fail(name, error, error.exit_code)
+    return processes.together(name, lambda: _run(name, keywords, overrides))
 
 
 def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:

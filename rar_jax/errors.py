@@ -37,8 +37,8 @@ class DecodeError(RarJaxError, ValueError):
     """An image cannot be decoded. The message is the reason, without the record's name."""
 
 
-class HloError(RarJaxError, ValueError):
-    """The text of an HLO program cannot be interpreted."""
+class TripCountError(RarJaxError, ValueError):
+    """The trip count of a loop depends on data, so that its cost cannot be counted."""
 
 
 class CheckpointError(RarJaxError, RuntimeError):

@@ -18,11 +18,11 @@ from rar_jax.evaluation.scores import score_samples
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import Pipeline, load
-from rar_jax.runs.grids import spread
-from rar_jax.runs.logging import Reporter, read_metrics
-from rar_jax.runs.machine import where
+from rar_jax.runs.grids import pick_evenly
+from rar_jax.runs.logging import RunLogger, read_metrics
+from rar_jax.runs.machine import describe_machine
 from rar_jax.runs.manifest import write_json
-from rar_jax.runs.pictures import curves, grid, pairs
+from rar_jax.runs.pictures import plot_curves, save_image_grid, save_image_pairs
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.stages import finished
 
@@ -55,7 +55,7 @@ def score_run(experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: bo
         _log_scores(experiment, workdir, metrics)
         # The classifier takes the images as they are. Samples are drawn in float32, whatever the training computed in.
         protocol = {"protocol": "none", "features": "float32", "generator_dtype": "float32"}
-        made_on = {"mesh": dict(mesh.shape), **protocol, **where()}
+        made_on = {"mesh": dict(mesh.shape), **protocol, **describe_machine()}
         more = {"last_validation": _last_validations(workdir), "made_from": made_from, "made_on": made_on}
         from_main(lambda: write_json(workdir.result, metrics | more))
         result = from_main(lambda: _read_result(workdir, made_from))
@@ -96,7 +96,7 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     All processes draw the images; process 0 writes the pictures.
     """
     data, columns = experiment.data, experiment.evaluate.grid_per_class
-    shown = spread(data.num_classes, experiment.evaluate.grid_classes)
+    shown = pick_evenly(data.num_classes, experiment.evaluate.grid_classes)
     images = pipeline.sample(np.repeat(shown, columns), seed=experiment.seed)
     heldout = open_source(experiment, "heldout")
     originals = heldout.gather(np.arange(min(24, len(heldout))))["images"]
@@ -104,20 +104,20 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     if not is_main():
         return
     names = [data.class_names[label].split(",")[0] for label in shown]
-    grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
-    pairs(originals, reconstructed, workdir.path / "reconstructions.png")
-    curves(read_metrics(workdir.path), workdir.path / "curves.png")
+    save_image_grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
+    save_image_pairs(originals, reconstructed, workdir.path / "reconstructions.png")
+    plot_curves(read_metrics(workdir.path), workdir.path / "curves.png")
 
 
 def _log_scores(experiment: Experiment, workdir: Workdir, metrics: dict[str, Any]) -> None:
     """Log the final scores and pictures to TensorBoard and Weights & Biases, at the generator's last step."""
     numbers = {name.replace(".", "/"): x for name, x in flatten(metrics).items() if isinstance(x, float)}
     step = experiment.last_step("generator")
-    with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as reporter:
-        reporter.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
+    with RunLogger(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as logger:
+        logger.write_scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
         for name in PICTURES if is_main() else ():
             picture = np.asarray(Image.open(workdir.path / name).convert("RGB"))
-            reporter.image(name.removesuffix(".png"), picture, step)
+            logger.write_image(step, name.removesuffix(".png"), picture)
 
 
 def describe_result(experiment: Experiment, workdir: Workdir, result: dict[str, Any], seconds: float) -> str:

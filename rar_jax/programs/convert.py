@@ -15,14 +15,14 @@ from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.models import Model, check_pair, find_module
 from rar_jax.pipeline import open_pair
 from rar_jax.runs.checkpoint import save_params
-from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import file_sha256, write_json
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import Weights, open_weights
 
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+SUFFIX = ".safetensors"
 MADE_BY = f"rar_jax {rar_jax.__version__}"
 
 
@@ -35,7 +35,7 @@ def convert_weights(
     download: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Write a file (`out` ends in .safetensors, .bin or .pth) or a directory.
+    """Write a file (`out` ends in .safetensors) or a directory.
 
     Records the sha256 of what was read and written: in out.json beside a file, in config.json of a directory.
 
@@ -48,14 +48,14 @@ def convert_weights(
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     path = released.locate(weights, download=download)
-    if out.suffix.lower() in SUFFIXES:
+    if out.suffix == SUFFIX:
         sidecar = out.with_name(f"{out.name}.json")
         require(not sidecar.exists(), f"{sidecar} exists, and would be overwritten: move it away")
         require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it separately")
         record = _write_file(_open_one(path, part), out, quiet)
         write_json(sidecar, record)
     else:
-        require(path.is_file(), f"{path} is a directory already: give --out FILE{' or FILE'.join(SUFFIXES)}")
+        require(path.is_file(), f"{path} is a directory already: give --out FILE{SUFFIX}")
         require(part is None, "--part is for an --out that is a file")
         if tokenizer is None:
             raise ConfigError("a directory holds a generator and its tokenizer: give --tokenizer too")
@@ -80,7 +80,7 @@ def _open_one(path: pathlib.Path, part: str | None) -> Weights:
 def _write_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
     config = _describe_model(weights.model)
     record: dict[str, Any] = {"file": out.name, "config": config, "made_by": MADE_BY}
-    for step in progress(
+    for step in track_progress(
         ("save", "hash", "source"), description=f"convert {weights.path.name}", unit="parts", quiet=quiet
     ):
         if step == "save":
@@ -107,7 +107,7 @@ def _write_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, 
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
     try:
         both = (("generator", generator), ("tokenizer", tokenizer))
-        for stage, weights in progress(both, description=f"convert {out.name}", unit="models", quiet=quiet):
+        for stage, weights in track_progress(both, description=f"convert {out.name}", unit="models", quiet=quiet):
             config[stage] = _describe_model(weights.model)
             meta = {"stage": stage, "made_from": config["converted_from"][stage]}
             save_params(Workdir(partial).checkpoints(stage), weights.place(), meta)

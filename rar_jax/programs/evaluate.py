@@ -20,8 +20,7 @@ from rar_jax.evaluation.steps import score_steps
 from rar_jax.experiment import Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
-from rar_jax.runs.preemption import Watch
-from rar_jax.runs.session import session
+from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import parse_guidance
 from rar_jax.weights.inception import WHERE
@@ -49,7 +48,6 @@ def print_scores(
     samples_npz: bool,
     download: bool,
     quiet: bool,
-    watch: Watch,
     **settings: Any,
 ) -> None:
     """Print the scores of one thing, and write them to result.json.
@@ -61,7 +59,7 @@ def print_scores(
         mesh = make_mesh(experiment.mesh)
         experiment.check_mesh(mesh)
         workdir.read_config()  # it must exist
-        with session(workdir, "evaluate", watch, lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
+        with open_session(workdir, "evaluate", lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
             result = score_with_classifier(experiment, workdir, mesh, quiet=quiet)
             around.ledger.lap("evaluating")
         if is_main():

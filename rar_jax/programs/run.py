@@ -9,17 +9,13 @@ from rar_jax.evaluation.final import describe_result, score_run
 from rar_jax.experiment import Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
-from rar_jax.runs.preemption import Watch
-from rar_jax.runs.session import session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize
 from rar_jax.training.loop import train
 from rar_jax.weights.stages import check_start, finished
 
 
-def run_experiment(
-    experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch: Watch | None = None
-) -> None:
+def run_experiment(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> None:
     """Run or resume all stages in a work directory. Finished stages are skipped.
 
     Raises: ConfigError if the directory belongs to another experiment; LeaseError if another run writes to it; what
@@ -45,9 +41,7 @@ def run_experiment(
         how = "trained" if experiment.recipe(stage) else f"copied from {experiment.tokenizer_weights}"
         say(f"{stage}: {how} in {time.monotonic() - start:.0f} s")
 
-    with session(
-        workdir, "run", watch or Watch(), lambda: workdir.claim(experiment.resolved(), fill_defaults)
-    ) as around:
+    with open_session(workdir, "run", lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
         say(experiment.describe(workdir.path, mesh))
         for stage in experiment.stages[:-1]:
             train_stage(stage)

@@ -10,8 +10,7 @@ from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
-from rar_jax.runs.preemption import Watch
-from rar_jax.runs.session import session
+from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize, tokenize_source
 from rar_jax.tokens.verify import export_tokens, import_tokens, verify_tokens
@@ -36,7 +35,6 @@ def make_tokens(
     num_classes: int | None,
     download: bool,
     quiet: bool,
-    watch: Watch,
 ) -> None:
     """Do one of five things: tokenize a work directory's splits or a source; verify, import or export a store."""
     given = [x for x in (workdir, source, verify, import_, export) if x is not None]
@@ -52,7 +50,7 @@ def make_tokens(
         mesh = make_mesh(experiment.mesh)
         experiment.check_mesh(mesh)
         workdir.read_config()  # it must exist
-        with session(workdir, "tokenize", watch, lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
+        with open_session(workdir, "tokenize", lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
             for each in ("train", "heldout"):
                 tokenize(experiment, workdir, mesh, each, quiet=quiet)
                 around.ledger.lap("tokenizing")

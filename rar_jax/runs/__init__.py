@@ -1,1 +1,1 @@
-"""A run's directory on a disk or in a bucket: checkpoints, lock, ledger, logs, pictures."""
+"""A run: its directory on a disk or in a bucket, checkpoints, ledger, lock, logs and pictures."""

@@ -23,16 +23,16 @@ def print_bench(
 ) -> None:
     """Print a table, with `json` on stderr and JSON on stdout. options: fields of `bench.cases.Options`."""
     from rar_jax.errors import ConfigError
-    from rar_jax.tools.bench.bench import bench, table
+    from rar_jax.tools.bench.bench import bench_experiment, format_bench
     from rar_jax.tools.bench.cases import Options
 
     try:
         sizes = tuple(int(x) for x in batch_size.split(",")) if batch_size else ()
     except ValueError:
         raise ConfigError(f"--batch-size {batch_size}: give a number, or several as 1,8,64") from None
-    result = bench(experiment, Options(batch_sizes=sizes, **options), profile=profile, quiet=quiet)
+    result = bench_experiment(experiment, Options(batch_sizes=sizes, **options), profile=profile, quiet=quiet)
     if not (json and quiet):
-        print(table(result), file=sys.stderr if json else sys.stdout)
+        print(format_bench(result), file=sys.stderr if json else sys.stdout)
     if json:
         _print_json(result)
 
@@ -52,10 +52,8 @@ def print_plan(
     """Print the plan of each step as soon as it is compiled, which takes minutes."""
     import jax
 
-    from rar_jax.tools.plan.plan import parts_of, plan
-    from rar_jax.tools.plan.search import search as search_meshes
-    from rar_jax.tools.plan.search import search_text
-    from rar_jax.tools.plan.text import plan_text
+    from rar_jax.tools.plan.plan import list_parts, plan_experiment, search_meshes
+    from rar_jax.tools.plan.text import format_plan, format_search
     from rar_jax.tools.plan.topology import parse_topology
 
     def say(text: str) -> None:
@@ -66,13 +64,13 @@ def print_plan(
     chips = parse_topology(topology, slices)
     if search:
         found = search_meshes(experiment, chips, say=say)
-        _print_json(found) if json else print(search_text(found))
+        _print_json(found) if json else print(format_search(found))
         return
     result: dict[str, Any] = {}
-    for part in (only,) if only else parts_of(experiment):
-        found = plan(experiment, chips, sample_rows=sample_rows, parts=(part,), remedies=not as_is, say=say)
+    for part in (only,) if only else list_parts(experiment):
+        found = plan_experiment(experiment, chips, sample_rows=sample_rows, parts=(part,), remedies=not as_is, say=say)
         if not json:
-            print(plan_text(found, heading=not result), flush=True)
+            print(format_plan(found, heading=not result), flush=True)
         result |= found
     if json:
         _print_json(result)

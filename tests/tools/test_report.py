@@ -17,7 +17,7 @@ from rar_jax.runs import ledger
 from rar_jax.runs.grids import Grid
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.lock import Lease
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.tools.report import report as report_module
 from rar_jax.tools.report import tables as report_tables
 from rar_jax.tools.report.report import _names, read_run, report
@@ -158,8 +158,8 @@ def test_of_much_the_newest_is_shown(tmp_path: pathlib.Path, monkeypatch: pytest
         book.row("start", device=device, devices=1, processes=1, host="a", versions={"jax": "1"})
     for step in (1, 2, 3):
         book.row("saved", stage="generator", step=step)
-    with Reporter(path, "generator", total_steps=2000, quiet=True) as reporter:
-        reporter.grid("samples", Grid(images(2, 2, 1), ("a", "b"), ("",) * 2), 2000)
+    with RunLogger(path, "generator", total_steps=2000, quiet=True) as reporter:
+        reporter.write_grid(2000, "samples", Grid(images(2, 2, 1), ("a", "b"), ("",) * 2))
     for name, pixels in (
         ("samples", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)),
         ("reconstructions", 8),

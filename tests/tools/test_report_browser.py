@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from workdirs import CLASSES, NASTY, claimed, trained
 
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.tools.report.report import report
 
 LEFT, RIGHT = 52, 12  # of the plot in its panel, pixels (page.js)
@@ -119,9 +119,9 @@ def test_a_log_scale_moves_the_curve_and_not_the_numbers(page: Chrome) -> None:
 def test_curves_are_drawn_where_the_values_are(driver: Chrome, tmp_path: pathlib.Path) -> None:
     """Larger is higher; of a noisy curve the mean over the last values stands before the values, as numpy has it."""
     values = 10 + np.random.default_rng(0).normal(size=200)
-    with Reporter(claimed(tmp_path / "run"), "generator", total_steps=200, quiet=True) as reporter:
+    with RunLogger(claimed(tmp_path / "run"), "generator", total_steps=200, quiet=True) as reporter:
         for step, value in enumerate(values, start=1):
-            reporter.metrics(step, {"loss": value})
+            reporter.write_metrics(step, {"loss": value})
     driver.get(uri(report([tmp_path / "run"])))
     told = driver.execute_script(
         """return [...document.querySelectorAll('[data-panel="generator loss"] path')].map(

@@ -17,8 +17,8 @@ from rar_jax.data.encoded import EncodedSource, reason_of
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.sources import ARRAYS, SPECS, ImageSource, Split, load_source
 from rar_jax.errors import DecodeError
-from rar_jax.runs.logging import progress
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
+from rar_jax.runs.progress import track_progress
 from rar_jax.tools.inspect.text import LISTED, Report, class_lines, counts, problem_lines, readable, spread, three
 
 ROWS, COLUMNS, CELL = 10, 8, 128  # classes, images of each and pixels in the picture
@@ -55,7 +55,7 @@ def inspect_images(
     source = load_source(spec, split) if kind in ARRAYS else load_source(spec, split, image_size=CELL, crop="center")
     files = source if isinstance(source, EncodedSource) else None
     images = spread(source.num_images, limit)
-    shown = functools.partial(progress, description=f"inspect {spec}", unit="images", quiet=quiet)
+    shown = functools.partial(track_progress, description=f"inspect {spec}", unit="images", quiet=quiet)
     seen = _look_into_files(files, images, shown) if files is not None else _look_into_arrays(source, images, shown)
     # Labels of all images, or where reading alone tells them, of the good ones that were looked at.
     known = files.labels if files is not None and files.labels is not None else seen.labels
@@ -178,7 +178,7 @@ def _draw(source: ImageSource, seen: _Seen, out: pathlib.Path, title: str) -> bo
     for row, label in zip(cells, labels, strict=True):
         row[: len(of_class[label])] = source.gather(np.array(of_class[label]))["images"]
     names = [source.class_names[label].split(",")[0] for label in labels]
-    grid(cells.reshape(-1, *source.image_shape), names, out, title=title)
+    save_image_grid(cells.reshape(-1, *source.image_shape), names, out, title=title)
     return True
 
 

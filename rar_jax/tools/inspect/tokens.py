@@ -10,7 +10,7 @@ import numpy as np
 
 from rar_jax.errors import StoreError
 from rar_jax.metrics.reconstruction import measure_code_usage
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tools.inspect.text import LISTED, Report, class_lines, problem_lines, readable
 
@@ -25,7 +25,7 @@ def inspect_tokens(what: str, *, problems: int = LISTED, quiet: bool = False) ->
     """
     store = TokenStore(what)
     card, found = store.card, []
-    shown = functools.partial(progress, quiet=quiet)
+    shown = functools.partial(track_progress, quiet=quiet)
     codes: dict[str, Any] | None = None
     per_class = np.zeros(store.num_classes, np.int64)
     try:

@@ -11,9 +11,10 @@ from rar_jax.experiment import STAGES
 from rar_jax.runs import ledger
 from rar_jax.runs import lock as lease
 from rar_jax.runs.checkpoint import best_steps
-from rar_jax.runs.logging import progress, read_metrics
+from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.manifest import verify_manifest
 from rar_jax.runs.object_store import is_url
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.text import LISTED, Report, problem_lines, readable
 
@@ -35,12 +36,9 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
     workdir = Workdir(what).fetch()
     config, rows = workdir.read_config(), ledger.read(workdir.path)
     holder = _writer(workdir)
-    found: list[list[str]] = []
-    try:
-        metrics = read_metrics(workdir.path)
-    except ValueError as error:
-        metrics = []
-        found.append(["metrics", str(error)])
+    damaged: list[str] = []
+    metrics = read_metrics(workdir.path, problems=damaged)
+    found = [["metrics", problem] for problem in damaged]
     stages = {}
     for stage in STAGES:
         if (recipe := _recipe(config, stage)) is None and not workdir.checkpoints(stage).is_dir():
@@ -56,7 +54,7 @@ def inspect_workdir(what: str, *, problems: int = LISTED, verify: bool = True, q
         }
     seconds = ledger.goodput(rows, signs=[row["time"] for row in metrics], now=time.time() if holder else None)
     counted = {
-        name: sum(row["event"] == name for row in rows) for name in ("start", "skipped", "rewind", "save_failed")
+        name: sum(row["event"] == name for row in rows) for name in ("start", "skipped", "rollback", "save_failed")
     }
     starts, stops = ([row for row in rows if row["event"] == name] for name in ("start", "stop"))
     counted["preempted"] = sum(row["reason"] == "preempted" for row in stops)
@@ -93,7 +91,7 @@ def tell_workdir(report: Report) -> list[str]:
         ]
         where = ", ".join(f"{kind} {s / wall:.1%}" for kind, s in rest)
         lines.append(f"  goodput    {report['goodput']:.1%} of {wall:,.0f} s: {where}")
-    named = {"preempted": "preempted", "killed": "killed", "skipped": "updates left out", "rewind": "rewinds"}
+    named = {"preempted": "preempted", "killed": "killed", "skipped": "updates left out", "rollback": "rollbacks"}
     named["save_failed"] = "saves without room"
     told = [f"{text} {report['events'][event]}" for event, text in named.items() if report["events"][event]]
     lines.append(f"  runs       {', '.join([str(report['events']['start']), *told])}")
@@ -145,7 +143,9 @@ def _checkpoints(folder: pathlib.Path, found: list[list[str]], verify: bool, qui
     steps = sorted(int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit())
     best = best_steps(folder)
     told = []
-    for step in progress(steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps):
+    for step in track_progress(
+        steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps
+    ):
         state = "verified" if verify else "not verified"
         try:
             if verify:

@@ -83,10 +83,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
     config = workdir.read_config()
     summary = inspect_workdir(str(path), problems=100, verify=False, quiet=True)
     problems = [f"{name}: {reason}" for name, reason in summary["problems"]["first"]]
-    try:
-        metrics = read_metrics(path)
-    except ValueError:  # said by inspect
-        metrics = []
+    metrics = read_metrics(path)
     events = ledger.read(path)
     run = {
         "name": path.resolve().name,  # `report` says more of two that have the same
@@ -144,10 +141,10 @@ def _grids(folder: pathlib.Path, stage: str, problems: list[str]) -> dict[str, A
     """The grids of a stage by step, of the layout of the newest; others are of another config, and left out."""
     shown: list[dict[str, Any]] = []
     layout: dict[str, Any] = {}
-    for step in reversed(grids.steps(folder)):
+    for step in reversed(grids.list_grid_steps(folder)):
         path = folder / f"{step}.png"
         try:
-            grid = grids.load(path)
+            grid = grids.load_grid(path)
         except ValueError as error:
             problems.append(str(error))
             continue
