@@ -9,6 +9,7 @@ from rar_jax.evaluation.final import describe_result, score_run
 from rar_jax.experiment import Experiment, fill_defaults
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
+from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize
 from rar_jax.training.loop import train
