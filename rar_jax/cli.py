@@ -190,7 +190,7 @@ FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines t
             arg("--part", "model to take out of a directory (default generator)", choices=("generator", "tokenizer")),
         ),
         """  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b
-  rar-jax convert --weights runs/imagenet --out mine.safetensors    the released names and layout
+  rar-jax convert --weights runs/imagenet --out mine.safetensors          a file with the released names
 Records the sha256 of what was read and written.""",
     ),
     "bench": Verb(
@@ -215,7 +215,7 @@ Records the sha256 of what was read and written.""",
         "Plan an experiment for accelerators that are not here.",
         (
             CONFIG,
-            arg("--topology", "v5e:4x4, v6e:8x8 or v5p:4x4x4", required=True),
+            arg("--topology", "v5e:4x4, v6e:8x8, v5p:4x4x4", required=True),
             arg("--slices", "number of slices, joined by the data centre's network", type=int, default=1),
             arg("--only", "compile only this step", choices=("train", "tokenize", "sample")),
             arg("--sample-rows", "images per chip when sampling (default 16)", type=int, default=16),

@@ -37,10 +37,6 @@ class DecodeError(RarJaxError, ValueError):
     """An image cannot be decoded. The message is the reason, without the record's name."""
 
 
-class HloError(RarJaxError, ValueError):
-    """The text of an HLO program cannot be interpreted."""
-
-
 class CheckpointError(RarJaxError, RuntimeError):
     """A checkpoint is missing or damaged."""
 

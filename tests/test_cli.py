@@ -74,8 +74,6 @@ def test_a_verb_takes_its_arguments(name: str) -> None:
     keywords = {options.get("dest", flag.lstrip("-").replace("-", "_")) for flag, options in verb.arguments} | {"quiet"}
     if verb.has_config:
         keywords = keywords - {"config"} | {"experiment"}
-    if verb.processes and "workdir" in keywords:
-        keywords |= {"watch"}
     inspect.signature(cli.import_function(name)).bind(**dict.fromkeys(keywords))
 
 

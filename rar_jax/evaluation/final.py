@@ -113,11 +113,11 @@ def _log_scores(experiment: Experiment, workdir: Workdir, metrics: dict[str, Any
     """Log the final scores and pictures to TensorBoard and Weights & Biases, at the generator's last step."""
     numbers = {name.replace(".", "/"): x for name, x in flatten(metrics).items() if isinstance(x, float)}
     step = experiment.last_step("generator")
-    with RunLogger(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as reporter:
-        reporter.write_scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
+    with RunLogger(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as logger:
+        logger.write_scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
         for name in PICTURES if is_main() else ():
             picture = np.asarray(Image.open(workdir.path / name).convert("RGB"))
-            reporter.write_image(step, name.removesuffix(".png"), picture)
+            logger.write_image(step, name.removesuffix(".png"), picture)
 
 
 def describe_result(experiment: Experiment, workdir: Workdir, result: dict[str, Any], seconds: float) -> str:

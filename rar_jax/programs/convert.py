@@ -48,7 +48,7 @@ def convert_weights(
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     path = released.locate(weights, download=download)
-    if out.suffix.lower() == SUFFIX:
+    if out.suffix == SUFFIX:
         sidecar = out.with_name(f"{out.name}.json")
         require(not sidecar.exists(), f"{sidecar} exists, and would be overwritten: move it away")
         require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it separately")

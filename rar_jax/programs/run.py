@@ -46,6 +46,8 @@ def run_experiment(experiment: Experiment, workdir: Workdir, *, quiet: bool = Fa
         say(experiment.describe(workdir.path, mesh))
         for stage in experiment.stages[:-1]:
             train_stage(stage)
+        if data.on_the_fly:
+            say("tokens: encoded on the fly, none are stored")
         for split in () if data.on_the_fly else ("train", "heldout"):
             tokenize(experiment, workdir, mesh, split, quiet=quiet)
             around.ledger.lap("tokenizing")
