@@ -328,32 +328,36 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     import jax
 
     from rar_jax.errors import ConfigError
-    from rar_jax.tools.inspect.inspect import inspect, tell
+    from rar_jax.tools.inspect.inspect import inspect_target
+    from rar_jax.tools.inspect.layout import print_summary
 
     if overrides:
         raise ConfigError("inspect takes no --config.* arguments")
     # It reads files; the accelerator may be another program's, the training's that one asks after, or not there.
     jax.config.update("jax_platforms", "cpu")
     names = ("split", "image_size", "limit", "problems", "out", "quiet")
-    report = inspect(args.what, **{name: getattr(args, name) for name in names})
-    print(json.dumps(report, indent=1) if args.json else tell(report))
-    return 1 if report["problems"]["total"] else 0
+    summary = inspect_target(args.what, **{name: getattr(args, name) for name in names})
+    if args.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print_summary(summary)
+    return 1 if summary["num_problems"] else 0
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     from rar_jax.errors import ConfigError
-    from rar_jax.tools.report.report import report
+    from rar_jax.tools.report.report import write_report
 
     if overrides:
         raise ConfigError("report takes no --config.* arguments: the experiment is the work directory's")
-    print(report([_fetched(workdir) for workdir in args.workdirs], args.out))
+    print(write_report([_fetched(workdir) for workdir in args.workdirs], args.out))
     return 0
 
 
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
-    from rar_jax.tools.doctor import doctor, tell_doctor
+    from rar_jax.tools.doctor import format_checkup, run_doctor
 
     if overrides:
         print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
@@ -362,10 +366,10 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
         told = "is a bucket, whose work is done in a folder here: give that, RAR_JAX_SCRATCH (default ~/.cache/rar_jax)"
         print(f"rar-jax doctor: {args.workdir} {told}", file=sys.stderr)
         return 2
-    report = doctor(args.workdir)
-    if args.json or not args.quiet or report["problems"]:
-        print(json.dumps(report, indent=1) if args.json else tell_doctor(report))
-    return 1 if report["problems"] else 0
+    checkup = run_doctor(args.workdir)
+    if args.json or not args.quiet or checkup["problems"]:
+        print(json.dumps(checkup, indent=1) if args.json else format_checkup(checkup))
+    return 1 if checkup["problems"] else 0
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
