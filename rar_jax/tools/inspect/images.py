@@ -24,7 +24,7 @@ ROWS, COLUMNS, CELL = 10, 8, 128  # of the picture: classes, images per class, p
 class GoodImage(NamedTuple):
     """An image that can be used, as its file stores it."""
 
-    index: int
+    number: int
     label: int
     width: int
     height: int
@@ -77,34 +77,36 @@ def inspect_source(
         except (OSError, ValueError) as error:
             assert encoded is not None
             problems.append((encoded.name(index), reason_of(error)))
+    _draw_classes(source, good, out, f"{spec} ({split})")
     # Containers with labels inside their records tell only those of the images that were read.
     labels = encoded.labels if encoded and encoded.labels is not None else [image.label for image in good]
     counts = np.bincount(labels, minlength=source.num_classes).tolist()
-    _draw_classes(source, good, out, f"{spec} ({split})")
-    columns = dict(zip(GoodImage._fields, zip(*good, strict=True), strict=True)) if good else {}
     return {
         "kind": "images",
         "name": spec,
         "split": split,
         "num_images": source.num_images,
         "num_checked": len(indices),
-        "bytes": sum(columns.get("bytes", ())),
-        **{
-            side: {"min": min(sizes), "median": int(np.median(sizes)), "max": max(sizes)}
-            for side in ("width", "height")
-            if (sizes := columns.get(side))
-        },
-        "image_size": image_size,
-        "below_image_size": sum(min(image.width, image.height) < image_size for image in good),
-        "formats": dict(collections.Counter(columns.get("format", ())).most_common()),
-        "modes": dict(collections.Counter(columns.get("mode", ())).most_common()),
-        "rotated_by_exif": sum(columns.get("rotated", ())),
+        **_summarize_files(good, image_size),
         "num_classes": source.num_classes,
         "counted": "all images" if len(labels) == source.num_images else "good images among the checked ones",
         "classes": [{"count": n, "class": name} for name, n in zip(source.class_names, counts, strict=True)],
         "num_problems": unlisted + len(problems),
         "problems": [{"name": name, "reason": reason} for name, reason in problems[:max_problems]],
         "picture": str(out) if good else None,
+    }
+
+
+def _summarize_files(good: list[GoodImage], image_size: int) -> Summary:
+    sizes = {"width": [image.width for image in good], "height": [image.height for image in good]} if good else {}
+    return {
+        "bytes": sum(image.bytes for image in good),
+        **{k: {"min": min(v), "median": int(np.median(v)), "max": max(v)} for k, v in sizes.items()},
+        "image_size": image_size,
+        "below_image_size": sum(min(image.width, image.height) < image_size for image in good),
+        "formats": dict(collections.Counter(image.format for image in good).most_common()),
+        "modes": dict(collections.Counter(image.mode for image in good).most_common()),
+        "rotated_by_exif": sum(image.rotated for image in good),
     }
 
 
@@ -119,9 +121,8 @@ def _read_image(source: ImageSource, index: int) -> GoodImage:
     if not isinstance(source, EncodedSource):
         height, width, channels = source.image_shape
         label = int(source.gather(np.array([index]))["labels"][0])
-        return GoodImage(
-            index, label, width, height, "array", {1: "L"}.get(channels, "RGB"), False, height * width * channels
-        )
+        mode = "L" if channels == 1 else "RGB"
+        return GoodImage(index, label, width, height, "array", mode, False, height * width * channels)
     if reason := source.problem(index):
         raise DecodeError(reason)
     data, label = source.encoded(index), source.label(index)
@@ -133,7 +134,7 @@ def _draw_classes(source: ImageSource, good: list[GoodImage], out: pathlib.Path,
     """Draw the first good images of up to ROWS classes, evenly spaced among those that have any."""
     by_class: dict[int, list[int]] = collections.defaultdict(list)
     for image in good:
-        by_class[image.label].append(image.index)
+        by_class[image.label].append(image.number)
     if not by_class:
         return
     labels = [sorted(by_class)[i] for i in _space_evenly(len(by_class), ROWS)]

@@ -26,7 +26,7 @@ def print_summary(summary: Summary) -> None:
 
 
 def _add_branch(tree: Tree, key: str, value: Any) -> None:
-    label = key.replace("_", " ")
+    label = key.removeprefix("num_").replace("_", " ")
     if isinstance(value, dict) and any(isinstance(child, dict | list) for child in value.values()):
         branch = tree.add(Text(label))
         for name, child in value.items():
@@ -36,7 +36,7 @@ def _add_branch(tree: Tree, key: str, value: Any) -> None:
             label = f"the {LISTED - 2} smallest classes, the median and the largest"
             value = sorted(value, key=lambda row: row["count"])
             value = [*value[: LISTED - 2], value[len(value) // 2], value[-1]]
-        table = Table(*(name.replace("_", " ") for name in value[0]), box=None, padding=(0, 2, 0, 0))
+        table = Table(*value[0], box=None, padding=(0, 2, 0, 0))
         for row in value:
             table.add_row(*(Text(_format(name, x)) for name, x in row.items()))
         tree.add(Text(label)).add(table)
@@ -46,7 +46,7 @@ def _add_branch(tree: Tree, key: str, value: Any) -> None:
 
 def _format(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_format(name, x)}" for name, x in value.items())
+        return ", ".join(f"{name} {_format(name, x)}" for name, x in value.items())
     if isinstance(value, list):
         return ", ".join(_format(key, x) for x in value)
     if isinstance(value, float):

@@ -57,9 +57,7 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
     stops = [row["reason"] for row in rows if row["event"] == "stop"]
     killed = events.count("start") - len(stops) - bool(writer)
     named = {"starts": "start", "skipped_updates": "skipped", "rollbacks": "rewind", "failed_saves": "save_failed"}
-    last_stop = None
-    if rows and not writer:
-        last_stop = stops[-1] if events[-1] == "stop" else "killed (no exit record)"
+    last_stop = None if writer or not rows else stops[-1] if events[-1] == "stop" else "killed (no exit record)"
     summary = {
         "kind": "work directory",
         "name": target,
