@@ -357,7 +357,7 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
-    from rar_jax.tools.doctor import format_checkup, run_doctor
+    from rar_jax.tools.doctor import format_checkup, check_machine
 
     if overrides:
         print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
@@ -366,7 +366,7 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
         told = "is a bucket, whose work is done in a folder here: give that, RAR_JAX_SCRATCH (default ~/.cache/rar_jax)"
         print(f"rar-jax doctor: {args.workdir} {told}", file=sys.stderr)
         return 2
-    checkup = run_doctor(args.workdir)
+    checkup = check_machine(args.workdir)
     if args.json or not args.quiet or checkup["problems"]:
         print(json.dumps(checkup, indent=1) if args.json else format_checkup(checkup))
     return 1 if checkup["problems"] else 0

@@ -30,7 +30,7 @@ MIN_FREE = 1.0  # GiB of disk
 Problems = Iterator[tuple[str, str]]  # what is wrong, and what to do
 
 
-def run_doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
+def check_machine(workdir: pathlib.Path | None = None) -> dict[str, Any]:
     """Check this machine and a folder (default: the current one). Nothing stays behind."""
     folder = workdir or pathlib.Path.cwd()
     cache = pathlib.Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
@@ -55,7 +55,7 @@ def run_doctor(workdir: pathlib.Path | None = None) -> dict[str, Any]:
 
 
 def format_checkup(checkup: Mapping[str, Any]) -> str:
-    """Lines of text for the result of `run_doctor`."""
+    """Lines of text for the result of `check_machine`."""
     counted = collections.Counter(checkup["devices"])
     shown = {
         "versions": ", ".join(f"{k} {v}" for k, v in {"python": checkup["python"], **checkup["versions"]}.items()),

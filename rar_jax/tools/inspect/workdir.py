@@ -116,14 +116,11 @@ def _inspect_checkpoints(
 
 def _suggest_next(summary: Summary) -> str:
     """The command to run next, or why there is none."""
-    name, writer, stop = summary["name"], summary["running"], summary["last_stop"] or ""
+    name, stop = summary["name"], summary["last_stop"] or ""
     checkpoints = [(stage, row) for stage, found in summary["stages"].items() for row in found["checkpoints"]]
     good = [f"{stage} step {row['step']}" for stage, row in checkpoints if row["state"] != "bad"]
-    if writer:
-        killed = (
-            f", or was killed on {writer['host']}: a start waits until its lock expires" if "beat" in writer else ""
-        )
-        return f"nothing to do: it is running{killed}"
+    if summary["running"]:
+        return "nothing to do: it is running"
     if "updates in a row were bad" in stop:
         return f"training gave up: see {name}/dump and {name}/ledger.jsonl, then train in a new --workdir"
     if summary["finished"]:
