@@ -82,12 +82,12 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
         LeaseError,
         Preempted,
         ProcessError,
+        ReferenceFileError,
         StorageError,
         StoreError,
         TrainingError,
         WeightsError,
     )
-    from rar_jax.evaluation.reference import ReferenceFileError
     from rar_jax.parallel import mesh
     from rar_jax.parallel.memory import exhaustion
     from rar_jax.programs import refusals
@@ -229,9 +229,9 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         else:
             import json
 
-            from rar_jax.evaluation.fd_classifier import evaluate
+            from rar_jax.evaluation.fd_classifier import score_with_classifier
 
-            _say(json.dumps(evaluate(experiment, workdir, mesh, quiet=args.quiet), indent=1))
+            _say(json.dumps(score_with_classifier(experiment, workdir, mesh, quiet=args.quiet), indent=1))
             around.ledger.lap("evaluating")
 
 

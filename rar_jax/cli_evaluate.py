@@ -21,10 +21,12 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     """Scores what the flags name; what is to be said of it."""
     from rar_jax.config import build, load_experiment
     from rar_jax.errors import ConfigError
-    from rar_jax.evaluation.program import Settings
-    from rar_jax.evaluation.reconstructions import reconstruct
-    from rar_jax.evaluation.scores import reference_of, score_images, score_samples, summary
-    from rar_jax.evaluation.steps import score_steps, steps_table
+    from rar_jax.evaluation.image_sets import open_image_set
+    from rar_jax.evaluation.program import Settings, open_program
+    from rar_jax.evaluation.reconstructions import score_reconstructions
+    from rar_jax.evaluation.results import format_scores, format_steps
+    from rar_jax.evaluation.scores import make_reference, score_images, score_samples
+    from rar_jax.evaluation.steps import score_steps
     from rar_jax.runs.workdir import Workdir
     from rar_jax.sampling import Guidance
 
@@ -44,8 +46,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
         raise ConfigError("--make-reference compares with nothing: leave --reference out")
     if wrong := [x for x in overrides if not (args.config and x.startswith("guidance."))]:
         raise ConfigError(f"--config.{wrong[0]}: with --inception only --config and --config.guidance.* are read")
-    if args.steps and (args.samples_npz or args.shares):
-        raise ConfigError("--samples-npz and --shares are of one checkpoint: leave --steps out")
+    if args.steps and args.samples_npz:
+        raise ConfigError("--samples-npz is of one checkpoint: leave --steps out")
     if args.steps and not args.workdir:
         raise ConfigError("--steps needs --workdir, whose checkpoints it means")
     if args.image_size is not None and not (args.images or args.make_reference):
@@ -61,28 +63,31 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
     if args.config and guidance is None:
         section: Any = load_experiment(args.config, overrides).guidance
         guidance = build(Guidance, section, where="config.guidance")
-    common: dict[str, Any] = {"settings": settings, "quiet": args.quiet}
-    theirs = {"split": args.split, "image_size": args.image_size}
-    compared = {"reference_path": args.reference, **common}
-    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "tensor": args.tensor, **compared}
+    quiet, images = args.quiet, None
+    if args.images or args.make_reference:
+        images = open_image_set(args.images or args.make_reference, args.split, image_size=args.image_size)
+    if args.make_reference and out.suffix != ".npz":
+        raise ConfigError(f"--out {out}: a reference is a .npz file")
+    program = open_program(args.inception, settings, reference_path=args.reference, tensor=args.tensor)
+    drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "quiet": quiet}
     if args.make_reference:
-        told = summary(reference_of(args.make_reference, args.inception, out, **theirs, **common))
+        assert images is not None
+        told = format_scores(make_reference(program, images, out, quiet=quiet))
     elif args.reconstruction:
-        told = summary(
-            reconstruct(weights, args.images, args.inception, out, download=args.download, **theirs, **compared)
-        )
-    elif args.images:
-        told = summary(score_images(args.images, args.inception, out, **theirs, **compared))
+        assert images is not None
+        told = format_scores(score_reconstructions(program, weights, images, out, download=args.download, quiet=quiet))
+    elif images is not None:
+        told = format_scores(score_images(program, images, out, quiet=quiet))
     elif args.steps:
         assert workdir is not None
-        told = steps_table(score_steps(workdir.path, args.inception, out, steps=args.steps, **drawn))
+        told = format_steps(score_steps(program, workdir.path, out, steps=args.steps, **drawn))
     else:
         assert args.weights or directory
         result = score_samples(
-            args.weights or directory, args.inception, out, tokenizer=args.tokenizer, download=args.download,
-            samples_npz=args.samples_npz, shares=args.shares, **drawn,
+            program, args.weights or directory, out, tokenizer=args.tokenizer, download=args.download,
+            samples_npz=args.samples_npz, **drawn,
         )  # fmt: skip
-        told = summary(result)
+        told = format_scores(result)
     if workdir is not None:
         workdir.send()
     return told

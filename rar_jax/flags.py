@@ -121,9 +121,6 @@ def _evaluate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=64, help="images at a time over all devices (default 64)")
     sub.add_argument("--features", default="float32", help="float32 (default) or float64: what Inception computes in")
     sub.add_argument("--chunk", type=int, default=1000, help="images between two saves (default 1000)")
-    sub.add_argument(
-        "--shares", action="store_true", help="also time one batch: sampling, decoding, Inception, moments"
-    )
     sub.add_argument("--no-neighbours", action="store_true", help="leave out precision, recall and KID")
     _sampling_flags(sub)
 

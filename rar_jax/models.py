@@ -16,27 +16,27 @@ from rar_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A module of generators/ or tokenizers/ with its Config: the two things that belong together."""
+    """A module of generators/ or tokenizers/ with its Config."""
 
     module: ModuleType
     config: Any
 
 
 def load_model(config: Mapping[str, Any], kind: str) -> Model:
-    """The generator or tokenizer (kind "generators", "tokenizers") of a resolved experiment (config.json)."""
+    """Rebuild the model of a resolved experiment (config.json); kind is "generators" or "tokenizers"."""
     section = config[kind[:-1]]
     module = find_module(kind, section["name"])
     return Model(module, build(module.Config, section, where=f"config.{kind[:-1]}", ignore=("name", "weights")))
 
 
 def check_pair(generator: Model, tokenizer: Model) -> None:
-    """Raises ConfigError unless the generator makes the tokens that the tokenizer decodes."""
+    """Raise ConfigError unless the tokenizer decodes the tokens that the generator makes."""
     made = generator.module.token_spec(generator.config)
     read = tokenizer.module.token_spec(tokenizer.config)
     require(
         made.shape == read.shape and made.dtype == read.dtype,
-        f"the generator makes {made.dtype}{list(made.shape)} an image, the tokenizer takes {read.dtype}{list(read.shape)}: "
-        "set generator.num_tokens to the tokenizer's grid",
+        f"the generator makes {made.dtype}{list(made.shape)} tokens, the tokenizer takes "
+        f"{read.dtype}{list(read.shape)}: set generator.num_tokens to the tokenizer's grid",
     )
     codes = [getattr(model.config, "codebook_size", None) for model in (generator, tokenizer)]
     require(
@@ -46,7 +46,7 @@ def check_pair(generator: Model, tokenizer: Model) -> None:
 
 
 def find_module(kind: str, name: str) -> ModuleType:
-    """The file rar_jax/<kind>/<name>.py: one file is one generator or one tokenizer.
+    """Import rar_jax/<kind>/<name>.py.
 
     Raises: ConfigError if there is no such file, naming the nearest.
     """
@@ -57,6 +57,6 @@ def find_module(kind: str, name: str) -> ModuleType:
 
 
 def module_names(kind: str) -> list[str]:
-    """Names of all files in rar_jax/<kind>/, which are its registry."""
+    """List the modules of rar_jax/<kind>/, which are its registry."""
     folder = pathlib.Path(__file__).parent / kind
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))

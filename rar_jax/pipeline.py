@@ -17,8 +17,8 @@ from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
 from rar_jax.models import Model, check_pair
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import place
-from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, on_device
+from rar_jax.parallel.arrays import put_on_mesh
+from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, with_device_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.object_store import is_url
 from rar_jax.runs.workdir import Workdir
@@ -127,7 +127,7 @@ class Pipeline:
             ids_b = np.arange(start, start + size) % len(labels_b)  # the last batch is filled up, and cut again
             rows: Any = labels_b[ids_b].astype(np.int32), ids_b.astype(np.int32)
             if self.mesh is not None:
-                rows = place(rows, batch_sharding(self.mesh))
+                rows = put_on_mesh(rows, batch_sharding(self.mesh))
             labels, ids = rows
             args = (self.params, labels, self._keys(np.uint32(seed), ids), guidance)
             with memory.exhaustion(f"sampling, batch_size {size}", "give a smaller batch_size, or dtype='bfloat16'"):
@@ -245,7 +245,7 @@ def load(
         guidance, class_names = known.guidance, imagenet.class_names()
     return Pipeline(
         generator.model,
-        Model(of_images.model.module, on_device(of_images.model.config)),
+        Model(of_images.model.module, with_device_dtype(of_images.model.config)),
         generator.place(mesh),
         of_images.place(mesh),
         guidance=guidance,

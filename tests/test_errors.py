@@ -201,8 +201,8 @@ def exhausted_while_training(at: Place) -> None:
 
 @case("Devices and memory", "Memory is exhausted while scoring")
 def exhausted_while_scoring(at: Place) -> None:
-    at.patch.setattr("rar_jax.evaluation.scores.load_network", lambda *_: scoring.Network({}, "0" * 64))
-    at.patch.setattr(scoring.Program, "images", lambda *_: exhausted)
+    at.patch.setattr("rar_jax.evaluation.program.load_inception", lambda *_: scoring.Network({}, "0" * 64))
+    at.patch.setattr(scoring.Program, "_scan", exhausted)
     np.savez("theirs.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     at.how = "where the program asks for 2^50 bytes"
     at.command("evaluate --images theirs.npz --inception inception.pth --out scores -q", 1)

@@ -13,12 +13,12 @@ import sys
 
 OURS = """
 import sys, jax, jax.numpy as jnp, numpy as np, time
-from rar_jax.metrics.features import features
+from rar_jax.metrics.features import extract_features
 from rar_jax.networks.inception import Inception
 batch = int(sys.argv[1])
 params = Inception().init(jax.random.key(0), jnp.zeros((1, 299, 299, 3)))["params"]
 images = np.random.default_rng(0).integers(0, 256, (batch, 256, 256, 3), np.uint8)
-compiled = jax.jit(features)
+compiled = jax.jit(extract_features)
 work = lambda: jax.block_until_ready(compiled(params, images))
 """
 THEIRS = """

@@ -110,7 +110,7 @@ def placing(folder: pathlib.Path) -> list[float]:
     import jax.numpy as jnp
 
     from rar_jax.parallel.mesh import MeshConfig, make_mesh
-    from rar_jax.parallel.processes import global_batch, on_devices
+    from rar_jax.parallel.processes import make_global_batch, prefetch_batches
 
     mesh = make_mesh(MeshConfig())
     kernel = jax.device_put(np.ones((TOKENS, 512), np.float32), jax.NamedSharding(mesh, jax.P()))
@@ -121,7 +121,7 @@ def placing(folder: pathlib.Path) -> list[float]:
 
     def in_line(stream: Iterator[Any]) -> Iterator[Any]:
         for rows in stream:
-            yield global_batch({name: array for name, array in rows.items() if name != "ids"}, mesh)
+            yield make_global_batch({name: array for name, array in rows.items() if name != "ids"}, mesh)
 
     def loop(place: Callable[[Iterator[Any]], Iterator[Any]], seed: int) -> float:
         placed, total, before = place(ours(folder, seed)), jnp.float32(0), jnp.float32(0)
@@ -135,7 +135,7 @@ def placing(folder: pathlib.Path) -> list[float]:
 
     ratios = []
     for k in range(PLACE_ROUNDS + 1):
-        ways = [in_line, lambda stream: on_devices(stream, mesh)]
+        ways = [in_line, lambda stream: prefetch_batches(stream, mesh)]
         seconds = [loop(way, k) for way in (ways if k % 2 else ways[::-1])]
         ratios.append(seconds[0] / seconds[1] if k % 2 else seconds[1] / seconds[0])
     return ratios[1:]  # the first one compiled
@@ -201,7 +201,7 @@ share; they end at the size of the store. What the process itself holds does not
 
 ## Batches on their way to the devices
 
-`parallel.processes.on_devices` places batches two ahead. Seconds of a loop that places in line, over seconds with it, {PLACE_ROUNDS} rounds of
+`parallel.processes.prefetch_batches` places batches two ahead. Seconds of a loop that places in line, over seconds with it, {PLACE_ROUNDS} rounds of
 {PLACE_STEPS} steps on 4 CPU devices: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}. CPU devices copy
 nothing over a bus, so no gain is to be seen here; what it brings on an accelerator is not measured.
 """

@@ -109,7 +109,7 @@ def main() -> None:
         def with_threads(k: int) -> float:
             def batch(step: int) -> dict[str, np.ndarray]:
                 place = np.arange(step * BATCH, (step + 1) * BATCH)
-                return array_record.gather(loader.shuffled(place, size=RECORDS, seed=k))
+                return array_record.gather(loader.shuffle_positions(place, size=RECORDS, seed=k))
 
             options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
             return rate(iter(grain.MapDataset.range(10**9).map(batch).to_iter_dataset(options)), 40_000)
@@ -130,7 +130,7 @@ def main() -> None:
 
         compare(
             "the same .npy store, shuffled in two ways",
-            {"loader.shuffled": through_loader(store, 200_000), "MapDataset.shuffle": with_grain_shuffle},
+            {"loader.shuffle_positions": through_loader(store, 200_000), "MapDataset.shuffle": with_grain_shuffle},
         )
 
 

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: every kind that a data set of the web holds, or a refusal of one line."""
+"""Decode images of any kind that web data sets hold, or raise an error of one line."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from rar_jax.config import require
 from rar_jax.errors import DecodeError
 
-# What Pillow itself warns of, so that it never warns of an image that is taken.
+# Where Pillow starts to warn.
 MAX_PIXELS = 1024**3 // 4 // 3
 
-# Named, because Pillow's other readers start programs (EPS) or have no pixels of their own (PDF, WMF).
+# Pillow's other readers start programs (EPS) or have no pixels of their own (PDF, WMF).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# EXIF's tag 274 to what makes the image upright (EXIF 2.3, section 4.6.4); 1 is upright.
+# Values of EXIF's tag 274 to what makes the image upright (EXIF 2.3, section 4.6.4); 1 is upright.
 _ORIENTATION = 274
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,42 +30,34 @@ _UPRIGHT = {
 }
 
 
-def decode(data: bytes, *, channels: int = 3) -> np.ndarray:
-    """uint8 (y, x, channels) of an encoded image, as `open_image` has it. Raises: DecodeError."""
-    pixels = np.asarray(open_image(data, channels=channels))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+def decode_image(data: bytes, *, channels: int = 3) -> Image.Image:
+    """Decode the first frame of an image, upright, to mode "RGB" (channels=3) or "L" (1).
 
+    16-bit samples become round(value / 257). Transparent pixels are blended with white. Colour becomes grey by ITU-R 601.
+    JPEGs are decoded at full size: libjpeg's scaled decoding gives other pixels than ADM's arithmetic.
 
-def open_image(data: bytes, *, channels: int = 3) -> Image.Image:
-    """The first frame of an encoded image, decoded and upright, in mode "RGB" (channels=3) or "L" (1).
-
-    16-bit samples become round(value / 257). Transparent pixels are laid over white. Colour becomes grey by ITU-R 601.
-    JPEGs are always decoded at their full size: libjpeg's scaled decoding gives other pixels than ADM's arithmetic.
-
-    Raises: DecodeError for what is not, or not wholly, an image of a kind in FORMATS, or has over MAX_PIXELS pixels.
+    Raises: DecodeError unless it is a whole image of a kind in FORMATS with at most MAX_PIXELS pixels.
     """
-    require(channels in (1, 3), f"channels is {channels}: images are decoded to 1 or 3")
+    assert channels in (1, 3)
     try:
         try:
             return _open(data, channels)
         except Warning:
-            # Where warnings are errors, a harmless one (EXIF that is cut short) must not change which images are
-            # good. Only here, because catch_warnings is not safe among threads.
+            # Warnings as errors must not change which images are good. Only here: catch_warnings is not thread-safe.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return _open(data, channels)
     except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DecodeError(f"no image ({', '.join(FORMATS)}): it begins with {data[:16]!r}") from None
+        raise DecodeError(f"not an image ({', '.join(FORMATS)}): begins with {data[:16]!r}") from None
     except Exception as error:  # damaged files make Pillow raise nearly anything: SyntaxError, IndexError, struct.error
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DecodeError(f"damaged image: {reason}") from error
 
 
 class Header(NamedTuple):
-    """What a file says of its image: Pillow's names of its kind ("JPEG") and mode ("RGB"), its pixels as they are stored, and
-    whether EXIF says to turn or mirror it."""
+    """Pillow's names of an image's kind ("JPEG") and mode ("RGB"), its stored size, and whether EXIF rotates or flips it."""
 
     kind: str
     mode: str
@@ -76,9 +67,9 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """The header of an encoded image that `open_image` takes; only of a PNG are the pixels decoded, EXIF may follow them."""
+    """Read the header of an image that `decode_image` accepts. PNGs are decoded: EXIF may follow the pixels."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `open_image` takes it all the same
+        warnings.simplefilter("ignore")
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         kind, mode = str(image.format), image.mode
         return Header(kind, mode, image.width, image.height, image.getexif().get(_ORIENTATION) in _UPRIGHT)
@@ -92,7 +83,7 @@ def _open(data: bytes, channels: int) -> Image.Image:
         # Before decoding: a bomb is small until then.
         raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} in all: shrink it")
     if image.format == "PNG":
-        # Pillow does not look at the checksums of what it decodes, and damage may still decode, to other pixels.
+        # Pillow ignores checksums while decoding, and damaged data may decode to other pixels.
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
     low = _low_bytes(data, image)
     image.load()
@@ -105,14 +96,14 @@ def _open(data: bytes, channels: int) -> Image.Image:
 
 
 def _low_bytes(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """uint8 (y, x, c), the low bytes of a 16-bit colour PNG; None for other images.
+    """Return the low bytes of a 16-bit colour PNG, uint8 (y, x, c); None for other images.
 
-    Pillow keeps the high bytes only. The samples are big-endian; read as if little-endian, its high bytes are the low.
+    Pillow keeps only the high bytes of the big-endian samples. Read as little-endian, those are the low bytes.
     """
     tiles: Any = getattr(image, "tile", None)
     rawmode = tiles[0].args if image.format == "PNG" and tiles else None
     if rawmode == "LA;16B":
-        raise DecodeError("grey with alpha in 16 bits, which Pillow cannot read exactly: save it with 8")
+        raise DecodeError("grey with alpha in 16 bits: save it with 8 bits")
     if rawmode not in ("RGB;16B", "RGBA;16B"):
         return None
     again: Any = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -123,15 +114,15 @@ def _low_bytes(data: bytes, image: Image.Image) -> np.ndarray | None:
 
 
 def _opaque(image: Image.Image, low: np.ndarray | None) -> Image.Image:
-    """An 8-bit image without transparency, in a mode that converts to L and RGB."""
+    """Return an 8-bit image without transparency, in a mode that converts to L and RGB."""
     if low is not None:
         return _from_16_bits(np.asarray(image).astype(np.uint32) * 256 + low, image.info.get("transparency"))
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return _from_16_bits(np.asarray(image).astype(np.uint32)[..., None], image.info.get("transparency"))
     if image.mode in ("I", "F"):
-        raise DecodeError(f"32-bit pixels (mode {image.mode}), which have no agreed white: save it with 8 bits")
+        raise DecodeError(f"32-bit pixels (mode {image.mode}), without a defined white: save it with 8 bits")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        # Pillow takes every CMYK JPEG for one of Adobe's, which hold the inverse; the standard's hold ink.
+        # Pillow assumes that every CMYK JPEG is Adobe's, which store the inverse.
         image = ImageChops.invert(image)
     if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
         return image.convert("RGB") if image.mode not in ("L", "RGB", "1") else image
@@ -140,7 +131,7 @@ def _opaque(image: Image.Image, low: np.ndarray | None) -> Image.Image:
 
 
 def _from_16_bits(pixels: np.ndarray, transparent: Any) -> Image.Image:
-    """pixels: uint32 (y, x, 1, 3 or 4), of which 4 has alpha. transparent: the colour of a PNG's tRNS, or None."""
+    """pixels: uint32 (y, x, 1, 3 or 4); 4 has alpha. transparent: the colour of a PNG's tRNS, or None."""
     if pixels.shape[-1] == 4:
         return _over_white(pixels, white=65535)
     if transparent is not None:
@@ -149,11 +140,7 @@ def _from_16_bits(pixels: np.ndarray, transparent: Any) -> Image.Image:
 
 
 def _over_white(pixels: np.ndarray, *, white: int) -> Image.Image:
-    """Lays unsigned (y, x, c + alpha) over white, then to 8 bits, rounded.
-
-    Not dropped: what hides under transparency is arbitrary (often black, often the colours of a brush), and nobody
-    has ever seen it. White, because that is what pages of the web, where the images are from, put behind them.
-    """
+    """Blend unsigned (y, x, c + alpha) with white, as web pages do, and round to 8 bits."""
     colour, alpha = pixels[..., :-1].astype(np.uint64), pixels[..., -1:].astype(np.uint64)
     whole = white * white
     blended = colour * alpha + white * (white - alpha)

@@ -1,4 +1,4 @@
-"""What a source of images is, the one that holds them in memory, and the view that makes images of one size."""
+"""Sources of labelled images: the base class, one in memory, and the view that gives images one size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CROPS = ("pad", "center", "ten", "random")
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How images become ones of one size: what `load_source` was asked for. None: the source's own choice."""
+    """How images are brought to one size: arguments of `load_source`. None is the source's default."""
 
     image_size: int | None = None
     crop: str | None = None
@@ -28,30 +28,25 @@ class View:
 
     def __post_init__(self) -> None:
         require(self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}: at least 1")
-        require(
-            self.crop in (None, *CROPS),
-            f"no crop '{self.crop}': one of {', '.join(CROPS)}.{nearest(str(self.crop), CROPS)}",
-        )
+        known = f"one of {', '.join(CROPS)}.{nearest(str(self.crop), CROPS)}"
+        require(self.crop in (None, *CROPS), f"no crop '{self.crop}': {known}")
         require(self.channels in (None, 1, 3), f"channels is {self.channels}: images are decoded to 1 or 3")
 
     def only_pad(self, spec: str) -> int | None:
-        """image_size, for a source whose images have one size. Raises: ConfigError for a crop."""
-        require(
-            self.crop in (None, "pad"),
-            f"{spec} has images of one size, which are padded and not cropped: leave crop='{self.crop}' out",
-        )
+        """Return image_size, for a source whose images have one size. Raises: ConfigError for a crop."""
+        padded = f"{spec} has images of one size, which are padded and not cropped: leave crop='{self.crop}' out"
+        require(self.crop in (None, "pad"), padded)
         return self.image_size
 
 
 class ImageSource:
     """Random access to labelled images; also a source for `grain.MapDataset.source`.
 
-    A record is {"images": uint8 (h, w, c), "labels": int32, "ids": int64}; an id names an image of a split, and
-    sources of views have more records than images. Subclasses offer `__len__` and `__getitem__`, and `gather` where a
-    batch can be had at once.
+    A record is {"images": uint8 (h, w, c), "labels": int32, "ids": int64}. An id names an image of a split; a source of
+    several crops has more records than images. Subclasses define `__len__` and `gather`.
     """
 
-    # Whether a record looks different each time it is drawn: `gather` then takes `draws`.
+    # Whether a record looks different each time it is drawn; `gather` then takes `draws`.
     random_views = False
 
     def __init__(self, *, image_shape: tuple[int, int, int], class_names: Sequence[str]) -> None:
@@ -64,19 +59,18 @@ class ImageSource:
 
     @property
     def num_images(self) -> int:
-        """Images, of which each may be several records."""
+        """Number of images; each may be several records."""
         return len(self)
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Record:
-        raise NotImplementedError
+        return {key: array[0] for key, array in self.gather(np.array([index])).items()}
 
     def gather(self, indices: np.ndarray) -> Batch:
-        """Records at `indices` (int64 (b,)): "images" uint8 (b, h, w, c), "labels" int32 (b,), "ids" int64 (b,)."""
-        records = [self[int(i)] for i in indices]
-        return {key: np.stack([r[key] for r in records]) for key in ("images", "labels", "ids")}
+        """Gather records at `indices` (int64 (b,)): "images", "labels" and "ids" with a leading axis."""
+        raise NotImplementedError
 
 
 class ArraySource(ImageSource):
@@ -91,9 +85,8 @@ class ArraySource(ImageSource):
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], ids: np.ndarray | None = None
     ) -> None:
-        require(
-            images.ndim == 4 and images.dtype == np.uint8, f"images are {images.dtype} {images.shape}, not uint8 4-D"
-        )
+        fits = images.ndim == 4 and images.dtype == np.uint8
+        require(fits, f"images are {images.dtype} {images.shape}, not uint8 4-D")
         require(len(images) > 0, "the source holds no images")
         require(len(images) == len(labels), f"{len(images)} images but {len(labels)} labels")
         check_labels(labels, len(class_names))
@@ -107,29 +100,26 @@ class ArraySource(ImageSource):
     def __len__(self) -> int:
         return len(self._arrays["labels"])
 
-    def __getitem__(self, index: int) -> Record:
-        return {key: array[index] for key, array in self._arrays.items()}
-
     def gather(self, indices: np.ndarray) -> Batch:
         return {key: array[indices] for key, array in self._arrays.items()}
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raises ConfigError for a label outside [0, num_classes)."""
+    """Raise ConfigError for a label outside [0, num_classes)."""
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if bad.size:
         raise ConfigError(f"label {labels[bad[0]]} of record {bad[0]} is outside the {num_classes} classes")
 
 
 def pad_images(images: np.ndarray, image_size: int | None) -> np.ndarray:
-    """Zero-pads uint8 (n, h, w, c) to (n, image_size, image_size, c); an odd rest goes below and right."""
+    """Zero-pad uint8 (n, h, w, c) to (n, image_size, image_size, c); an odd rest goes below and right."""
     target = padded_shape(images.shape[1:], image_size)
     rest = [0, *(t - n for t, n in zip(target, images.shape[1:], strict=True))]
     return np.pad(images, [(r // 2, r - r // 2) for r in rest]) if any(rest) else images
 
 
 def padded_shape(shape: Sequence[int], image_size: int | None) -> tuple[int, int, int]:
-    """(h, w, c) after `pad_images`. Raises: ConfigError if image_size is too small."""
+    """Return (h, w, c) after `pad_images`. Raises: ConfigError if image_size is too small."""
     height, width, channels = shape
     if image_size is None:
         return height, width, channels

@@ -7,10 +7,9 @@ import functools
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-    """1000 names with their synonyms, "golden retriever" or "tench, Tinca tinca": label i is name i.
+    """Return the 1000 names with their synonyms ("tench, Tinca tinca"), from tensorflow_datasets' SI-Score.
 
-    They come with tensorflow_datasets, in the labels of SI-Score. Some synonyms are not unique: "cardigan" is a dog (264)
-    and a garment (474).
+    Some synonyms are not unique: "cardigan" is a dog (264) and a garment (474).
     """
     from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
 

@@ -1,7 +1,6 @@
-"""Where images come from: random access to uint8 images with their labels, one spec string each.
+"""Open a source of labelled images from its spec string.
 
-A kind of source is one subclass of `ImageSource` and one line in `_KINDS`. Everything downstream asks
-for batches through `gather`, which a source in memory answers with a single copy.
+A kind of source is one subclass of `ImageSource` and one line in `_KINDS`.
 """
 
 from __future__ import annotations
@@ -15,35 +14,36 @@ from typing import Any
 import numpy as np
 
 from rar_jax.config import nearest, require
-from rar_jax.data.array_record import ArrayRecordSource
 from rar_jax.data.folder import FolderSource
+from rar_jax.data.formats.array_record import ArrayRecordSource
+from rar_jax.data.formats.parquet import ParquetSource
+from rar_jax.data.formats.tfds import TfdsSource
+from rar_jax.data.formats.webdataset import WebDatasetSource
 from rar_jax.data.image_source import ArraySource, ImageSource, Split, View, pad_images
-from rar_jax.data.parquet import ParquetSource
-from rar_jax.data.tfds_source import open_tfds
-from rar_jax.data.webdataset import WebDatasetSource
+from rar_jax.data.splits import number_classes, read_class_names
 from rar_jax.errors import ConfigError
 
 
 def load_source(
     spec: str, split: Split, *, image_size: int | None = None, crop: str | None = None, channels: int | None = None
 ) -> ImageSource:
-    """Opens a source of images.
+    """Open a source of images.
 
     Args:
-      spec: "digits" (scikit-learn's 8x8 digits, nothing to download), "idx:FOLDER" (files as MNIST's), "tfds:NAME" (a
-        prepared TFDS dataset), "folder:PATH" (a folder a class), "parquet:PATH" (Hugging Face's layout),
-        "webdataset:PATH" (tar files) or "array_record:PATH" (our own simple records).
-      split: "train", or "heldout" (t10k files, TFDS's "test", 360 of the digits, the other files' own or 5 %).
-      image_size: height and width. Images of one size are padded with zeros to it, None leaves them; others need it.
+      spec: "digits" (scikit-learn's 8x8 digits), "idx:FOLDER" (MNIST's format), "tfds:NAME" (a prepared TFDS dataset),
+        "folder:PATH" (one folder per class), "parquet:PATH" (Hugging Face's layout), "webdataset:PATH" (tar files) or
+        "array_record:PATH" (our own simple records).
+      split: "train", or "heldout" (t10k files, TFDS's "test", 360 of the digits, the container's own or 5 %).
+      image_size: height and width. Images of one size are padded to it, or left if None; others need it.
       crop: "pad" (default for images of one size), "center" (default otherwise), "ten" or "random"; see EncodedSource.
-      channels: 3 (default) or 1, for encoded images, which become colour or grey.
+      channels: 3 (default) or 1, for encoded images.
 
-    Raises: ConfigError, one line, for a wrong spec, missing or corrupt files, or images larger than image_size.
+    Raises: ConfigError for a wrong spec, missing or corrupt files, or images larger than image_size.
     """
     kind, _, argument = spec.partition(":")
     require(split in ("train", "heldout"), f"split '{split}' is neither 'train' nor 'heldout'")
     if kind not in _KINDS:
-        raise ConfigError(f"no source '{spec}'.{nearest(kind, _KINDS)}")
+        raise ConfigError(f"Unknown data source '{spec}'.{nearest(kind, _KINDS)}")
     require(bool(argument) == (kind != "digits"), f"source '{spec}': write one of {', '.join(SPECS)}")
     return _KINDS[kind](argument, split, View(image_size, crop, channels))
 
@@ -51,20 +51,20 @@ def load_source(
 # ---------------------------------------------------------------- digits
 
 
-def _digits(_: str, split: Split, view: View) -> ImageSource:
+def _open_digits(_: str, split: Split, view: View) -> ImageSource:
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    ids = digits_split(bunch.target)[split]
+    ids = split_digits(bunch.target)[split]
     names = [str(name) for name in bunch.target_names]
     return ArraySource(pad_images(images[ids], view.only_pad("digits")), bunch.target[ids], class_names=names, ids=ids)
 
 
-def digits_split(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndarray]:
-    """The fixed stratified split: ids (places in load_digits) of "train" (1437) and "heldout" (360), ascending.
+def split_digits(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndarray]:
+    """Return the fixed stratified split: ids in load_digits of "train" (1437) and "heldout" (360), ascending.
 
-    Each class gives its share of the 360, rounded by largest remainder (ties to the smaller class): its first
+    Each class contributes its share of the 360, rounded by largest remainder (ties to the smaller class): its first
     images in the order of `np.random.RandomState(0).permutation(1797)`, a stream that NumPy has frozen.
     """
     counts = np.bincount(labels)
@@ -80,23 +80,18 @@ def digits_split(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndar
 # ---------------------------------------------------------------- IDX files
 
 
-def _idx(argument: str, split: Split, view: View) -> ImageSource:
+def _open_idx(argument: str, split: Split, view: View) -> ImageSource:
     image_size, folder = view.only_pad(f"idx:{argument}"), pathlib.Path(argument).expanduser()
     if not folder.is_dir():
         raise ConfigError(
-            f"idx:{argument}: no such folder; Fashion-MNIST is Debian's package dataset-fashion-mnist "
-            "(idx:/usr/share/datasets/fashion-mnist) or tfds:fashion_mnist"
+            f"idx:{argument}: no such folder. Fashion-MNIST is Debian's dataset-fashion-mnist or tfds:fashion_mnist"
         )
     prefix = {"train": "train", "heldout": "t10k"}[split]
     images = read_idx(_find_idx(folder, f"{prefix}-images-idx3-ubyte"), ndim=3)[..., None]
     labels = read_idx(_find_idx(folder, f"{prefix}-labels-idx1-ubyte"), ndim=1)
-    if (names_file := folder / "classes.txt").is_file():
-        names = names_file.read_text(encoding="utf-8").split("\n")
-        names = [name.strip() for name in names if name.strip()]
-    else:
-        # From the training labels in both splits: a held-out file may lack the last class.
+    if (names := read_class_names(folder)) is None:
         every = labels if split == "train" else read_idx(_find_idx(folder, "train-labels-idx1-ubyte"), ndim=1)
-        names = [str(c) for c in range(int(every.max(initial=0)) + 1)]
+        names = number_classes(every.astype(np.int64))
     try:
         return ArraySource(pad_images(images, image_size), labels, class_names=names)
     except ConfigError as error:
@@ -111,14 +106,14 @@ def _find_idx(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
-    """Reads one IDX file of unsigned bytes (plain or .gz), uint8 with `ndim` dimensions.
+    """Read an IDX file of unsigned bytes (plain or .gz) with `ndim` dimensions.
 
     Raises: ConfigError naming the file, and the bytes expected and found, if it is not whole.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
+        raise ConfigError(f"{path} is not a whole gzip file ({error}): download it again") from None
     header, magic = 4 + 4 * ndim, bytes([0, 0, 8, ndim])
     if data[:4] != magic or len(data) < header:
         raise ConfigError(
@@ -129,16 +124,16 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     # Python's int: a corrupt header can ask for more than int64 holds.
     expected = header + int(np.prod(np.array(shape, dtype=object)))
     if len(data) != expected:
-        raise ConfigError(f"{path}: expected {expected} bytes for {shape}, found {len(data)}: fetch it again")
+        raise ConfigError(f"{path}: expected {expected} bytes for {shape}, found {len(data)}: download it again")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-# Kinds whose images are arrays of one size, which are padded; the others' are files, which are cropped.
+# Kinds whose images are arrays of one size: they are padded, the others are cropped.
 ARRAYS = ("digits", "idx")
 _KINDS: dict[str, Callable[[str, Split, View], ImageSource]] = {
-    "digits": _digits,
-    "idx": _idx,
-    "tfds": open_tfds,
+    "digits": _open_digits,
+    "idx": _open_idx,
+    "tfds": TfdsSource,
     "folder": FolderSource,
     "parquet": ParquetSource,
     "webdataset": WebDatasetSource,

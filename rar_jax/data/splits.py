@@ -1,4 +1,4 @@
-"""Which images of a data set are held out: by the names of its files, or else a fixed share of each class."""
+"""Which images of a data set are held out: by the names of its files, else a fixed share of each class."""
 
 from __future__ import annotations
 
@@ -23,13 +23,10 @@ _HELDOUT = tuple(re.compile(rf"(?:^|[^a-z]){name}(?![a-z])") for name in HELDOUT
 
 
 def heldout_mask(labels: np.ndarray, names: Sequence[bytes]) -> np.ndarray:
-    """Which images to hold out where the data does not say, bool (n,): 5 % of each class, of two or more at least one.
+    """Select 5 % of each class to hold out, at least one of two or more; bool (n,).
 
-    A function of the names alone, the least of their hashes: the order of files and the machine do not matter, and few
+    The images with the smallest hashes of their names: independent of the order of files and of the machine, and few
     change sides when images are added.
-
-    Args:
-      labels: ints (n,).  names: of the images, (n,).
     """
     hashes = np.array([int.from_bytes(hashlib.blake2b(n, digest_size=8).digest(), "little") for n in names], np.uint64)
     mask = np.zeros(len(labels), bool)
@@ -41,9 +38,10 @@ def heldout_mask(labels: np.ndarray, names: Sequence[bytes]) -> np.ndarray:
     return mask
 
 
-def data_files(spec: str, argument: str, suffixes: Sequence[str]) -> tuple[pathlib.Path, ...]:
-    """The files of a container source, sorted: one file, a folder's (and its subfolders'), a glob, a brace range
-    ("shard-{0000..0127}.tar") or list ("{train,test}.tar").
+def find_data_files(spec: str, argument: str, suffixes: Sequence[str]) -> tuple[pathlib.Path, ...]:
+    """Find the files of a container source, sorted.
+
+    argument: a file, a folder (subfolders too), a glob, a brace range ("shard-{0000..0127}.tar") or list ("{a,b}.tar").
 
     Raises: ConfigError if there are none.
     """
@@ -51,13 +49,11 @@ def data_files(spec: str, argument: str, suffixes: Sequence[str]) -> tuple[pathl
     if path.is_dir():
         found = [p for suffix in suffixes for p in path.rglob(f"*{suffix}") if not p.name.startswith(".")]
     else:
-        # Each pattern of a brace must be there: a missing shard is not to be passed over.
+        # Each pattern of a brace must match: a missing shard is an error.
         found = []
         for pattern in expand_braces(str(path)):
-            matches = (
-                [pathlib.Path(pattern)] if pathlib.Path(pattern).exists() else map(pathlib.Path, glob.glob(pattern))
-            )
-            if not (here := [p for p in matches if p.is_file()]):
+            matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
+            if not (here := [pathlib.Path(p) for p in matches if os.path.isfile(p)]):
                 raise ConfigError(f"{spec}: no file {pattern}")
             found += here
     if not found:
@@ -66,7 +62,7 @@ def data_files(spec: str, argument: str, suffixes: Sequence[str]) -> tuple[pathl
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "a-{08..10}.tar" to its three names, "{a,b}.tar" to its two, as a shell does; several braces multiply."""
+    """Expand "a-{08..10}.tar" and "{a,b}.tar" as a shell does; several braces multiply."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -80,37 +76,44 @@ def expand_braces(pattern: str) -> list[str]:
 
 def split_files(
     spec: str, files: Sequence[pathlib.Path], split: Split
-) -> tuple[tuple[pathlib.Path, ...], tuple[pathlib.Path, ...], bool]:
-    """The files of a split and of the training split, and whether a share of them is to be held out.
+) -> tuple[tuple[pathlib.Path, ...], tuple[pathlib.Path, ...], Split | None]:
+    """Return the files of a split, those of the training split, and `split` if a share must be held out.
 
-    A file belongs to the split that its name says ("train-00000-of-00010.parquet", "imagenet-validation-03.tar"), or
-    else its folder's name. Where none says so, or only "train", a share is held out (`heldout_mask`).
+    A file's split is in its name ("train-00000-of-00010.parquet", "imagenet-validation-03.tar") or its folder's. If no
+    name says so, or only "train", a share is held out (`heldout_mask`).
 
     Raises: ConfigError if some names say a split, and none "train".
     """
-    # Only folders below the one that holds all: the data itself may lie in a folder called "test".
+    # Only folders below the common one: the data itself may be stored in a folder called "test".
     top = pathlib.Path(os.path.commonpath([f.parent for f in files]))
-    train = tuple(f for f in files if _says(f.relative_to(top), _TRAIN))
+    train = tuple(f for f in files if _names_split(f.relative_to(top), _TRAIN))
     for pattern in _HELDOUT:
-        heldout = tuple(f for f in files if _says(f.relative_to(top), pattern))
+        heldout = tuple(f for f in files if _names_split(f.relative_to(top), pattern))
         if heldout:
             if not train:
-                raise ConfigError(f"{spec}: {heldout[0].name} is held out, and no file's name says 'train': add those")
-            return (train if split == "train" else heldout), train, False
+                raise ConfigError(
+                    f"{spec}: {heldout[0].name} is held out, and no file's name says 'train': add training files"
+                )
+            return (train if split == "train" else heldout), train, None
     train = train or tuple(files)
-    return train, train, True
+    return train, train, split
 
 
-def _says(file: pathlib.Path, pattern: re.Pattern[str]) -> bool:
-    """By the file's own name, if it names any split; else by its folder's."""
+def _names_split(file: pathlib.Path, pattern: re.Pattern[str]) -> bool:
+    """Match the file's own name if it names any split, else its folder's."""
     name, folder = file.name.lower(), file.parent.name.lower()
     named = any(p.search(name) for p in (_TRAIN, *_HELDOUT))
     return bool(pattern.search(name if named else folder))
 
 
-def class_names_beside(path: pathlib.Path) -> tuple[str, ...] | None:
-    """Names of the classes from a classes.txt in the folder, one a line; None if there is none."""
-    file = (path if path.is_dir() else path.parent) / "classes.txt"
+def read_class_names(folder: pathlib.Path) -> tuple[str, ...] | None:
+    """Read class names from a folder's classes.txt, one per line; None if there is none."""
+    file = folder / "classes.txt"
     if not file.is_file():
         return None
     return tuple(line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip())
+
+
+def number_classes(train_labels: np.ndarray) -> tuple[str, ...]:
+    """Name classes by their numbers. Give the training labels: validation files may lack the last class."""
+    return tuple(str(c) for c in range(int(train_labels.max(initial=-1)) + 1))

@@ -1,12 +1,11 @@
-"""The chunks of an evaluation: computed one after the other, added up in float64, and kept on disk.
+"""The chunks of an evaluation: computed one after the other, added up in float64, and stored on disk.
 
-A killed evaluation goes on behind its last chunk and ends in the same bits, since everything that the sums depend on is in
-the name of the folder: what is measured, and how it is cut into chunks and batches. Every process has the sums; process 0 writes.
+Rerun after an interruption, an evaluation continues after its last finished chunk, with bitwise identical results. All
+that the sums depend on is in the name of the folder. Every process has the sums; process 0 writes.
 
     <folder>/<hash>/evaluation.json     what the hash is of, for a person
-    <folder>/<hash>/totals.npz          sums of the chunks that are done
-    <folder>/<hash>/pool3_00000.npy     features of a chunk, if they are asked for
-    <folder>/<hash>/images_00000.npy    its images, if they are asked for
+    <folder>/<hash>/totals.npz          sums of the finished chunks
+    <folder>/<hash>/pool3_00000.npy     an array of a chunk, if it is to be kept
 """
 
 from __future__ import annotations
@@ -24,65 +23,67 @@ import jax
 import numpy as np
 
 from rar_jax.errors import ProcessError
-from rar_jax.metrics.sums import Sums, Totals
+from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import write_json
 
 
 class Chunk(NamedTuple):
-    """What `compute` gives for a span of images: sums, and arrays that are kept (pool3 (n, f), images (n, y, x, 3))."""
+    """Sums of a span of images, and arrays (n, ...) to keep, such as "pool3" or "images"."""
 
     sums: Sums
     kept: dict[str, Any]
 
 
 class ChunkStore:
-    """Where the chunks of one evaluation are."""
+    """The folder of one evaluation.
 
-    def __init__(self, folder: pathlib.Path, what: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
-        """what: everything that the sums depend on, as JSON. keep: names of the arrays that every chunk leaves here."""
+    made_from: all that the sums depend on, as JSON. keep: names of the arrays that every chunk stores.
+    """
+
+    def __init__(self, folder: pathlib.Path, made_from: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
         self.keep = keep
         self.starts: range = range(0)  # of the chunks
-        text = json.dumps({**what, "keep": keep}, sort_keys=True)
+        text = json.dumps({**made_from, "keep": keep}, sort_keys=True)
         self.folder: pathlib.Path = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
-        def make() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "evaluation.json", what)
+        from_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        from_main(lambda: write_json(self.folder / "evaluation.json", made_from))
 
-        from_main(make)
-
-    def load(self, split_size: int) -> Totals:
-        """The sums so far; empty if there are none, or the file is damaged."""
+    def load_totals(self, split_size: int) -> ScoreTotals:
+        """Load the sums so far; empty if there are none, or the file is damaged."""
         try:
             with open(self.folder / "totals.npz", "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                return Totals.restore(dict(file))
+                return ScoreTotals.from_arrays(dict(file))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            return Totals(split_size)
+            return ScoreTotals(split_size)
 
-    def whole(self, images: int, chunk: int, done: int) -> bool:
-        """Whether all that the chunks of the first `done` images have left is here, and of the right length."""
-        for start in range(0, done, chunk):
-            for name in self.keep:
-                try:
-                    rows = len(np.load(self._path(name, start), mmap_mode="r", allow_pickle=False))
-                except (OSError, ValueError, EOFError):
-                    return False
-                if rows != min(chunk, images - start):
-                    return False
-        return True
+    def is_complete(self, images: int, chunk: int, done: int) -> bool:
+        """Return whether the kept arrays of the first `done` images exist and have the right lengths."""
+        try:
+            return all(
+                len(np.load(self._path(name, start), mmap_mode="r", allow_pickle=False)) == min(chunk, images - start)
+                for start in range(0, done, chunk)
+                for name in self.keep
+            )
+        except (OSError, ValueError, EOFError):
+            return False
 
-    def save(self, totals: Totals, start: int, kept: dict[str, np.ndarray]) -> None:
-        """Writes what is kept of the chunk that starts at image `start`, and then the sums, which make it count."""
+    def save(self, totals: ScoreTotals, start: int, kept: dict[str, np.ndarray]) -> None:
+        """Write the arrays of the chunk that starts at image `start`, then the sums, which make the chunk count."""
         for name, array in kept.items():
             self._write(self._path(name, start).name, lambda file, array=array: np.save(file, array))
-        self._write("totals.npz", lambda file: np.savez(file, allow_pickle=False, **totals.arrays()))
+        self._write("totals.npz", lambda file: np.savez(file, allow_pickle=False, **totals.to_arrays()))
 
-    def kept(self, name: str) -> Iterator[np.ndarray]:
-        """What was kept of each chunk that `accumulate` went through, in order. By name: another process's folder may be stale."""
+    def load_kept(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the array of each chunk in order. By name: another process's view of the folder may be stale."""
         for start in self.starts:
             yield np.load(self._path(name, start), allow_pickle=False)
+
+    def concatenate(self, name: str) -> np.ndarray:
+        """Return the array of all chunks."""
+        return np.concatenate(list(self.load_kept(name)))
 
     def _path(self, name: str, start: int) -> pathlib.Path:
         return self.folder / f"{name}_{start:08d}.npy"
@@ -105,20 +106,19 @@ def accumulate(
     split_size: int,
     description: str,
     quiet: bool = False,
-) -> Totals:
-    """Sums over `images` images: those of the chunks that are done, and then of the others. Damaged ones are made anew.
+) -> ScoreTotals:
+    """Sum over `images` images: load the finished chunks and compute the others.
 
-    Args:
-      compute: function (start, count) -> Chunk of the images start .. start + count - 1.
+    compute: function (start, count) -> Chunk of the images start .. start + count - 1.
     """
-    totals, store.starts = store.load(split_size), range(0, images, chunk)
-    done = from_main(lambda: totals.done if store.whole(images, chunk, totals.done) else 0)
+    totals, store.starts = store.load_totals(split_size), range(0, images, chunk)
+    done = from_main(lambda: totals.done if store.is_complete(images, chunk, totals.done) else 0)
     if not done:
-        totals = Totals(split_size)
+        totals = ScoreTotals(split_size)
     if totals.done != done:
         raise ProcessError(
-            f"{store.folder}: process 0 finds {done} images done, process {jax.process_index()} {totals.done}: give a path on "
-            "storage that all hosts share"
+            f"{store.folder}: process 0 finds {done} images done, process {jax.process_index()} {totals.done}: give a "
+            "path on storage that all hosts share"
         )
     spans = [(start, min(chunk, images - start)) for start in store.starts if start >= totals.done]
     sizes = [count for _, count in spans]
@@ -126,6 +126,6 @@ def accumulate(
         sums, kept = compute(start, count)
         totals.add(sums, count)
         if is_main():
-            store.save(totals, start, {name: np.asarray(array)[:count] for name, array in kept.items()})
-    barrier(f"{description}: all chunks written")  # what is kept is read by all
+            store.save(totals, start, kept)
+    barrier(f"{description}: all chunks written")  # all processes read what is kept
     return totals

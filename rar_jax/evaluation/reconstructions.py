@@ -1,4 +1,4 @@
-"""`evaluate --reconstruction`: what a tokenizer keeps of images. rFID, PSNR, SSIM, and how its codebook is used."""
+"""Score a tokenizer by its reconstructions: rFID, PSNR, SSIM and codebook usage."""
 
 from __future__ import annotations
 
@@ -9,99 +9,77 @@ from typing import Any
 import numpy as np
 
 from rar_jax.config import require
-from rar_jax.data.sources import Split
-from rar_jax.evaluation.chunks import ChunkStore, accumulate
-from rar_jax.evaluation.image_sets import open_images
-from rar_jax.evaluation.program import Program, Settings, check_protocol, remarks, shift_of
-from rar_jax.evaluation.reference import read_reference
-from rar_jax.evaluation.scores import cut, load_network, near_the_mean
-from rar_jax.metrics import frechet, moments
-from rar_jax.metrics.reconstruction import WINDOW, code_usage
-from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.evaluation.image_batches import ImageBatches, batch_image_set, batch_reconstructions
+from rar_jax.evaluation.image_sets import ImageSet
+from rar_jax.evaluation.program import Program, shift_to_mean
+from rar_jax.evaluation.results import describe_scoring, make_remarks
+from rar_jax.metrics.frechet import frechet_distance
+from rar_jax.metrics.moments import finalize_moments
+from rar_jax.metrics.reconstruction import WINDOW, measure_code_usage
 from rar_jax.parallel.processes import from_main
 from rar_jax.runs.manifest import write_json
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights
 
-PSNR_OF_EQUAL = 100.0  # decibels, which would be infinite: one equal image would be the mean's whole value
+PSNR_OF_EQUAL = 100.0  # decibels, instead of infinity, which would be the mean's whole value
 
 
-def reconstruct(
-    weights: str,
-    images: str,
-    inception_path: pathlib.Path,
-    out: pathlib.Path,
-    *,
-    settings: Settings,
-    reference_path: pathlib.Path | None = None,
-    split: Split = "train",
-    image_size: int | None = None,
-    download: bool = False,
-    quiet: bool = False,
+def score_reconstructions(
+    program: Program, weights: str, images: ImageSet, out: pathlib.Path, *, download: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """Scores the reconstructions of images; resumes where it was stopped, and writes out/result.json.
+    """Score the reconstructions of images; resumes after the last finished chunk, and writes out/result.json.
 
-    Args:
-      weights: a tokenizer's file or released name, or a directory. images, image_size: as `open_images` takes them.
-      reference_path: statistics that rFID is to; default those of the images themselves.
+    The rFID is to the program's reference, by default to the images themselves.
 
-    Returns: {"rfid", "psnr" (dB, mean over images), "ssim" (of images of 11 pixels and more), "codebook_usage" (share of
-      codes in use), "perplexity" (of the codes), "n", "made_from", ...}.
+    weights: a tokenizer's file or released name, or a directory.
+    Returns: {"rfid", "psnr" (dB, mean over images), "ssim" (of images of 11 pixels and more), "codebook_usage",
+      "perplexity" (of the codes), "n", "made_from", ...}.
     Raises: ConfigError, ReferenceFileError, WeightsError.
     """
-    began, mesh = time.monotonic(), make_mesh(MeshConfig())
+    began, reference = time.monotonic(), program.reference
     opened = open_weights(released.locate(weights, download=download), "tokenizers")
-    tokenizer, source = opened.model, open_images(images, split, image_size=image_size)
-    takes, given = tokenizer.module.image_spec(tokenizer.config).shape, source.read(0, 1).shape[1:]
-    require(given == takes, f"{images} has images {list(given)}, the tokenizer takes {list(takes)}: crop them first")
-    require(source.num >= 2, f"{images} has {source.num} images: a covariance needs at least 2")
-    reference = read_reference(reference_path) if reference_path else None
-    check_protocol(reference, settings)
-    network = load_network(inception_path, mesh, settings)
-    shift = shift_of(reference) or near_the_mean(network, mesh, settings, source)
-    program = Program(network, mesh, settings, shift)
-    what = {
-        "images": source.num,
-        "images_from": source.name,
-        "images_sha256": source.fingerprint(),
-        "tokenizer_sha256": opened.sha256(),
-        "rounding": settings.rounding,
-        "protocol": settings.protocol,
-        "features": settings.features,
-        "inception_sha256": network.sha256,
-        "reference_sha256": reference.sha256 if reference else None,
-    }
-    common: dict[str, Any] = {
-        "images": source.num, "chunk": settings.chunk, "split_size": settings.split_size, "quiet": quiet
-    }  # fmt: skip
+    originals, model = batch_image_set(images), opened.model
+    takes = model.module.image_spec(model.config).shape
+    require(
+        originals.shape == takes,
+        f"{images.name} has images {list(originals.shape)}, the tokenizer takes {list(takes)}: crop them first",
+    )
+    require(images.num >= 2, f"{images.name} has {images.num} images: a covariance needs at least 2")
     if reference is None:
-        store = ChunkStore(out / "chunks", what | cut(program) | {"of": "originals"})
-        totals = accumulate(store, program.images(source, ()), description="originals", **common)
-        theirs = *moments.finalize(totals.pool3, program.shift.pool3), source.num
-    else:
-        theirs = reference.mean, reference.cov, reference.n
-    keep = ("tokens", "psnr", "ssim")[: 3 if min(takes[:2]) >= WINDOW else 2]
-    store = ChunkStore(out / "chunks", what | cut(program) | {"of": "reconstructions"}, keep)
-    compute = program.reconstructions(tokenizer, opened.place(mesh), source)
-    totals = accumulate(store, compute, description="reconstructions", **common)
-    mean, cov = moments.finalize(totals.pool3, program.shift.pool3)
-    numbers = {"rfid": frechet.distance(theirs[0], theirs[1], mean, cov, n1=theirs[2], n2=source.num)}
-    numbers["psnr"] = float(np.minimum(np.concatenate(list(store.kept("psnr"))), PSNR_OF_EQUAL).mean(dtype=np.float64))
-    if "ssim" in keep:
-        numbers["ssim"] = float(np.concatenate(list(store.kept("ssim"))).mean(dtype=np.float64))
-    tokens = np.concatenate(list(store.kept("tokens"))).reshape(-1)
-    numbers |= code_usage(np.bincount(tokens, minlength=tokenizer.config.codebook_size))
-    said = remarks(source.num, None, reference, network.sha256, given[:2])
+        program = shift_to_mean(program, originals)
+    params, rounding = opened.place(program.mesh), program.settings.rounding
+    reconstructed = batch_reconstructions(originals, model, params, rounding, tokenizer_sha256=opened.sha256())
+    remarks = make_remarks(program, reconstructed)
     if reference is None:
-        said.append("rfid is to the images themselves")
+        remarks.append("rfid is to the images themselves")
     result = {
-        **numbers,
-        "n": source.num,
-        "made_from": what,
-        "made_on": cut(program),
-        "reference": str(reference.path) if reference else None,
-        "remarks": said,
+        **_compute_scores(program, originals, reconstructed, model.config.codebook_size, out / "chunks", quiet),
+        **describe_scoring(program, reconstructed, remarks),
         "seconds": time.monotonic() - began,
     }
     from_main(lambda: write_json(out / "result.json", result))
     return result
+
+
+def _compute_scores(
+    program: Program,
+    originals: ImageBatches,
+    reconstructed: ImageBatches,
+    codes: int,
+    chunks: pathlib.Path,
+    quiet: bool,
+) -> dict[str, float]:
+    if (reference := program.reference) is not None:
+        theirs, n = (reference.mean, reference.cov), reference.n
+    else:
+        totals, _ = program.accumulate(originals, chunks, description="originals", quiet=quiet)
+        theirs, n = finalize_moments(totals.pool3, program.shift.pool3), originals.num
+    keep = ("tokens", "psnr", "ssim")[: 3 if min(originals.shape[:2]) >= WINDOW else 2]
+    totals, store = program.accumulate(reconstructed, chunks, keep=keep, description="reconstructions", quiet=quiet)
+    kept = {name: store.concatenate(name) for name in keep}
+    ours = finalize_moments(totals.pool3, program.shift.pool3)
+    numbers = {"rfid": frechet_distance(*theirs, *ours, n1=n, n2=totals.done)}
+    numbers["psnr"] = float(np.minimum(kept["psnr"], PSNR_OF_EQUAL).mean(dtype=np.float64))
+    if "ssim" in kept:
+        numbers["ssim"] = float(kept["ssim"].mean(dtype=np.float64))
+    return numbers | measure_code_usage(np.bincount(kept["tokens"].reshape(-1), minlength=codes))

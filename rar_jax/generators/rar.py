@@ -1,12 +1,12 @@
 """RAR: Randomized Autoregressive Visual Generation (arXiv 2411.00776).
 
-A causal transformer predicts the tokens of an image one after the other. In training each sequence is put in a random
-factorization order with a probability that falls from 1 to 0, so that the model sees context from every direction and
-ends as a plain raster model. Since a permuted model must know which token comes next, the position embedding of the
-*target* is added to each input.
+A causal transformer predicts the tokens of an image one after the other. In training each sequence is permuted randomly
+with a probability that is annealed from 1 to 0, so that the model sees context from every direction and ends as a
+raster model. A permuted model must know which token comes next: the position embedding of the *target* is added to
+each input.
 
-Slots: 0 cls, 1 class, 2 first token, ... The last token is never an input: nothing is predicted from it.
-Shape suffixes: b batch, n tokens, s slots (n + 1), d width, v codes.
+Sequence positions (slots): 0 cls, 1 class, 2 first token, ... The last token is never an input.
+Shape suffixes: b batch, n tokens, s sequence positions (n + 1), d width, v codes.
 """
 
 from __future__ import annotations
@@ -39,15 +39,19 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and recipe of a RAR generator. The defaults are RAR-B on ImageNet-256.
+    """Sizes and regularisation of a RAR generator. The defaults are RAR-B on ImageNet-256.
 
-    num_tokens: of an image, codes below codebook_size. width, depth, num_heads, mlp_width: of the transformer. dropout: after
-    projections and in the MLP; attention_dropout: of attention weights; label_dropout: share of labels that become the null class.
-    num_classes: label `num_classes` is the null class. anneal_start, anneal_end: the steps between which the share of
-    randomly ordered sequences falls from 1 to 0. remat: blocks are computed again in the backward pass, for memory. unroll: blocks that are compiled apart in each turn of the loop over
-    them; with all of them a CPU trains faster and compiles longer (docs/measurements/training.md). dtype: of matmuls and
-    activations in training; parameters, LayerNorm statistics, softmax, logits and loss are float32. Sampling computes in
-    float32 unless `prepare` is told otherwise.
+    Attributes:
+      num_tokens: tokens per image, each below codebook_size.
+      num_classes: label `num_classes` is the null class.
+      width, depth, num_heads, mlp_width: sizes of the transformer.
+      dropout: after projections and in the MLP. attention_dropout: of attention weights.
+      label_dropout: probability that a label becomes the null class.
+      anneal_start, anneal_end: steps between which the probability of a random order falls from 1 to 0.
+      remat: recompute blocks in the backward pass to save memory.
+      unroll: blocks compiled per iteration of the loop over layers (docs/measurements/training.md).
+      dtype: of matmuls and activations in training. Parameters, LayerNorm statistics, softmax, logits and loss are
+        float32. Sampling computes in float32 unless `prepare` is given another dtype.
     """
 
     num_tokens: int = 256
@@ -184,12 +188,12 @@ def decay_mask(config: Config) -> Params:
 
 
 def adapt(config: Config, params: Params, *, other_config: Config, other_params: Params) -> Params:
-    """Parameters of another RAR made to fit this one, to start a fine-tuning from.
+    """Fit the parameters of another RAR to this config, as a start for fine-tuning.
 
-    With another number of classes the rows of the classes are those of `params` (fresh); the null class is taken over.
-    With another grid the position tables are interpolated over it in two dimensions, bicubically; so is the table of
-    steps, since in raster order, in which training ends, step i generates place i.
-    Raises: ConfigError naming what cannot be made to fit.
+    With another number of classes, class rows are those of `params` (fresh) and the null class is copied. With another
+    grid, the position tables and the table of steps are interpolated bicubically in two dimensions.
+
+    Raises: ConfigError naming a size that cannot be changed.
     """
     for name in ("width", "depth", "num_heads", "mlp_width", "codebook_size"):
         ours, theirs = getattr(config, name), getattr(other_config, name)
@@ -235,8 +239,8 @@ def loss(
     """Mean cross-entropy over all targets, in nats a token (RAR, section 3).
 
     Args:
-      batch: "tokens" int (b, n) in raster order, "labels" int (b,), and optionally "orders" (b, n), which are then used
-        as they are.
+      batch: "tokens" int (b, n) in raster order, "labels" int (b,), and optionally "orders" (b, n), used instead
+        of drawn ones.
       key: for orders, label dropout and dropout. None evaluates: no dropout of any kind, raster order.
       step: training step, which sets the share of random orders.
 
@@ -264,7 +268,7 @@ def loss(
 
 
 def validation_variants(config: Config, size: int) -> dict[str, dict[str, np.ndarray]]:
-    """Held-out losses to watch, each a name and what it adds to a batch of `size`: raster, and fixed random orders."""
+    """Return validation variants by name, as additions to a batch: raster order, and fixed random orders."""
     orders_bn = np.argsort(np.random.default_rng(0).random((size, config.num_tokens)), axis=1)
     return {"raster": {}, "random": {"orders": orders_bn.astype(np.int32)}}
 
@@ -281,9 +285,10 @@ def logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array,
 
 
 def attention(config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array) -> jax.Array:
-    """What each slot looks at: attention weights, float32 (layers, b, h, s, s), recomputed from the q and k of `logits`.
+    """Return attention weights, float32 (layers, b, h, s, s), recomputed from the q and k of `logits`.
 
-    Row i of a map is slot i (0 cls, 1 class, i the token at raster place orders[:, i - 2]); it sums to 1 over slots 0..i.
+    Row i belongs to sequence position i (0 cls, 1 class, i the token at raster position orders[:, i - 2]) and sums to 1
+    over positions 0..i.
     """
 
     def is_q_or_k(module: nn.Module, _: str) -> bool:
@@ -301,11 +306,10 @@ def attention(config: Config, params: Params, tokens: jax.Array, labels: jax.Arr
 
 
 def prepare(config: Config, params: Params, *, dtype: Any = None) -> Params:
-    """Parameters in the layout that `sample` decodes in, float32 or with the blocks' kernels (97 % of all) in `dtype`: kernels
-    (*out, *in), and "layers", a tuple of one tree a layer. What is prepared already is returned as it is.
+    """Convert parameters to the decoding layout of `sample`: kernels (*out, *in), one tree per layer.
 
-    With "bfloat16" the blocks multiply in bfloat16 and keep the cache in it; sums, activations, norms, tables and the head
-    stay float32: all in bfloat16 would change one greedy choice in 30 (docs/measurements/bfloat16.md).
+    With `dtype` "bfloat16" the blocks multiply and cache in bfloat16; sums, activations, norms, tables and the head
+    stay float32 (docs/measurements/bfloat16.md). Prepared parameters are returned unchanged.
     """
     del config
     if "layers" in params:
@@ -329,14 +333,14 @@ def sample(
     greedy: bool = False,
     prefix: jax.Array | None = None,
 ) -> jax.Array:
-    """Draws images as tokens, in raster order, with a KV cache of fixed size (RAR, section 3; guidance: appendix).
+    """Draw the tokens of images in raster order with a KV cache (RAR, section 3; guidance: appendix).
 
     Args:
       params: of `init` or `prepare`. labels: int (b,).
-      keys: typed PRNG keys (b,), one a sample: a sample does not depend on the batch it is drawn in.
+      keys: typed PRNG keys (b,), one per sample: a sample does not depend on its batch.
       guidance: scale, power and temperature; without guidance only the class branch is computed.
       greedy: take the most likely token instead of drawing.
-      prefix: int (b, k), tokens that are given; the rest is completed.
+      prefix: int (b, k), the first tokens; the rest is completed.
 
     Returns: int32 (b, n).
     """
@@ -366,7 +370,7 @@ def sample(
 
 
 def cached_logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-    """Teacher-forced logits in raster order as `sample` computes them, float32 (b, n, v): with the cache, in its precision.
+    """Return teacher-forced raster logits, float32 (b, n, v), as `sample` computes them: with the cache.
 
     Args:
       params: of `init` or `prepare`. tokens: int (b, n). labels: int (b,); `num_classes` is the null class.
@@ -380,7 +384,7 @@ def cached_logits(config: Config, params: Params, tokens: jax.Array, labels: jax
 
 
 def _slot_by_slot(config: Config, params: Params, labels_b: jax.Array, draw: Any, *, guided: bool) -> jax.Array:
-    """What `draw` (see decoding.generate) keeps of each token, (n, ...)."""
+    """Decode all positions; return what `draw` (see decoding.generate) keeps per token, (n, ...)."""
     table_cd, null = params["embeddings"][config.codebook_size + 1 :], config.num_classes
     # g branches: the class, and with guidance the null class.
     labels_gb = jnp.stack([labels_b, jnp.full_like(labels_b, null)] if guided else [labels_b])

@@ -1,8 +1,7 @@
-"""Streaming mean and covariance of features: float32 sums in graph (float64 of float64 features), float64 totals on the host.
+"""Streaming mean and covariance of features: sums in graph, float64 totals on the host.
 
-All sums are of features minus a given shift, for example the reference mean. The covariance is then a
-difference of small numbers, not of large ones, so float32 loses nothing that matters (evaluation.md:
-1e-7 of a Frechet distance at n = 50,000). Shapes: b batch, d feature width.
+All sums are of features minus a fixed shift, for example the reference mean. The covariance is then a difference of
+small numbers, so float32 sums cost 1e-7 of a Frechet distance at n = 50,000. Shapes: b batch, d feature width.
 """
 
 from __future__ import annotations
@@ -18,28 +17,23 @@ Float64 = npt.NDArray[np.float64]
 
 
 class Moments(NamedTuple):
-    """Sums of (features - shift): jax float32 in graph, NumPy float64 after `merge`."""
+    """Sums of (features - shift), jax arrays in graph and NumPy float64 on the host."""
 
-    count: Any  # (), how many samples, exact in float32 up to 2**24 a chunk
+    count: Any  # (), number of samples, exact in float32 up to 2**24 a chunk
     sum: Any  # (d,)
     outer: Any  # (d, d), sum of outer products
 
 
-def zero(dim: int, dtype: Any = np.float32) -> Moments:
-    """Moments of no samples for features of width `dim`; what they are summed in is `dtype`."""
+def init_moments(dim: int, dtype: Any = np.float32) -> Moments:
+    """Return the moments of no samples; sums are taken in `dtype`."""
     return Moments(jnp.zeros((), dtype), jnp.zeros((dim,), dtype), jnp.zeros((dim, dim), dtype))
 
 
-def update(moments: Moments, features_bd: jax.Array, weights_b: jax.Array, shift_d: jax.Array) -> Moments:
-    """Adds a batch; jittable, and right under a sharded batch axis.
+def update_moments(moments: Moments, features_bd: jax.Array, weights_b: jax.Array, shift_d: jax.Array) -> Moments:
+    """Add a batch; jittable, also with a sharded batch axis.
 
-    Args:
-      moments: sums so far, about the same shift.
-      features_bd: (b, d), any float dtype.
-      weights_b: (b,) 1 for a sample, 0 for the padding of the last batch, whose features may be anything.
-      shift_d: (d,) the point about which all sums of one evaluation are taken.
-
-    Returns: Moments in the dtype of `moments`.
+    weights_b: 1 for a sample, 0 for padding, whose features may be anything.
+    shift_d: the point about which all sums of one evaluation are taken.
     """
     dtype = moments.sum.dtype
     # `where`, not a product: a padded row may hold a NaN, and 0 * NaN is NaN.
@@ -51,29 +45,20 @@ def update(moments: Moments, features_bd: jax.Array, weights_b: jax.Array, shift
     return Moments(moments.count + count, moments.sum + centred_bd.sum(axis=0), moments.outer + outer_dd)
 
 
-def merge(*parts: Moments) -> Moments:
-    """Adds the sums of chunks, all about one shift, on the host in float64.
-
-    Raises: ValueError if there is no part.
-    """
-    if not parts:
-        raise ValueError("merge got no moments: give at least one chunk")
-    return Moments(*(np.sum([np.asarray(x, np.float64) for x in field], axis=0) for field in zip(*parts, strict=True)))
+def add_in_float64(a: Any, b: Any) -> Any:
+    """Add two trees of sums (Moments, SplitSums, ...) on the host."""
+    return jax.tree.map(lambda x, y: np.asarray(x, np.float64) + np.asarray(y, np.float64), a, b)
 
 
-def finalize(moments: Moments, shift: npt.ArrayLike) -> tuple[Float64, Float64]:
-    """Mean (d,) and covariance (d, d; ddof 1) in float64 on the host.
+def finalize_moments(moments: Moments, shift: npt.ArrayLike) -> tuple[Float64, Float64]:
+    """Return mean (d,) and covariance (d, d; ddof 1) in float64; `shift` is that of `update_moments`.
 
-    Args:
-      moments: sums about `shift`, from `update` or `merge`.
-      shift: (d,) the shift that was given to `update`.
-
-    Raises: ValueError if fewer than 2 samples were counted, since a covariance needs 2.
+    Raises: ValueError for fewer than 2 samples.
     """
     count, total_d, outer_dd = (np.asarray(x, np.float64) for x in moments)
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 samples, the moments count {count:g}")
     mean_d = total_d / count
     cov_dd = (outer_dd - count * np.outer(mean_d, mean_d)) / (count - 1)
-    # The shift as `update` saw it: a float64 reference mean was rounded to float32 there.
+    # The shift as `update_moments` saw it: a float64 reference mean was rounded to float32 there.
     return np.asarray(shift, np.float32).astype(np.float64) + mean_d, (cov_dd + cov_dd.T) / 2

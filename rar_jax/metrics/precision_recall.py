@@ -1,21 +1,16 @@
 """Precision and recall of samples by balls about features (k nearest neighbours).
 
-Around every point lies a ball that reaches to its k-th nearest neighbour in its own set, itself not counted.
-Precision is the share of samples inside some ball of the reference, recall the share of the reference inside some ball
-of the samples; on the sphere counts as inside.
+A ball about each point reaches to its k-th nearest neighbour in its own set. Precision is the share of samples inside
+some ball of the reference, recall the share of the reference inside some ball of the samples; on the sphere counts as
+inside.
 
-Why float64 on the host, and no matmul in float32 on the device. "On the sphere" is no rare case: a sample that copies a
-reference image lies exactly as far from the neighbours of that image as the image itself, and points that exist more
-than k times have balls of radius zero. |x|^2 - 2 x.y + |y|^2 answers such ties by its rounding, which differs with the
-blocks of the matmul. So here a float64 matmul only decides the pairs that its error bound allows it to decide; the few
-others are summed directly from (x - y)^2, which depends on the two rows alone. The result is that of direct
-summation of every pair, whatever the blocks.
+In float64 on the host, because "on the sphere" is common: a copy of a reference image lies exactly as far from the
+neighbours of that image as the image itself. |x|^2 - 2 x.y + |y|^2 answers such ties by its rounding, which differs
+with the blocks of the matmul. So a float64 matmul only decides the pairs that its error bound allows it to decide. The
+few others are summed directly from (x - y)^2, and the result is that of direct summation of every pair.
 
-Cost: n^2 + m^2 + 2 n m distances of d multiplications, in blocks of a few times 16 MB, beside the features twice in
-float64 (50,000: 1.6 GB). Measured at d = 2048 on 2 busy cores: 5,000 and 5,000 points 13 s, so by the formula 10,000
-and 10,000 about a minute, and ADM's 10,000 and 50,000 about 8. Only copies cost more, a direct sum for each pair of
-them: 1,000 points all alike, against themselves, took 14 s. Shapes: n, m points, d feature width, b rows of a block,
-p pairs.
+Cost: (n + m)^2 distances of d multiplications, in blocks of a few times 16 MB, beside the features twice in float64.
+Shapes: n, m points, d feature width, b rows of a block, p pairs.
 """
 
 from __future__ import annotations
@@ -25,6 +20,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from rar_jax.metrics.features import check_feature_sets
+
 Float64 = npt.NDArray[np.float64]
 
 _BLOCK_BYTES = 1 << 24  # of distances at a time
@@ -32,24 +29,17 @@ _PAIR_BYTES = 1 << 23  # of differences at a time, summed directly
 
 
 def precision_recall(reference: npt.ArrayLike, samples: npt.ArrayLike, *, k: int = 3) -> dict[str, float]:
-    """Precision and recall of samples against a reference, each a share in [0, 1].
+    """Compute {"precision", "recall"}, shares in [0, 1], of samples against a reference.
 
-    Args:
-      reference: (n, d) pool3 features of the reference images (ADM's file: 10,000), any float dtype.
-      samples: (m, d) features of the samples, by the same network. Both shares depend on n and m: never compare
-        different ones.
-      k: a ball reaches to its k-th neighbour; 3 in ADM.
+    reference, samples: features (n, d), (m, d) of any float dtype. Numbers of different n or m do not compare.
+    k: a ball reaches to its k-th neighbour; 3 in ADM.
 
-    Returns: {"precision", "recall"}.
     Raises: ValueError if shapes do not fit, a set has k points or fewer, or a number is not finite.
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991), section 2; ADM's evaluator.py.
     """
-    reference_nd, samples_md = _checked("reference", reference, k), _checked("samples", samples, k)
-    if reference_nd.shape[1] != samples_md.shape[1]:
-        raise ValueError(
-            f"reference has {reference_nd.shape[1]} features and samples {samples_md.shape[1]}: "
-            "both must come from one network"
-        )
+    if k < 1:
+        raise ValueError(f"k is {k}: it must be at least 1")
+    reference_nd, samples_md = check_feature_sets(reference, samples, least=k + 1)
     return {
         "precision": float(_inside(samples_md, reference_nd, _squared_radii(reference_nd, k)).mean()),
         "recall": float(_inside(reference_nd, samples_md, _squared_radii(samples_md, k)).mean()),
@@ -111,15 +101,3 @@ def _direct(x_nd: Float64, row_p: npt.NDArray, y_md: Float64, column_p: npt.NDAr
         for i in range(0, len(row_p), size)
     ]
     return np.concatenate([np.zeros(0), *parts])
-
-
-def _checked(name: str, features: npt.ArrayLike, k: int) -> Float64:
-    features_nd = np.asarray(features)
-    if features_nd.ndim != 2 or features_nd.shape[1] < 1:
-        raise ValueError(f"{name} has shape {features_nd.shape}: it must be (n, d)")
-    if not 1 <= k < len(features_nd):
-        raise ValueError(f"{name} has {len(features_nd)} points: k = {k} needs k >= 1 and at least k + 1 points")
-    if not np.isfinite(features_nd).all():
-        count = np.sum(~np.isfinite(features_nd))
-        raise ValueError(f"{name} holds {count} numbers that are not finite: look at the images")
-    return features_nd.astype(np.float64)

@@ -1,4 +1,4 @@
-"""How near an image is to another: PSNR and SSIM, for a tokenizer's reconstructions. In JAX, jittable.
+"""PSNR, SSIM and codebook usage, for a tokenizer's reconstructions; in graph.
 
 Shapes: b batch, y x height width, c channels.
 """
@@ -13,31 +13,22 @@ WINDOW, SIGMA = 11, 1.5  # pixels
 _K1, _K2 = 0.01, 0.03
 
 
-def reconstruction(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.Array]:
-    """PSNR and SSIM of each image of a batch.
+def compare_images(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.Array]:
+    """Compute {"psnr", "ssim"} (b,) of uint8 images (b, y, x, c); without "ssim" of images smaller than its window.
 
-    Args:
-      originals, reconstructions: (b, y, x, c) uint8.
-
-    Returns: {"psnr": (b,) decibels, "ssim": (b,)}, float32; without "ssim" if images are smaller than its window.
     Raises: ValueError (while tracing) if the shapes differ or images are not uint8.
     """
     if originals.dtype != jnp.uint8 or reconstructions.dtype != jnp.uint8:
         raise ValueError(f"images are {originals.dtype} and {reconstructions.dtype}: both must be uint8")
-    found = {"psnr": psnr(originals, reconstructions, data_range=255.0)}
-    if min(originals.shape[1:3]) >= WINDOW:
-        found["ssim"] = ssim(originals, reconstructions, data_range=255.0)
-    return found
+    metrics = {"psnr": psnr, "ssim": ssim} if min(originals.shape[1:3]) >= WINDOW else {"psnr": psnr}
+    return {name: metric(originals, reconstructions, data_range=255.0) for name, metric in metrics.items()}
 
 
 def psnr(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:
-    """Peak signal-to-noise ratio of each pair of images, 10 log10(data_range^2 / mean squared error), in decibels.
+    """Compute 10 log10(data_range^2 / mean squared error) of each pair of images.
 
-    Args:
-      a, b: (b, y, x, c), any dtype.
-      data_range: the largest value minus the smallest that a pixel can have: 255 or 1.
-
-    Returns: (b,) float32; infinite for equal images, so average the errors and not the decibels if that can happen.
+    a, b: (b, y, x, c), any dtype. data_range: the largest value minus the smallest that a pixel can have: 255 or 1.
+    Returns: (b,) float32, decibels; infinite for equal images.
     Raises: ValueError (while tracing) if the shapes differ or are not of 4 dimensions.
     """
     a_byxc, b_byxc = _checked(a, b, data_range)
@@ -45,11 +36,10 @@ def psnr(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:
 
 
 def ssim(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:
-    """Structural similarity of each pair of images: mean over channels and over the places where the window fits.
+    """Compute SSIM of each pair of images: mean over channels and the positions where the window fits.
 
-    Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, population covariances, every channel by
-    itself (no conversion to grey), no downsampling: scikit-image's `structural_similarity(..., gaussian_weights=True,
-    use_sample_covariance=False, channel_axis=-1)`.
+    Equals scikit-image's `structural_similarity(..., gaussian_weights=True, use_sample_covariance=False,
+    channel_axis=-1)`: a Gaussian window of 11 x 11 pixels with sigma 1.5, each channel by itself.
 
     Args, as in `psnr`. Returns: (b,) float32, 1 for equal images.
     Raises: ValueError as in `psnr`, or if an image is smaller than the window.
@@ -89,10 +79,7 @@ def _checked(a: jax.Array, b: jax.Array, data_range: float) -> tuple[jax.Array, 
     return a.astype(jnp.float32) / data_range, b.astype(jnp.float32) / data_range
 
 
-def code_usage(counts_v: np.ndarray) -> dict[str, float]:
-    """How a codebook is used, of how often each code was seen, ints (v,).
-
-    Returns: {"codebook_usage": share of the codes seen at all, "perplexity": exp of their entropy in nats}.
-    """
+def measure_code_usage(counts_v: np.ndarray) -> dict[str, float]:
+    """Compute {"codebook_usage": share of codes in use, "perplexity"} from the number of times each code was seen."""
     p = counts_v[counts_v > 0] / counts_v.sum()
     return {"codebook_usage": float((counts_v > 0).mean()), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}

@@ -1,5 +1,4 @@
-"""Flax boxes parameters together with their logical axes. The boxes stay in the file that makes them: what leaves it is
-a tree of plain arrays, and beside it a tree of names."""
+"""Split Flax's boxed parameters into a tree of plain arrays and a tree of logical axis names."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from flax.core import meta
 
 
 def unbox(boxed: Any) -> Any:
-    """The tree of arrays."""
+    """Return the tree of plain arrays."""
     return meta.unbox(boxed)
 
 
 def logical_axes(boxed_init: Callable[[jax.Array], Any]) -> Any:
-    """The tree of names, a tuple for each array (None: not sharded), of what `boxed_init(key)` makes; computes nothing."""
+    """Return a tuple of axis names per array of `boxed_init(key)`; None is not sharded. Computes nothing."""
 
     def names(leaf: Any) -> tuple[str | None, ...]:
         return tuple(leaf.names) if isinstance(leaf, meta.Partitioned) else (None,) * leaf.ndim

@@ -1,7 +1,7 @@
-"""A small convolutional classifier for small images (8x8 to 64x64, 1 or 3 channels), with the contract functions of a model.
+"""A small convolutional classifier for images of 8x8 to 64x64 pixels with 1 or 3 channels.
 
-Its pooled features carry `fd_classifier`, the Frechet distance that is used where Inception's weights cannot be had; it is
-never called FID. Every part of it is smooth: gelu, mean pools, and normalisation per image (no batch statistics).
+Its pooled features carry `fd_classifier`, the Frechet distance used where Inception's weights are not available.
+It is never called FID. Every part is smooth: gelu, mean pools, and normalisation per image (no batch statistics).
 
 Logical axis names (of these, parallel/rules.py cuts conv_out over fsdp and no other):
   kernel_y, kernel_x, conv_in, conv_out   the four axes of a convolution kernel

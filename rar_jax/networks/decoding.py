@@ -1,15 +1,14 @@
-"""The transformer of transformer.py one slot at a time, with a KV cache: the same arithmetic in the layout that is fast for it.
+"""Decode with the transformer of transformer.py, one sequence position (slot) at a time, with a KV cache.
 
-What makes it another file (docs/measurements/sampling.md has what each is worth):
-* products are weights (out, in) times features (in, rows), with the features first: for few rows XLA's CPU product is 2 to 4
-  times faster than in the layout of training, and other platforms do not mind;
-* layers are separate arrays and the loop over them is unrolled: a scan would copy the weights of each layer first;
-* the modulation depends on class and slot only, and not on tokens: it is computed for many slots at a time, once for each
-  distinct class, so that its weights, a third of all, are not read at every slot;
-* the cache is made in stages of slots, and attention reads those that are begun; or by a fused kernel what is filled.
+The arithmetic is the same; the layout is the one that is fast for a few rows (docs/measurements/sampling.md):
+* Products are weights (out, in) times features (in, rows).
+* Layers are separate arrays and the loop over them is unrolled. A scan would copy each layer's weights.
+* The modulation depends on class and position only. It is computed for many positions at a time, once per distinct
+  class, so that its weights, a third of all, are not read at every position.
+* The cache is allocated in stages, and attention reads only stages in use. A fused kernel reads only filled positions.
 
 Shape suffixes: d width, f hidden width of the MLP, h heads, k head dim, b batch, g branches of guidance (class, null),
-m cached slots, e distinct classes, s slots that are modulated at a time.
+m cached positions, e distinct classes, s positions modulated at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.networks.layers import gelu, has_fused_attention, matmul_precision, modulate
-from rar_jax.parallel.rules import is_sharded, on_one_device
+from rar_jax.parallel.rules import batch_per_device, is_sharded
 
 Params = dict[str, Any]
 KeysValues = tuple[jax.Array, jax.Array]  # each (*r, m, k) with rows r = b, g, h, or one dimension of them all
@@ -34,7 +33,7 @@ KeysValues = tuple[jax.Array, jax.Array]  # each (*r, m, k) with rows r = b, g, 
 
 
 def prepare_blocks(blocks: Params, *, dtype: Any = None) -> tuple[Params, ...]:
-    """The stacked parameters of Transformer's blocks as one tree a layer, kernels (*out, *in) and in `dtype`."""
+    """Unstack the parameters of Transformer's blocks: one tree per layer, kernels (*out, *in) in `dtype`."""
     (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(blocks)}
 
     def arrange(path: Any, x: jax.Array, layer: int) -> jax.Array:
@@ -78,7 +77,7 @@ def normalize(x: jax.Array, *, axis: int) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + 1e-6)
 
 
-def layer_norm(params: Params, x: jax.Array, *, axis: int = 0) -> jax.Array:
+def apply_layer_norm(params: Params, x: jax.Array, *, axis: int = 0) -> jax.Array:
     """LayerNorm with scale and bias over an axis."""
     shape = tuple(-1 if i == axis else 1 for i in range(x.ndim))
     return normalize(x, axis=axis) * params["scale"].reshape(shape) + params["bias"].reshape(shape)
@@ -105,12 +104,12 @@ def attend(q_rk: jax.Array, cache: Sequence[KeysValues], filled: jax.Array) -> j
 
 
 def _is_fused(head_dim: int, dtype: Any) -> bool:
-    """Whether a fused kernel attends. All rows are its batch, which a tensor axis would cut in a way that it cannot take."""
+    """Whether a fused kernel computes attention. It cannot: its batch is all rows, sharded by a tensor axis."""
     return has_fused_attention(head_dim, dtype) and jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1
 
 
 def _attend_fused(q_rk: jax.Array, stage: KeysValues, filled: jax.Array) -> jax.Array:
-    """`attend` of one stage: each row is a sequence of one head, which leaves the cache as it lies, and is read up to `filled`."""
+    """`attend` of one stage by cuDNN, which reads the cache up to `filled`. Each row is a sequence of one head."""
     *rows, m, k = stage[0].shape
     keys_rm1k, values_rm1k = (x.reshape(-1, m, 1, k) for x in stage)
     lengths_r = jnp.full(len(keys_rm1k), filled, jnp.int32)
@@ -127,12 +126,12 @@ def block(
     cache: Sequence[KeysValues],
     place: jax.Array,
 ) -> tuple[jax.Array, KeysValues]:
-    """transformer.Block for one slot, which is `place` of the last stage of the cache; also that stage with it written."""
+    """Apply transformer.Block at position `place` of the last stage; return the output and the updated stage."""
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.unstack(modulation_6dbg)
     attn, mlp = params["attn"], params["mlp"]
-    qkv_3hkbg = dense(attn["qkv"], modulate(layer_norm(params["norm1"], x_dbg), shift_a, scale_a))
-    q_hkbg = layer_norm(attn["q_norm"], qkv_3hkbg[0], axis=1)
-    k_hkbg = layer_norm(attn["k_norm"], qkv_3hkbg[1], axis=1)
+    qkv_3hkbg = dense(attn["qkv"], modulate(apply_layer_norm(params["norm1"], x_dbg), shift_a, scale_a))
+    q_hkbg = apply_layer_norm(attn["q_norm"], qkv_3hkbg[0], axis=1)
+    k_hkbg = apply_layer_norm(attn["k_norm"], qkv_3hkbg[1], axis=1)
     old = cache[-1]
     rows, (h, k, b, g) = old[0].shape[:-2], q_hkbg.shape
     q_rk, k_rk, v_rk = (x.transpose(2, 3, 0, 1).reshape(*rows, k) for x in (q_hkbg, k_hkbg, qkv_3hkbg[2]))
@@ -142,7 +141,7 @@ def block(
     )
     out_hkbg = attend(q_rk, [*cache[:-1], (keys, values)], place + 1).reshape(b, g, h, k).transpose(2, 3, 0, 1)
     x_dbg = x_dbg + gate_a * dense(attn["proj"], out_hkbg)
-    h_fbg = dense(mlp["fc1"], modulate(layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
+    h_fbg = dense(mlp["fc1"], modulate(apply_layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
     x_dbg = x_dbg + gate_m * dense(mlp["fc2"], gelu(h_fbg))
     return with_logical_constraint(x_dbg, (None, "batch", None)), (keys, values)
 
@@ -151,12 +150,12 @@ def block(
 
 
 class Conditions(NamedTuple):
-    """What the samples of a batch are conditioned on.
+    """Conditioning of a batch of samples.
 
     Attributes:
       embedded_ed: embeddings of classes; null_1d: of the null class, None without guidance.
-      places_b: which of the classes each sample has; None if sample i has class i.
-      distinct: int32, how many of the classes are wanted; None if all.
+      places_b: index of each sample's class in embedded_ed; None if sample i has class i.
+      distinct: int32, number of classes in use; None if all.
     """
 
     embedded_ed: jax.Array
@@ -171,15 +170,14 @@ class Conditions(NamedTuple):
         return batch, 1 if self.null_1d is None else 2
 
     def slots_at_a_time(self, slots: int) -> int:
-        """For how many of so many slots modulations are kept: about 1024 vectors on a device, at most 64 and at least 8 slots,
-        and such that they divide evenly."""
-        most = min(64, max(8, 1024 // on_one_device(len(self.embedded_ed))))
+        """Positions per group of modulations: about 1024 vectors on a device, 8 to 64 positions, divided evenly."""
+        most = min(64, max(8, 1024 // batch_per_device(len(self.embedded_ed))))
         return -(-slots // -(-slots // most))
 
     def modulations(self, params: Sequence[Params], steps_sd: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:
-        """What linear layers, kernels (*out, d), make of SiLU(class + step) at each of s steps.
+        """Apply linear layers, kernels (*out, d), to SiLU(class + step) for each of s steps.
 
-        Returns: a function of the place of a step in `steps_sd` that gives for each layer (*out, b, g).
+        Returns: a function from an index into `steps_sd` to one array (*out, b, g) per layer.
         """
         classes = _modulations(params, self.embedded_ed, steps_sd, distinct=self.distinct)
         null = None if self.null_1d is None else _modulations(params, self.null_1d, steps_sd)
@@ -196,7 +194,7 @@ class Conditions(NamedTuple):
 
 
 def conditions(labels_b: jax.Array, table_cd: jax.Array, null_1d: jax.Array | None) -> Conditions:
-    """Samples of one class share a modulation; over a mesh each has its own, on its device."""
+    """Build the conditions of a batch. Samples of one class share a modulation, except on a sharded mesh."""
     if is_sharded():
         return Conditions(table_cd[labels_b], null_1d)
     size = min(len(labels_b), len(table_cd))
@@ -207,7 +205,7 @@ def conditions(labels_b: jax.Array, table_cd: jax.Array, null_1d: jax.Array | No
 def _modulations(
     params: Sequence[Params], embedded_ed: jax.Array, steps_sd: jax.Array, *, distinct: jax.Array | None = None
 ) -> list[jax.Array]:
-    """Of each layer (s, *out, e); of classes beyond `distinct`, rounded up to a tile, nothing is computed."""
+    """Compute (s, *out, e) for each layer; classes beyond `distinct`, rounded up to a tile, are skipped."""
 
     def of_classes(part_ed: jax.Array) -> list[jax.Array]:
         c_dse = jax.nn.silu((steps_sd[:, None] + part_ed[None]).transpose(2, 0, 1))
@@ -227,7 +225,7 @@ def _modulations(
         ]
 
     empty = [jnp.zeros((slots, *p["bias"].shape, len(padded_ed)), jnp.float32) for p in params]
-    # The minimum changes nothing: it tells hlo.py, which counts what runs, the most that it can be.
+    # The minimum is a static upper bound for tools that count trip counts.
     tiles = jnp.minimum(-(-distinct // tile), len(padded_ed) // tile)
     return jax.lax.fori_loop(0, tiles, one_tile, empty)
 
@@ -243,14 +241,14 @@ def generate(
     embed: Callable[[jax.Array, jax.Array], jax.Array],
     draw: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
 ) -> jax.Array:
-    """Goes through the slots one by one; what is drawn at one is the token that the next one takes in.
+    """Decode position by position: the token drawn at one is the input of the next.
 
     Args:
       params: "layers" of `prepare_blocks`; "final_adaln" and "lm_head", kernels (*out, *in); "timesteps_embeddings".
       embed: (slot, tokens int32 (b,)) -> inputs (d, b, g).
-      draw: (slot, logits (v, b, g) float32) -> tokens int32 (b,), and what to keep of the slot.
+      draw: (slot, logits (v, b, g) float32) -> tokens int32 (b,), and the array to keep of the slot.
 
-    Returns: what was kept, (slots, ...).
+    Returns: the kept arrays, stacked: (slots, ...).
     """
     layers = params["layers"]
     adalns = [*(layer["adaln"] for layer in layers), params["final_adaln"]]
@@ -261,17 +259,11 @@ def generate(
     kept_s = jnp.zeros((slots, *of_slot.shape), of_slot.dtype)
     done: list[list[KeysValues]] = []  # of each stage that is over, of each layer
 
-    def one_slot(slot: jax.Array, carry: Any, place: jax.Array, modulations: list[jax.Array]) -> Any:
+    def one_slot(slot: jax.Array, carry: Any, position: jax.Array, modulations: list[jax.Array]) -> Any:
         stage, token_b, kept_s = carry
-        x_dbg, written = embed(slot, token_b), []
-        for i, layer in enumerate(layers):
-            cache = [*(before[i] for before in done), stage[i]]
-            x_dbg, new = block(layer, x_dbg, modulations[i], cache, place)
-            written.append(new)
-        scale_dbg, shift_dbg = modulations[-1]  # the opposite order to the blocks
-        x_dbg = modulate(normalize(x_dbg, axis=0), shift_dbg, scale_dbg)
-        token_b, keep = draw(slot, dense(params["lm_head"], x_dbg))
-        return written, token_b, kept_s.at[slot].set(keep)
+        logits_vbg, stage = _apply_layers(params, embed(slot, token_b), modulations, done, stage, position)
+        token_b, keep = draw(slot, logits_vbg)
+        return stage, token_b, kept_s.at[slot].set(keep)
 
     def one_stage(begin: int, end: int, token_b: jax.Array, kept_s: jax.Array) -> Any:
         period = given.slots_at_a_time(end - begin)
@@ -293,16 +285,37 @@ def generate(
         carry = [(empty, empty) for _ in layers], token_b, kept_s
         return jax.lax.fori_loop(0, -(-(end - begin) // period), some_slots, carry)
 
-    for begin, end in itertools.pairwise(_stage_ends(params, slots, on_one_device(math.prod(given.rows)))):
+    for begin, end in itertools.pairwise(_stage_ends(params, slots, batch_per_device(math.prod(given.rows)))):
         stage, token_b, kept_s = one_stage(begin, end, token_b, kept_s)
         done.append(stage)
     return kept_s
 
 
+def _apply_layers(
+    params: Params,
+    x_dbg: jax.Array,
+    modulations: list[jax.Array],
+    done: list[list[KeysValues]],
+    stage: list[KeysValues],
+    position: jax.Array,
+) -> tuple[jax.Array, list[KeysValues]]:
+    """Apply all layers and the head at one position; return logits (v, b, g) and the stage's updated cache."""
+    written = []
+    for i, layer in enumerate(params["layers"]):
+        cache = [*(before[i] for before in done), stage[i]]
+        x_dbg, new = block(layer, x_dbg, modulations[i], cache, position)
+        written.append(new)
+    scale_dbg, shift_dbg = modulations[-1]  # the opposite order to the blocks
+    x_dbg = modulate(normalize(x_dbg, axis=0), shift_dbg, scale_dbg)
+    return dense(params["lm_head"], x_dbg), written
+
+
 def _stage_ends(params: Params, slots: int, rows: int) -> list[int]:
-    """Where the stages of the cache begin and end. Each is one more loop over all layers to compile (4 s of it for 24 layers on a
-    CPU), which pays where reading the cache takes as long as reading the weights does; 80 layers in all are compiled, so
-    that RAR-XXL's 40 stay under a minute (docs/measurements/compiling.py). A fused kernel reads only what is filled."""
+    """Choose where the stages of the cache begin and end.
+
+    Each stage compiles one more loop over all layers. It pays where the cache is about as large as the weights. At most
+    80 layers are compiled in all (docs/measurements/compiling.py). A fused kernel needs one stage.
+    """
     _, _, head_dim, width = (kernel := params["layers"][0]["attn"]["qkv"]["kernel"]).shape
     if _is_fused(head_dim, kernel.dtype):
         return [0, slots]

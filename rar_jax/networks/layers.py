@@ -1,4 +1,4 @@
-"""Layers that the transformers share. Shape suffixes: b batch, n slots, d width, h heads, k head dim.
+"""Layers shared by the transformers. Shape suffixes: b batch, n positions, d width, h heads, k head dim.
 
 Logical axis names used on parameters: width, heads, mlp, modulation, codes (see parallel/rules.py); None is replicated.
 """
@@ -22,10 +22,10 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def matmul(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> jax.Array:
-    """x (*rows, *in) times kernel (*in, *out) over the `ins` dimensions of `in`, summed in `dtype`: (*rows, *out).
+    """Multiply x (*rows, *in) by kernel (*in, *out), summed in `dtype`: (*rows, *out).
 
-    Its gradient is written out because XLA's CPU compiler copies a factor into the other order, element by element, to sum
-    over more than one dimension of rows (docs/measurements/training.md); over one it needs no copy.
+    The gradient is written out to sum over one flat dimension of rows: XLA:CPU transposes a factor to sum over several
+    (docs/measurements/training.md).
     """
     return _matmul(x, kernel, ins, dtype)
 
@@ -59,8 +59,8 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 class Dense(nn.Module):
     """Linear layer with bias: kernel (*in, *out) on the logical `axes`, the last `len(out)` of which are outputs.
 
-    Fused projections keep their parts as dimensions, (in, 3, h, k) and not (in, 3hk), so that a mesh can cut them along
-    heads. (Flax's DenseGeneral makes its kernels flat first, which fails where the axes are constrained to a mesh.)
+    Fused projections keep their parts as dimensions, (in, 3, h, k) and not (in, 3hk), so that they can be sharded along
+    heads. (Flax's DenseGeneral creates flat kernels first, which fails where axes are constrained to a mesh.)
 
     A kernel that is stored in bfloat16 is multiplied in bfloat16 and summed in float32, whatever `dtype` is.
     """
@@ -105,11 +105,10 @@ def modulate(x_bnd: jax.Array, shift_bnd: jax.Array, scale_bnd: jax.Array) -> ja
 
 
 def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 random bits for dropout: a hash of (key, place), the same under any sharding.
+    """Return uint32 random bits for dropout: a hash of (key, position), equal under any sharding.
 
-    On a CPU threefry takes 25 times as long and XLA's own generator 17 times (docs/measurements/dropout.md). It is two
-    rounds of the MurmurHash3 finaliser, good enough to drop by and for nothing else. Orders, labels and samples are drawn
-    by threefry.
+    Two rounds of the MurmurHash3 finaliser, good enough for dropout and nothing else. Threefry is 25 times slower on
+    a CPU (docs/measurements/dropout.md). Orders, labels and samples are drawn by threefry.
     """
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
     place, stride = jnp.zeros(shape, jnp.uint32), 1
@@ -139,7 +138,7 @@ class Dropout(nn.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x) by erf (arXiv 1606.08415), as PyTorch computes it. (jax.nn.gelu takes erfc, which costs an exponential more.)"""
+    """GELU by erf (arXiv 1606.08415), as in PyTorch. jax.nn.gelu uses erfc, which costs one more exponential."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -162,7 +161,7 @@ class Mlp(nn.Module):
 
 
 def attention_weights(q_bnhk: jax.Array, k_bnhk: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(head dim)) over slots 0..n, float32 (b, h, n, m): how slot n divides its attention over slots m."""
+    """Return causal softmax(q k / sqrt(head dim)), float32 (b, h, n, m): attention of query n to keys m <= n."""
     n, head_dim = q_bnhk.shape[1], q_bnhk.shape[-1]
     scores_bhnm = jnp.einsum(
         "bnhk,bmhk->bhnm",
@@ -175,8 +174,10 @@ def attention_weights(q_bnhk: jax.Array, k_bnhk: jax.Array) -> jax.Array:
 
 
 def has_fused_attention(head_dim: int, dtype: Any, device: Any = None) -> bool:
-    """Whether jax.nn.dot_product_attention has a fused kernel on a device (default: the first): cuDNN's, which NVIDIA's GPUs
-    have since Ampere, in 16 bits and for head dims that are multiples of 8 up to 128."""
+    """Whether a device (default: the first) has cuDNN's fused attention.
+
+    NVIDIA GPUs have it since Ampere, in 16 bits, for head dims that are multiples of 8 up to 128.
+    """
     device = jax.devices()[0] if device is None else device
     capability = str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
     is_ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
@@ -184,8 +185,7 @@ def has_fused_attention(head_dim: int, dtype: Any, device: Any = None) -> bool:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with LayerNorm on q and k (over the head dim, shared by all heads): slot i attends to
-    slots 0..i."""
+    """Causal multi-head self-attention with LayerNorm on q and k, over the head dim and shared by all heads."""
 
     num_heads: int
     attention_dropout: float
@@ -201,9 +201,7 @@ class Attention(nn.Module):
         q_bnhk = layer_norm(self.dtype, "q_norm")(qkv_bn3hk[:, :, 0])
         k_bnhk = layer_norm(self.dtype, "k_norm")(qkv_bn3hk[:, :, 1])
         drops = self.attention_dropout > 0 and not self.deterministic
-        if not drops and has_fused_attention(
-            q_bnhk.shape[-1], self.dtype
-        ):  # the fused kernel could not drop the same weights
+        if not drops and has_fused_attention(q_bnhk.shape[-1], self.dtype):  # it could not drop the same weights
             v_bnhk = qkv_bn3hk[:, :, 2]
             out_bnhk = jax.nn.dot_product_attention(q_bnhk, k_bnhk, v_bnhk, is_causal=True, implementation="cudnn")
         else:

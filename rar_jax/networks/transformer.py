@@ -1,6 +1,6 @@
-"""Causal transformer whose every slot is modulated by its own conditioning vector (adaLN), over whole sequences.
+"""Causal transformer in which each position has its own conditioning vector (adaLN), over whole sequences.
 
-`decoding.py` is the same a slot at a time.
+`decoding.py` computes the same one position at a time.
 
 Source: RAR (arXiv 2411.00776), section 3; adaLN from DiT (arXiv 2212.09748). Shape suffixes as in layers.py.
 """
@@ -42,8 +42,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks as one scan over stacked parameters (first dimension: layer), so that compiling one is
-    compiling all. With `unroll` that many blocks are compiled apart in each turn of the scan."""
+    """A stack of blocks: one scan over stacked parameters, whose first dimension is the layer.
+
+    With `unroll` > 1 that many blocks are compiled separately in each iteration of the scan.
+    """
 
     depth: int
     num_heads: int
@@ -57,10 +59,10 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x_bnd: jax.Array, c_bnd: jax.Array) -> jax.Array:
-        """Runs whole sequences through all blocks.
+        """Apply all blocks to whole sequences.
 
         Args:
-          x_bnd: inputs, compute dtype. c_bnd: conditioning after its SiLU, one vector a slot.
+          x_bnd: inputs, compute dtype. c_bnd: conditioning after its SiLU, one vector per position.
 
         Returns: outputs (b, n, d).
         """

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 class Conv(nn.Module):
     """Convolution of stride 1 that keeps the size; its kernel (size, size, in, features) carries its logical axes.
 
-    With `double`, the convolution of its input with each pixel repeated 2 x 2, in 4/9 of the arithmetic: of the three rows
-    under the kernel two are the same row of the input, so each of the four pixels that one becomes has a kernel of 2 x 2.
+    With `double`, the input is first upsampled 2 x 2 (nearest), in 4/9 of the arithmetic: two of the three rows under
+    the kernel are the same input row, so that each of the four output pixels has a 2 x 2 kernel.
     """
 
     features: int
@@ -56,13 +56,12 @@ def _same(x_byxd: jax.Array, kernel: jax.Array) -> jax.Array:
     side, rows = kernel.shape[0] // 2, x_byxd.shape[1]
     if side == 0 or rows < 128:
         return _convolve(x_byxd, kernel, "SAME")
-    # One row more, which is cut off again: XLA's CPU convolution of a large image then takes 0.7 of the time
-    # (docs/measurements/tokenizer.md).
+    # One extra row, cropped afterwards, selects a faster XLA:CPU convolution (docs/measurements/tokenizer.md).
     return _convolve(x_byxd, kernel, ((side, side + 1), (side, side)))[:, :rows]
 
 
 def _doubled(x_byxd: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution 3 x 3 of the input with each pixel repeated 2 x 2."""
+    """Convolve 3 x 3 the input upsampled 2 x 2."""
 
     def two_taps(kernel: jax.Array, axis: int, place: int) -> jax.Array:
         first, second, third = jnp.split(kernel, 3, axis)
@@ -80,8 +79,8 @@ def _doubled(x_byxd: jax.Array, kernel: jax.Array) -> jax.Array:
 class NormSilu(nn.Module):
     """GroupNorm of 32 groups (one a channel where there are fewer), eps 1e-6, then SiLU. Statistics in float32.
 
-    Sums go over rows, then columns, then the channels of a group, and not over all at once, which took XLA 2.5 times as long
-    on a CPU. Two passes: the fast variance E[x^2]-E[x]^2 cancels where the mean is large, as it is after many residual blocks.
+    Sums go over rows, then columns, then the channels of a group: one sum over all takes XLA:CPU 2.5 times as long.
+    Two passes: E[x^2] - E[x]^2 cancels where the mean is large, as it is after many residual blocks.
     """
 
     dtype: Any

@@ -1,4 +1,4 @@
-"""Arrays over the devices of all processes: each process gives its own part, whatever the mesh."""
+"""Global arrays over the devices of all processes, made from each process's rows."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from jax.sharding import Mesh, Sharding
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding
 
-# What a source says of its records that no loss reads.
-_NOT_FOR_THE_DEVICE = ("ids", "crops", "bad")
+# Metadata of records that no loss reads.
+_HOST_ONLY = ("ids", "crops", "bad")
 
 
-def place(tree: Any, sharding: Sharding) -> Any:
-    """jax.Arrays of a tree of NumPy arrays, which every process holds alike; each copies only what its devices keep."""
+def put_on_mesh(tree: Any, sharding: Sharding) -> Any:
+    """Make global arrays of a tree of NumPy arrays that is equal on all processes."""
 
-    def one(array: Any) -> jax.Array:
+    def put(array: Any) -> jax.Array:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(put, tree)
 
 
 def local_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
-    """Which rows, int64 ascending, of a global batch this process's devices hold: all of them on one process.
+    """Return the rows of a global batch, int64 ascending, that this process's devices hold.
 
-    By the mesh and not by the process's number: a mesh axis that is not the batch's may reach over processes, which then hold
-    the same rows, and on a TPU the devices of a process need not be neighbours in the mesh.
+    By the mesh and not by the process index: processes along a tensor axis hold the same rows, and on a TPU the devices of a
+    process need not be neighbours in the mesh.
     """
-    places = batch_sharding(mesh).addressable_devices_indices_map((global_batch,))
-    rows = [np.arange(*index[0].indices(global_batch)) for index in places.values() if index is not None]
+    indices = batch_sharding(mesh).addressable_devices_indices_map((global_batch,))
+    rows = [np.arange(*index[0].indices(global_batch)) for index in indices.values() if index is not None]
     return np.unique(np.concatenate(rows)).astype(np.int64)
 
 
-def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays (b, ...), split over (data, fsdp), from this process's `local_rows` of each."""
+def make_global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Make global arrays (b, ...), sharded along (data, fsdp), from this process's `local_rows` of each."""
     sharding, parts = batch_sharding(mesh), batch_divisor(mesh)
-    here = local_rows(mesh, parts)  # which parts of the batch, as if each were of one row
+    here = local_rows(mesh, parts)  # parts of the batch, as if each had one row
 
-    def one(given: np.ndarray) -> jax.Array:
+    def put(given: np.ndarray) -> jax.Array:
         given = np.asarray(given)
         size, rest = divmod(len(given), len(here))
         if rest:
-            raise ValueError(f"{len(given)} rows do not divide into the {len(here)} parts that lie on this process")
+            raise ValueError(f"{len(given)} rows do not divide into the {len(here)} parts of this process")
 
         def part(index: Any) -> np.ndarray:
             begin = int(np.searchsorted(here, (index[0].start or 0) // size)) * size
@@ -56,24 +56,21 @@ def global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
         return jax.make_array_from_callback((parts * size, *given.shape[1:]), sharding, part)
 
-    return {name: one(array) for name, array in rows.items()}
+    return {name: put(array) for name, array in rows.items()}
 
 
-def for_devices(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A source's records without what no loss reads."""
-    return {name: array for name, array in rows.items() if name not in _NOT_FOR_THE_DEVICE}
+def drop_metadata(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Drop what no loss reads from a source's records."""
+    return {name: array for name, array in rows.items() if name not in _HOST_ONLY}
 
 
-def on_devices(
+def prefetch_batches(
     stream: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, *, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """`global_batch` of each batch of a stream, in order, with `ahead` more on their way to the devices.
-
-    A transfer does not wait: while the device computes on one batch, the next ones are copied.
-    """
-    placed = (global_batch(for_devices(rows), mesh) for rows in stream)
-    waiting = collections.deque(itertools.islice(placed, ahead))
-    for batch in placed:
+    """Yield `make_global_batch` of each batch, with `ahead` more being copied to the devices meanwhile."""
+    batches = (make_global_batch(drop_metadata(rows), mesh) for rows in stream)
+    waiting = collections.deque(itertools.islice(batches, ahead))
+    for batch in batches:
         waiting.append(batch)
         yield waiting.popleft()
     yield from waiting

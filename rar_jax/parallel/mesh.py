@@ -19,38 +19,43 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def find_devices() -> list[Any]:
-    """All devices of all processes. Raises: ConfigError if the kind that JAX_PLATFORMS asks for is not here or not free."""
+    """Return all devices of all processes.
+
+    Raises: ConfigError if the platform of JAX_PLATFORMS is missing or busy, or threefry numbers would differ.
+    """
+    # With it, random numbers depend on neither mesh nor sharding. It is JAX's default, and changing it changes all draws.
+    if not jax.config.values["jax_threefry_partitionable"]:
+        raise ConfigError(
+            "jax_threefry_partitionable is off, which changes all random numbers: unset JAX_THREEFRY_PARTITIONABLE"
+        )
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where no plugin knows the platform
+    except (RuntimeError, AssertionError) as error:  # the latter, without a message, if no plugin knows the platform
         reason = "".join(str(error).splitlines()[:1]).rstrip(". ")[:300] or "no plugin of that name is installed"
         raise ConfigError(
-            f"JAX finds no device of JAX_PLATFORMS='{os.environ.get('JAX_PLATFORMS', '')}' ({reason}): install "
-            "'.[cuda12]' or '.[tpu]' of rar_jax's checkout where the accelerator is, see that no other program holds it, or set "
-            "JAX_PLATFORMS=cpu"
+            f"JAX finds no device of JAX_PLATFORMS='{os.environ.get('JAX_PLATFORMS', '')}' ({reason}). Install '.[cuda12]' "
+            "or '.[tpu]' of rar_jax, stop other programs that use the device, or set JAX_PLATFORMS=cpu"
         ) from error
 
 
-def has_bfloat16(device: Any) -> bool:
-    """Whether a device multiplies in bfloat16. GPUs do since Ampere, compute capability 8.0; XLA makes float32 of it on those
-    before, which is slower than float32 at once."""
-    capability = str(getattr(device, "compute_capability", ""))  # AMD's, which all have it, are names
-    return device.platform != "gpu" or not capability.replace(".", "").isdigit() or float(capability) >= 8.0
-
-
 def matmul_dtype(dtype: str, device: Any = None) -> str:
-    """The dtype to multiply in on a device (default: the first): `dtype`, or float32, with a warning, where it has no bfloat16."""
+    """Return `dtype`, or float32 with a warning if the device (default: the first) has no bfloat16.
+
+    GPUs have it since Ampere (compute capability 8.0); before, XLA emulates it more slowly than float32.
+    """
     device = find_devices()[0] if device is None else device
-    if dtype != "bfloat16" or has_bfloat16(device):
+    capability = str(getattr(device, "compute_capability", ""))  # AMD's are names, and all of them have it
+    old = device.platform == "gpu" and capability.replace(".", "").isdigit() and float(capability) < 8.0
+    if dtype != "bfloat16" or not old:
         return dtype
     logging.getLogger(__name__).warning(
-        "%s has no bfloat16 (compute capability %s): float32 instead", device.device_kind, device.compute_capability
+        "%s has no bfloat16 (compute capability %s): float32 instead", device.device_kind, capability
     )
     return "float32"
 
 
-def on_device(config: Any, device: Any = None) -> Any:
-    """A model's Config with the `matmul_dtype` of its dtype; one without a dtype as it is."""
+def with_device_dtype(config: Any, device: Any = None) -> Any:
+    """Return a model's Config with the `matmul_dtype` of its dtype, if it has one."""
     if not hasattr(config, "dtype"):
         return config
     return dataclasses.replace(config, dtype=matmul_dtype(config.dtype, device))
@@ -58,7 +63,7 @@ def on_device(config: Any, device: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; at most one may be -1, "all devices that are left".
+    """Sizes of the mesh axes; at most one may be -1, the rest of the devices.
 
     data: copies of the model, each on its part of the batch. fsdp: parts of the batch *and* of the weights.
     tensor: parts of the heads and of the MLP.
@@ -70,34 +75,35 @@ class MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> list[int]:
-    """Sizes of (data, fsdp, tensor) on so many devices. Raises: ConfigError if they do not multiply to that number."""
+    """Return the sizes of (data, fsdp, tensor). Raises: ConfigError if they do not multiply to `devices`."""
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise ConfigError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and at most one is -1")
+        raise ConfigError(f"mesh {_describe(sizes)}: sizes are positive, and at most one is -1")
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and devices % known == 0:
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
-        raise ConfigError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fit {devices} devices: "
-            "the sizes must multiply to that number; set one of them to -1 to let it be found"
-        )
+        raise ConfigError(f"mesh {_describe(sizes)} does not multiply to {devices} devices: set one size to -1")
     return sizes
 
 
+def _describe(sizes: Sequence[int]) -> dict[str, int]:
+    return dict(zip(AXES, sizes, strict=True))
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh of the given sizes over `devices` (default: all).
+    """Make a mesh of the given sizes over `devices` (default: all).
 
-    On several TPU slices the data axis reaches over them and the others lie within one: weights are gathered at every layer,
-    gradients summed once a step, and what joins slices is the slowest wire.
+    On several TPU slices only the data axis spans slices: weights are gathered in every layer, gradients are summed once per
+    step, and the network between slices is the slowest.
 
-    Raises: ConfigError if the sizes do not multiply to the number of devices, or a slice would be shared by copies of the model.
+    Raises: ConfigError if the sizes do not multiply to the number of devices, or fsdp x tensor spans slices.
     """
     devices = find_devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     # Auto axes: RAR gathers by a permutation, which Explicit axes cannot type.
     auto = (AxisType.Auto,) * 3
-    # GPUs know slices, too, of hosts: there XLA finds its own way over them.
+    # GPUs have slice indices too (hosts); there XLA chooses the order itself.
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     # Splitting: 16 x 4 on 8 x 8 chips, where no axis of the torus is one of the mesh.
     if slices == 1:
@@ -105,8 +111,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return Mesh(laid, AXES, axis_types=auto)
     if sizes[0] % slices:
         raise ConfigError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} does not lie on {slices} slices: data must be a multiple of {slices}, "
-            f"so that fsdp x tensor fits the {len(devices) // slices} devices of one"
+            f"mesh {_describe(sizes)} does not fit {slices} slices: data must be a multiple of {slices}, so that fsdp x tensor "
+            f"fits the {len(devices) // slices} devices of one"
         )
     within = (sizes[0] // slices, *sizes[1:])
     laid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
@@ -114,15 +120,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
-    """The mesh itself if it is this process's alone, else one of this process's devices, each with a copy of the model.
+    """Return the mesh if it is of this process alone, else a mesh of this process's devices along data.
 
-    For work that the processes share out among themselves and do at their own pace.
+    For work that processes divide among themselves and do at their own pace.
     """
-    if mesh.is_multi_process:
-        return make_mesh(MeshConfig(), jax.local_devices())
-    return mesh
+    return make_mesh(MeshConfig(), jax.local_devices()) if mesh.is_multi_process else mesh
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """What the global batch must be divisible by: the devices along which it is split."""
+    """Return what must divide the global batch: the number of devices it is sharded over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,4 +1,4 @@
-"""The one place where logical axes of parameters and activations meet the axes of the mesh."""
+"""Map logical axes of parameters and activations to mesh axes."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rar_jax.config import nearest
 from rar_jax.errors import ConfigError
 
-# Everything that is not named here is replicated. "modulation" is left out on purpose: cut over tensor, the outputs of adaLN
-# have to be gathered again in every block (measured: 21 permutes and 5 gathers in a tiny forward pass, against 1). Tables that are indexed by per-sample ids or orders (tokens,
-# classes, positions) are replicated on purpose: sharded, they cost full rematerialisation and permutes.
-RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
+# None: replicated. "modulation" sharded along tensor would gather the outputs of adaLN in every block. Tables that are indexed
+# by per-sample ids or orders (tokens, classes, positions) have axis None: sharded, they cost rematerialisation and permutes.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("width", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("codes", "tensor"),
     ("conv_out", "fsdp"),
+    ("modulation", None),
+    ("kernel_y", None),
+    ("kernel_x", None),
+    ("conv_in", None),
+    ("classifier_in", None),
 )
 
 
 def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
-    """PartitionSpec of an array whose dimensions have these logical names."""
+    """Return the PartitionSpec of an array with these logical axes. Raises: ConfigError for an unknown name."""
     rules = dict(RULES)
-    return PartitionSpec(*(rules.get(name) if name is not None else None for name in names))
+    if unknown := [name for name in names if name is not None and name not in rules]:
+        raise ConfigError(f"unknown logical axis '{unknown[0]}'.{nearest(unknown[0], rules)} Add new names to RULES")
+    return PartitionSpec(*(None if name is None else rules[name] for name in names))
 
 
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
-    """NamedSharding for each array of a parameter tree.
+    """Return the NamedSharding of each array of a parameter tree.
 
     Args:
-      axes: nested dict whose leaves are tuples of logical names, one a dimension.
+      axes: nested dict whose leaves are tuples of logical names, one per dimension.
       shapes: the same tree of arrays or ShapeDtypeStructs.
 
-    Raises: ConfigError if a dimension is not divisible by the mesh axis it is split over.
+    Raises: ConfigError for an unknown name, or a dimension that its mesh axis does not divide.
     """
 
     def sharding(path: Any, names: tuple[str | None, ...], shape: Any) -> NamedSharding:
@@ -47,9 +54,10 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
         for size, axis in zip(shape.shape, spec, strict=True):
             parts = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
             if size % parts:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise ConfigError(
-                    f"{jax.tree_util.keystr(path, simple=True, separator='.')} has a dimension of {size}, which does not "
-                    f"divide over {parts} devices of mesh axis '{axis}': choose a mesh axis size that divides it"
+                    f"{name} has a dimension of {size}, which {parts} devices of mesh axis '{axis}' do not divide: choose "
+                    "another size of that axis"
                 )
         return NamedSharding(mesh, spec)
 
@@ -57,7 +65,7 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array of which every device holds a copy."""
+    """Sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -68,18 +76,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @contextlib.contextmanager
 def sharded(mesh: Mesh) -> Iterator[None]:
-    """Context in which the logical constraints inside the networks take effect on this mesh."""
+    """Context in which the logical constraints of networks apply to this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def is_sharded() -> bool:
-    """Whether code is traced in the context of `sharded` on a mesh of more than one device."""
+    """Return whether code is traced inside `sharded` on several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
-def on_one_device(batch: int) -> int:
-    """How many samples of a batch each device has, in the context of `sharded`; all of them outside of it."""
+def batch_per_device(batch: int) -> int:
+    """Return the number of samples per device inside `sharded`; all of them outside."""
     mesh = jax.sharding.get_abstract_mesh()
-    return -(-batch // math.prod(mesh.shape.get(axis, 1) for axis in dict(RULES)["batch"]))
+    return -(-batch // math.prod(mesh.shape.get(axis, 1) for axis in dict(RULES)["batch"] or ()))

@@ -19,7 +19,7 @@ def check_shared(folder: pathlib.Path) -> None:
     """
     import jax  # late: `trouble` is asked by `rar-jax doctor` where jax cannot be imported
 
-    from rar_jax.parallel.processes import from_all, from_main, is_main
+    from rar_jax.parallel.processes import from_main, gather_strings, is_main
 
     if jax.process_count() == 1:
         return
@@ -34,7 +34,7 @@ def check_shared(folder: pathlib.Path) -> None:
     try:
         from_main(lambda: _create(shared, nonce))
         trouble = _trouble(shared, renamed[jax.process_index()], nonce)
-        said = from_all(trouble and f"process {jax.process_index()} on {socket.gethostname()} {trouble}")
+        said = gather_strings(trouble and f"process {jax.process_index()} on {socket.gethostname()} {trouble}")
         if wrong := [text for text in said if text]:
             more = f" ({len(wrong)} of {len(said)} processes have trouble)" if len(wrong) > 1 else ""
             raise _not_shared(folder, wrong[0] + more)

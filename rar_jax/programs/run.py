@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from rar_jax.config import flatten, require, steps_fields
-from rar_jax.evaluation.fd_classifier import evaluate
-from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation.fd_classifier import score_with_classifier
+from rar_jax.evaluation.program import Settings, open_program
 from rar_jax.evaluation.scores import score_samples
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.mesh import make_mesh
@@ -82,7 +82,7 @@ def _run(experiment: Experiment, workdir: Workdir, mesh: Mesh, around: Session, 
     # ---- what came of it
     inputs = _inputs(experiment, workdir)
     if from_main(lambda: _result_of(workdir, inputs)) is None:
-        metrics = evaluate(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
+        metrics = score_with_classifier(experiment, workdir, mesh, quiet=quiet) if experiment.classifier else {}
         metrics |= _inception_scores(experiment, workdir, quiet) if experiment.evaluate.inception else {}
         pipeline = load(workdir.path, mesh=mesh)
         draw_pictures(experiment, workdir, pipeline)
@@ -117,16 +117,11 @@ def _inception_scores(experiment: Experiment, workdir: Workdir, quiet: bool) -> 
     """What `rar-jax evaluate --workdir` would give; all of it is in WORKDIR/evaluation/result.json."""
     config = experiment.evaluate
     assert config.inception is not None
-    result = score_samples(
-        str(workdir.path),
-        pathlib.Path(config.inception),
-        workdir.path / "evaluation",
-        samples=config.samples,
-        settings=Settings(seed=experiment.seed, batch_size=config.batch_size),
-        reference_path=pathlib.Path(config.reference) if config.reference else None,
-        guidance=experiment.guidance,
-        quiet=quiet,
-    )
+    settings = Settings(seed=experiment.seed, batch_size=config.batch_size)
+    reference_path = pathlib.Path(config.reference) if config.reference else None
+    program = open_program(pathlib.Path(config.inception), settings, reference_path=reference_path)
+    out, guidance = workdir.path / "evaluation", experiment.guidance
+    result = score_samples(program, workdir.path, out, samples=config.samples, guidance=guidance, quiet=quiet)
     return {f"{k}_n{config.samples}": v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
 
 

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rar_jax.errors import PREEMPTED
-from rar_jax.parallel.processes import GRACE_SECONDS, barrier, from_all, is_main
+from rar_jax.parallel.processes import GRACE_SECONDS, barrier, gather_strings, is_main
 from rar_jax.errors import Preempted
 
 TICK_SECONDS = 0.5  # between two numbers that the thread asks for
@@ -94,7 +94,7 @@ class Watch:
             self._saving = not self.noticed
         self._stop_beside_last_words()
         if self._many:
-            meeting = max(int(text) for text in from_all(str(self._asked)))
+            meeting = max(int(text) for text in gather_strings(str(self._asked)))
             while self._asked < meeting:
                 self._ask()
         try:

@@ -27,13 +27,18 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Architecture and training terms. Raises ConfigError where they cannot be.
+    """Architecture and loss weights.
 
-    `image_size`: pixels on a side; each entry of `width_multipliers` is a level of `blocks_per_level` residual blocks of
-    base_width * entry channels, half as large as the one before. `codebook_size` codes of `latent_width`. `l1_weight`, `l2_weight`:
-    of the pixels' errors; `codebook_weight`, `commitment_weight`: of the two sides of the quantization error.
-    `restart_every`: every so many steps, until step `restart_until`, codes that a batch does not use are
-    replaced by its latents (0 is never). `dtype` is that of the convolutions; parameters are float32.
+    Attributes:
+      image_size: side in pixels.
+      width_multipliers: one entry per level of `blocks_per_level` residual blocks with base_width * entry channels.
+        Each level after the first halves the resolution.
+      codebook_size, latent_width: number and width of the codes.
+      l1_weight, l2_weight: of the pixel errors.
+      codebook_weight, commitment_weight: of the two sides of the quantization error.
+      restart_every: replace codes that a batch does not use by its latents every so many steps (0: never), until step
+        `restart_until`.
+      dtype: of the convolutions; parameters are float32.
     """
 
     image_size: int

@@ -1,10 +1,10 @@
-"""Tokens on disk: fixed-width records in a few memory-mapped .npy files, and a card that says what they are.
+"""Tokens on disk: fixed-width records in memory-mapped .npy files, and their metadata.
 
     DIR/card.json                     written last: a folder without it is not a store
     DIR/shard-00000-of-00004.npy      structured array: tokens <u2 or <u4 (n,), label <i4, source_id <i8, crop <i2
 
-Record i of the store is record i of the shards laid end to end. Plain .npy and not ArrayRecord, by
-measurement: docs/measurements/token_store.md. Stores are written by tokens/writer.py.
+Record i of the store is record i of the concatenated shards. Plain .npy is faster than ArrayRecord here, see
+docs/measurements/token_store.md. tokens/writer.py writes stores.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from rar_jax.errors import StoreError
+from rar_jax.runs.manifest import file_sha256
 
-SCHEMA_VERSION = 2
-# What the maker of a store says of it; the writer adds what it counted. A maker may add keys of its own.
+SCHEMA_VERSION = 3
+# Given by the maker of a store; further keys are kept.
 CARD_KEYS = ("codebook_size", "grid", "num_classes", "class_names", "crops", "source", "tokenizer_sha256")
-# What the writer adds besides schema_version, num_tokens and dtype. Schema 1 has no counts and no sha256 of the card.
-_COUNTS = ("num_images", "num_bad_records", "num_bad_images", "records_per_class", "records_per_crop", "sha256")
-_VERIFY_RECORDS = 65_536
+# Types of all keys that are read; int is 0..2**31-1.
+_SHARD = {"name": str, "records": int, "sha256": str, "span": [int], "bad_records": [int]}
+_CARD: dict[str, Any] = {
+    "codebook_size": int, "grid": [int], "num_classes": int, "class_names": [str], "crops": [str], "source": str,
+    "tokenizer_sha256": str | None, "num_tokens": int, "num_records": int, "num_images": int, "num_bad_records": int,
+    "num_bad_images": int, "records_per_class": [int], "records_per_crop": [int], "shards": [_SHARD], "sha256": str,
+}  # fmt: skip
 
 
 def record_dtype(*, num_tokens: int, codebook_size: int) -> np.dtype:
-    """The structured dtype of one record; 2 bytes a token as long as the codebook allows it."""
+    """Return the structured dtype of a record: 2 bytes per token if the codebook fits, else 4."""
     token = "<u2" if codebook_size <= 65_536 else "<u4"
     return np.dtype([("tokens", token, (num_tokens,)), ("label", "<i4"), ("source_id", "<i8"), ("crop", "<i2")])
 
@@ -38,11 +43,8 @@ def record_dtype(*, num_tokens: int, codebook_size: int) -> np.dtype:
 class TokenStore:
     """Random access to a finished store; also a source for `grain.MapDataset.source`.
 
-    Opening checks the card and the sizes of the files; `verify` reads everything. Shards are memory-mapped:
-    memory does not grow with the store.
-
-    Raises: StoreError if the folder is not a store, unfinished, of an unknown schema, its card is damaged, or a
-      shard has a wrong size.
+    Raises: StoreError if the folder is not a finished store of this version, its metadata is damaged, or a shard has a
+      wrong size. Contents are checked by `verify` and, for ranges, by `gather`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -53,15 +55,13 @@ class TokenStore:
         self.codebook_size: int = self.card["codebook_size"]
         self.num_tokens: int = self.card["num_tokens"]
         self._dtype = record_dtype(num_tokens=self.num_tokens, codebook_size=self.codebook_size)
-        self._shards = [self._open(shard) for shard in self.card["shards"]]
+        self._shards = [self._map_shard(shard) for shard in self.card["shards"]]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
-        if self._ends[-1] != self.card["num_records"]:
-            raise StoreError(
-                f"{self.folder}: shards hold {self._ends[-1]} records, the card {self.card['num_records']}"
-            )
+        if (total := int(self._ends[-1])) != self.card["num_records"]:
+            raise StoreError(f"{self.folder}: shards hold {total} records, the card {self.card['num_records']}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A memory map pickles as its whole content; a worker process should open the files itself.
+        # A memory map pickles as its content; a worker process opens the files itself.
         return TokenStore, (self.folder,)
 
     def __len__(self) -> int:
@@ -72,15 +72,14 @@ class TokenStore:
         return {key: array[0] for key, array in self.gather(np.array([index])).items()}
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Records at `indices`, ints (b,): "tokens" int32 (b, n), "labels" int32 (b,), "ids" int64 (b,).
+        """Gather records at `indices`, ints (b,): "tokens" int32 (b, n), "labels" int32 (b,), "ids" int64 (b,).
 
-        Raises: IndexError for an index outside [0, len); StoreError naming file and record of a token outside the codebook, a label
-          outside the classes or a crop that the card does not have.
+        Raises: IndexError for an index outside [0, len); StoreError naming file and record of a value out of range.
         """
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
-            raise IndexError(f"{self.folder}: asked for {indices.min()}..{indices.max()}, it has 0..{len(self) - 1}")
-        # Sorted, so that each of hundreds of shards is asked once, and the pages of a file come in order.
+            raise IndexError(f"{self.folder}: indices {indices.min()}..{indices.max()}, it has 0..{len(self) - 1}")
+        # Sorted, so that each shard is read once and the pages of a file come in order.
         order = np.argsort(indices, kind="stable")
         ascending = indices[order]
         bounds = [0, *np.searchsorted(ascending, self._ends)]
@@ -89,79 +88,57 @@ class TokenStore:
             begin, end = bounds[j], bounds[j + 1]
             if begin < end:
                 records[order[begin:end]] = shard[ascending[begin:end] - (self._ends[j] - len(shard))]
-        tokens, labels, crops = records["tokens"].astype(np.int32), records["label"].astype(np.int32), records["crop"]
+        tokens, labels = records["tokens"].astype(np.int32), records["label"].astype(np.int32)
         try:
-            check_ranges(tokens, labels, crops, self.card, "", 0)
-        except StoreError:  # which record of which file, is looked for only now
+            check_ranges(tokens, labels, records["crop"], self.card, "", 0)
+        except StoreError:  # find the file and record
             for k, index in enumerate(indices):
-                j = int(np.searchsorted(self._ends, index, side="right"))
-                path, place = self.folder / self.card["shards"][j]["name"], int(index - self._ends[j])
-                place += len(self._shards[j])
-                check_ranges(tokens[k : k + 1], labels[k : k + 1], crops[k : k + 1], self.card, str(path), place)
+                j, row = int(np.searchsorted(self._ends, index, side="right")), slice(k, k + 1)
+                path, at = (
+                    str(self.folder / self.card["shards"][j]["name"]),
+                    index - self._ends[j] + len(self._shards[j]),
+                )
+                check_ranges(tokens[row], labels[row], records["crop"][row], self.card, path, int(at))
         return {"tokens": tokens, "labels": labels, "ids": records["source_id"].astype(np.int64)}
 
     def verify(self, *, seen: Any = iter) -> None:
-        """Reads the whole store: checksums, ranges, and the card's counts against the records.
+        """Read the whole store and check checksums, ranges and counts. Raises: StoreError naming file and record.
 
-        seen: what the list of shards is passed through, to show progress.
-
-        Raises: StoreError naming the file of a wrong checksum or count, or the file and record of a token outside
-          the codebook, a label outside the classes or a crop that the card does not have.
+        seen: the list of shards is passed through it, to show progress.
         """
-        counted = Counts(self.num_classes)
-        for shard, records in zip(seen(self.card["shards"]), self._shards, strict=True):
-            path = self.folder / shard["name"]
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard["sha256"]:
-                raise StoreError(f"{path} is damaged: sha256 is {found}, the card says {shard['sha256']}")
-            for start in range(0, len(records), _VERIFY_RECORDS):
-                part = records[start : start + _VERIFY_RECORDS]
-                check_ranges(part["tokens"], part["label"], part["crop"], self.card, str(path), start)
-                counted.add(part["label"], part["crop"])
-        if self.card["schema_version"] == 1:
-            return
-        for name, ours in (("records_per_class", counted.per_class.tolist()), ("records_per_crop", counted.per_crop)):
-            if ours != self.card[name]:
-                raise StoreError(f"{self.folder / 'card.json'}: {name} is not what the shards hold: run tokenize again")
-        end = 0
-        for shard in self.card["shards"]:
+        card, path = self.card, self.folder / "card.json"
+        per_class, per_crop, end = np.zeros(self.num_classes, np.int64), np.zeros(len(card["crops"]), np.int64), 0
+        for shard, records in zip(seen(card["shards"]), self._shards, strict=True):
+            name = self.folder / shard["name"]
+            if (found := file_sha256(name)) != shard["sha256"]:
+                raise StoreError(f"{name} is damaged: sha256 is {found}, the card says {shard['sha256']}")
+            check_ranges(records["tokens"], records["label"], records["crop"], card, str(name), 0)
+            per_class += np.bincount(records["label"], minlength=len(per_class))
+            per_crop += np.bincount(records["crop"], minlength=len(per_crop))
             begin, end_before = shard["span"][0], end
             end = shard["span"][1]
             if begin != end_before or end - begin != shard["records"] + len(shard["bad_records"]):
-                raise StoreError(f"{self.folder / 'card.json'}: the span of {shard['name']} does not fit its records")
+                raise StoreError(f"{path}: the span of {shard['name']} does not fit its records")
+        for key, counted in (("records_per_class", per_class), ("records_per_crop", per_crop)):
+            if counted.tolist() != card[key]:
+                raise StoreError(f"{path}: {key} is not what the shards hold: run tokenize again")
 
-    def _open(self, shard: Mapping[str, Any]) -> np.ndarray:
+    def _map_shard(self, shard: Mapping[str, Any]) -> np.ndarray:
         path = self.folder / shard["name"]
         header = npy_header(shard["records"], self._dtype)
         size = len(header) + shard["records"] * self._dtype.itemsize
         if not path.is_file():
-            raise StoreError(f"{path} is missing: the card names it")
+            raise StoreError(f"{path} is missing")
         if path.stat().st_size != size:
             raise StoreError(f"{path} has {path.stat().st_size} bytes, expected {size}")
-        # Mapped by the card's dtype: the file's own header, which could say anything, is never interpreted.
+        # Mapped with the card's dtype: the file's own header is never interpreted.
         if shard["records"] == 0:
             return np.empty(0, self._dtype)
         return np.asarray(np.memmap(path, self._dtype, mode="r", offset=len(header), shape=(shard["records"],)))
 
 
-class Counts:
-    """How many records there are of each class, int64 (c,), and of each crop, {"crop": number}."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.per_class: np.ndarray = np.zeros(num_classes, np.int64)
-        self.per_crop: dict[str, int] = {}
-
-    def add(self, labels: np.ndarray, crops: np.ndarray) -> None:
-        """Counts records: labels ints (b,) within the classes, crops ints (b,)."""
-        self.per_class += np.bincount(labels, minlength=len(self.per_class))
-        for crop, number in zip(*np.unique(crops, return_counts=True), strict=True):
-            self.per_crop[str(crop)] = self.per_crop.get(str(crop), 0) + int(number)
-        self.per_crop = dict(sorted(self.per_crop.items(), key=lambda item: int(item[0])))
-
-
 def npy_header(records: int, dtype: np.dtype) -> bytes:
-    """The bytes of a .npy file of one structured dimension, before its records."""
+    """Return the header of a one-dimensional structured .npy file."""
     buffer = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (records,)}
     np.lib.format.write_array_header_1_0(buffer, description)
@@ -169,7 +146,7 @@ def npy_header(records: int, dtype: np.dtype) -> bytes:
 
 
 def card_sha256(card: Mapping[str, Any]) -> str:
-    """Hex sha256 of a card's content without its own "sha256"; it names the store, since the card holds the shards'."""
+    """Hex sha256 of a card without its own "sha256"; it identifies the store, since it covers the shards' hashes."""
     rest = {key: value for key, value in card.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -177,18 +154,15 @@ def card_sha256(card: Mapping[str, Any]) -> str:
 def check_ranges(
     tokens: np.ndarray, labels: np.ndarray, crops: np.ndarray, card: Mapping[str, Any], where: str, first: int
 ) -> None:
-    """Raises StoreError naming the first record whose tokens (b, n), label (b,) or crop (b,) is out of range."""
-    limits = [("token", tokens, card["codebook_size"]), ("label", labels, card["num_classes"])]
-    if card["schema_version"] > 1:  # before, a card described its crops in words
-        limits.append(("crop", crops, len(card["crops"])))
-    for name, values, limit in limits:
+    """Raise StoreError naming the first record whose tokens (b, n), label (b,) or crop (b,) is out of range."""
+    limits = (("token", tokens, card["codebook_size"]), ("label", labels, card["num_classes"]))
+    for name, values, limit in (*limits, ("crop", crops, len(card["crops"]))):
         if not np.issubdtype(values.dtype, np.integer):
             raise StoreError(f"{where}: {name}s are {values.dtype}, not integers")
-        if not values.size or (values.min() >= 0 and values.max() < limit):
-            continue
-        values = values.reshape(len(values), -1)
-        record, place = np.argwhere((values < 0) | (values >= limit))[0]
-        raise StoreError(f"{where}: record {first + record} has {name} {values[record, place]}, outside 0..{limit - 1}")
+        if values.size and (values.min() < 0 or values.max() >= limit):
+            values = values.reshape(len(values), -1)
+            row, at = np.argwhere((values < 0) | (values >= limit))[0]
+            raise StoreError(f"{where}: record {first + row} has {name} {values[row, at]}, outside 0..{limit - 1}")
 
 
 def _read_card(folder: pathlib.Path) -> dict[str, Any]:
@@ -202,51 +176,38 @@ def _read_card(folder: pathlib.Path) -> dict[str, Any]:
         version = card["schema_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read ({error!r}): run tokenize again") from None
-    if type(version) is not int or version not in (1, SCHEMA_VERSION):
-        raise StoreError(f"{path} has schema version {version}, expected 1 or {SCHEMA_VERSION}: run tokenize again")
-    needed = (*CARD_KEYS, "num_records", "num_tokens", "shards", *(_COUNTS if version > 1 else ()))
-    if missing := [key for key in needed if key not in card]:
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise StoreError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}: run tokenize again")
+    if missing := [key for key in _CARD if key not in card]:
         raise StoreError(f"{path} lacks {', '.join(missing)}: run tokenize again")
-    if version > 1 and card_sha256(card) != card["sha256"]:
-        raise StoreError(f"{path} is damaged: its sha256 is not that of its content. Restore it or run tokenize again")
-    if wrong := next(_wrong_values(card), None):
-        raise StoreError(f"{path} is damaged: {wrong}. Restore it or run tokenize again")
+    if card_sha256(card) != card["sha256"]:
+        raise StoreError(f"{path} is damaged: its sha256 does not match. Restore it or run tokenize again")
+    # A fitting sha256 does not prove who wrote the card.
+    if wrong := next((key for key, kind in _CARD.items() if not _is_kind(card[key], kind)), None) or _find_misfit(card):
+        raise StoreError(f"{path} is damaged: {wrong} is {str(card[wrong])[:80]}. Restore it or run tokenize again")
     return card
 
 
-def _wrong_values(card: Mapping[str, Any]) -> Iterator[str]:
-    """What the store would stumble over: a card whose sha256 fits its content was still written by anybody."""
+def _is_kind(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is_kind(x, kind[0]) for x in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(key in value and _is_kind(value[key], kind[key]) for key in kind)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**31
+    return isinstance(value, kind)
 
-    def is_number(x: Any, least: int = 0) -> bool:
-        return type(x) is int and least <= x < 2**31
 
-    def is_shard(x: Any) -> bool:
-        name = x.get("name") if isinstance(x, dict) else None
-        # A name alone, or a card could have files from elsewhere read.
-        if not isinstance(name, str) or not name.isprintable() or "/" in name or name in (".", ".."):
-            return False
-        fits = is_number(x.get("records")) and isinstance(x.get("sha256"), str)
-        return fits and (card["schema_version"] == 1 or is_span(x))
-
-    def is_span(x: Mapping[str, Any]) -> bool:
-        span, bad = x.get("span"), x.get("bad_records")
-        return isinstance(span, list) and len(span) == 2 and all(map(is_number, span)) and isinstance(bad, list)
-
-    checks = {
-        "codebook_size": lambda x: is_number(x, 1),
-        "num_classes": lambda x: is_number(x, 1),
-        "num_tokens": lambda x: is_number(x, 1) and x < 2**20,
-        "num_records": is_number,
-        "grid": lambda x: isinstance(x, list) and all(map(is_number, x)),
-        "tokenizer_sha256": lambda x: x is None or isinstance(x, str),
-        "class_names": lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
-        "shards": lambda x: isinstance(x, list) and len(x) > 0 and all(map(is_shard, x)),
+def _find_misfit(card: Mapping[str, Any]) -> str | None:
+    """Return a key whose value has the right type and cannot be used."""
+    names = [shard["name"] for shard in card["shards"]]
+    # Bare names: a card must not make us read other files.
+    bare = all(name.isprintable() and "/" not in name and name not in ("", ".", "..") for name in names)
+    fits = {
+        "codebook_size": card["codebook_size"] > 0,
+        "num_tokens": 0 < card["num_tokens"] < 2**20,
+        "crops": len(card["crops"]) > 0,
+        "records_per_class": len(card["records_per_class"]) == card["num_classes"] > 0,
+        "shards": bare and len(names) > 0 and all(len(shard["span"]) == 2 for shard in card["shards"]),
     }
-    if card["schema_version"] > 1:
-        classes = card["num_classes"]
-        checks |= dict.fromkeys(("num_images", "num_bad_images"), is_number)
-        checks["crops"] = lambda x: isinstance(x, list) and len(x) > 0
-        checks["records_per_class"] = lambda x: isinstance(x, list) and len(x) == classes and all(map(is_number, x))
-    for key, fits in checks.items():
-        if not fits(card[key]):
-            yield f"{key} is {str(card[key])[:80]}"
+    return next((key for key, fit in fits.items() if not fit), None)

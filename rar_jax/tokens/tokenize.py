@@ -1,8 +1,7 @@
-"""Turns images into a token store: those of an experiment, for its work directory, or of any source, into a folder.
+"""Tokenize images into a token store: of an experiment's work directory, or of any source into a folder.
 
-One code path for both, and for one or many processes: each shard of the store is made by itself from its records of the
-source, so that a run that was killed goes on with the first shard that is missing. Each process makes its own shards on its own
-devices, at its own pace.
+Each shard is made independently from its records of the source, so an interrupted run resumes with the first missing shard.
+Each process makes its own shards on its own devices, at its own pace.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from rar_jax.data.sources import ImageSource, Split
 from rar_jax.errors import StoreError
 from rar_jax.experiment import Experiment, open_images, open_source
 from rar_jax.models import Model
-from rar_jax.parallel.arrays import global_batch
-from rar_jax.parallel.mesh import batch_divisor, on_device, own_mesh
+from rar_jax.parallel.arrays import make_global_batch
+from rar_jax.parallel.mesh import batch_divisor, own_mesh, with_device_dtype
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.logging import progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
-from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, sweep
-from rar_jax.weights.loading import open_weights
+from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, remove_leftovers
+from rar_jax.weights.loading import Weights, open_weights
 from rar_jax.weights.registry import locate
 from rar_jax.weights.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
 
@@ -52,47 +51,40 @@ CROPS: dict[str, tuple[str, ...]] = {
 }
 
 
-# ---------------------------------------------------------------- the two forms
+# ---------------------------------------------------------------- entry points
 
 
 def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split, *, quiet: bool = False) -> None:
-    """Writes workdir/tokens/<split>: each image of the split once, in the source's order. A good store is kept, one that
-    was begun is finished, and one of another tokenizer or source is made anew.
+    """Write workdir/tokens/<split>: each image of the split once, in the source's order.
 
-    A split whose tokens are given (config.data.tokens) is passed over.
-
-    Raises: CheckpointError if the tokenizer is not trained to its end; ConfigError if the source does not fit, or the
-      experiment encodes its images on the fly.
+    A valid store is kept, an interrupted one is resumed, and one of another tokenizer or source is recreated. A split whose
+    tokens are configured (config.data.tokens) is skipped. Raises: CheckpointError, ConfigError.
     """
-    require(
-        not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training, there are no tokens"
-    )
+    require(not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training")
     if experiment.data.given_tokens(split):
         return
     params, manifest = trained_params(experiment, "tokenizer", workdir, own_mesh(mesh))
     origin = stage_origin_sha256(experiment, workdir)
-    if tokenized(workdir, split, (manifest, origin)):
+    if has_tokens(workdir, split, (manifest, origin)):
         return
     source = open_source(experiment, split)
-    card = _card(experiment, source, f"{experiment.data.source} ({split})", origin)
+    card = _make_card(experiment, source, f"{experiment.data.source} ({split})", origin)
     folder = workdir.tokens(split)
+    make_writer = functools.partial(TokenStoreWriter, folder, card, source_records=len(source))
 
-    def make_way() -> None:
+    def claim_folder() -> None:
         if (folder / "card.json").exists():
             shutil.rmtree(folder)  # damaged, or of another tokenizer
         try:
-            TokenStoreWriter(folder, card, source_records=len(source))
-        except StoreError:  # the beginning of another one
+            make_writer()
+        except StoreError:  # the beginning of another store
             shutil.rmtree(folder)
-            TokenStoreWriter(folder, card, source_records=len(source))
+            make_writer()
 
-    from_main(make_way)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    writer = TokenStoreWriter(folder, card, source_records=len(source), **processes)
-    workers = experiment.data.workers
-    write_store(
-        writer, source, experiment.tokenizer, params, mesh, num_workers=workers, name=f"tokenize {split}", quiet=quiet
-    )
+    from_main(claim_folder)
+    writer = make_writer(**_this_process())
+    workers, name = experiment.data.workers, f"tokenize {split}"
+    write_store(writer, source, experiment.tokenizer, params, mesh, num_workers=workers, name=name, quiet=quiet)
 
 
 def tokenize_source(
@@ -108,85 +100,56 @@ def tokenize_source(
     batch_size: int = BATCH,
     download: bool = False,
     quiet: bool = False,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> bool:
-    """Writes a store of the images of `source` into the folder `out`, or goes on with one that was begun.
+) -> None:
+    """Write a store of the images of `source` into the folder `out`, or resume an interrupted one.
 
     Args:
-      experiment: says what the images and the tokenizer are; its own source and tokenizer weights are not used.
+      experiment: defines images and tokenizer; its own source and tokenizer weights are not used.
       weights: the tokenizer's file, directory or released name.
-      crops: "pad" (whole images), "center" or "ten"; default, the source's own.
-      process_index, process_count: which shards to write, by default those of this JAX process.
+      crops: one of CROPS; default, the source's own.
 
-    Returns: whether the store is finished; with several processes it is when each has written its shards and process 0
-      came last, or is called again.
     Raises: ConfigError, WeightsError or CheckpointError for a source or tokenizer that does not fit; StoreError if `out`
       holds another store, or the beginning of one.
     """
-    require(crops is None or crops in CROPS, f"--crops {crops}: give one of {', '.join(CROPS)}")
+    require(crops is None or crops in CROPS, f"--crops {crops}: choose one of {', '.join(CROPS)}")
     require(batch_size >= 1 and shard_records >= 1, "--batch-size and --shard-records must be at least 1")
-    num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
-    given = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
-    check_tokenizer(experiment, given, f"--weights {given.path}")
+    tokenizer = _open_tokenizer(experiment, weights, download)
     images = open_images(experiment.data, source, split, crop=crops)
-    card = _card(experiment, images, f"{source} ({split})", origin_sha256(given))
-
-    def finished() -> bool:
-        if there := (out / "card.json").exists():
-            _check_finished(out, card, len(images))
-        return there
-
-    if from_main(finished):
-        return True
-    writer = TokenStoreWriter(
-        out,
-        card,
-        source_records=len(images),
-        shard_records=shard_records,
-        process_index=jax.process_index() if process_index is None else process_index,
-        process_count=jax.process_count() if process_count is None else process_count,
-    )
-    return write_store(
-        writer,
-        images,
-        experiment.tokenizer,
-        given.place(own_mesh(mesh)),
-        mesh,
-        batch_size=batch_size,
-        num_workers=experiment.data.workers,
-        name=f"tokenize {source}",
-        quiet=quiet,
-    ).finished
+    card = _make_card(experiment, images, f"{source} ({split})", origin_sha256(tokenizer))
+    if from_main(lambda: _check_finished(out, card, len(images))):
+        return
+    writer = TokenStoreWriter(out, card, source_records=len(images), shard_records=shard_records, **_this_process())
+    params, workers, name = tokenizer.place(own_mesh(mesh)), experiment.data.workers, f"tokenize {source}"
+    options = {"batch_size": batch_size, "num_workers": workers, "name": name, "quiet": quiet}
+    write_store(writer, images, experiment.tokenizer, params, mesh, **options)
 
 
-def tokenized(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
-    """Whether the split's store is whole, undamaged and of the tokenizer that goes by these sha256s. All processes call this."""
+def has_tokens(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
+    """Return whether the split's store is valid and its tokenizer has one of these sha256s. All processes call this."""
 
-    def look() -> bool:
+    def check() -> bool:
         try:
             store = TokenStore(workdir.tokens(split))
             store.verify()
         except StoreError as error:
-            if (workdir.tokens(split) / "card.json").is_file():  # else it is not finished yet, which is no damage
+            if (workdir.tokens(split) / "card.json").is_file():  # otherwise it is only unfinished
                 log.warning("%s", error)
             return False
         if store.card["tokenizer_sha256"] not in hashes:
             return False
-        sweep(store.folder, store.card)  # what a kill between the card and the last removal left
+        remove_leftovers(store.folder, store.card)
         return True
 
-    return from_main(look)
+    return from_main(check)
 
 
-# ---------------------------------------------------------------- the one path
+# ---------------------------------------------------------------- writing
 
 
 class Written(NamedTuple):
-    """What `write_store` did. finished: whether the store is. records: of the source, that it encoded or left out as bad.
-    seconds: of the loop, compilation included. waited: those of them in which it stood and waited for the loader."""
+    """Result of `write_store`. records: of the source, encoded or left out as bad. seconds: including compilation.
+    waited: seconds spent waiting for the loader."""
 
-    finished: bool
     records: int
     seconds: float
     waited: float
@@ -204,35 +167,34 @@ def write_store(
     name: str = "tokenize",
     quiet: bool = False,
 ) -> Written:
-    """Encodes the records of the writer's missing shards and finishes the store if all shards are then there.
+    """Encode the records of the writer's missing shards, and finish the store if all shards exist.
 
-    Batches do not reach over the end of a shard, so that a record's batch, and with it every bit of its tokens, does not
-    depend on where a run was interrupted.
+    Batches do not cross the end of a shard, so a record's batch, and every bit of its tokens, does not depend on where a
+    run was interrupted.
 
     Args:
       params: the tokenizer's, on `own_mesh(mesh)`.
-      mesh: of all processes; `batch_size` is over its devices, so that each has as many images at a time however they are
-        shared out.
+      mesh: of all processes; `batch_size` images are spread over its devices.
     """
-    share = own_mesh(mesh).size / mesh.size
+    batch_size = round(batch_size * own_mesh(mesh).size / mesh.size)
     mesh = own_mesh(mesh)
-    size = -(-round(batch_size * share) // batch_divisor(mesh)) * batch_divisor(mesh)
-    encode = jit_encode(Model(tokenizer.module, on_device(tokenizer.config)), mesh)
+    size = -(-batch_size // batch_divisor(mesh)) * batch_divisor(mesh)
+    encode = jit_encode(Model(tokenizer.module, with_device_dtype(tokenizer.config)), mesh)
     missing = writer.missing()
     spans = [writer.span(j) for j in missing]
     sizes = [min(size, end - at) for begin, end in spans for at in range(begin, end, size)]
     stream = sequential_batches(source, global_batch=size, num_workers=num_workers, spans=spans)
-    began, batches = time.perf_counter(), _Timed(stream)
+    encode_images = lambda x: encode(params, make_global_batch({"images": x}, mesh)["images"])  # noqa: E731
+    began, waits = time.perf_counter(), []
     with sharded(mesh), contextlib.closing(stream):
-        done = writer.source_records - sum(sizes)
         rows = progress(
-            _encoded(batches, lambda images: encode(params, global_batch({"images": images}, mesh)["images"])),
+            _encode_batches(stream, encode_images, waits),
             total=writer.source_records,
             description=name,
             unit="images",
             quiet=quiet,
             sizes=sizes,
-            done=done,
+            done=writer.source_records - sum(sizes),
         )
         for j, (begin, end) in zip(missing, spans, strict=True):
             with writer.shard(j) as shard:
@@ -242,80 +204,66 @@ def write_store(
                     none = np.zeros(len(real), np.int16)
                     crops, bad = batch.get("crops", none), batch.get("bad", none > 0)
                     shard.append(tokens[real], batch["labels"][real], batch["ids"][real], crops[real], bad[real])
-        assert next(rows, None) is None  # and the progress line shows the end
+        assert next(rows, None) is None  # so that the progress line shows the end
     barrier(f"{name}: all shards written")
-    finished = from_main(writer.finish)
-    written = Written(finished, sum(sizes), time.perf_counter() - began, batches.waited)
+    if not from_main(writer.finish):
+        raise StoreError(f"{writer.folder}: shards are missing: run tokenize again")
+    written = Written(sum(sizes), time.perf_counter() - began, sum(waits))
     if not quiet and is_main():
-        _tell(writer, source, written, name)
+        _print_summary(TokenStore(writer.folder), source, written, name)
     return written
 
 
 def jit_encode(tokenizer: Model, mesh: Mesh) -> Any:
-    """The jitted function of (params, images (b, y, x, c) uint8) to tokens, which every process of the mesh can read."""
+    """Jit (params, images (b, y, x, c) uint8) -> tokens, replicated over the mesh."""
     encode = functools.partial(tokenizer.module.encode, tokenizer.config)
     return jax.jit(encode, out_shardings=replicated(mesh))
 
 
-class _Timed:
-    """The batches of a stream. waited: the seconds that passed in asking for them.
-
-    While one is asked for, the device encodes the one before: it stands still for less than this.
-    """
-
-    def __init__(self, stream: Iterator[Batch]) -> None:
-        self._stream, self.waited = stream, 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
+def _encode_batches(stream: Iterator[Batch], encode: Any, waits: list[float]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield each batch with its tokens while the device encodes the next one; append seconds waited to `waits`."""
+    queue: list[tuple[Batch, jax.Array]] = []
+    while True:
         began = time.perf_counter()
-        try:
-            return next(self._stream)
-        finally:
-            self.waited += time.perf_counter() - began
+        batch = next(stream, None)
+        waits.append(time.perf_counter() - began)
+        if batch is not None:
+            queue.append((batch, encode(batch["images"])))
+        if not queue:
+            return
+        if batch is None or len(queue) == 2:
+            before, tokens = queue.pop(0)
+            yield before, np.asarray(tokens)
 
 
-def _encoded(stream: Iterable[Batch], encode: Any) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Each batch with its tokens, one behind: the device encodes the next batch while the host stores this one."""
-    before: tuple[Batch, jax.Array] | None = None
-    for batch in stream:
-        tokens = encode(batch["images"])
-        if before is not None:
-            yield before[0], np.asarray(before[1])
-        before = batch, tokens
-    if before is not None:
-        yield before[0], np.asarray(before[1])
-
-
-def _tell(writer: TokenStoreWriter, source: ImageSource, written: Written, name: str) -> None:
-    if written.records:  # with the progress, which it closes: nobody reads it from a pipe
+def _print_summary(store: TokenStore, source: ImageSource, written: Written, name: str) -> None:
+    if written.records:  # on stderr, as the progress
         rate, share = written.records / written.seconds, written.waited / written.seconds
-        print(
-            f"{name}: {written.records:,} records in {written.seconds:,.1f} s, {rate:.3g} records/s, "
-            f"loader wait {share:.1%}",
-            file=sys.stderr,
-        )
-    if not written.finished:
-        print(
-            f"{writer.folder}: shards of other processes are missing; process 0 finishes the store when they are there"
-        )
-        return
-    card = TokenStore(writer.folder).card
-    if card["num_bad_images"]:
-        print(f"{card['num_bad_images']} images could not be decoded and were left out:")
-        # Those that this process met; the card has the numbers of all their records. What was wrong when the source was
-        # listed comes first, and is no image.
+        speed = f"{written.seconds:,.1f} s, {rate:.3g} records/s, loader wait {share:.1%}"
+        print(f"{name}: {written.records:,} records in {speed}", file=sys.stderr)
+    if store.card["num_bad_images"]:
+        print(f"{store.card['num_bad_images']} images could not be decoded and were left out:")
+        # Those of this process, without the problems of listing the source.
         problems: Iterable[tuple[str, str]] = getattr(source, "problems", ())
         listed = len(getattr(source, "listed", ()))
-        for name, reason in itertools.islice(problems, listed, listed + 10):
-            print(f"  {name}: {reason}")
+        for image, reason in itertools.islice(problems, listed, listed + 10):
+            print(f"  {image}: {reason}")
 
 
-def _card(experiment: Experiment, source: ImageSource, what: str, tokenizer_sha256: str) -> dict[str, Any]:
-    crop = getattr(source, "crop", "pad")  # sources whose images have one size do not crop
-    require(crop in CROPS, f"{what}: tokens are made once, {crop} crops cannot be: choose one of {', '.join(CROPS)}")
+def _this_process() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def _open_tokenizer(experiment: Experiment, weights: str, download: bool) -> Weights:
+    num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
+    opened = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
+    check_tokenizer(experiment, opened, f"--weights {opened.path}")
+    return opened
+
+
+def _make_card(experiment: Experiment, source: ImageSource, what: str, tokenizer_sha256: str) -> dict[str, Any]:
+    crop = getattr(source, "crop", "pad")  # sources of one image size do not crop
+    require(crop in CROPS, f"{what}: {crop} crops cannot be tokenized: choose one of {', '.join(CROPS)}")
     module, config = experiment.tokenizer.module, experiment.tokenizer.config
     return {
         "codebook_size": config.codebook_size,
@@ -329,15 +277,18 @@ def _card(experiment: Experiment, source: ImageSource, what: str, tokenizer_sha2
     }
 
 
-def _check_finished(out: pathlib.Path, card: dict[str, Any], source_records: int) -> None:
-    """Raises StoreError unless the store in `out` is whole and what would be made now."""
+def _check_finished(out: pathlib.Path, card: dict[str, Any], source_records: int) -> bool:
+    """Return whether `out` is finished. Raises: StoreError if it is damaged, or not what would be made now."""
+    if not (out / "card.json").exists():
+        return False
     store = TokenStore(out)
     store.verify()
-    there = store.card | {"source_records": store.card["shards"][-1].get("span", [0, 0])[1]}
+    there = store.card | {"source_records": store.card["shards"][-1]["span"][1]}
     for key, now in {**json.loads(json.dumps(card)), "source_records": source_records}.items():
-        if there.get(key) != now:
+        if (was := there.get(key)) != now:
             raise StoreError(
-                f"{out} holds a finished store of something else ({key}: {str(there.get(key))[:80]}, now "
-                f"{str(now)[:80]}): choose another --out, or remove it"
+                f"{out} holds a finished store of something else ({key}: {str(was)[:80]}, now {str(now)[:80]}): choose "
+                "another --out, or remove it"
             )
-    sweep(out, store.card)
+    remove_leftovers(out, store.card)
+    return True

@@ -1,4 +1,4 @@
-"""Looks at token stores: checks one, draws a sample of it as images, brings one in from JSONL and out again."""
+"""Check a token store, decode a sample of it into a picture, and convert it from and to JSONL."""
 
 from __future__ import annotations
 
@@ -34,74 +34,65 @@ def verify_tokens(
     download: bool = False,
     quiet: bool = False,
 ) -> str:
-    """Reads and checks a whole store; with the tokenizer's weights, decodes a sample of it into a PNG.
+    """Verify a whole store; with the tokenizer's weights, decode a sample of it into a PNG.
 
     Args:
       weights: the tokenizer's file, directory or released name. out: the PNG, default folder/verify.png.
 
-    Returns: a summary, some lines.
-    Raises: StoreError if the store is damaged, or was made by another tokenizer than `weights`; ConfigError, WeightsError
-      or CheckpointError if the weights cannot be used.
+    Returns: a summary of several lines.
+    Raises: StoreError if the store is damaged, or was made by another tokenizer than `weights`.
     """
-    require(
-        weights is not None or out is None, "--out is for the picture, which needs the tokenizer: give --weights too"
-    )
+    require(weights is not None or out is None, "--out is the picture, which needs the tokenizer: give --weights too")
     store = TokenStore(folder)
-    store.verify(seen=_shown(f"verify {folder.name}", "shards", quiet))
-    lines = [summary(store)]
-    if weights is not None:
-        out = out or folder / "verify.png"
-        lines.append(f"  picture    {_draw(store, weights, out, download)}")
-    return "\n".join(lines)
+    store.verify(seen=_show_progress(f"verify {folder.name}", "shards", quiet))
+    text = summarize_store(store)
+    if weights is None:
+        return text
+    return f"{text}\n  picture    {_draw_sample(store, weights, out or folder / 'verify.png', download)}"
 
 
-def summary(store: TokenStore) -> str:
-    """What a store holds, some lines."""
-    card = store.card
-    lines = [
-        f"{store.folder}: whole and undamaged",
-        f"  records    {len(store):,} of {store.num_tokens} tokens, {card['codebook_size']:,} codes, in "
-        f"{len(card['shards'])} shards",
-    ]
-    if card["schema_version"] > 1:
-        per_class = card["records_per_class"]
-        lines += [
-            f"  images     {card['num_images']:,}, each in {len(card['crops'])} crop(s); {card['num_bad_images']:,} could "
-            "not be decoded and are left out",
+def summarize_store(store: TokenStore) -> str:
+    """Describe a verified store in several lines."""
+    card, per_class = store.card, store.card["records_per_class"]
+    codes, shards = f"{card['codebook_size']:,} codes", len(card["shards"])
+    bad = f"{card['num_bad_images']:,} could not be decoded and are left out"
+    return "\n".join(
+        [
+            f"{store.folder}: whole and undamaged",
+            f"  records    {len(store):,} of {store.num_tokens} tokens, {codes}, in {shards} shards",
+            f"  images     {card['num_images']:,}, each in {len(card['crops'])} crop(s); {bad}",
             f"  classes    {card['num_classes']:,}, of {min(per_class):,} to {max(per_class):,} records",
+            f"  source     {card['source']}",
+            f"  tokenizer  {card['tokenizer_sha256'] or 'unknown'}",
         ]
-    lines += [f"  source     {card['source']}", f"  tokenizer  {card['tokenizer_sha256'] or 'not known'}"]
-    return "\n".join(lines)
+    )
 
 
-def sample_of(store: TokenStore, rows: int = ROWS, columns: int = COLUMNS) -> tuple[np.ndarray, list[int]]:
-    """Records for a picture: the first `columns` of each of `rows` classes, evenly spread over those that have records.
+def select_sample(store: TokenStore, rows: int = ROWS, columns: int = COLUMNS) -> tuple[np.ndarray, list[int]]:
+    """Select the first `columns` records of each of `rows` evenly spaced classes that have records.
 
-    Returns: indices int64 (classes * columns,), class after class, with fewer columns where a class has fewer records;
-      and the classes.
+    Returns: indices int64 (classes * columns,), class after class, and the classes. All have as many as the smallest.
     """
     found: dict[int, list[int]] = {}
-    count, at = len(store), 0
-    while at < count:  # a block at a time: labels of a large store do not belong in memory
-        labels = store.gather(np.arange(at, min(at + 65_536, count)))["labels"]
+    for at in range(0, len(store), 65_536):  # in blocks: labels of a large store do not fit in memory
+        labels = store.gather(np.arange(at, min(at + 65_536, len(store))))["labels"]
         for label in np.unique(labels).tolist():
             first = found.setdefault(label, [])
             if len(first) < columns:
                 first += (at + np.flatnonzero(labels == label)[: columns - len(first)]).tolist()
-        at += len(labels)
     known = sorted(found)
     shown = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, rows).astype(int))]
     width = min(len(found[label]) for label in shown)
     return np.array([i for label in shown for i in found[label][:width]], np.int64), shown
 
 
-def _draw(store: TokenStore, weights: str, out: pathlib.Path, download: bool) -> pathlib.Path:
+def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, download: bool) -> pathlib.Path:
     given = open_weights(locate(weights, download=download), "tokenizers", num_tokens=store.num_tokens)
-    made_by = store.card["tokenizer_sha256"]
-    if made_by is not None and made_by not in (origin_sha256(given), given.sha256()):
+    made_by, ours = store.card["tokenizer_sha256"], origin_sha256(given)
+    if made_by is not None and made_by not in (ours, given.sha256()):
         raise StoreError(
-            f"{store.folder} was made by the tokenizer with sha256 {made_by[:12]}..., {given.path} has "
-            f"{origin_sha256(given)[:12]}...: its pictures would mean nothing. Give the tokenizer that made it"
+            f"{store.folder} was made by the tokenizer with sha256 {made_by[:12]}..., {given.path} has {ours[:12]}.... "
+            "Give the tokenizer that made it"
         )
     module, config = given.model.module, given.model.config
     num_tokens = int(np.prod(module.token_spec(config).shape))
@@ -110,12 +101,11 @@ def _draw(store: TokenStore, weights: str, out: pathlib.Path, download: bool) ->
             f"{store.folder} has {store.num_tokens} tokens of {store.codebook_size} codes, {given.path} decodes "
             f"{num_tokens} of {config.codebook_size}: give the tokenizer that made it"
         )
-    indices, shown = sample_of(store)
+    indices, shown = select_sample(store)
     decode = jax.jit(lambda params, tokens: to_uint8(module.decode(config, params, tokens)))
     params, tokens = given.place(), store.gather(indices)["tokens"]
-    # A row at a time: 64 images of full size are more than a small machine may hold.
-    rows = np.split(tokens, len(shown))
-    images = np.concatenate([np.asarray(decode(params, row)) for row in rows])
+    # Row by row: 64 images of full size may not fit in memory.
+    images = np.concatenate([np.asarray(decode(params, row)) for row in np.split(tokens, len(shown))])
     names = [store.class_names[label].split(",")[0] for label in shown]
     grid(images, names, out, title=f"decoded tokens of {store.folder.name}")
     return out
@@ -134,10 +124,9 @@ def import_tokens(
     shard_records: int = SHARD_RECORDS,
     quiet: bool = False,
 ) -> TokenStore:
-    """Makes a token store of the authors' maskgitvq.jsonl. What is not given is the experiment's, or else 1024 codes,
-    1000 classes and 256 tokens.
+    """Make a token store of the authors' maskgitvq.jsonl. Raises: StoreError naming file and line; ConfigError.
 
-    Raises: StoreError naming the file and line that is wrong, or if `out` holds another store; ConfigError.
+    Sizes default to the experiment's, without one to 1024 codes, 1000 classes and 256 tokens.
     """
     num_tokens, class_names = 256, ()
     if experiment is not None:
@@ -151,7 +140,7 @@ def import_tokens(
     if not class_names:
         class_names = imagenet.class_names() if num_classes == 1000 else tuple(str(i) for i in range(num_classes))
     if not path.is_file():
-        raise ConfigError(f"--import {path}: no such file, look for a mistyped path")
+        raise ConfigError(f"--import {path}: no such file")
     store = import_jsonl(
         path,
         out,
@@ -159,21 +148,21 @@ def import_tokens(
         class_names=class_names,
         num_tokens=num_tokens,
         shard_records=shard_records,
-        seen=_shown(f"import {path.name}", "shards", quiet),
+        seen=_show_progress(f"import {path.name}", "shards", quiet),
     )
     if not quiet:
-        print(summary(store))
+        print(summarize_store(store))
     return store
 
 
 def export_tokens(folder: pathlib.Path, out: pathlib.Path, *, quiet: bool = False) -> None:
-    """Writes a token store as the authors' code reads it, maskgitvq.jsonl. Raises: StoreError, ConfigError."""
+    """Write a token store as the authors' maskgitvq.jsonl. Raises: StoreError, ConfigError."""
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     store = TokenStore(folder)
-    store.verify(seen=_shown(f"verify {folder.name}", "shards", quiet))
-    export_jsonl(store, out, seen=_shown(f"export {folder.name}", "blocks", quiet))
+    store.verify(seen=_show_progress(f"verify {folder.name}", "shards", quiet))
+    export_jsonl(store, out, seen=_show_progress(f"export {folder.name}", "blocks", quiet))
 
 
-def _shown(description: str, unit: str, quiet: bool) -> Any:
+def _show_progress(description: str, unit: str, quiet: bool) -> Any:
     return functools.partial(progress, description=description, unit=unit, quiet=quiet)

@@ -1,18 +1,12 @@
-"""Writing a token store shard by shard, so that a killed run goes on with the first shard that is missing.
+"""Write a token store shard by shard, so that an interrupted run resumes with the first missing shard.
 
-While a store is being made its folder also holds
-
-    making.json                       what is being made: shards of anything else are never mixed in
-    shard-00000-of-00004.json         beside each whole shard, written after it: its counts and its sha256
-
-Shard j is made from records [j*S, (j+1)*S) of the *source*, whatever becomes of them: a record whose image could not be
-decoded is left out, and the shard is shorter. So every shard can be made without the others, by any process. At the end
-`finish` writes the card and removes these files: a store that was made with interruptions has the same bytes.
+An unfinished store also holds making.json, which says what is being made, and a sidecar per finished shard,
+shard-00000-of-00004.json, with its counts and sha256. Shard j is made from records [j*S, (j+1)*S) of the *source*; records
+whose image cannot be decoded are left out. An interrupted store becomes bitwise identical to a straight one.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hashlib
 import json
@@ -23,37 +17,30 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.errors import StoreError
-from rar_jax.tokens.store import CARD_KEYS, SCHEMA_VERSION, Counts, card_sha256, check_ranges, npy_header, record_dtype
+from rar_jax.errors import CheckpointError, StoreError
+from rar_jax.runs.manifest import file_sha256
+from rar_jax.tokens.store import CARD_KEYS, SCHEMA_VERSION, card_sha256, check_ranges, npy_header, record_dtype
 
 SHARD_RECORDS = 65_536  # 34 MB at 256 tokens of two bytes; 196 shards of ImageNet's ten crops
 
 
-def shards_of(process_index: int, process_count: int, *, num_shards: int) -> range:
-    """The shards that a process writes: j with j % process_count == process_index."""
-    return range(process_index, num_shards, process_count)
-
-
 class TokenStoreWriter:
-    """Makes a store, or goes on with one that was interrupted.
+    """Writes a store, or resumes an interrupted one.
 
     writer = TokenStoreWriter(folder, card, source_records=len(source), shard_records=65536)
     for j in writer.missing():
         with writer.shard(j) as shard:
-            for rows in ...:                   # the records [begin, end) = writer.span(j) of the source, in order
+            for rows in ...:                   # records [begin, end) = writer.span(j) of the source, in order
                 shard.append(tokens, labels, source_ids, crops, bad)
     writer.finish()
 
-    Memory holds one shard at a time. Processes that share a folder each write their own shards; process 0 finishes.
+    Holds one shard in memory. Each process writes shards j % process_count == process_index; process 0 finishes.
 
     Args:
-      folder: made if missing; must not hold a finished store.
-      card: the CARD_KEYS, JSON values; further keys are kept. The number of tokens is the product of grid, crop k is
-        named crops[k], tokenizer_sha256 is None where the tokenizer is not known.
-      source_records: number of records of the source, bad ones included.
-      shard_records: source records a shard.
+      card: the CARD_KEYS, JSON values. The number of tokens is the product of grid; tokenizer_sha256 is None if unknown.
+      source_records: records of the source, bad ones included. shard_records: source records per shard.
 
-    Raises: StoreError for a wrong card, or a folder that holds a store or the beginning of another one.
+    Raises: StoreError for a wrong card, or a folder that holds a finished store or the beginning of another one.
     """
 
     def __init__(
@@ -70,14 +57,14 @@ class TokenStoreWriter:
         if missing := [key for key in CARD_KEYS if key not in card]:
             raise StoreError(f"the card for {self.folder} lacks {', '.join(missing)}")
         if shard_records < 1 or source_records < 1:
-            raise StoreError(f"{self.folder}: {source_records} records cannot be cut into shards of {shard_records}")
-        if (self.folder / "card.json").exists():
+            raise StoreError(f"{self.folder}: {source_records} records cannot be split into shards of {shard_records}")
+        if self.card_file.exists():
             raise StoreError(f"{self.folder} already holds a finished store: remove it or choose another folder")
         num_tokens = int(np.prod(card["grid"]))
         self.dtype: np.dtype = record_dtype(num_tokens=num_tokens, codebook_size=card["codebook_size"])
         self.card: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            **json.loads(json.dumps(card)),  # as it will be read again: tuples are lists
+            **json.loads(json.dumps(card)),  # as it will be read: tuples are lists
             "num_tokens": num_tokens,
             "dtype": self.dtype["tokens"].base.name,
         }
@@ -86,109 +73,105 @@ class TokenStoreWriter:
         self.num_shards: int = -(-source_records // shard_records)
         self._process = (process_index, process_count)
         self._written: dict[int, dict[str, Any]] = {}
-        self._claim()
+        self._claim_folder()
+
+    @property
+    def card_file(self) -> pathlib.Path:
+        return self.folder / "card.json"
 
     def span(self, j: int) -> tuple[int, int]:
-        """The records [begin, end) of the source that shard j is made from."""
+        """Records [begin, end) of the source that shard j is made from."""
         return j * self.shard_records, min((j + 1) * self.shard_records, self.source_records)
 
     def missing(self) -> list[int]:
-        """This process's shards that are not there whole, ascending. Each one found is read and checked once."""
-        return [j for j in shards_of(*self._process, num_shards=self.num_shards) if self._sidecar(j) is None]
+        """Unfinished shards of this process, ascending. Each finished one is read and verified once."""
+        index, count = self._process
+        return [j for j in range(index, self.num_shards, count) if self._read_sidecar(j) is None]
 
     @contextlib.contextmanager
     def shard(self, j: int) -> Iterator[Shard]:
-        """Context in which a shard gets its records; it is on disk, whole, when the context ends without an exception.
-
-        Raises: StoreError if other than the records of its span were appended.
-        """
-        begin, end = self.span(j)
-        shard = Shard(self.card, self.dtype, begin, end, str(self.folder / self.name(j)))
+        """Context that takes exactly the records of a shard's span, and writes it on exit. Raises: StoreError."""
+        (begin, end), path = self.span(j), self.folder / self.name(j)
+        shard = Shard(self.card, self.dtype, begin, end, str(path))
         yield shard
         if shard.seen != end - begin:
-            raise StoreError(f"{self.folder / self.name(j)}: {shard.seen} of {end - begin} records were appended")
+            raise StoreError(f"{path}: {shard.seen} of {end - begin} records were appended")
         records = shard.records[: shard.kept]
-        content = [npy_header(shard.kept, self.dtype), records.tobytes()]
-        _write_whole(self.folder / self.name(j), content)
-        sha256 = hashlib.sha256(content[0])
-        sha256.update(content[1])
-        counts = Counts(self.card["num_classes"])
-        counts.add(records["label"], records["crop"])
-        sidecar = {
+        content = npy_header(shard.kept, self.dtype) + records.tobytes()
+        _write_file(path, content)
+        self._written[j] = {
             "name": self.name(j),
             "span": [begin, end],
             "records": shard.kept,
             "bad_records": shard.bad,
-            "sha256": sha256.hexdigest(),
-            "bad_per_crop": shard.bad_per_crop,
-            "records_per_class": counts.per_class.tolist(),
-            "records_per_crop": counts.per_crop,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bad_per_crop": shard.bad_per_crop.tolist(),
+            "records_per_class": np.bincount(records["label"], minlength=self.card["num_classes"]).tolist(),
+            "records_per_crop": np.bincount(records["crop"], minlength=len(self.card["crops"])).tolist(),
         }
-        _write_whole(self.folder / self.name(j, "json"), [json.dumps(sidecar).encode()])
-        self._written[j] = sidecar
+        _write_file(self.folder / self.name(j, "json"), json.dumps(self._written[j]).encode())
 
     def finish(self) -> bool:
-        """Process 0 writes the card if every shard of every process is there. Returns: whether the store is finished."""
+        """Write the card on process 0 if all shards exist; return whether the store is finished."""
         if self._process[0] != 0:
-            return (self.folder / "card.json").is_file()
-        sidecars = [self._sidecar(j) for j in range(self.num_shards)]
-        whole = [sidecar for sidecar in sidecars if sidecar is not None]
-        if len(whole) < self.num_shards:
+            return self.card_file.is_file()
+        sidecars = [self._read_sidecar(j) for j in range(self.num_shards)]
+        shards = [sidecar for sidecar in sidecars if sidecar is not None]
+        if len(shards) < self.num_shards:
             return False
-        per_class = np.sum([sidecar["records_per_class"] for sidecar in whole], axis=0)
-        per_crop, bad_per_crop = (_total(whole, name) for name in ("records_per_crop", "bad_per_crop"))
+        per_class, per_crop, bad_per_crop = (
+            np.sum([shard[key] for shard in shards], axis=0).tolist()
+            for key in ("records_per_class", "records_per_crop", "bad_per_crop")
+        )
         card = self.card | {
-            "num_records": int(per_class.sum()),
-            # Every image has every crop once, so the crop that most have counts the images.
-            "num_images": max(per_crop.values(), default=0),
-            "num_bad_records": sum(bad_per_crop.values()),
-            "num_bad_images": max(bad_per_crop.values(), default=0),
-            "records_per_class": per_class.tolist(),
+            "num_records": sum(per_class),
+            # Every image has every crop once, so the most frequent crop counts the images.
+            "num_images": max(per_crop),
+            "num_bad_records": sum(bad_per_crop),
+            "num_bad_images": max(bad_per_crop),
+            "records_per_class": per_class,
             "records_per_crop": per_crop,
-            "shards": [{k: s[k] for k in ("name", "span", "records", "bad_records", "sha256")} for s in whole],
+            "shards": [{k: s[k] for k in ("name", "span", "records", "bad_records", "sha256")} for s in shards],
         }
         if not card["num_records"]:
-            raise StoreError(
-                f"{self.folder}: not one image of {card['source']} could be decoded: there is no store to make"
-            )
+            raise StoreError(f"{self.folder}: no image of {card['source']} could be decoded")
         card["sha256"] = card_sha256(card)
-        _write_whole(self.folder / "card.json", [json.dumps(card, indent=1).encode()])
-        sweep(self.folder, card)
+        _write_file(self.card_file, json.dumps(card, indent=1).encode())
+        remove_leftovers(self.folder, card)
         return True
 
     def name(self, j: int, suffix: str = "npy") -> str:
-        """File name of shard j, or of what stands beside it."""
+        """File name of shard j ("npy") or its sidecar ("json")."""
         return f"shard-{j:05d}-of-{self.num_shards:05d}.{suffix}"
 
-    def _claim(self) -> None:
-        """Writes making.json, or checks that the one which is there says the same."""
+    def _claim_folder(self) -> None:
+        """Write making.json, or check that the existing one is equal."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "making.json"
         making = self.card | {"source_records": self.source_records, "shard_records": self.shard_records}
         if not path.is_file():
-            _write_whole(path, [json.dumps(making, indent=1).encode()])
+            _write_file(path, json.dumps(making, indent=1).encode())
             return
         try:
             there = json.loads(path.read_bytes())
         except ValueError as error:
-            raise StoreError(f"{path} cannot be read ({error}): remove {self.folder} to start anew") from None
+            raise StoreError(f"{path} cannot be read ({error}): remove {self.folder} to start again") from None
         if other := [key for key in sorted({*there, *making}) if there.get(key) != making.get(key)]:
             was, now = (json.dumps(x.get(other[0]))[:80] for x in (there, making))
             raise StoreError(
-                f"{self.folder} holds the beginning of another store ({other[0]}: {was}, now {now}): remove it, choose "
-                "another folder, or give the command that began it"
+                f"{self.folder} holds the beginning of another store ({other[0]}: {was}, now {now}): remove it, or choose "
+                "another folder"
             )
 
-    def _sidecar(self, j: int) -> dict[str, Any] | None:
-        """What stands beside shard j, if the shard is whole: its bytes have the sha256 that was written then."""
+    def _read_sidecar(self, j: int) -> dict[str, Any] | None:
+        """Return the sidecar of shard j if the shard's bytes have its sha256."""
         if j not in self._written:
             try:
                 sidecar = json.loads((self.folder / self.name(j, "json")).read_bytes())
-                with open(self.folder / self.name(j), "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = file_sha256(self.folder / self.name(j))
                 if sidecar["span"] != list(self.span(j)) or sidecar["sha256"] != found:
                     return None
-            except (FileNotFoundError, ValueError, KeyError, TypeError):
+            except (FileNotFoundError, CheckpointError, ValueError, KeyError, TypeError):
                 return None
             self._written[j] = sidecar
         return self._written[j]
@@ -202,7 +185,7 @@ class Shard:
         self.seen: int = 0
         self.kept: int = 0
         self.bad: list[int] = []
-        self.bad_per_crop: dict[str, int] = {}
+        self.bad_per_crop: np.ndarray = np.zeros(len(card["crops"]), np.int64)
         self._card, self._begin, self._where = card, begin, where
 
     def append(
@@ -213,12 +196,11 @@ class Shard:
         crops: np.ndarray,
         bad: np.ndarray | None = None,
     ) -> None:
-        """Adds the next records of the source: tokens ints (b, n), labels, source_ids and crops ints (b,).
+        """Append the next records of the source: tokens ints (b, n), labels, source_ids and crops ints (b,).
 
-        bad: bool (b,), True for a record to leave out and count, since its image could not be decoded.
+        bad: bool (b,), records whose image could not be decoded: they are counted and left out.
 
-        Raises: StoreError, before anything is taken, for a wrong shape, a token outside the codebook, a label outside
-          the classes, a crop that the card does not name, or more records than the span has.
+        Raises: StoreError for a wrong shape, a value out of range, or too many records.
         """
         tokens, labels, crops = np.asarray(tokens), np.asarray(labels), np.asarray(crops)
         if tokens.ndim != 2 or tokens.shape[1] != self._card["num_tokens"]:
@@ -228,40 +210,31 @@ class Shard:
         if self.seen + len(tokens) > len(self.records):
             raise StoreError(f"{self._where}: more than its {len(self.records)} records were appended")
         good = np.ones(len(tokens), bool) if bad is None else ~np.asarray(bad)
-        # Checked before the cast to two bytes, which would wrap a wrong token round into a valid one.
+        # Before the cast to two bytes, which could make a wrong token valid.
         check_ranges(tokens, labels, crops, self._card, self._where, self._begin + self.seen)
         records = self.records[self.kept : self.kept + good.sum()]
         records["tokens"], records["label"] = tokens[good], labels[good]
         records["source_id"], records["crop"] = np.asarray(source_ids)[good], crops[good]
         self.bad += (self._begin + self.seen + np.flatnonzero(~good)).tolist()
-        for crop in crops[~good].tolist():
-            self.bad_per_crop[str(crop)] = self.bad_per_crop.get(str(crop), 0) + 1
+        self.bad_per_crop += np.bincount(crops[~good], minlength=len(self.bad_per_crop))
         self.seen += len(tokens)
         self.kept += len(records)
 
 
-def sweep(folder: pathlib.Path, card: Mapping[str, Any]) -> None:
-    """Removes from a finished store what was only needed to make it, and shards of an earlier one."""
+def remove_leftovers(folder: pathlib.Path, card: Mapping[str, Any]) -> None:
+    """Remove from a finished store the files that were needed to make it, and shards of an earlier one."""
     keep = {"card.json", *(shard["name"] for shard in card["shards"])}
     for path in [*folder.glob("shard-*"), folder / "making.json", *folder.glob("*.tmp")]:
         if path.name not in keep:
             path.unlink(missing_ok=True)
 
 
-def _total(sidecars: list[dict[str, Any]], name: str) -> dict[str, int]:
-    total: collections.Counter[str] = collections.Counter()
-    for sidecar in sidecars:
-        total.update(sidecar[name])
-    return dict(sorted(total.items(), key=lambda item: int(item[0])))
-
-
-def _write_whole(path: pathlib.Path, content: list[bytes]) -> None:
-    """A file is whole under its name or not there at all; the temporary one is this process's own."""
+def _write_file(path: pathlib.Path, content: bytes) -> None:
+    """Write a file atomically; the temporary file is this process's own."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for part in content:
-                file.write(part)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

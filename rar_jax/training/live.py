@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rar_jax.evaluation.fd_classifier import Scorer
-from rar_jax.evaluation.program import Program, Settings, check_protocol, shift_of
+from rar_jax.evaluation.fd_classifier import ClassifierScorer
+from rar_jax.evaluation.image_batches import ImageBatches, batch_samples
+from rar_jax.evaluation.program import Program, Settings, load_inception
 from rar_jax.evaluation.reference import read_reference
-from rar_jax.evaluation.scores import load_network
 from rar_jax.experiment import Experiment
 from rar_jax.metrics import frechet, inception_score, moments
-from rar_jax.metrics.sums import Totals
+from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.stages import trained_params
@@ -40,8 +40,8 @@ def live_scorers(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> list[N
     """
     scorers: list[Numbers] = []
     if experiment.evaluate.live_samples and experiment.classifier:
-        scorer = Scorer(experiment, workdir, mesh)
-        scorers.append(Numbers(scorer.compile_live, scorer.live))
+        scorer = ClassifierScorer(experiment, workdir, mesh)
+        scorers.append(Numbers(scorer.compile_live, scorer.score_live))
     if experiment.evaluate.live_samples and experiment.evaluate.inception:
         scorers.append(_inception(experiment, workdir, mesh))
     return scorers
@@ -70,27 +70,27 @@ def _inception(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> Numbers:
     size = -(-min(config.batch_size, n) // parts) * parts
     settings = Settings(seed=experiment.seed, batch_size=size, chunk=1, split_size=n)
     reference = read_reference(config.reference) if config.reference else None
-    check_protocol(reference, settings)
-    program = Program(load_network(pathlib.Path(config.inception), mesh, settings), mesh, settings, shift_of(reference))
+    program = Program(load_inception(pathlib.Path(config.inception), mesh, settings), mesh, settings, reference)
     tokenizer, _ = trained_params(experiment, "tokenizer", workdir, mesh)
-    distance = jax.jit(frechet.distance_of_sums)
+    distance = jax.jit(frechet.frechet_distance_of_moments)
 
-    def given(generator_params: Any) -> tuple[Any, ...]:
+    def draw(generator_params: Any) -> ImageBatches:
         models = experiment.generator, experiment.tokenizer
-        return models, {"generator": generator_params, "tokenizer": tokenizer}, experiment.guidance
+        params = {"generator": generator_params, "tokenizer": tokenizer}
+        return batch_samples(models, params, experiment.guidance, num=n, seed=experiment.seed)
 
     def compile(generator_params: Any) -> None:
-        program.compile_samples(*given(generator_params))
+        program.lower(draw(generator_params)).compile()
         if reference is not None:
-            distance.lower(jnp.asarray(reference.cov, jnp.float32), moments.zero(len(reference.mean))).compile()
+            distance.lower(jnp.asarray(reference.cov, jnp.float32), moments.init_moments(len(reference.mean))).compile()
 
     def score(generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
-        compute, totals = program.samples(*given(generator_params), whole_batches=True), Totals(n)
+        samples, totals = draw(generator_params), ScoreTotals(n)
         for start in range(0, n, size):
             poll()
             count = min(size, n - start)
-            totals.add(compute(start, count).sums, count)
-        told = {f"inception_score_n{n}": inception_score.score(totals.splits)}
+            totals.add(program.score(samples, start, count).sums, count)
+        told = {f"inception_score_n{n}": inception_score.score_splits(totals.splits)}
         if reference is not None:
             told[f"fid_n{n}"] = float(
                 distance(

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.experiment import Experiment, open_source
-from rar_jax.parallel.arrays import place
+from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.grids import Grid, spread
@@ -113,4 +113,4 @@ def _batches(rows: tuple[np.ndarray, ...], experiment: Experiment, mesh: Mesh) -
     size = -(-min(experiment.evaluate.batch_size, count) // parts) * parts
     for start in range(0, count, size):
         places = np.arange(start, start + size) % count
-        yield tuple(place([array[places] for array in rows], batch_sharding(mesh)))
+        yield tuple(put_on_mesh([array[places] for array in rows], batch_sharding(mesh)))

@@ -25,7 +25,7 @@ from rar_jax.errors import CheckpointError, Preempted, TrainingError
 from rar_jax.experiment import Experiment
 from rar_jax.models import Model
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import for_devices, global_batch, local_rows, on_devices, place
+from rar_jax.parallel.arrays import drop_metadata, local_rows, make_global_batch, prefetch_batches, put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
@@ -59,12 +59,12 @@ def make_validation(objective: Objective, records: int, mesh: Mesh, frozen: Any 
     encode = jax.jit(functools.partial(encoded, objective.encoder), out_shardings=batch_sharding(mesh))
     for i in range(count):
         places = (i * size + local_rows(mesh, size)) % len(objective.heldout)
-        batch = global_batch(for_devices(objective.heldout.gather(places)), mesh)
+        batch = make_global_batch(drop_metadata(objective.heldout.gather(places)), mesh)
         if objective.encoder is not None:
             with sharded(mesh):
                 batch = encode(frozen, batch)
         for name, extra in objective.variants(size).items():
-            batches_by_variant.append((name and f"{name}_", {**batch, **place(extra, batch_sharding(mesh))}))
+            batches_by_variant.append((name and f"{name}_", {**batch, **put_on_mesh(extra, batch_sharding(mesh))}))
     loss = jax.jit(
         lambda params, batch: objective.model.loss(objective.config, params, batch, key=None, step=0)[1],
         out_shardings=replicated(mesh),
@@ -196,7 +196,9 @@ def train(
 
         def newest(before: int | None = None) -> State:
             """The newest good state below a step, or a fresh one."""
-            unguarded = {"guard": place(guard.init(), replicated(mesh))}  # checkpoints from before there was a guard
+            unguarded = {
+                "guard": put_on_mesh(guard.init(), replicated(mesh))
+            }  # checkpoints from before there was a guard
             state = checkpointer.restore(setup.abstract_state, before=before, added=unguarded)
             if state is None:
                 state = setup.init(init_key)
@@ -342,7 +344,7 @@ def batches_after(
         num_workers=experiment.data.workers,
     )
     stack.callback(getattr(stream, "close", lambda: None))
-    return on_devices(stream, mesh)
+    return prefetch_batches(stream, mesh)
 
 
 def give_up(workdir: Workdir, stage: str, recipe: Recipe, state: State, batch: Batch) -> str:

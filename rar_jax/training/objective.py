@@ -12,7 +12,7 @@ import numpy as np
 from rar_jax.data.loader import Source
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.models import Model
-from rar_jax.parallel.mesh import on_device
+from rar_jax.parallel.mesh import with_device_dtype
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.opening import open_tokens
 from rar_jax.training.step import Batch
@@ -38,7 +38,7 @@ class Objective:
 
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
     """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
-    module, config = experiment.model(stage).module, on_device(experiment.model(stage).config)
+    module, config = experiment.model(stage).module, with_device_dtype(experiment.model(stage).config)
     meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
     on_the_fly = stage == "generator" and experiment.data.on_the_fly
     if stage == "generator" and not on_the_fly:
@@ -50,7 +50,7 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
     plain: Callable[[int], dict[str, dict[str, np.ndarray]]] = lambda size: {"": {}}  # noqa: E731
     offered = getattr(module, "validation_variants", None)
     variants = functools.partial(offered, config) if offered else plain
-    encoder = Model(experiment.tokenizer.module, on_device(experiment.tokenizer.config)) if on_the_fly else None
+    encoder = Model(experiment.tokenizer.module, with_device_dtype(experiment.tokenizer.config)) if on_the_fly else None
     return Objective(module, config, train, heldout, variants, meta, encoder)
 
 

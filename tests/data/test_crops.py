@@ -81,6 +81,11 @@ def adm_resized(image: Image.Image, size: int) -> np.ndarray:
     return out.swapaxes(0, 1) if columns_first else out
 
 
+def ten_crops(image: Image.Image, size: int) -> np.ndarray:
+    resized = crops.resize_for_ten(image, size=size)
+    return np.stack([crops.cut_one_of_ten(resized, size=size, crop=i) for i in range(10)])
+
+
 def check_near(ours: np.ndarray, exact: np.ndarray) -> None:
     """Equal but for rounding: half a level off, and few pixels more, where a half fell the other way."""
     assert ours.shape == exact.shape and ours.dtype == np.uint8
@@ -110,7 +115,7 @@ def test_center_crop_of_imagenet_size_is_pillows_own() -> None:
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (31, 33), (129, 257), (64, 64), (7, 5), (1, 1)])
 def test_ten_crops(width: int, height: int, size: int) -> None:
     image = picture(width, height)
-    ten = crops.ten_crop(image, size=size)
+    ten = ten_crops(image, size)
     assert (ten.shape, ten.dtype) == ((10, size, size, 3), np.uint8)
     square = {32: 35, 27: 29, 256: 281}[size]
     full = adm_resized(image, square)
@@ -120,13 +125,6 @@ def test_ten_crops(width: int, height: int, size: int) -> None:
     for i, (y, x) in enumerate(corners):
         check_near(ten[i], full[y : y + size, x : x + size])
         np.testing.assert_array_equal(ten[i + 5], np.fliplr(ten[i]))
-    for i in (0, 4, 8):
-        np.testing.assert_array_equal(crops.ten_crop_one(image, size=size, crop=i), ten[i])
-
-
-def test_ten_crops_are_ten() -> None:
-    with pytest.raises(ValueError, match="crop is 10"):
-        crops.ten_crop_one(picture(9, 9), size=8, crop=10)
 
 
 def strip_of(colours: np.ndarray, *, upright: bool) -> Image.Image:
@@ -141,7 +139,7 @@ def test_a_strip_is_cut_to_its_middle(upright: bool) -> None:
     whole = image.resize((8, 40_000) if upright else (40_000, 8), Image.Resampling.BICUBIC)
     expected = np.asarray(whole)[19_996:20_004] if upright else np.asarray(whole)[:, 19_996:20_004]
     np.testing.assert_array_equal(crops.center_crop(image, size=8), expected)
-    assert crops.ten_crop(image, size=256).shape == (10, 256, 256, 3)
+    assert ten_crops(image, 256).shape == (10, 256, 256, 3)
     assert crops.random_resized_crop(image, np.random.default_rng(0), size=256).shape == (256, 256, 3)
 
 
@@ -158,7 +156,7 @@ class Scripted:
 def test_random_box_by_hand() -> None:
     """Area 100 * 80 * (0.08 + 0.92 * 0.25) = 2480, aspect (3/4)^0.5 * (4/3)^0.5 = 1: a side of 50 in 50x30 places."""
     rng = Scripted(0.25, 0.5, 0.999, 0.5)
-    box = crops.random_box(100, 80, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))  # pyright: ignore[reportArgumentType]
+    box = crops.draw_box(100, 80, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))  # pyright: ignore[reportArgumentType]
     assert box == (25, 30, 50, 50) and not rng.numbers
 
 
@@ -168,7 +166,7 @@ def test_random_box_by_hand() -> None:
 def test_random_box_of_a_long_image_is_its_middle(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
     """At the whole area no box fits: ten tries, then the middle at the nearest ratio (10 * 4/3 = 13.3)."""
     rng = Scripted(*[1.0, 0.5] * 10)
-    found = crops.random_box(*size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))  # pyright: ignore[reportArgumentType]
+    found = crops.draw_box(*size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))  # pyright: ignore[reportArgumentType]
     assert found == box
 
 
@@ -176,7 +174,7 @@ def test_random_boxes_have_torchvisions_distribution() -> None:
     """In a square few boxes are refused: the area is even in [s, 1] but for those, the log of the aspect even."""
     rng, boxes = np.random.default_rng(0), []
     for _ in range(4000):
-        boxes.append(crops.random_box(600, 600, rng, scale=(0.1, 0.5), ratio=(3 / 4, 4 / 3)))
+        boxes.append(crops.draw_box(600, 600, rng, scale=(0.1, 0.5), ratio=(3 / 4, 4 / 3)))
     x, y, w, h = np.array(boxes, float).T
     assert (x >= 0).all() and (y >= 0).all() and (x + w <= 600).all() and (y + h <= 600).all()
     area, aspect = w * h / 600**2, np.log(w / h) / math.log(4 / 3)
@@ -196,4 +194,4 @@ def test_random_resized_crop_sees_nothing_around_its_box() -> None:
 
 def test_flip() -> None:
     image = np.arange(24).reshape(2, 4, 3)
-    np.testing.assert_array_equal(crops.flip(image), image[:, [3, 2, 1, 0]])
+    np.testing.assert_array_equal(crops.mirror(image), image[:, [3, 2, 1, 0]])

@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.data.decode import decode, open_image
+from rar_jax.data.crops import to_pixels
+from rar_jax.data.decode import decode_image
 from rar_jax.errors import DecodeError
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (6, 9, 3), np.uint8)
 # Smooth, so that JPEG keeps it within a few levels.
 SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:240:24j, 0:240:40j], 90), -1).astype(np.uint8)
+
+
+def decode(data: bytes, *, channels: int = 3) -> np.ndarray:
+    return to_pixels(decode_image(data, channels=channels))
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
@@ -72,7 +77,7 @@ def test_grey_and_colour() -> None:
     assert np.abs(decode(encoded(NOISE, "PNG"), channels=1)[..., 0] - luma).max() <= 0.51
     bits = (grey > 127).astype(np.uint8) * 255
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(bits).convert("1"), "PNG"), channels=1)[..., 0], bits)
-    assert open_image(encoded(grey, "PNG")).mode == "RGB"
+    assert decode_image(encoded(grey, "PNG")).mode == "RGB"
 
 
 def test_jpeg_is_whole_and_upright() -> None:
@@ -187,19 +192,19 @@ def broken_crc(data: bytes) -> bytes:
     ("data", "reason"),
     [
         (b"", "^0 bytes$"),
-        (b"not an image at all", "no image .*begins with b'not an image at '"),
-        (b"<!DOCTYPE html><html>404</html>", "no image .*begins with b'<!DOCTYPE html><'"),
-        (encoded(NOISE, "PNG")[:20], "damaged|no image"),
+        (b"not an image at all", "not an image .*begins with b'not an image at '"),
+        (b"<!DOCTYPE html><html>404</html>", "not an image .*begins with b'<!DOCTYPE html><'"),
+        (encoded(NOISE, "PNG")[:20], "damaged|not an image"),
         (encoded(NOISE.repeat(20, 0), "PNG")[:200], "damaged image: "),
         (encoded(NOISE.repeat(20, 0), "JPEG")[:-300], "damaged image: image file is truncated"),
-        (encoded(SMOOTH, "JPEG")[:40], "no image|damaged"),
+        (encoded(SMOOTH, "JPEG")[:40], "not an image|damaged"),
         (encoded(NOISE, "GIF")[:-60], "damaged image: "),
-        (encoded(NOISE, "WEBP", lossless=True)[:-40], "no image|damaged image: "),
+        (encoded(NOISE, "WEBP", lossless=True)[:-40], "not an image|damaged image: "),
         (broken_crc(encoded(NOISE, "PNG")), "damaged image: "),
         # One that decodes all the same: only the checksum tells.
         (encoded(NOISE, "PNG")[:-16] + b"\0\0\0\0" + encoded(NOISE, "PNG")[-12:], "damaged image: .*checksum"),
         (encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"), "32-bit pixels .mode F"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
 def test_what_is_no_image_is_refused_in_one_line(data: bytes, reason: str) -> None:
@@ -216,8 +221,3 @@ def test_a_bomb_is_refused_before_it_is_decoded(side: int, monkeypatch: pytest.M
         patched.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
         with pytest.raises(DecodeError, match=f"{side}|{side * side}|exceeds"):
             decode(bomb)
-
-
-def test_channels_are_one_or_three() -> None:
-    with pytest.raises(ValueError, match="channels is 4"):
-        decode(encoded(NOISE, "PNG"), channels=4)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from image_files import find_problems
 from PIL import Image
 
 from rar_jax.data import crops, encoded, folder
-from rar_jax.data.encoded import EncodedSource, scan
+from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
 
@@ -67,8 +68,8 @@ def test_a_folder_holds_a_zoo(files: Any, tmp_path: pathlib.Path, monkeypatch: p
     listed = {
         "stray.jpg": "not in a class folder",
         f"{n0}/README.md": "not an image by its suffix",
-        f"{n0}/caf\\xe9.jpg": "the name is not UTF-8; it is read all the same",
-        f"{n0}/circle": "a link to a folder, which is not followed: it may lead in a circle",
+        f"{n0}/caf\\xe9.jpg": "the name is not UTF-8; it is read anyway",
+        f"{n0}/circle": "a link to a folder, not followed: it may be circular",
         f"{n0}/dangling.jpg": "a dangling link",
         f"{n0}/folder.jpg": "a folder named like an image",
         f"{n0}/pipe.jpg": "not a file",
@@ -77,10 +78,10 @@ def test_a_folder_holds_a_zoo(files: Any, tmp_path: pathlib.Path, monkeypatch: p
     assert dict(source.problems) == listed and len(source.problems) == len(listed)
     bad = {
         f"{n0}/empty.jpg": "0 bytes",
-        f"{n0}/page.png": "no image (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM): it begins with b'<html>'",
+        f"{n0}/page.png": "not an image (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM): begins with b'<html>'",
         f"{n0}/secret.jpg": "Permission denied",
     }
-    assert dict(scan(source)) == listed | bad
+    assert find_problems(source) == listed | bad
     batch = source.gather(np.arange(14))
     assert dict(source.problems) == listed | bad
     np.testing.assert_array_equal(batch["labels"], [0] * 11 + [1] * 2 + [3])
@@ -105,7 +106,7 @@ def test_center_view_and_its_record(files: Any, tmp_path: pathlib.Path) -> None:
         expected = crops.center_crop(Image.open(io.BytesIO(images[index][0])), size=SIZE)
         np.testing.assert_array_equal(batch["images"][row], expected)
         assert (batch["labels"][row], batch["ids"][row]) == (images[index][1], index)
-        assert source.encoded(int(index)) == images[index][0]
+        assert source.read_image(int(index))[0] == images[index][0]
     assert {k: v.dtype.name for k, v in batch.items()} == dict(images="uint8", labels="int32", ids="int64", bad="bool")
     np.testing.assert_array_equal(source[9]["images"], batch["images"][4])
     grey = open_folder(tmp_path, channels=1)
@@ -121,15 +122,16 @@ def test_ten_views(files: Any, tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     source = open_folder(tmp_path, crop="ten")
     assert (len(source), source.num_images) == (150, 15)  # of 5, 6 and 7 images one each is held out
     decoded = collections.Counter()
-    record = source._record
-    monkeypatch.setattr(source, "_record", lambda image: (decoded.update([image]), record(image))[1])
+    read = source.read_image
+    monkeypatch.setattr(source, "read_image", lambda image: (decoded.update([image]), read(image))[1])
     batch = source.gather(np.arange(30))
     assert decoded == {0: 1, 1: 1, 2: 1}, "crops that follow one another decode once"
     np.testing.assert_array_equal(batch["ids"], np.repeat(np.arange(3), 10))
     np.testing.assert_array_equal(batch["crops"], np.tile(np.arange(10), 3))
     assert batch["crops"].dtype == np.int16
     for image in range(3):
-        expected = crops.ten_crop(Image.open(io.BytesIO(source.encoded(image))), size=SIZE)
+        resized = crops.resize_for_ten(Image.open(io.BytesIO(source.read_image(image)[0])), size=SIZE)
+        expected = [crops.cut_one_of_ten(resized, size=SIZE, crop=crop) for crop in range(10)]
         np.testing.assert_array_equal(batch["images"][10 * image : 10 * image + 10], expected)
     np.testing.assert_array_equal(source.gather(np.array([27, 4]))["images"], batch["images"][[27, 4]])
 
@@ -143,7 +145,10 @@ def test_the_train_folder_of_imagenet_is_all_for_training(files: Any, tmp_path: 
     for path in (tmp_path / "train", tmp_path):
         train, heldout = (open_folder(path, split) for split in ("train", "heldout"))
         assert (train.num_images, heldout.num_images) == (18, 3)
-        assert train.encoded(0) == files.image_set()[0][0] and heldout.encoded(0) == files.image_set(seed=5)[0][0]
+        assert (
+            train.read_image(0)[0] == files.image_set()[0][0]
+            and heldout.read_image(0)[0] == files.image_set(seed=5)[0][0]
+        )
 
 
 def test_random_views_are_functions_of_their_draw(files: Any, tmp_path: pathlib.Path) -> None:
@@ -157,7 +162,7 @@ def test_random_views_are_functions_of_their_draw(files: Any, tmp_path: pathlib.
     assert len({image.tobytes() for image in one["images"]}) == 40
     np.testing.assert_array_equal(source[5]["images"], source.gather(np.array([2, 5]))["images"][1])
     # By hand: the flip is drawn first, then the box.
-    image = Image.open(io.BytesIO(source.encoded(3)))
+    image = Image.open(io.BytesIO(source.read_image(3)[0]))
     flipped = 0
     for row, draw in enumerate(draws):
         rng = np.random.Generator(np.random.Philox(key=int(draw)))
@@ -229,11 +234,11 @@ def test_many_bad_images_end_the_run(files: Any, tmp_path: pathlib.Path, monkeyp
     (tmp_path / "val" / "a").mkdir(parents=True)
     source = open_folder(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"101 of 1.. images read .* more than 1%: a/000.jpg: 0 bytes; a/001"
+        ConfigError, match=r"101 of 1.. images read are bad, more than 1%: a/000.jpg: 0 bytes; a/001"
     ) as error:
         source.gather(np.arange(400))
     assert "a/004.jpg" in str(error.value) and "a/005.jpg" not in str(error.value) and "\n" not in str(error.value)
-    assert len(list(scan(open_folder(tmp_path)))) == 101
+    assert len(find_problems(open_folder(tmp_path))) == 101
     # 100 are still suffered, however few are read; and of more, 1 %.
     (root / "000.jpg").write_bytes(files.jpeg(0))
     batch = open_folder(tmp_path).gather(np.arange(400))
@@ -246,7 +251,7 @@ def test_many_bad_images_end_the_run(files: Any, tmp_path: pathlib.Path, monkeyp
 
 def test_no_good_image_at_all(files: Any, tmp_path: pathlib.Path) -> None:
     files.write_folder(tmp_path / "train", [(b"", 0, "x"), (b"no", 0, "y")])
-    with pytest.raises(ConfigError, match=r"no image of 1 is good; the first: .*: (0 bytes|no image)"):
+    with pytest.raises(ConfigError, match=r"no image of 1 is good; the first: .*: (0 bytes|not an image)"):
         open_folder(tmp_path).gather(np.array([0]))
 
 
@@ -260,7 +265,7 @@ def test_a_source_goes_to_another_process(files: Any, tmp_path: pathlib.Path) ->
 def test_wrong_folders_are_refused(files: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         open_folder(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="holds no images: put them into it, or into one folder a class"):
+    with pytest.raises(ConfigError, match="holds no images: put them into it, or into one folder per class"):
         open_folder(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("x")
@@ -279,7 +284,7 @@ def test_wrong_folders_are_refused(files: Any, tmp_path: pathlib.Path) -> None:
         open_folder(tmp_path / "both", "heldout")
     (tmp_path / "flat" / "train" / "a").mkdir(parents=True)
     (tmp_path / "flat" / "train" / "a" / "0.jpg").write_bytes(files.jpeg(0))
-    with pytest.raises(ConfigError, match="no class has two images, so that one could be held out"):
+    with pytest.raises(ConfigError, match="no class has two images to hold one out"):
         open_folder(tmp_path / "flat", "heldout")
     (tmp_path / "flat" / "val").mkdir()
     (tmp_path / "flat" / "val" / "0.jpg").write_bytes(files.jpeg(0))

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from digests import batch_digest
 
-from rar_jax.data.loader import Batch, batch_digest, batches
-from rar_jax.data.mixing import MixedSource, draws, period_shares
+from rar_jax.data.loader import Batch, batches
+from rar_jax.data.mixing import MixedSource, assign_sources, period_shares
 from rar_jax.errors import ConfigError
 
 BATCH = 48
@@ -63,7 +64,7 @@ def test_counts_by_hand(weights: tuple[float, ...]) -> None:
     shares = period_shares(weights)
     period = sum(shares)
     places = np.arange(3 * period)
-    source_of, draw = draws(places, shares)
+    source_of, draw = assign_sources(places, shares)
     seen = [0] * len(shares)
     for place, (k, number) in enumerate(zip(source_of.tolist(), draw.tolist(), strict=True)):
         assert number == seen[k], "each draw of a data set is the next of its stream"
@@ -76,7 +77,7 @@ def test_counts_by_hand(weights: tuple[float, ...]) -> None:
 def test_a_start_far_away_costs_nothing_and_is_exact() -> None:
     shares = period_shares((0.7, 0.2, 0.1))
     far = 2**62 + np.arange(1000)
-    source_of, draw = draws(far, shares)
+    source_of, draw = assign_sources(far, shares)
     for k, share in enumerate(shares):
         mine = draw[source_of == k]
         assert len(mine) == 100 * share
@@ -143,7 +144,7 @@ def test_digest_is_the_same_for_any_number_of_workers_and_any_start() -> None:
 
 def test_the_stream_is_frozen() -> None:
     """A run resumed by a newer version must see the same data: never update these numbers."""
-    places = mixed(0.6, 0.1, 0.3).places(np.arange(1000, 1010), seed=7)
+    places = mixed(0.6, 0.1, 0.3).order_records(np.arange(1000, 1010), seed=7)
     np.testing.assert_array_equal(places, [144, 49, 211, 53, 26, 253, 43, 101, 23, 64])
 
 

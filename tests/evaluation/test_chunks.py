@@ -10,7 +10,7 @@ from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
 from rar_jax.evaluation.program import Settings
 from rar_jax.metrics.inception_score import SplitSums
 from rar_jax.metrics.moments import Moments
-from rar_jax.metrics.sums import Sums, Totals
+from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.runs import logging as report
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
@@ -28,16 +28,16 @@ def _random_sums(seed: int, count: int) -> Sums:
     )
 
 
-def equal(a: Totals, b: Totals) -> bool:
-    left, right = a.arrays(), b.arrays()
+def equal(a: ScoreTotals, b: ScoreTotals) -> bool:
+    left, right = a.to_arrays(), b.to_arrays()
     return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
 
 
 def test_totals_there_and_back_and_splits_are_counted() -> None:
-    totals = Totals(split_size=20)
+    totals = ScoreTotals(split_size=20)
     for i, count in enumerate((10, 10, 10, 10, 3)):
         totals.add(_random_sums(i, count), count)
-        restored = Totals.restore(totals.arrays())
+        restored = ScoreTotals.from_arrays(totals.to_arrays())
         assert equal(restored, totals) and restored.done == totals.done and restored.split_size == 20
     assert totals.done == 43
     assert [float(s.count) for s in totals.splits] == [20, 20, 3]
@@ -46,10 +46,10 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
     )
     assert totals.pool3 is not None and totals.pool3.count == 43 and totals.pool3.outer.dtype == np.float64
 
-    straight = Totals(split_size=20)
+    straight = ScoreTotals(split_size=20)
     for i, count in enumerate((10, 10, 10, 10, 3)):
         straight.add(_random_sums(i, count), count)
-        straight = Totals.restore(straight.arrays())  # as after a kill at every chunk
+        straight = ScoreTotals.from_arrays(straight.to_arrays())  # as after a kill at every chunk
     assert equal(straight, totals)
 
 
@@ -61,10 +61,9 @@ def test_accumulate_goes_on_behind_the_last_chunk(
 
     def compute(start: int, count: int) -> Chunk:
         calls.append((start, count))
-        # More rows than images: the last batch was filled up.
-        return Chunk(_random_sums(start, count), {"pool3": np.full((count + 5, 2), start)})
+        return Chunk(_random_sums(start, count), {"pool3": np.full((count, 2), start)})
 
-    def run(folder: str, images: int, **keywords: Any) -> Totals:
+    def run(folder: str, images: int, **keywords: Any) -> ScoreTotals:
         store = ChunkStore(tmp_path / folder, {"a": 1})
         return accumulate(store, compute, images=images, chunk=10, split_size=20, description="d", **keywords)
 
@@ -81,8 +80,8 @@ def test_accumulate_goes_on_behind_the_last_chunk(
     store = ChunkStore(tmp_path / "resumed", {"a": 1})
     (store.folder / "pool3_00000099.npy").write_text("of nobody")  # by the totals, and not by what a folder shows
     accumulate(store, compute, images=25, chunk=10, split_size=20, description="d", quiet=True)
-    assert [len(x) for x in store.kept("pool3")] == [10, 10, 5]
-    assert ChunkStore(tmp_path / "resumed", {"a": 2}).load(20).done == 0, "something else is measured"
+    assert [len(x) for x in store.load_kept("pool3")] == [10, 10, 5]
+    assert ChunkStore(tmp_path / "resumed", {"a": 2}).load_totals(20).done == 0, "something else is measured"
     calls.clear()
     assert equal(run("resumed", 25), straight) and calls == []
 
@@ -90,10 +89,10 @@ def test_accumulate_goes_on_behind_the_last_chunk(
 @pytest.mark.parametrize("damage", ["empty", "text", "first half", "bit", "without end", "other arrays"])
 def test_damaged_totals_are_no_totals(tmp_path: pathlib.Path, damage: str) -> None:
     store = ChunkStore(tmp_path, {})
-    totals = Totals(20)
+    totals = ScoreTotals(20)
     totals.add(_random_sums(0, 10), 10)
     store.save(totals, 0, {})
-    assert equal(store.load(20), totals)
+    assert equal(store.load_totals(20), totals)
     path = store.folder / "totals.npz"
     data = path.read_bytes()
     at = data.index(b"\x93NUMPY") + 130  # in the numbers of the first array
@@ -108,4 +107,4 @@ def test_damaged_totals_are_no_totals(tmp_path: pathlib.Path, damage: str) -> No
     path.write_bytes(changed)
     if damage == "other arrays":
         np.savez(path, done=np.asarray(10))
-    assert store.load(20).done == 0
+    assert store.load_totals(20).done == 0

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from rar_jax.errors import ReferenceFileError
-from rar_jax.evaluation.reference import read_reference, read_samples
+from rar_jax.evaluation.image_sets import NpzImages
+from rar_jax.evaluation.reference import read_reference
 
 
 class _Bomb:
@@ -74,10 +75,10 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path: pathlib.Path, key: st
 def test_a_bare_pickle_as_a_member_is_refused_and_not_run(tmp_path: pathlib.Path) -> None:
     ran = tmp_path / "ran"
     _check_refused(
-        _zip(tmp_path / "a.npz", _statistics() | {"mu.npy": pickle.dumps(_Bomb(ran))}), "'mu' .*magic string is not"
+        _zip(tmp_path / "a.npz", _statistics() | {"mu.npy": pickle.dumps(_Bomb(ran))}), "magic string is not"
     )
     (tmp_path / "b.npz").write_bytes(pickle.dumps(_Bomb(ran)))
-    _check_refused(tmp_path / "b.npz", "is no whole npz file")
+    _check_refused(tmp_path / "b.npz", "cannot be read as .npz")
     assert not ran.exists()
 
 
@@ -91,12 +92,12 @@ def test_a_structured_dtype_with_an_object_inside_is_refused(tmp_path: pathlib.P
 
 def test_what_is_no_file_or_no_zip(tmp_path: pathlib.Path) -> None:
     _check_refused(tmp_path / "missing.npz", "there is no such file")
-    _check_refused(tmp_path, "cannot be read")
+    _check_refused(tmp_path, "cannot be read as .npz")
     for content in (b"", b"PK\x03\x04", b"<html>404 Not Found</html>" * 100):
         (tmp_path / "page.npz").write_bytes(content)
-        _check_refused(tmp_path / "page.npz", "is no whole npz file.*get it again")
+        _check_refused(tmp_path / "page.npz", "cannot be read as .npz.*get it again")
     np.save(tmp_path / "one.npy", np.zeros(4))
-    _check_refused(tmp_path / "one.npy", "is no whole npz file")
+    _check_refused(tmp_path / "one.npy", "cannot be read as .npz")
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -132,10 +133,11 @@ def test_damaged_images_are_found_by_the_checksum(tmp_path: pathlib.Path) -> Non
     content = (tmp_path / "a.npz").read_bytes()
     at = content.index(images.tobytes()) + 30_000  # beyond what opening reads
     (tmp_path / "a.npz").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    for batch_size in (1, 4, 6, 10):
-        batches = read_samples(tmp_path / "a.npz").batches(batch_size)
+    for batch_size in (1, 4, 6):
+        images_of_file = NpzImages(tmp_path / "a.npz")
         with pytest.raises(ReferenceFileError, match="Bad CRC-32"):
-            list(batches)
+            for start in range(0, 6, batch_size):
+                images_of_file.read(start, min(batch_size, 6 - start))
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -146,26 +148,27 @@ def test_the_checksum_is_compared(tmp_path: pathlib.Path, compression: int) -> N
     for name in (b"mu.npy", b"arr_0.npy"):
         content[content.rindex(name) - 46 + 16] ^= 1
     (tmp_path / "a.npz").write_bytes(content)
-    _check_refused(tmp_path / "a.npz", "'mu' is no whole npz file .Bad CRC-32")
-    for batch_size in (1, 4, 6, 10):
-        batches = read_samples(tmp_path / "a.npz").batches(batch_size)
+    _check_refused(tmp_path / "a.npz", "Bad CRC-32")
+    for batch_size in (1, 4, 6):
+        images_of_file = NpzImages(tmp_path / "a.npz")
         with pytest.raises(ReferenceFileError, match="Bad CRC-32"):
-            list(batches)
+            for start in range(0, 6, batch_size):
+                images_of_file.read(start, min(batch_size, 6 - start))
 
 
 def test_a_file_that_changed_since_it_was_opened(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "a.npz", np.zeros((2, 5, 4, 3), np.uint8))
-    file = read_samples(tmp_path / "a.npz")
+    file = NpzImages(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", np.zeros((3, 5, 4, 3), np.uint8))
-    with pytest.raises(ReferenceFileError, match=r"changed: 'arr_0' was \(2, 5, 4, 3\) and is \(3, 5, 4, 3\)"):
-        list(file.batches(2))
+    with pytest.raises(ReferenceFileError, match=r"changed: 'arr_0' was \(2, 5, 4, 3\), is \(3, 5, 4, 3\)"):
+        file.read(0, 2)
 
 
 @pytest.mark.promise(9, "zip bombs")
 def test_a_bomb_of_zeros_is_never_inflated(tmp_path: pathlib.Path) -> None:
     # 64 MB of zeros in 64 KB, as a mu of its size and as one that lies about its shape.
     zeros = bytes(8 << 23)
-    for shape, message in (((1 << 23,), r"'mu' has shape \(8388608,\)"), ((4,), "'mu' is 67108.* bytes long")):
+    for shape, message in (((1 << 23,), r"'mu' is float64 \(8388608,\), expected"), ((4,), "'mu' has 67108.* bytes")):
         mu = _header(shape, "<f8") + zeros
         _check_refused(
             _zip(tmp_path / "bomb.npz", _statistics() | {"mu.npy": mu}, zipfile.ZIP_DEFLATED),
@@ -179,31 +182,32 @@ def test_declared_sizes_that_no_compression_reaches(tmp_path: pathlib.Path) -> N
         path = _zip(tmp_path / "bomb.npz", {"mu.npy": mu, "sigma.npy": _statistics()["sigma.npy"]}, compression)
         content = bytearray(path.read_bytes())
         directory = content.index(b"PK\x01\x02")
-        compressed, size = struct.unpack_from("<II", content, directory + 20)
+        _, size = struct.unpack_from("<II", content, directory + 20)
         assert size == len(mu)
         struct.pack_into("<I", content, directory + 24, 1 << 31)
         path.write_bytes(content)
-        _check_refused(path, f"'mu' claims 2147483648 bytes out of {compressed}: more than")
+        _check_refused(path, "'mu' claims a size or a compression")
         # Both sizes may lie.
         struct.pack_into("<I", content, directory + 20, 1 << 31)
         path.write_bytes(content)
-        _check_refused(path, "'mu' claims 2147483648 bytes out of 2147483648")
+        _check_refused(path, "'mu' claims a size or a compression")
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (_header((1 << 40, 1 << 40), "<f8"), "takes 9671406556917033397649502:"),
+        (_header((1 << 40, 1 << 40), "<f8"), "takes 9671406556917033397649502"),
+        (_header((), "<U999999999"), "takes 40000000"),
         (_header((-4,), "<f8"), "'mu'"),
         (_header((-2, -2), "<f8"), "'mu'"),
         (_header((4,), "<f8", version=(2, 0)), r"version \(2, 0\) of NumPy's format, expected \(1, 0\)"),
         (b"\x93NUMPY\x02\x00" + b"\xff\xff\xff\xff", "version"),
-        (b"\x93NUMPY\x01\x00\x10\x00" + b"__import__('os')", "header that cannot be read"),
-        (b"\x93NUMPY\x01\x00\x00\x20" + b"(" * 8192, "header that cannot be read"),
-        (b"\x93NUMPY\x01\x00\xff\xff" + b" " * 65535, "header that cannot be read"),
-        (_header((4,), "<f99"), "header that cannot be read"),
+        (b"\x93NUMPY\x01\x00\x10\x00" + b"__import__('os')", "cannot be read as .npz"),
+        (b"\x93NUMPY\x01\x00\x00\x20" + b"(" * 8192, "cannot be read as .npz"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + b" " * 65535, "cannot be read as .npz"),
+        (_header((4,), "<f99"), "cannot be read as .npz"),
     ],
-    ids=["huge", "negative", "negative twice", "version", "long header", "code", "deep", "wide", "dtype"],
+    ids=["huge", "long text", "negative", "negative twice", "version", "long header", "code", "deep", "wide", "dtype"],
 )
 def test_hostile_headers(tmp_path: pathlib.Path, header: bytes, message: str) -> None:
     for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -211,21 +215,20 @@ def test_hostile_headers(tmp_path: pathlib.Path, header: bytes, message: str) ->
         _check_refused(path, message)
 
 
-def test_other_compression_encryption_doubles_and_crowds(tmp_path: pathlib.Path) -> None:
-    _check_refused(_zip(tmp_path / "a.npz", _statistics(), zipfile.ZIP_LZMA), "compressed in a way that NumPy does not")
-    _check_refused(_zip(tmp_path / "b.npz", {f"{i}.npy": b"" for i in range(100)}), "holds 100 members")
-    # "mu" and "mu.npy" have one name for NumPy.
-    _check_refused(_zip(tmp_path / "c.npz", _statistics() | {"mu": b""}), "two members of one name")
+def test_other_compression_and_encryption(tmp_path: pathlib.Path) -> None:
+    _check_refused(
+        _zip(tmp_path / "a.npz", _statistics(), zipfile.ZIP_LZMA), "claims a size or a compression that NumPy does not"
+    )
     content = bytearray(_zip(tmp_path / "d.npz", _statistics()).read_bytes())
     content[content.index(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "d.npz").write_bytes(content)
-    _check_refused(tmp_path / "d.npz", "'mu' is encrypted")
+    _check_refused(tmp_path / "d.npz", "is encrypted")
 
 
 def test_images_that_are_pickled_are_refused(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "a.npz", np.array([np.zeros((2, 2, 3), np.uint8), None], object), allow_pickle=True)
     with pytest.raises(ReferenceFileError, match="'arr_0' holds pickled objects"):
-        read_samples(tmp_path / "a.npz")
+        NpzImages(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", images=np.zeros((2, 2, 2, 3), np.uint8))
     with pytest.raises(ReferenceFileError, match="lacks 'arr_0': it holds images"):
-        read_samples(tmp_path / "b.npz")
+        NpzImages(tmp_path / "b.npz")

@@ -4,15 +4,14 @@ import pathlib
 from typing import Any, NamedTuple
 
 import inception_numpy
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax.evaluation import scores as evaluate
-from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation.image_sets import open_image_set
+from rar_jax.evaluation.program import Settings, open_program
 from rar_jax.evaluation.reference import read_reference
-from rar_jax.metrics import frechet
+from rar_jax.evaluation.scores import make_reference, score_samples
 
 NUM, REFERENCE_NUM = 20, 16
 Features = dict[str, np.ndarray]
@@ -53,14 +52,14 @@ def scored(
         settings = Settings(seed=3, batch_size=8, chunk=20, neighbours=False, features=precision)
         path = folder / f"reference_{precision}.npz"
         whole = Settings(batch_size=REFERENCE_NUM, features=precision)
-        made = evaluate.reference_of(str(folder / "images.npz"), inception_file, path, settings=whole, quiet=True)
+        made = make_reference(
+            open_program(inception_file, whole), open_image_set(str(folder / "images.npz")), path, quiet=True
+        )
         assert made["n"] == made["images_kept"] == REFERENCE_NUM
-        with pytest.MonkeyPatch.context() as patch:  # 2048 x 2048 in float32: 10 s, and has its own tests
-            patch.setattr(frechet, "distance_in_graph", lambda *moments: jnp.zeros(()))
-            results[precision] = evaluate.score_samples(
-                str(released_pair.generator), inception_file, folder / precision, samples=NUM, settings=settings,
-                reference_path=path, tokenizer=str(released_pair.tokenizer), samples_npz=True, quiet=True,
-            )  # fmt: skip
+        results[precision] = score_samples(
+            open_program(inception_file, settings, reference_path=path), str(released_pair.generator),
+            folder / precision, samples=NUM, tokenizer=str(released_pair.tokenizer), samples_npz=True, quiet=True,
+        )  # fmt: skip
     images = []
     for precision in results:
         (folder / f"png_{precision}").mkdir()

@@ -11,9 +11,10 @@ from PIL import Image
 
 from rar_jax import cli
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation import scores as evaluate
-from rar_jax.evaluation.program import Settings
-from rar_jax.evaluation.reconstructions import reconstruct
+from rar_jax.evaluation.image_sets import open_image_set
+from rar_jax.evaluation.program import Settings, open_program
+from rar_jax.evaluation.reconstructions import score_reconstructions
+from rar_jax.evaluation.scores import make_reference
 from rar_jax.metrics import frechet
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights import maskgit_vq as interop
@@ -35,8 +36,9 @@ def images(tmp_path: pathlib.Path) -> np.ndarray:
 
 def test_numbers_by_hand(cheap: Any, released_pair: Any, images: np.ndarray, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
-    arguments = str(released_pair.tokenizer), str(tmp_path / "png"), pathlib.Path("inception"), out
-    result = reconstruct(*arguments, settings=SETTINGS, quiet=True)
+    arguments = str(released_pair.tokenizer), open_image_set(str(tmp_path / "png")), out
+    program = open_program(pathlib.Path("inception"), SETTINGS)
+    result = score_reconstructions(program, *arguments, quiet=True)
 
     config, params = interop.load(released_pair.tokenizer)
     tokens = np.asarray(maskgit_vq.encode(config, params, jnp.asarray(images)))
@@ -49,17 +51,18 @@ def test_numbers_by_hand(cheap: Any, released_pair: Any, images: np.ndarray, tmp
     assert result["perplexity"] == pytest.approx(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-12)
     a, b = (np.asarray(cheap(None, x, resize="tf1")["pool3"], np.float64) for x in (images, theirs))
     gaussians = [x for y in (a, b) for x in (y.mean(axis=0), np.cov(y, rowvar=False))]
-    assert result["rfid"] == pytest.approx(frechet.distance(*gaussians), rel=1e-4)
+    assert result["rfid"] == pytest.approx(frechet.frechet_distance(*gaussians), rel=1e-4)
     assert 0 < result["ssim"] < 1 and result["n"] == 30
     assert "rfid is to the images themselves" in result["remarks"]
 
     # The same statistics from a file, and from where it was stopped.
     path = tmp_path / "reference.npz"
-    evaluate.reference_of(str(tmp_path / "images.npz"), pathlib.Path("i"), path, settings=SETTINGS, quiet=True)
-    compared = reconstruct(*arguments, settings=SETTINGS, reference_path=path, quiet=True)
+    make_reference(program, open_image_set(str(tmp_path / "images.npz")), path, quiet=True)
+    with_reference = open_program(pathlib.Path("inception"), SETTINGS, reference_path=path)
+    compared = score_reconstructions(with_reference, *arguments, quiet=True)
     assert compared["rfid"] == pytest.approx(result["rfid"], rel=1e-5)
     assert compared["made_from"]["reference_sha256"] and not result["made_from"]["reference_sha256"]
-    again = reconstruct(*arguments, settings=SETTINGS, quiet=True)
+    again = score_reconstructions(program, *arguments, quiet=True)
     assert [again[k] for k in ("rfid", "psnr", "ssim")] == [result[k] for k in ("rfid", "psnr", "ssim")]
 
 
@@ -67,20 +70,17 @@ def test_numbers_by_hand(cheap: Any, released_pair: Any, images: np.ndarray, tmp
 def test_images_of_another_size_are_refused(released_pair: Any, tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((3, 20, 20, 3), np.uint8))
     with pytest.raises(ConfigError, match=r"has images \[20, 20, 3\], the tokenizer takes \[16, 16, 3\]"):
-        reconstruct(
-            str(released_pair.tokenizer), str(tmp_path / "large.npz"), pathlib.Path("i"), tmp_path, settings=SETTINGS
-        )
+        program, images = open_program(pathlib.Path("i"), SETTINGS), open_image_set(str(tmp_path / "large.npz"))
+        score_reconstructions(program, str(released_pair.tokenizer), images, tmp_path)
 
 
 @pytest.mark.usefixtures("cheap", "images")
-def test_a_reference_of_another_protocol_is_refused(released_pair: Any, tmp_path: pathlib.Path) -> None:
+def test_a_reference_of_another_protocol_is_refused(tmp_path: pathlib.Path) -> None:
     path, other = tmp_path / "reference.npz", Settings(protocol="pytorch_fid", batch_size=8)
-    evaluate.reference_of(str(tmp_path / "images.npz"), pathlib.Path("i"), path, settings=other, quiet=True)
+    program, images = open_program(pathlib.Path("i"), other), open_image_set(str(tmp_path / "images.npz"))
+    make_reference(program, images, path, quiet=True)
     with pytest.raises(ConfigError, match="was made with protocol pytorch_fid, not adm: they do not compare"):
-        reconstruct(
-            str(released_pair.tokenizer), str(tmp_path / "images.npz"), pathlib.Path("i"), tmp_path / "out",
-            settings=SETTINGS, reference_path=path,
-        )  # fmt: skip
+        open_program(pathlib.Path("i"), SETTINGS, reference_path=path)
 
 
 @pytest.mark.usefixtures("cheap")

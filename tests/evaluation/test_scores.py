@@ -3,7 +3,6 @@
 Inception, with random weights, runs in test_scoring only; here a projection of the pixels stands for it (conftest.py).
 """
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -17,13 +16,13 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation import image_batches, program, scores
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
-from rar_jax.evaluation.image_sets import open_images
-from rar_jax.evaluation.program import Program, Settings, remarks, shift_of
-from rar_jax.evaluation.reference import ImageFile, Reference, write_reference
+from rar_jax.evaluation.image_sets import open_image_set
+from rar_jax.evaluation.program import Program, Settings
+from rar_jax.evaluation.reference import Reference, write_reference
 from rar_jax.metrics import frechet, moments
-from rar_jax.metrics.sums import Totals
+from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
@@ -38,19 +37,21 @@ def write_images(path: pathlib.Path, num: int, side: int = 16, seed: int = 0) ->
     return images
 
 
+def open_program(settings: Settings = SETTINGS, reference: pathlib.Path | None = None) -> Program:
+    return program.open_program(pathlib.Path("inception"), settings, reference_path=reference)
+
+
 def write_reference_of(folder: pathlib.Path, num: int = REFERENCE_NUM) -> pathlib.Path:
     write_images(folder / "images.npz", num)
     path = folder / "reference.npz"
-    evaluate.reference_of(str(folder / "images.npz"), pathlib.Path("inception"), path, settings=SETTINGS, quiet=True)
+    scores.make_reference(open_program(), open_image_set(str(folder / "images.npz")), path, quiet=True)
     return path
 
 
 def score(pair: Any, out: pathlib.Path, reference: pathlib.Path | None, **changed: Any) -> dict[str, Any]:
-    keywords: dict[str, Any] = {"samples": NUM, "settings": SETTINGS, "samples_npz": True, "quiet": True} | changed
-    return evaluate.score_samples(
-        str(pair.generator), pathlib.Path("inception"), out, reference_path=reference, tokenizer=str(pair.tokenizer),
-        **keywords,
-    )  # fmt: skip
+    keywords: dict[str, Any] = {"samples": NUM, "samples_npz": True, "quiet": True} | changed
+    scorer = open_program(reference=reference)
+    return scores.score_samples(scorer, str(pair.generator), out, tokenizer=str(pair.tokenizer), **keywords)
 
 
 @pytest.fixture
@@ -58,14 +59,14 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """(what, first image, images) of every chunk that is computed."""
     spans: list[tuple[str, int, int]] = []
 
-    def recorded(store: ChunkStore, compute: Any, *, description: str, **keywords: Any) -> Totals:
+    def recorded(store: ChunkStore, compute: Any, *, description: str, **keywords: Any) -> ScoreTotals:
         def recorded_compute(start: int, count: int) -> Chunk:
             spans.append((description, start, count))
             return compute(start, count)
 
         return accumulate(store, recorded_compute, description=description, **keywords)
 
-    monkeypatch.setattr(evaluate, "accumulate", recorded)
+    monkeypatch.setattr(program, "accumulate", recorded)
     return spans
 
 
@@ -74,7 +75,7 @@ ALL_CHUNKS = [("evaluate", 0, 20), ("evaluate", 20, 20), ("reference images", 0,
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
     found = {k: v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
-    assert found.keys() == {"fid", "fid_in_graph_float32", "sfid", "inception_score", "precision", "recall", "kid"}
+    assert found.keys() == {"fid", "sfid", "inception_score", "precision", "recall", "kid"}
     return found
 
 
@@ -91,10 +92,8 @@ def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bits(
 
     def run(folder: str, settings: Settings = SETTINGS) -> dict[str, Any]:
         computed.clear()
-        return evaluate.score_images(
-            str(tmp_path / "given.npz"), pathlib.Path("i"), tmp_path / folder, settings=settings,
-            reference_path=reference, quiet=True,
-        )  # fmt: skip
+        images = open_image_set(str(tmp_path / "given.npz"))
+        return scores.score_images(open_program(settings, reference), images, tmp_path / folder, quiet=True)
 
     expected = numbers(run("straight"))
     assert computed == ALL_CHUNKS
@@ -149,7 +148,7 @@ def test_killed_samples_go_on(
     assert (tmp_path / "killed/samples.npz").read_bytes() == (tmp_path / "straight/samples.npz").read_bytes()
     (ours,), (theirs,) = ((tmp_path / x / "chunks").glob("*/totals.npz") for x in ("killed", "straight"))
     with np.load(ours) as a, np.load(theirs) as b:
-        assert close(Totals.restore(dict(a)), Totals.restore(dict(b))) == 0
+        assert close(ScoreTotals.from_arrays(dict(a)), ScoreTotals.from_arrays(dict(b))) == 0
 
 
 def _kill_at(patch: pytest.MonkeyPatch, writes: int) -> None:
@@ -175,28 +174,29 @@ def mesh_of(devices: int) -> Any:
     return make_mesh(MeshConfig(), devices=jax.devices()[:devices])
 
 
-def close(ours: Totals, theirs: Totals) -> float:
+def close(ours: ScoreTotals, theirs: ScoreTotals) -> float:
     """Largest difference, over the largest number of its array."""
-    a, b = ours.arrays(), theirs.arrays()
+    a, b = ours.to_arrays(), theirs.to_arrays()
     return max(float(np.abs(a[k] - b[k]).max() / np.abs(b[k]).max()) for k in b)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pathlib.Path) -> None:
-    reference = evaluate.read_reference(write_reference_of(tmp_path))
+    reference = program.read_reference(write_reference_of(tmp_path))
     found = []
     for devices, batch_size in MESHES:
         mesh = mesh_of(devices)
         settings = Settings(seed=3, batch_size=batch_size, chunk=20, split_size=20)
         pipeline = load(str(released_pair.generator), tokenizer=str(released_pair.tokenizer), mesh=mesh)
-        network = evaluate.load_network(pathlib.Path(), mesh, settings)
-        program = Program(network, mesh, settings, shift_of(reference))
-        store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
+        network = program.load_inception(pathlib.Path(), mesh, settings)
+        scorer = Program(network, mesh, settings, reference)
         models = pipeline.generator, pipeline.tokenizer
-        compute = program.samples(models, pipeline.params, pipeline.guidance, ("images",))
-        found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
-        images = np.concatenate(list(store.kept("images")))
+        batches = image_batches.batch_samples(models, pipeline.params, pipeline.guidance, num=27, seed=3)
+        out = tmp_path / f"{devices}_{batch_size}"
+        totals, store = scorer.accumulate(batches, out, keep=("images",), description="", quiet=True)
+        found.append(totals)
+        images = np.concatenate(list(store.load_kept("images")))
         np.testing.assert_array_equal(images, pipeline.sample(np.arange(27) % 10, seed=3))
         assert float(found[-1].pool3.count) == found[-1].done == 27  # pyright: ignore
         assert [float(s.count) for s in found[-1].splits] == [20, 7]
@@ -206,9 +206,9 @@ def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pa
         assert fid == pytest.approx(fids[0], rel=1e-6) and fid > 1, (devices, batch_size)
 
 
-def _fid(totals: Totals, reference: Reference) -> float:
+def _fid(totals: ScoreTotals, reference: Reference) -> float:
     shift = np.asarray(reference.mean, np.float32)  # as the sums were taken
-    return frechet.distance(reference.mean, reference.cov, *moments.finalize(totals.pool3, shift))
+    return frechet.frechet_distance(reference.mean, reference.cov, *moments.finalize_moments(totals.pool3, shift))
 
 
 @pytest.mark.usefixtures("cheap")
@@ -218,10 +218,10 @@ def test_images_give_the_same_sums_on_any_mesh(tmp_path: pathlib.Path) -> None:
     for devices, batch_size in MESHES:
         mesh = mesh_of(devices)
         settings = Settings(batch_size=batch_size, chunk=20, split_size=20)
-        program = Program(evaluate.load_network(pathlib.Path(), mesh, settings), mesh, settings, None)
-        compute = program.images(open_images(str(tmp_path / "images.npz")), ())
-        store = ChunkStore(tmp_path / f"{devices}_{batch_size}", {})
-        found.append(accumulate(store, compute, images=27, chunk=20, split_size=20, description="", quiet=True))
+        scorer = Program(program.load_inception(pathlib.Path(), mesh, settings), mesh, settings, None)
+        batches = image_batches.batch_image_set(open_image_set(str(tmp_path / "images.npz")))
+        out = tmp_path / f"{devices}_{batch_size}"
+        found.append(scorer.accumulate(batches, out, description="", quiet=True)[0])
         assert close(found[-1], found[0]) < 1e-6, (devices, batch_size)
 
 
@@ -239,10 +239,9 @@ def test_samples_npz_holds_what_was_scored(released_pair: Any, tmp_path: pathlib
     assert difference.max() <= 1 and difference.mean() < 1e-3
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size[0] > 16 and grid.size[1] > 16
-    given = evaluate.score_images(
-        str(tmp_path / "out" / "samples.npz"), pathlib.Path("inception"), tmp_path / "again", settings=SETTINGS,
-        reference_path=reference, quiet=True,
-    )  # fmt: skip
+    images_of_samples = open_image_set(str(tmp_path / "out" / "samples.npz"))
+    again = open_program(reference=reference)
+    given = scores.score_images(again, images_of_samples, tmp_path / "again", quiet=True)
     assert "images_sha256" in given["made_from"] and "seed" not in given["made_from"]
     for name, value in numbers(drawn).items():
         assert given[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
@@ -251,16 +250,16 @@ def test_samples_npz_holds_what_was_scored(released_pair: Any, tmp_path: pathlib
 @pytest.mark.usefixtures("cheap")
 def test_grey_images_become_a_reference_of_three_channels(tmp_path: pathlib.Path) -> None:
     settings = Settings(batch_size=200, chunk=1000)
-    made = evaluate.reference_of("digits", pathlib.Path("i"), tmp_path / "r.npz", settings=settings, quiet=True)
+    made = scores.make_reference(open_program(settings), open_image_set("digits"), tmp_path / "r.npz", quiet=True)
     source = load_source("digits", "train")
-    reference = evaluate.read_reference(tmp_path / "r.npz")
+    reference = program.read_reference(tmp_path / "r.npz")
     assert made["n"] == reference.n == made["images_kept"] == len(source) and reference.source == "digits (train)"
     assert reference.images is not None
     np.testing.assert_array_equal(
-        next(reference.images.batches(3)), np.repeat(source.gather(np.arange(3))["images"], 3, axis=-1)
+        reference.images.read(0, 3), np.repeat(source.gather(np.arange(3))["images"], 3, axis=-1)
     )
     with pytest.raises(ConfigError, match=r"r\.dat: a reference is a \.npz file"):
-        evaluate.reference_of("digits", pathlib.Path("i"), tmp_path / "r.dat", settings=settings)
+        scores.make_reference(open_program(settings), open_image_set("digits"), tmp_path / "r.dat")
 
 
 # ---------------------------------------------------------------- the command
@@ -363,37 +362,8 @@ def test_the_commands_from_images_to_numbers(
     made_from = json.loads((tmp_path / "cropped" / "result.json").read_text())["made_from"]
     assert made_from["images_from"] == f"folder:{tmp_path}/data (train), centre crop to 16"
     assert "n 18\n" in run("--make-reference", f"folder:{tmp_path}/data", *cropped, tmp_path / "cropped.npz")
-    assert evaluate.read_reference(tmp_path / "cropped.npz").source == made_from["images_from"]
+    assert program.read_reference(tmp_path / "cropped.npz").source == made_from["images_from"]
     without = run(*argv[:-1], tmp_path / "without", "--no-neighbours")
     assert "fid" in without and "kid" not in without and "precision" not in without
     with pytest.raises(SystemExit):
         cli.main(["evaluate", *network, "--nothing"])
-
-
-# ---------------------------------------------------------------- remarks
-
-
-def test_remarks() -> None:
-    def reference(n: int | None) -> Reference:
-        return Reference(pathlib.Path("r"), "", np.zeros(1), np.eye(1), None, None, None, n, None, None, None)
-
-    assert remarks(50_000, 1000, reference(10_000), "sha") == [] == remarks(2048, None, None, "sha")
-    assert remarks(50_000, 1000, reference(None), "sha") == []
-    with_images = dataclasses.replace(reference(None), images=ImageFile(pathlib.Path("r"), 9, 256, 256))
-    assert remarks(50_000, 1000, with_images, "sha", (256, 256)) == []
-    (sizes,) = remarks(50_000, 1000, with_images, "sha", (64, 256))
-    assert sizes.startswith(
-        "the reference's images have 256 x 256 pixels, these 64 x 256, which is a part of the distance: rar-jax"
-    )
-    (small,) = remarks(2047, None, None, "sha")
-    assert small.startswith("n is 2047, below 2048: the covariance is singular")
-    (uneven,) = remarks(2500, 1000, None, "sha")
-    assert uneven == "n is 2500, no multiple of the 1000 classes: they are not equally often among the samples"
-    (other,) = remarks(50_000, 1000, reference(2000), "sha")
-    assert other.startswith("the reference is of 2000 images, below 2048")
-    assert len(remarks(15, 10, reference(3), "sha")) == 3
-    made_with_another = Reference(
-        pathlib.Path("r"), "", np.zeros(1), np.eye(1), None, None, None, None, None, "other", None
-    )
-    (weights,) = remarks(50_000, 1000, made_with_another, "sha")
-    assert weights.startswith("the reference was made with another file of Inception's weights")

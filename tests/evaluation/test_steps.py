@@ -10,11 +10,12 @@ import pytest
 from rar_jax import cli, load
 from rar_jax.config import load_experiment
 from rar_jax.errors import ConfigError, Preempted
-from rar_jax.evaluation import fd_classifier
-from rar_jax.evaluation import program as scoring
-from rar_jax.evaluation import scores as evaluate
-from rar_jax.evaluation import steps as evaluate_steps
-from rar_jax.evaluation.program import Settings
+from rar_jax.evaluation import image_batches
+from rar_jax.evaluation.image_sets import open_image_set
+from rar_jax.evaluation.program import Settings, open_program
+from rar_jax.evaluation.results import format_steps
+from rar_jax.evaluation.scores import make_reference
+from rar_jax.evaluation.steps import score_steps
 from rar_jax.experiment import resolve
 from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
@@ -31,7 +32,7 @@ def reference(tmp_path: pathlib.Path, cheap: Any) -> pathlib.Path:
     """Statistics of the training digits."""
     path = tmp_path / "reference.npz"
     settings = Settings(batch_size=500)
-    evaluate.reference_of("digits", pathlib.Path("inception"), path, settings=settings, quiet=True)
+    make_reference(open_program(pathlib.Path("inception"), settings), open_image_set("digits"), path, quiet=True)
     return path
 
 
@@ -53,7 +54,7 @@ def by_hand(cheap: Any, workdir: pathlib.Path, step: int, reference: pathlib.Pat
     images = pipeline.sample(np.arange(n) % 10, seed=0)
     features = np.asarray(cheap(None, images, resize="tf1")["pool3"], np.float64)
     given = np.load(reference)
-    return frechet.distance(given["mu"], given["sigma"], features.mean(axis=0), np.cov(features, rowvar=False))
+    return frechet.frechet_distance(given["mu"], given["sigma"], features.mean(axis=0), np.cov(features, rowvar=False))
 
 
 @pytest.mark.slow
@@ -80,25 +81,21 @@ def test_curves_retention_and_steps(
 
     # ---- every checkpoint
     settings = Settings(batch_size=20, chunk=20)
-    told = evaluate_steps.score_steps(
-        trained, pathlib.Path("inception"), tmp_path / "steps", steps="all", samples=40, settings=settings,
-        reference_path=reference, quiet=True,
-    )  # fmt: skip
+    program = open_program(pathlib.Path("inception"), settings, reference_path=reference)
+    told = score_steps(program, trained, tmp_path / "steps", steps="all", samples=40, quiet=True)
     assert list(told["steps"]) == kept
     expected = {step: by_hand(cheap, trained, step, reference, 40) for step in kept}
     # Another program may truncate a pixel of these 8 x 8 to the level below.
     assert {s: n["fid"] for s, n in told["steps"].items()} == pytest.approx(expected, rel=1e-4)
     assert told["best"] == min(expected, key=lambda step: expected[step])
     assert best_steps(folder)["evaluate/fid_n40"]["step"] == told["best"]
-    assert " <- best" in evaluate_steps.steps_table(told)
+    assert " <- best" in format_steps(told)
     assert json.loads((tmp_path / "steps" / "steps.json").read_text())["best"] == told["best"]
     for step in kept:
         assert (tmp_path / "steps" / f"step_{step}" / "grid.png").is_file()
     for steps, message in (("3", "no good step 3; it has"), ("x", "write all, or numbers")):
         with pytest.raises(ConfigError, match=message):
-            evaluate_steps.score_steps(
-                trained, pathlib.Path("i"), tmp_path / "no", steps=steps, samples=40, settings=settings
-            )
+            score_steps(program, trained, tmp_path / "no", steps=steps, samples=40)
 
 
 @pytest.mark.promise(
@@ -117,9 +114,8 @@ def test_live_scores_ask_before_each_batch(
     scorers = live_scorers(experiment, Workdir(workdir), make_mesh(experiment.mesh))
     for scorer in scorers:
         scorer.compile(params)
-    for module in (fd_classifier, scoring):
-        monkeypatch.setattr(module, "sample_images", None)  # nothing is traced again
-    monkeypatch.setattr(frechet, "distance_in_graph", None)
+    monkeypatch.setattr(image_batches, "sample_images", None)  # nothing is traced again
+    monkeypatch.setattr(frechet, "frechet_distance_in_graph", None)
     for scorer in scorers:
         polls: list[None] = []
         told |= scorer.of(params, lambda polls=polls: polls.append(None))

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import ROOT, environment
+from digests import batch_digest
 
-from rar_jax.data.loader import batch_digest, batches
+from rar_jax.data.loader import batches
 from rar_jax.data.sources import load_source
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX
 

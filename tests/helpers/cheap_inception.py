@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rar_jax.cli import main
-from rar_jax.evaluation import program as scoring
-from rar_jax.evaluation import reference
-from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation import program, reference
 from rar_jax.metrics import sums
 
 
-def features(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Array]:
+def extract_features(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Array]:
     """16 averages of the pixels times random numbers."""
     b, y, x, c = images.shape
     pixels = images.astype(jnp.float32).reshape(b, 4, y // 4, 4, x // 4, c).mean(axis=(2, 4, 5)).reshape(b, 16) / 255
@@ -32,9 +30,9 @@ def features(params: Any, images: jax.Array, *, resize: str) -> dict[str, jax.Ar
     }
 
 
-def load_network(path: pathlib.Path, mesh: Any, settings: Any) -> scoring.Network:
+def load_inception(path: pathlib.Path, mesh: Any, settings: Any) -> program.Network:
     """No weights."""
-    return scoring.Network({}, "0" * 64)
+    return program.Network({}, "0" * 64)
 
 
 def patch(put: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -43,9 +41,9 @@ def patch(put: Callable[[Any, str, Any], None] = setattr) -> None:
         (sums, "POOL3", 12),
         (sums, "SPATIAL", 8),
         (sums, "CLASSES", 10),
-        (scoring, "features", features),
-        (evaluate, "load_network", load_network),
-        (evaluate, "read_reference", functools.partial(reference.read_reference, feature_dims=12, spatial_dims=8)),
+        (program, "extract_features", extract_features),
+        (program, "load_inception", load_inception),
+        (program, "read_reference", functools.partial(reference.read_reference, feature_dims=12, spatial_dims=8)),
     ]
     for module, name, value in changed:
         put(module, name, value)

@@ -9,6 +9,14 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from rar_jax.data.encoded import EncodedSource
+
+
+def find_problems(source: EncodedSource) -> dict[str, str]:
+    """Decode every image; the reasons by name, those of listing the source first."""
+    reasons = {source.name(image): source.problem(image) for image in range(source.num_images)}
+    return {**dict(source.listed), **{name: reason for name, reason in reasons.items() if reason is not None}}
+
 
 class ImageFiles:
     """Makes small sets of JPEGs, and writes them as the kinds of source hold them."""

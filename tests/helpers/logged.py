@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from digests import batch_digest
+
 from rar_jax.cli import main
-from rar_jax.data.loader import batch_digest
 from rar_jax.training import loop as train
 
 _batches = train.batches

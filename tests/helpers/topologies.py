@@ -23,7 +23,7 @@ import numpy as np
 
 from rar_jax.generators import rar
 from rar_jax.parallel import processes
-from rar_jax.parallel.arrays import place
+from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.runs.checkpoint import Checkpointer
@@ -75,7 +75,7 @@ def restore(folder: pathlib.Path, meshes: list[str]) -> list[float]:
         )
         with sharded(mesh):
             losses.append(
-                float(loss(state["params"], place({"tokens": tokens, "labels": labels}, batch_sharding(mesh))))
+                float(loss(state["params"], put_on_mesh({"tokens": tokens, "labels": labels}, batch_sharding(mesh))))
             )
     return losses
 
@@ -96,7 +96,7 @@ def sample(ways: list[str], count: int = 40) -> dict[str, int]:
         )
         with sharded(mesh):
             parts = [
-                draw(lain, place(labels[i : i + batch], at), place(ids[i : i + batch], at))
+                draw(lain, put_on_mesh(labels[i : i + batch], at), put_on_mesh(ids[i : i + batch], at))
                 for i in range(0, count, batch)
             ]
         return np.concatenate(parts)
@@ -130,7 +130,7 @@ def sample(ways: list[str], count: int = 40) -> dict[str, int]:
 
 
 def place_params(params: Any, mesh: Any) -> Any:
-    return jax.tree.map(place, params, param_shardings(rar.axes(CONFIG), params, mesh))
+    return jax.tree.map(put_on_mesh, params, param_shardings(rar.axes(CONFIG), params, mesh))
 
 
 if __name__ == "__main__":

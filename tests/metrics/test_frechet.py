@@ -37,13 +37,13 @@ def _golden_cases() -> dict[str, tuple[Gaussian, Gaussian]]:
 def test_golden(name: str, parity: Any) -> None:
     first, second = _golden_cases()[name]
     # Roots of eigenvalues that are zero but for rounding (1e-16) are 1e-8.
-    parity.check_close("Frechet distance", frechet.distance(*first, *second), GOLDEN[name], 1e-6)
+    parity.check_close("Frechet distance", frechet.frechet_distance(*first, *second), GOLDEN[name], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["fid", "fid_same", "fid_rank_deficient"])
 def test_golden_in_graph(name: str, parity: Any) -> None:
     first, second = _golden_cases()[name]
-    in_graph = jax.jit(frechet.distance_in_graph)(*(jnp.asarray(x, jnp.float32) for x in (*first, *second)))
+    in_graph = jax.jit(frechet.frechet_distance_in_graph)(*(jnp.asarray(x, jnp.float32) for x in (*first, *second)))
     assert in_graph.shape == () and in_graph.dtype == jnp.float32
     parity.check_close("Frechet distance, in graph", in_graph, GOLDEN[name], 2e-4)
 
@@ -52,7 +52,7 @@ def test_equals_scipy_sqrtm_on_full_rank() -> None:
     (m1, s1), (m2, s2) = _random(1), _random(2)
     root = np.real(np.asarray(scipy.linalg.sqrtm(s1 @ s2)))
     expected = np.sum((m1 - m2) ** 2) + np.trace(s1 + s2 - 2 * root)
-    assert frechet.distance(m1, s1, m2, s2) == pytest.approx(expected, abs=1e-8)
+    assert frechet.frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, abs=1e-8)
 
 
 def test_commuting_covariances_have_a_closed_form() -> None:
@@ -60,16 +60,16 @@ def test_commuting_covariances_have_a_closed_form() -> None:
     m1, m2, a, b = rng.standard_normal(8), rng.standard_normal(8), rng.uniform(0, 2, 8), rng.uniform(0, 2, 8)
     a[0] = b[1] = 0.0  # singular
     expected = np.sum((m1 - m2) ** 2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
-    assert frechet.distance(m1, np.diag(a), m2, np.diag(b)) == pytest.approx(expected, abs=1e-10)
+    assert frechet.frechet_distance(m1, np.diag(a), m2, np.diag(b)) == pytest.approx(expected, abs=1e-10)
     args = (jnp.asarray(x, jnp.float32) for x in (m1, np.diag(a), m2, np.diag(b)))
-    assert float(frechet.distance_in_graph(*args)) == pytest.approx(expected, abs=5e-4)
+    assert float(frechet.frechet_distance_in_graph(*args)) == pytest.approx(expected, abs=5e-4)
 
 
 def test_identical_gaussians_are_at_no_distance() -> None:
     mean, cov = _random(8)
-    assert frechet.distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-10)
+    assert frechet.frechet_distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-10)
     args = (jnp.asarray(x, jnp.float32) for x in (mean, cov, mean, cov))
-    assert float(frechet.distance_in_graph(*args)) == pytest.approx(0, abs=5e-4)
+    assert float(frechet.frechet_distance_in_graph(*args)) == pytest.approx(0, abs=5e-4)
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(10, 14, 24), (40, 9, 64), (5, 5, 128)])
@@ -81,7 +81,7 @@ def test_rank_deficient_equals_the_nuclear_norm_of_the_data(n: int, m: int, d: i
     root = np.linalg.svd(xc_nd @ yc_md.T, compute_uv=False).sum() / np.sqrt((n - 1) * (m - 1))
     traces = (xc_nd**2).sum() / (n - 1) + (yc_md**2).sum() / (m - 1)
     expected = np.sum((x_nd.mean(axis=0) - y_md.mean(axis=0)) ** 2) + traces - 2 * root
-    assert frechet.distance(*_gaussian(x_nd), *_gaussian(y_md)) == pytest.approx(expected, rel=1e-6)
+    assert frechet.frechet_distance(*_gaussian(x_nd), *_gaussian(y_md)) == pytest.approx(expected, rel=1e-6)
 
 
 def _spectra() -> dict[str, np.ndarray]:
@@ -101,15 +101,15 @@ def test_steep_spectrum_in_float32(name: str, same_axes: bool) -> None:
     s1, s2 = (q1 * values) @ q1.T, (q2 * (1.1 * values)) @ q2.T
     zero = np.zeros(len(values))
     args = (jnp.asarray(x, jnp.float32) for x in (zero, s1, zero, s2))
-    in_graph = jax.jit(frechet.distance_in_graph)(*args)
-    assert float(in_graph) == pytest.approx(frechet.distance(zero, s1, zero, s2), abs=5e-4)
+    in_graph = jax.jit(frechet.frechet_distance_in_graph)(*args)
+    assert float(in_graph) == pytest.approx(frechet.frechet_distance(zero, s1, zero, s2), abs=5e-4)
 
 
 def test_symmetric_and_moved_by_the_means() -> None:
     (m1, s1), (m2, s2) = _random(6), _random(7)
-    base = frechet.distance(m1, s1, m2, s2)
-    assert frechet.distance(m2, s2, m1, s1) == pytest.approx(base, abs=1e-9)
-    assert frechet.distance(m1, s1, m1 + 2.0, s1) == pytest.approx(4.0 * len(m1), abs=1e-9)
+    base = frechet.frechet_distance(m1, s1, m2, s2)
+    assert frechet.frechet_distance(m2, s2, m1, s1) == pytest.approx(base, abs=1e-9)
+    assert frechet.frechet_distance(m1, s1, m1 + 2.0, s1) == pytest.approx(4.0 * len(m1), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -126,18 +126,18 @@ def test_symmetric_and_moved_by_the_means() -> None:
 def test_bad_arguments_are_named(change: Callable[..., Gaussian], message: str) -> None:
     (m1, s1), (m2, s2) = change(*_random(1)), _random(2)
     with pytest.raises(ValueError, match=message):
-        frechet.distance(m1, s1, m2, s2)
+        frechet.frechet_distance(m1, s1, m2, s2)
 
 
 def test_numbers_of_samples_take_the_noise_out_of_singular_covariances() -> None:
     rng = np.random.default_rng(10)
     x_nd, y_md = rng.standard_normal((12, 200)), 1.5 * rng.standard_normal((9, 200)) + 0.2
-    expected = frechet.distance(*_gaussian(x_nd), *_gaussian(y_md))
+    expected = frechet.frechet_distance(*_gaussian(x_nd), *_gaussian(y_md))
     (m1, s1), (m2, s2) = (
         (mean, cov.astype(np.float32).astype(np.float64)) for mean, cov in map(_gaussian, (x_nd, y_md))
     )
-    with_noise = frechet.distance(m1, s1, m2, s2)
+    with_noise = frechet.frechet_distance(m1, s1, m2, s2)
     assert abs(with_noise - expected) > 1e-4, "rounding to float32 does no harm here: the test shows nothing"
-    assert frechet.distance(m1, s1, m2, s2, n1=12, n2=9) == pytest.approx(expected, abs=1e-6)
+    assert frechet.frechet_distance(m1, s1, m2, s2, n1=12, n2=9) == pytest.approx(expected, abs=1e-6)
     (m1, s1), (m2, s2) = _random(1), _random(2)  # more samples than features: nothing is cut
-    assert frechet.distance(m1, s1, m2, s2, n1=13, n2=50_000) == frechet.distance(m1, s1, m2, s2)
+    assert frechet.frechet_distance(m1, s1, m2, s2, n1=13, n2=50_000) == frechet.frechet_distance(m1, s1, m2, s2)

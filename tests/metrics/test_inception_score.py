@@ -8,7 +8,7 @@ import pytest
 
 from rar_jax.metrics import inception_score as inception
 
-_split_sums = jax.jit(inception.split_sums)
+_split_sums = jax.jit(inception.sum_split)
 
 
 def _brute(logits_nc: np.ndarray, split_size: int) -> float:
@@ -27,7 +27,7 @@ def _stream(logits_nc: np.ndarray, split_size: int, batch: int) -> float:
     splits = []
     for begin in range(0, len(logits_nc), split_size):
         split = logits_nc[begin : begin + split_size]
-        total: Any = inception.zero(logits_nc.shape[1])
+        total: Any = inception.init_split_sums(logits_nc.shape[1])
         for start in range(0, len(split), batch):
             rows = split[start : start + batch]
             padded = np.full((batch, logits_nc.shape[1]), np.nan, np.float32)
@@ -35,7 +35,7 @@ def _stream(logits_nc: np.ndarray, split_size: int, batch: int) -> float:
             sums = _split_sums(jnp.asarray(padded), jnp.arange(batch) < len(rows))
             total = jax.tree.map(jnp.add, total, sums)
         splits.append(total)
-    return inception.score(splits)
+    return inception.score_splits(splits)
 
 
 def _logits(n: int = 103, c: int = 11, scale: float = 3.0) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_splits_are_consecutive_so_class_sorted_samples_are_capped() -> None:
 def test_sums_are_those_of_the_samples_of_weight_one() -> None:
     logits = jnp.asarray(_logits(6, 4))
     weights = jnp.asarray([1.0, 0, 1, 1, 0, 0])
-    masked, alone = _split_sums(logits, weights), inception.split_sums(logits[jnp.asarray([0, 2, 3])], jnp.ones(3))
+    masked, alone = _split_sums(logits, weights), inception.sum_split(logits[jnp.asarray([0, 2, 3])], jnp.ones(3))
     assert masked.count == 3
     assert masked.p.shape == (4,) and masked.p.sum() == pytest.approx(3, abs=1e-5)
     for ours, expected in zip(masked, alone, strict=True):
@@ -124,11 +124,11 @@ def test_bad_arguments_are_named() -> None:
         inception.inception_score(np.zeros((0, 3)))
     with pytest.raises(ValueError, match="split_size is 0"):
         inception.inception_score(_logits(), split_size=0)
-    with pytest.raises(ValueError, match="1 logits of a split are not finite"):
+    with pytest.raises(ValueError, match="split 0 has sums that are not finite"):
         inception.inception_score(np.where(_logits() == _logits()[60, 2], np.nan, _logits()))
     with pytest.raises(ValueError, match="at least one split"):
-        inception.score([])
+        inception.score_splits([])
     with pytest.raises(ValueError, match="split 1 holds no sample"):
-        inception.score([inception.split_sums(jnp.ones((2, 3)), jnp.ones(2)), inception.zero(3)])
+        inception.score_splits([inception.sum_split(jnp.ones((2, 3)), jnp.ones(2)), inception.init_split_sums(3)])
     with pytest.raises(ValueError, match="split 0 has sums that are not finite"):
-        inception.score([inception.split_sums(jnp.full((2, 3), jnp.nan), jnp.ones(2))])
+        inception.score_splits([inception.sum_split(jnp.full((2, 3), jnp.nan), jnp.ones(2))])

@@ -81,7 +81,7 @@ def test_bad_arguments_are_named() -> None:
         kid(reference, samples[:, :4])
     with pytest.raises(ValueError, match="reference holds 1 numbers that are not finite"):
         kid(np.where(reference == reference[3, 3], np.nan, reference), samples)
-    with pytest.raises(ValueError, match="samples has 23 rows, fewer than size 24"):
+    with pytest.raises(ValueError, match=r"samples has shape \(23, 5\): it must be \(n, d\) with at least 24 rows"):
         kid_subsets(reference, samples, size=24)
     with pytest.raises(ValueError, match="subsets is 0 and size 1000"):
         kid_subsets(reference, samples, subsets=0)

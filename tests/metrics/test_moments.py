@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,8 @@ def _features(n: int, d: int = 6) -> np.ndarray:
 
 
 def _stream(x_nd: np.ndarray, batch: int, shift_d: np.ndarray) -> moments.Moments:
-    update = jax.jit(moments.update)
-    total = moments.zero(x_nd.shape[1])
+    update = jax.jit(moments.update_moments)
+    total = moments.init_moments(x_nd.shape[1])
     for start in range(0, len(x_nd), batch):
         rows = x_nd[start : start + batch]
         padding = batch - len(rows)
@@ -27,7 +29,7 @@ def _stream(x_nd: np.ndarray, batch: int, shift_d: np.ndarray) -> moments.Moment
 def test_equals_numpy_for_any_batch_size_and_a_masked_tail(batch: int) -> None:
     x_nd = _features(200)
     shift_d = x_nd[:10].mean(axis=0)
-    mean_d, cov_dd = moments.finalize(_stream(x_nd, batch, shift_d), shift_d)
+    mean_d, cov_dd = moments.finalize_moments(_stream(x_nd, batch, shift_d), shift_d)
     assert mean_d.dtype == cov_dd.dtype == np.float64
     np.testing.assert_allclose(mean_d, x_nd.astype(np.float64).mean(axis=0), rtol=1e-7)
     np.testing.assert_allclose(cov_dd, np.cov(x_nd.astype(np.float64).T), rtol=2e-6, atol=2e-6)
@@ -37,10 +39,10 @@ def test_merged_chunks_equal_the_whole() -> None:
     x_nd = _features(150)
     shift_d = np.full(6, 299.7)  # float64, and no float32 number
     parts = [jax.device_get(_stream(part, 16, shift_d)) for part in np.split(x_nd, [40, 41, 100])]
-    merged = moments.merge(*parts)
+    merged = functools.reduce(moments.add_in_float64, parts)
     assert merged.outer.dtype == np.float64
     assert merged.count == 150
-    mean_d, cov_dd = moments.finalize(merged, shift_d)
+    mean_d, cov_dd = moments.finalize_moments(merged, shift_d)
     np.testing.assert_allclose(mean_d, x_nd.astype(np.float64).mean(axis=0), rtol=1e-8)
     np.testing.assert_allclose(cov_dd, np.cov(x_nd.astype(np.float64).T), rtol=1e-6, atol=1e-6)
 
@@ -51,11 +53,11 @@ def test_scan_and_psum_style_addition_work_in_graph() -> None:
     @jax.jit
     def scanned(batches: jax.Array) -> moments.Moments:
         def step(total: moments.Moments, rows: jax.Array) -> tuple[moments.Moments, None]:
-            return moments.update(total, rows, jnp.ones(rows.shape[0]), shift_d), None
+            return moments.update_moments(total, rows, jnp.ones(rows.shape[0]), shift_d), None
 
-        return jax.lax.scan(step, moments.zero(6), batches)[0]
+        return jax.lax.scan(step, moments.init_moments(6), batches)[0]
 
-    _, cov_dd = moments.finalize(scanned(jnp.asarray(x_nd).reshape(4, 16, 6)), shift_d)
+    _, cov_dd = moments.finalize_moments(scanned(jnp.asarray(x_nd).reshape(4, 16, 6)), shift_d)
     np.testing.assert_allclose(cov_dd, np.cov(x_nd.T), rtol=1e-5, atol=1e-5)
 
 
@@ -63,9 +65,4 @@ def test_scan_and_psum_style_addition_work_in_graph() -> None:
 def test_too_few_samples_are_an_error(n: int) -> None:
     shift_d = np.zeros(6, np.float32)
     with pytest.raises(ValueError, match="at least 2 samples"):
-        moments.finalize(_stream(_features(n), 4, shift_d), shift_d)
-
-
-def test_merging_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one chunk"):
-        moments.merge()
+        moments.finalize_moments(_stream(_features(n), 4, shift_d), shift_d)

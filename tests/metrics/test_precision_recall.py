@@ -120,8 +120,13 @@ def test_far_from_zero_and_with_an_outlier() -> None:
     [
         (np.zeros(4), np.zeros((4, 2)), 1, r"reference has shape \(4,\)"),
         (np.zeros((4, 2)), np.zeros((4, 3)), 1, "reference has 2 features and samples 3"),
-        (np.zeros((4, 2)), np.zeros((3, 2)), 3, "samples has 3 points: k = 3 needs"),
-        (np.zeros((4, 2)), np.zeros((4, 2)), 0, "k = 0 needs k >= 1"),
+        (
+            np.zeros((4, 2)),
+            np.zeros((3, 2)),
+            3,
+            r"samples has shape \(3, 2\): it must be \(n, d\) with at least 4 rows",
+        ),
+        (np.zeros((4, 2)), np.zeros((4, 2)), 0, "k is 0: it must be at least 1"),
         (np.zeros((4, 2)), np.full((4, 2), np.inf), 1, "samples holds 8 numbers that are not finite"),
     ],
 )

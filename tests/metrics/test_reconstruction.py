@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rar_jax.metrics.reconstruction import psnr, reconstruction, ssim
+from rar_jax.metrics.reconstruction import compare_images, psnr, ssim
 
-_reconstruction = jax.jit(reconstruction)
+_reconstruction = jax.jit(compare_images)
 
 
 def _images() -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +56,7 @@ def test_equals_numpy_window_by_window() -> None:
 
 def test_data_range_is_a_unit() -> None:
     a, b = (jnp.asarray(x) for x in _images())
-    whole, unit = reconstruction(a, b), (a / 255.0, b / 255.0)
+    whole, unit = compare_images(a, b), (a / 255.0, b / 255.0)
     np.testing.assert_allclose(ssim(*unit, data_range=1.0), whole["ssim"], atol=1e-5)
     np.testing.assert_allclose(psnr(*unit, data_range=1.0), whole["psnr"], atol=1e-4)
 
@@ -70,7 +70,7 @@ def test_an_image_and_itself() -> None:
 
 def test_known_values() -> None:
     flat = jnp.full((1, 11, 12, 1), 100, jnp.uint8)
-    result = reconstruction(flat, flat + 10)
+    result = compare_images(flat, flat + 10)
     assert result["psnr"] == pytest.approx(20 * np.log10(25.5), abs=1e-4)
     # Without variance only the luminance term is left.
     assert result["ssim"] == pytest.approx((2 * 100 * 110 + 6.5025) / (100**2 + 110**2 + 6.5025), abs=1e-5)
@@ -78,9 +78,9 @@ def test_known_values() -> None:
 
 def test_each_image_by_itself() -> None:
     a, b = (jnp.asarray(x) for x in _images())
-    together = reconstruction(a, b)
+    together = compare_images(a, b)
     for i in range(2):
-        alone = reconstruction(a[i : i + 1], b[i : i + 1])
+        alone = compare_images(a[i : i + 1], b[i : i + 1])
         for key in ("psnr", "ssim"):
             np.testing.assert_allclose(together[key][i], alone[key][0], atol=1e-5)
 
@@ -88,10 +88,10 @@ def test_each_image_by_itself() -> None:
 def test_bad_arguments_are_named() -> None:
     image = jnp.zeros((1, 12, 12, 3), jnp.uint8)
     with pytest.raises(ValueError, match="images are uint8 and float32: both must be uint8"):
-        reconstruction(image, image.astype(jnp.float32))
+        compare_images(image, image.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"images are \(1, 12, 12, 3\) and \(1, 12, 12, 1\)"):
-        reconstruction(image, image[..., :1])
+        compare_images(image, image[..., :1])
     small = image[:, :10]
     with pytest.raises(ValueError, match="10 x 12 pixels are smaller than SSIM's window, 11"):
         ssim(small, small, data_range=255.0)
-    assert reconstruction(small, small).keys() == {"psnr"} and reconstruction(image, image).keys() == {"psnr", "ssim"}
+    assert compare_images(small, small).keys() == {"psnr"} and compare_images(image, image).keys() == {"psnr", "ssim"}

@@ -48,7 +48,7 @@ def test_shapes_and_dtypes_follow_the_parameters():
 @pytest.mark.parametrize("size", [(9, 9), (8, 11)])
 def test_valid_convolution_is_what_it_is_called(size, stride):
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))
-    conv = inception.Conv(5, (3, 3), stride=stride, valid=True)
+    conv = inception.ConvNormRelu(5, (3, 3), stride=stride, valid=True)
     ours, variables = conv.init_with_output(jax.random.key(1), x)
     plain = jax.lax.conv_general_dilated(
         x, variables["params"]["kernel"], (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")

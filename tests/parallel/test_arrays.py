@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rar_jax.parallel.arrays import on_devices
+from rar_jax.parallel.arrays import prefetch_batches
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding
 
@@ -21,7 +21,7 @@ def test_on_devices(ahead: int) -> None:
             taken.append(k)
             yield {"tokens": np.arange(24).reshape(8, 3) + 100 * k, "ids": np.arange(8), "bad": np.zeros(8, bool)}
 
-    for k, batch in enumerate(on_devices(stream(), mesh, ahead=ahead)):
+    for k, batch in enumerate(prefetch_batches(stream(), mesh, ahead=ahead)):
         assert set(batch) == {"tokens"}  # what no loss reads stays on the host
         np.testing.assert_array_equal(batch["tokens"], np.arange(24).reshape(8, 3) + 100 * k)
         assert batch["tokens"].sharding == batch_sharding(mesh)
@@ -33,5 +33,5 @@ def test_on_devices(ahead: int) -> None:
 def test_an_endless_stream_is_not_read_to_its_end() -> None:
     mesh = make_mesh(MeshConfig())
     rows = ({"labels": np.full(4, k)} for k in itertools.count())
-    got = [int(jax.device_get(batch["labels"])[0]) for batch in itertools.islice(on_devices(rows, mesh), 5)]
+    got = [int(jax.device_get(batch["labels"])[0]) for batch in itertools.islice(prefetch_batches(rows, mesh), 5)]
     assert got == [0, 1, 2, 3, 4] and int(next(rows)["labels"][0]) == 7

@@ -11,7 +11,7 @@ SCRIPT = """
 import json, jax
 from rar_jax.parallel import processes
 processes.start()
-told = processes.from_all(str(jax.process_index()))
+told = processes.gather_strings(str(jax.process_index()))
 print(json.dumps([jax.process_index(), jax.process_count(), len(jax.devices()), told]))
 """
 

@@ -11,7 +11,15 @@ from jax.sharding import AxisType
 
 from rar_jax.errors import ConfigError
 from rar_jax.generators import rar
-from rar_jax.parallel.mesh import AXES, MeshConfig, batch_divisor, make_mesh, matmul_dtype, on_device
+from rar_jax.parallel.mesh import (
+    AXES,
+    MeshConfig,
+    batch_divisor,
+    find_devices,
+    make_mesh,
+    matmul_dtype,
+    with_device_dtype,
+)
 from rar_jax.tokenizers import maskgit_vq
 
 
@@ -35,6 +43,13 @@ def test_sizes_and_the_one_that_is_left(config: MeshConfig, shape: tuple[int, in
     assert batch_divisor(mesh) == shape[0] * shape[1]
 
 
+def test_other_threefry_numbers_are_refused() -> None:
+    """A user's environment variable would change every draw."""
+    assert find_devices() == jax.devices()
+    with jax.threefry_partitionable(False), pytest.raises(ConfigError, match="jax_threefry_partitionable is off"):
+        find_devices()
+
+
 def test_given_devices() -> None:
     chosen = jax.devices()[1:3]
     mesh = make_mesh(MeshConfig(fsdp=2), chosen)
@@ -49,10 +64,7 @@ def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
     with pytest.raises(ConfigError) as caught:
         make_mesh(config)
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    assert str(caught.value) == (
-        f"mesh {sizes} does not fit 4 devices: the sizes must multiply to that number; "
-        "set one of them to -1 to let it be found"
-    )
+    assert str(caught.value) == f"mesh {sizes} does not multiply to 4 devices: set one size to -1"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +97,7 @@ def test_bfloat16_where_a_device_has_it(
         assert matmul_dtype("bfloat16", device) == dtype
         assert matmul_dtype("float32", device) == "float32"
     for config in (rar.Config(dtype="bfloat16"), maskgit_vq.Config(image_size=16, dtype="bfloat16")):
-        assert on_device(config, device) == dataclasses.replace(config, dtype=dtype)
-    assert on_device("has none", device) == "has none"
+        assert with_device_dtype(config, device) == dataclasses.replace(config, dtype=dtype)
+    assert with_device_dtype("has none", device) == "has none"
     told = ["a chip has no bfloat16 (compute capability 7.5): float32 instead"] * 3 if dtype == "float32" else []
     assert [record.getMessage() for record in caplog.records] == told

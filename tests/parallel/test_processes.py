@@ -24,7 +24,7 @@ import pytest
 from commands import ROOT, TINY, Command, environment, finish
 
 from rar_jax.errors import ConfigError
-from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, Place, place_of
+from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, ProcessSettings, read_settings
 from rar_jax.runs.logging import read_metrics
 
 FSDP = ("--config.mesh.fsdp=2", "--config.train.keep_checkpoints=3")
@@ -229,31 +229,31 @@ def environ() -> Iterator[dict[str, str]]:
 
 
 def test_flags_go_before_the_environment(environ: dict[str, str]) -> None:
-    assert place_of(None, None, None, {}) is None
-    assert place_of(None, None, None, environ) == Place("10.0.0.1:1234", 4, 3)
-    assert place_of("[::1]:5", 8, 0, environ) == Place("[::1]:5", 8, 0)
-    assert place_of(None, 1, None, environ) == place_of(None, None, None, {COUNT: "1"}) == 1
+    assert read_settings(None, None, None, {}) is None
+    assert read_settings(None, None, None, environ) == ProcessSettings("10.0.0.1:1234", 4, 3)
+    assert read_settings("[::1]:5", 8, 0, environ) == ProcessSettings("[::1]:5", 8, 0)
+    assert read_settings(None, 1, None, environ) == read_settings(None, None, None, {COUNT: "1"}) == 1
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ((None, 4, None), "several processes need --coordinator-address, --process-count and --process-index"),
-        (("host:1", None, 0), "here are host:1, None and 0"),
-        (("host", 2, 0), "'host': it must be HOST:PORT"),
+        (("host:1", None, 0), "got host:1, None and 0"),
+        (("host", 2, 0), "'host' must be HOST:PORT"),
         (("host:", 2, 0), "must be HOST:PORT"),
-        (("host:1", 2, 2), r"process 2 of 2 cannot be: they are numbered 0\.\.1"),
-        (("host:1", 0, 0), "process 0 of 0 cannot be"),
+        (("host:1", 2, 2), r"process index 2 must be in 0\.\.1"),
+        (("host:1", 0, 0), "process index 0 must be in"),
     ],
 )
-def test_places_that_cannot_be(given: tuple[Any, ...], message: str) -> None:
+def test_invalid_settings(given: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        place_of(*given, {})
+        read_settings(*given, {})
 
 
 def test_a_number_that_is_none() -> None:
     with pytest.raises(ConfigError, match=f"{COUNT} is 'two': it must be a whole number"):
-        place_of("host:1", None, 0, {COUNT: "two"})
+        read_settings("host:1", None, 0, {COUNT: "two"})
 
 
 def test_a_process_that_finds_no_other(tmp_path: pathlib.Path) -> None:

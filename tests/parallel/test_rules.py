@@ -14,13 +14,13 @@ from jax.sharding import Mesh, PartitionSpec
 from rar_jax.errors import ConfigError
 from rar_jax.models import find_module, module_names
 from rar_jax.networks import classifier
-from rar_jax.parallel.arrays import global_batch
+from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.parallel.rules import (
     RULES,
+    batch_per_device,
     batch_sharding,
-    on_one_device,
     param_shardings,
     partition_spec,
     replicated,
@@ -53,9 +53,16 @@ def leaves_of(model: ModuleType) -> Iterator[tuple[str, tuple[str | None, ...], 
 
 def test_each_logical_axis_has_one_rule() -> None:
     assert len(dict(RULES)) == len(RULES)
-    assert {name: axis for name, axis in RULES if name != "batch"} == SPLIT
-    assert partition_spec(("width", None, "unheard_of", "mlp")) == PartitionSpec("fsdp", None, None, "tensor")
+    assert {name: axis for name, axis in RULES if name != "batch" and axis is not None} == SPLIT
+    assert partition_spec(("width", None, "conv_in", "mlp")) == PartitionSpec("fsdp", None, None, "tensor")
     assert partition_spec(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
+
+
+def test_an_unknown_logical_axis_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"unknown logical axis 'widht'\. Did you mean 'width'"):
+        partition_spec(("widht", None))
+    with pytest.raises(ConfigError, match="unknown logical axis 'widht'"):
+        param_shardings({"a": ("widht",)}, {"a": jax.ShapeDtypeStruct((8,), jnp.float32)}, make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,8 +117,8 @@ def test_a_dimension_that_does_not_divide_names_parameter_and_axis() -> None:
     with pytest.raises(ConfigError) as caught:
         param_shardings(axes, shapes, make_mesh(MeshConfig(1, 4, 1)))
     assert str(caught.value) == (
-        "block.fc1.kernel has a dimension of 6, which does not divide over 4 devices of mesh axis 'fsdp': "
-        "choose a mesh axis size that divides it"
+        "block.fc1.kernel has a dimension of 6, which 4 devices of mesh axis 'fsdp' do not divide: "
+        "choose another size of that axis"
     )
     axes = {"block": {"fc1": {"kernel": (None, "mlp")}}}
     shapes["block"]["fc1"]["kernel"] = jax.ShapeDtypeStruct((6, 10), jnp.float32)
@@ -126,7 +133,7 @@ def test_rows_of_a_batch_are_on_the_right_devices(config: MeshConfig) -> None:
     """Device (d, f, t) holds part d * fsdp + f of the rows, whatever t."""
     mesh: Mesh = make_mesh(config)
     rows = {"tokens": np.arange(24).reshape(8, 3), "labels": np.arange(8)}
-    batch = global_batch(rows, mesh)
+    batch = make_global_batch(rows, mesh)
     parts = config.data * config.fsdp
     for key, value in rows.items():
         assert batch[key].shape == value.shape and batch[key].sharding == batch_sharding(mesh)
@@ -141,10 +148,10 @@ def test_replicated_and_the_context() -> None:
     mesh = make_mesh(MeshConfig(2, 1, 2))
     array = jax.device_put(np.arange(6.0), replicated(mesh))
     assert [s.data.shape for s in array.addressable_shards] == [(6,)] * 4
-    assert on_one_device(7) == 7
+    assert batch_per_device(7) == 7
     with sharded(mesh):
         assert jax.sharding.get_abstract_mesh().axis_names == ("data", "fsdp", "tensor")
-        assert [on_one_device(batch) for batch in (1, 2, 7)] == [1, 1, 4]
+        assert [batch_per_device(batch) for batch in (1, 2, 7)] == [1, 1, 4]
     with sharded(make_mesh(MeshConfig(2, 2, 1))):
-        assert on_one_device(8) == 2
+        assert batch_per_device(8) == 2
     assert jax.sharding.get_abstract_mesh().empty

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rar_jax.models import Model, find_module
-from rar_jax.parallel.arrays import global_batch
+from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import param_shardings, sharded
 from rar_jax.sections import Recipe
@@ -39,7 +39,7 @@ def train(module: ModuleType, sizes: tuple[int, int, int]) -> tuple[list[float],
     with sharded(mesh):
         state, losses = setup.init(jax.random.key(0)), []
         for batch in batches(module):
-            state, metrics = setup.step(state, global_batch(batch, mesh), jax.random.key(1))
+            state, metrics = setup.step(state, make_global_batch(batch, mesh), jax.random.key(1))
             losses.append(float(metrics["loss"]))
     return losses, state
 
@@ -95,7 +95,7 @@ def train_on_images(sizes: tuple[int, int, int]) -> tuple[list[float], Any, Any]
     with sharded(mesh):
         state, losses = setup.init(jax.random.key(0)), []
         for batch in batches(tokenizer):
-            state, metrics = setup.step(state, global_batch(batch, mesh), jax.random.key(1), frozen)
+            state, metrics = setup.step(state, make_global_batch(batch, mesh), jax.random.key(1), frozen)
             losses.append(float(metrics["loss"]))
     return losses, state, frozen
 
@@ -131,7 +131,7 @@ def test_the_step_trains_on_the_tokens_of_its_argument(on_one_device: Any) -> No
         steps = ((plain, of_tokens, ()), (direct, batch, (frozen,)))
         with sharded(mesh):
             both = [
-                setup.step(setup.init(jax.random.key(0)), global_batch(rows, mesh), jax.random.key(1), *extra)[1]
+                setup.step(setup.init(jax.random.key(0)), make_global_batch(rows, mesh), jax.random.key(1), *extra)[1]
                 for setup, rows, extra in steps
             ]
         np.testing.assert_allclose(*(float(metrics["loss"]) for metrics in both), rtol=1e-6)

@@ -11,8 +11,7 @@ import pytest
 
 from rar_jax import Guidance, cli, load
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation import program as scoring
-from rar_jax.evaluation import scores as evaluate
+from rar_jax.evaluation import program
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.sampling import sample_keys
@@ -51,10 +50,10 @@ def test_the_tokens_are_those_of_one_device(released_pair: Any) -> None:
 def test_evaluate_scores_the_same_samples(
     released_pair: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module, name in [(sums, "POOL3"), (sums, "SPATIAL"), (sums, "CLASSES"), (scoring, "features")]:
+    for module, name in [(sums, "POOL3"), (sums, "SPATIAL"), (sums, "CLASSES"), (program, "extract_features")]:
         monkeypatch.setattr(module, name, getattr(module, name))  # what `patch` changes is put back
-    for name in ("load_network", "read_reference"):
-        monkeypatch.setattr(evaluate, name, getattr(evaluate, name))
+    for name in ("load_inception", "read_reference"):
+        monkeypatch.setattr(program, name, getattr(program, name))
     cheap_inception.patch()
     np.savez(tmp_path / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8))
     argv = ["evaluate", "--inception=any", "--batch-size=8", "--quiet"]

@@ -108,7 +108,7 @@ def test_distance_and_share_by_hand(workdir: pathlib.Path) -> None:
     train = load_source("digits", "train").gather(np.arange(1437))["images"]
     ours, theirs = (classifier.features(network, params, x) for x in (images, train))
     a, b = (np.asarray(x["features"], np.float64) for x in (ours, theirs))
-    by_hand = frechet.distance(b.mean(0), np.cov(b.T), a.mean(0), np.cov(a.T))
+    by_hand = frechet.frechet_distance(b.mean(0), np.cov(b.T), a.mean(0), np.cov(a.T))
     assert result["fd_classifier"]["samples_n40"] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
     share = (np.asarray(ours["logits"]).argmax(-1) == labels).mean()
     assert result["asked_class_share_n40"] == pytest.approx(share)

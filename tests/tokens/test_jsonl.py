@@ -13,7 +13,7 @@ import pytest
 
 from rar_jax.errors import StoreError
 from rar_jax.tokens import jsonl
-from rar_jax.tokens.jsonl import count_lines, export_jsonl, import_jsonl
+from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
 from rar_jax.tokens.store import TokenStore
 
 NAMES = tuple("abcde")
@@ -62,7 +62,6 @@ def test_a_last_line_without_newline(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "a.jsonl"
     tokens, _ = make(file)
     file.write_bytes(file.read_bytes()[:-1])
-    assert count_lines(file) == 103
     np.testing.assert_array_equal(bring_in(file, tmp_path / "s").gather(np.arange(103))["tokens"], tokens)
 
 
@@ -70,11 +69,11 @@ def test_a_last_line_without_newline(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{", "this is not JSON"),
-        ("", "this is not JSON"),
-        ("\xff", "this is not JSON"),
-        ("[1, 2]", "this is no object"),
-        ('{"tokens": [1, 2, 3, 4, 5, 6]}', "this is no object"),
+        ("{", "not JSON"),
+        ("", "not JSON"),
+        ("\xff", "not JSON"),
+        ("[1, 2]", "not an object"),
+        ('{"tokens": [1, 2, 3, 4, 5, 6]}', "not an object"),
         ('{"class_id": 5, "tokens": [1, 2, 3, 4, 5, 6]}', r"class_id is 5, outside 0\.\.4"),
         ('{"class_id": -1, "tokens": [1, 2, 3, 4, 5, 6]}', "class_id is -1"),
         ('{"class_id": 1.0, "tokens": [1, 2, 3, 4, 5, 6]}', "class_id is 1.0"),
@@ -104,12 +103,12 @@ def test_an_empty_file(tmp_path: pathlib.Path) -> None:
         bring_in(tmp_path / "a.jsonl", tmp_path / "s")
 
 
-def test_interrupted_import_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_import_resumes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.jsonl"
     make(file)
     bring_in(file, tmp_path / "straight")
     parsed: list[int] = []
-    real = jsonl._parse
+    real = jsonl._parse_lines
 
     def stops(*args: Any) -> Any:
         if len(parsed) == 2:
@@ -117,10 +116,10 @@ def test_interrupted_import_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.
         parsed.append(args[2])
         return real(*args)
 
-    monkeypatch.setattr(jsonl, "_parse", stops)
+    monkeypatch.setattr(jsonl, "_parse_lines", stops)
     with pytest.raises(KeyboardInterrupt):
         bring_in(file, tmp_path / "s")
-    monkeypatch.setattr(jsonl, "_parse", lambda *args: parsed.append(args[2]) or real(*args))
+    monkeypatch.setattr(jsonl, "_parse_lines", lambda *args: parsed.append(args[2]) or real(*args))
     bring_in(file, tmp_path / "s")
     assert parsed == [0, 26, 52, 78]  # each shard's lines once
     both = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("s", "straight")]

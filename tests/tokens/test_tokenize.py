@@ -77,29 +77,17 @@ def test_killed_and_resumed_is_the_same_to_the_bit(
     monkeypatch.setattr(
         program, "sequential_batches", lambda *a, **k: encoded.append(len(k["spans"])) or gather(*a, **k)
     )
-    assert tiny.make(tmp_path / "s")
+    tiny.make(tmp_path / "s")
     whole = sum(name.endswith(".json") and name.startswith("shard") for name in renamed)
     assert encoded == [8 - whole]  # the shards that were whole are not made again
     assert contents(tmp_path / "s") == contents(straight)
-
-
-def test_processes_make_the_store_of_one(
-    tiny: Any, straight: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "s"
-    assert not tiny.make(out, process_index=0, process_count=2, quiet=False)
-    assert "process 0 finishes the store" in capsys.readouterr().out
-    assert sorted(p.name for p in out.glob("*.npy")) == [f"shard-0000{j}-of-00008.npy" for j in (0, 2, 4, 6)]
-    assert not tiny.make(out, process_index=1, process_count=2)
-    assert tiny.make(out, process_index=0, process_count=2)
-    assert contents(out) == contents(straight)
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(
     tiny: Any, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in straight.iterdir()}
-    assert tiny.make(straight)
+    tiny.make(straight)
     with pytest.raises(StoreError, match=r"holds a finished store of something else \(source: digits \(heldout\)"):
         tiny.make(straight, split="train")
     other = tmp_path / "other.bin"
@@ -139,7 +127,7 @@ def test_crops_and_bad_images(
     digits = load_source("digits", "heldout").gather(np.arange(30))
     source = TenOfSome(digits["images"], digits["labels"], class_names=[str(i) for i in range(10)])
     monkeypatch.setattr(experiment, "load_source", lambda *_, **__: source)
-    assert tiny.make(tmp_path / "s", shard_records=34, quiet=False)
+    tiny.make(tmp_path / "s", shard_records=34, quiet=False)
     out = capsys.readouterr().out
     assert "2 images could not be decoded" in out and "img3.jpg: truncated" in out and "images" in out
     assert "README.md" not in out, "which is no image that was left out"
@@ -151,7 +139,7 @@ def test_crops_and_bad_images(
     card = store.card
     assert [card[f"num_{k}"] for k in ("records", "images", "bad_records", "bad_images")] == [180, 18, 20, 2]
     assert [i for s in card["shards"] for i in s["bad_records"]] == [*range(30, 40), *range(110, 120)]
-    assert len(card["crops"]) == 10 and card["records_per_crop"] == {str(k): 18 for k in range(10)}
+    assert len(card["crops"]) == 10 and card["records_per_crop"] == [18] * 10
     images = source.gather(np.array([10 * image + crop for image, crop in expected]))["images"]
     tokens = np.asarray(tokenizer.encode(tiny.config, maskgit_vq.load(tiny.weights, image_size=8)[1], images))
     assert (tokens == records["tokens"]).mean() > 0.999
@@ -161,7 +149,7 @@ def test_random_crops_are_refused(tiny: Any, tmp_path: pathlib.Path, monkeypatch
     source = load_source("digits", "heldout")
     monkeypatch.setattr(source, "crop", "random", raising=False)
     monkeypatch.setattr(experiment, "load_source", lambda *_, **__: source)
-    with pytest.raises(ConfigError, match="tokens are made once, random crops cannot be"):
+    with pytest.raises(ConfigError, match="random crops cannot be tokenized"):
         tiny.make(tmp_path / "s")
 
 
@@ -179,7 +167,7 @@ def test_batches_do_not_reach_over_a_shard(tiny: Any, tmp_path: pathlib.Path) ->
     writer = TokenStoreWriter(tmp_path / "s", card, source_records=360, shard_records=50)
     model: Any = Model(Telltale, None)  # pyright: ignore
     written = write_store(writer, source, model, np.int32(0), mesh, batch_size=16, quiet=True)
-    assert written.finished and written.records == 360
+    assert written.records == 360
     tokens = TokenStore(tmp_path / "s").gather(np.arange(360))["tokens"][:, 0]
     images = source.gather(np.arange(360))["images"].astype(np.int64)
     for begin in range(0, 360, 50):
@@ -199,7 +187,7 @@ class Slow(ArraySource):
 
 
 @pytest.mark.parametrize(("slow", "least", "most"), [("loader", 0.6, 2.0), ("encoder", 0.0, 0.4)])
-def test_the_wait_for_the_loader_is_told(
+def test_the_wait_for_the_loader_is_reported(
     slow: str, least: float, most: float, tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """20 batches of 50 ms each, of the loader or of the encoder: of the former all are waited for but those that it had
@@ -235,5 +223,5 @@ def test_colour_files_for_a_grey_experiment(tiny: Any, tmp_path: pathlib.Path) -
         for i in range(2):  # of which one is held out
             pixels = np.full((9, 11, 3), 10 * label + i, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{i}.png")
-    assert tiny.make(tmp_path / "store", source=f"folder:{tmp_path / 'images'}", split="train")
+    tiny.make(tmp_path / "store", source=f"folder:{tmp_path / 'images'}", split="train")
     assert sorted(TokenStore(tmp_path / "store").gather(np.arange(10))["labels"]) == list(range(10))

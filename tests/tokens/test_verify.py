@@ -23,7 +23,7 @@ from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.pictures import grid
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens.store import TokenStore
-from rar_jax.tokens.verify import sample_of
+from rar_jax.tokens.verify import select_sample
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.weights import maskgit_vq
 
@@ -166,13 +166,13 @@ def test_another_tokenizer_is_refused(
     assert not (store / "verify.png").exists()
 
 
-def test_sample_of_spreads_over_the_classes(store: pathlib.Path) -> None:
+def test_a_sample_is_spread_over_the_classes(store: pathlib.Path) -> None:
     opened = TokenStore(store)
-    indices, shown = sample_of(opened, rows=2, columns=8)
+    indices, shown = select_sample(opened, rows=2, columns=8)
     assert shown == [0, 4] and len(indices) == 2 * 3
     np.testing.assert_array_equal(opened.gather(indices)["labels"], [0, 0, 0, 4, 4, 4])
     assert indices[3:].tolist() == [9, 50, 99]
-    indices, shown = sample_of(opened, rows=9, columns=2)
+    indices, shown = select_sample(opened, rows=9, columns=2)
     assert shown == [0, 2, 3, 4] and len(set(indices.tolist())) == 8
 
 

@@ -154,7 +154,7 @@ def test_evaluate_whole(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> No
         sizes = {"pool3": sums.POOL3, "spatial": sums.SPATIAL, "logits": sums.CLASSES}
         return {name: jnp.broadcast_to(images.mean((1, 2, 3))[:, None], (len(images), n)) for name, n in sizes.items()}
 
-    monkeypatch.setattr(scoring, "features", no_inception)
+    monkeypatch.setattr(scoring, "extract_features", no_inception)
     whole, alone = (
         bench(tiny, Options(what, batch_sizes=(4,), repeats=2, **more))
         for what, more in (("evaluate", {"whole": True}), ("sample", {"decode": True}))

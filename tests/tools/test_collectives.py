@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rar_jax.models import find_module
-from rar_jax.parallel.arrays import global_batch
+from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import sharded
 from rar_jax.sections import Recipe
@@ -30,7 +30,7 @@ def table(sizes: tuple[int, int, int]) -> dict[str, Any]:
     setup = compile_training(rar, rar.TINY, Recipe(steps=10, batch_size=8), mesh)
     rows = {"tokens": np.zeros((8, rar.TINY.num_tokens), np.int32), "labels": np.zeros((8,), np.int32)}
     with sharded(mesh):
-        compiled = setup.step.lower(setup.abstract_state, global_batch(rows, mesh), jax.random.key(0)).compile()  # pyright: ignore
+        compiled = setup.step.lower(setup.abstract_state, make_global_batch(rows, mesh), jax.random.key(0)).compile()  # pyright: ignore
     found = re.findall(rf"= .*? ({'|'.join(KINDS)})(?:-start)?\(", compiled.as_text())
     params = jax.tree_util.tree_leaves_with_path(setup.abstract_state["params"])
     return {

@@ -101,13 +101,13 @@ def test_a_zoo(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> No
             f"{first}/{name}": reason
             for name, reason in {
                 "README.md": "not an image by its suffix",
-                "caf\\xe9.jpg": "the name is not UTF-8; it is read all the same",
-                "circle": "a link to a folder, which is not followed: it may lead in a circle",
+                "caf\\xe9.jpg": "the name is not UTF-8; it is read anyway",
+                "circle": "a link to a folder, not followed: it may be circular",
                 "dangling.jpg": "a dangling link",
                 "folder.jpg": "a folder named like an image",
                 "pipe.jpg": "not a file",
                 "empty.jpg": "0 bytes",
-                "page.png": "no image",
+                "page.png": "not an image",
             }.items()
         },
     }
@@ -146,7 +146,7 @@ def test_limit_is_spread_evenly_and_said(capsys: pytest.CaptureFixture[str], tmp
 
 def test_classes_that_only_reading_tells(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     pytest.importorskip("array_record")
-    from rar_jax.data.array_record import write_array_record
+    from rar_jax.data.formats.array_record import write_array_record
 
     images = [(data, label) for data, label, _ in FILES.image_set((7, 5, 6))]
     images[4] = (b"", 0)

@@ -18,14 +18,15 @@ from jax.sharding import Mesh
 
 from rar_jax.config import require
 from rar_jax.data.loader import batches
+from rar_jax.evaluation.image_batches import batch_samples
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
-from rar_jax.metrics.features import features
+from rar_jax.metrics.features import extract_features
 from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel import memory
-from rar_jax.parallel.arrays import on_devices
+from rar_jax.parallel.arrays import prefetch_batches
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling import sample_images, sample_keys
@@ -196,17 +197,18 @@ def evaluate_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iter
     inception = _random(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))
     if not options.whole:
         for size in batch_sizes(experiment, mesh, options):
-            yield _feed_forward(mesh, features, inception, _random_images(experiment, size))
+            yield _feed_forward(mesh, extract_features, inception, _random_images(experiment, size))
         return
     models = (experiment.generator, experiment.tokenizer)
     params = {"generator": _decoding_params(models[0], mesh, None), "tokenizer": random_params(models[1], mesh)}
     for size in batch_sizes(experiment, mesh, options):
         program = Program(Network(inception, "random"), mesh, Settings(batch_size=size), None)
-        run = functools.partial(program.samples(models, params, experiment.guidance), 0, size)
+        samples = batch_samples(models, params, experiment.guidance, num=size, seed=0)
+        run = functools.partial(program.score, samples, 0, size)
         # It is compiled inside its first call: that takes so much longer than the second.
         first, second = seconds_of(run), seconds_of(run)
         cost = _sum(_sampling_cost(experiment, size, None), _decoding_cost(models[1], params["tokenizer"], size))
-        cost = _sum(cost, _cost_by_xla(features, inception, _random_images(experiment, size)))
+        cost = _sum(cost, _cost_by_xla(extract_features, inception, _random_images(experiment, size)))
         yield Case(size, size, "images", run, compile_seconds=first - second, cost=cost)
 
 
@@ -228,7 +230,7 @@ def loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterat
         record = _size(store.gather(np.arange(1))) + _stored_bytes(store)
         for size in batch_sizes(experiment, mesh, options):
             stream = batches(store, global_batch=size, seed=0, start_step=0, num_workers=experiment.data.workers)
-            placed, waits = on_devices(stream, mesh), []
+            placed, waits = prefetch_batches(stream, mesh), []
 
             def run(placed: Any = placed, waits: list[float] = waits) -> None:
                 for _ in range(LOADER_STEPS):

@@ -125,7 +125,7 @@ def _read_image(source: ImageSource, index: int) -> GoodImage:
         return GoodImage(index, label, width, height, "array", mode, False, height * width * channels)
     if reason := source.problem(index):
         raise DecodeError(reason)
-    data, label = source.encoded(index), source.label(index)
+    data, label = source.read_image(index)
     header = read_header(data)
     return GoodImage(index, label, header.width, header.height, header.kind, header.mode, header.turned, len(data))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rar_jax.errors import StoreError
-from rar_jax.metrics.reconstruction import code_usage
+from rar_jax.metrics.reconstruction import measure_code_usage
 from rar_jax.runs.logging import progress
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tools.inspect.layout import LISTED, Summary
@@ -33,14 +33,13 @@ def inspect_token_store(target: str, *, max_problems: int = LISTED, quiet: bool 
     problems = []
     try:
         store.verify(seen=functools.partial(shown, description=f"verify {target}", unit="shards"))
-        per_code, per_class = np.zeros(store.codebook_size, np.int64), np.zeros(store.num_classes, np.int64)
+        per_code = np.zeros(store.codebook_size, np.int64)
         for start in shown(range(0, len(store), BLOCK), description=f"count {target}", unit="blocks"):
-            rows = store.gather(np.arange(start, min(start + BLOCK, len(store))))
-            per_code += np.bincount(rows["tokens"].reshape(-1), minlength=len(per_code))
-            per_class += np.bincount(rows["labels"], minlength=len(per_class))
-        counted["codes"] = {"used": int((per_code > 0).sum()), **code_usage(per_code)}
-        names = store.class_names
-        counted["classes"] = [{"count": int(n), "class": name} for n, name in zip(per_class, names, strict=True)]
+            tokens = store.gather(np.arange(start, min(start + BLOCK, len(store))))["tokens"]
+            per_code += np.bincount(tokens.reshape(-1), minlength=len(per_code))
+        counted["codes"] = {"used": int((per_code > 0).sum()), **measure_code_usage(per_code)}
+        per_class = zip(store.card["records_per_class"], store.class_names, strict=True)
+        counted["classes"] = [{"count": count, "class": name} for count, name in per_class]
     except StoreError as error:
         counted = {}
         problems.append({"name": target, "reason": str(error)})

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rar_jax.evaluation.image_batches import batch_samples
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
 from rar_jax.models import Model
@@ -78,7 +79,7 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
     inception = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
     inception = _placed(inception, jax.tree.map(lambda _: replicated(mesh), inception))
     program = Program(Network(inception, "none"), mesh, Settings(batch_size=batch_size), None)
-    return program.lower_samples(models, params, experiment.guidance)
+    return program.lower(batch_samples(models, params, experiment.guidance, num=batch_size, seed=0))
 
 
 def lower_tokenizing(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:

@@ -13,69 +13,64 @@ import numpy as np
 from rar_jax.data.encoded import EncodedSource, Problems
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.image_source import Split, View
-from rar_jax.data.splits import class_names_beside, data_files, heldout_mask, split_files
+from rar_jax.data.splits import find_data_files, number_classes, read_class_names, split_files
 from rar_jax.errors import ConfigError
 
 
 class _Sample(NamedTuple):
-    name: str
+    key: str
     label: int
     offset: int
     size: int
 
 
 class WebDatasetSource(EncodedSource):
-    """Plain .tar files, listed once at opening and then read by seeking; nothing is ever unpacked.
+    """Plain .tar files, listed once when opened and then read by seeking.
 
-    PATH is a file, a folder, a glob or a brace range; `splits.split_files` says which are held out. A sample is the
-    files of one name up to its first dot: one image, and its class as text (.cls) or in a .json as "label". Classes are
-    named by a classes.txt in the folder, else by their numbers.
+    PATH is a file, a folder, a glob or a brace range. A sample is the files of one name up to its first dot: one image, and
+    its class as text (.cls) or as "label" in a .json. Class names come from a classes.txt in the folder, else they are
+    numbers.
 
     Raises: ConfigError for a missing, compressed or damaged file, or labels that are not those of the classes.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
         spec = f"webdataset:{argument}"
-        found = data_files(spec, argument, (".tar",))
-        files, train, share = split_files(spec, found, split)
+        found = find_data_files(spec, argument, (".tar",))
+        self._paths, train, hold_out = split_files(spec, found, split)
         problems = Problems()
-        samples = [list(_samples(spec, file, problems)) for file in files]
-        flat = [sample for shard in samples for sample in shard]
-        labels = np.array([sample.label for sample in flat], np.int64)
-        if (names := class_names_beside(files[0])) is None:
-            # From the training labels in both splits: held-out files may lack the last class.
+        shards = [list(_list_samples(spec, path, problems)) for path in self._paths]
+        samples = [sample for shard in shards for sample in shard]
+        labels = np.array([sample.label for sample in samples], np.int64)
+        if (names := read_class_names(self._paths[0].parent)) is None:
             every = labels
-            if files != train:
-                every = np.array([s.label for file in train for s in _samples(spec, file, Problems())], np.int64)
-            names = tuple(str(c) for c in range(int(every.max(initial=-1)) + 1))
-        self._paths = files
-        self._shard = np.repeat(np.arange(len(files), dtype=np.int32), [len(shard) for shard in samples])
-        self._where = np.array([(s.offset, s.size) for s in flat], np.int64).reshape(-1, 2)
-        self._names = [s.name for s in flat]
-        if share:
-            mask = heldout_mask(labels, [n.encode("utf-8", "surrogateescape") for n in self._names])
-            take = np.flatnonzero(mask == (split == "heldout"))
-            labels, self._shard, self._where = labels[take], self._shard[take], self._where[take]
-            self._names = [self._names[i] for i in take]
-        super().__init__(spec, view, length=len(labels), labels=labels, class_names=names, problems=problems)
+            if self._paths != train:
+                every = np.array([s.label for path in train for s in _list_samples(spec, path, Problems())], np.int64)
+            names = number_classes(every)
+        self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard) for shard in shards])
+        self._bytes = np.array([(s.offset, s.size) for s in samples], np.int64).reshape(-1, 2)
+        self._keys = [s.key for s in samples]
+        super().__init__(
+            spec, view, length=len(labels), labels=labels, class_names=names, problems=problems, hold_out=hold_out
+        )
 
-    def _name(self, image: int) -> str:
-        return f"{self._paths[self._shard[image]].name}:{self._names[image]}"
+    def _name(self, row: int) -> str:
+        return f"{self._paths[self._shard[row]].name}:{self._keys[row]}"
 
-    def _record(self, image: int) -> tuple[bytes, int]:
-        offset, size = (int(n) for n in self._where[image])
-        # Opened for each: a handle would be shared by forked workers, its place too, and shards may be thousands.
-        with self._paths[self._shard[image]].open("rb") as file:
+    def _record(self, row: int) -> tuple[bytes, None]:
+        offset, size = (int(n) for n in self._bytes[row])
+        # Opened each time: forked workers would share a handle and its position, and shards may be thousands.
+        with self._paths[self._shard[row]].open("rb") as file:
             file.seek(offset)
-            return file.read(size), self.label(image)
+            return file.read(size), None
 
 
-def _samples(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[_Sample]:
-    """The samples of a tar file in its order. What makes no sample is a problem."""
+def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[_Sample]:
+    """List the samples of a tar file in its order; what is not part of one is a problem."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     with path.open("rb") as file:
-        for member in _members(spec, path, problems):
+        for member in _list_members(spec, path, problems):
             folder, _, base = member.name.rpartition("/")
             key, _, extension = base.partition(".")
             key, extension = f"{folder}/{key}".removeprefix("/"), f".{extension.lower()}"
@@ -104,10 +99,10 @@ def _samples(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[_Sam
         problems.add(f"{path.name}:{key}", "a class without its image")
 
 
-def _members(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar.
+def _list_members(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[tarfile.TarInfo]:
+    """List the regular files of a tar.
 
-    Raises: ConfigError if it is not whole. tarfile ends quietly at a damaged header, so where it ended is looked at.
+    Raises: ConfigError if it is not whole. tarfile stops silently at a damaged header, so the end is checked.
     """
     size = path.stat().st_size
     try:

@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from digests import batch_digest
+from image_files import find_problems
 
-from rar_jax.data import parquet, splits
-from rar_jax.data.array_record import write_array_record
-from rar_jax.data.encoded import scan
-from rar_jax.data.loader import batch_digest, batches
+from rar_jax.data import splits
+from rar_jax.data.formats import parquet
+from rar_jax.data.formats.array_record import write_array_record
+from rar_jax.data.loader import batches
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
 
@@ -95,8 +97,8 @@ def test_containers_equal_the_folder(specs: dict[str, str], kind: str, crop: str
         assert ours.class_names == CLASSES and ours.num_images == len(images)
         order = np.random.default_rng(0).permutation(len(folder))
         assert batch_digest(ours.gather(order)) == batch_digest(folder.gather(order))
-        assert [ours.encoded(i) for i in range(len(images))] == [data for data, _, _ in images]  # pyright: ignore[reportAttributeAccessIssue]
-        assert list(scan(ours)) == []
+        assert [ours.read_image(i)[0] for i in range(len(images))] == [data for data, _, _ in images]  # pyright: ignore[reportAttributeAccessIssue]
+        assert find_problems(ours) == {}  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "array_record"])
@@ -123,14 +125,14 @@ def test_a_share_is_held_out_where_no_name_says_so(files: Any, tmp_path: pathlib
         write_array_record(tmp_path / "all.array_record", [(d, n) for d, n, _ in images], class_names=CLASSES)
     parts = [load_source(f"{kind}:{tmp_path}", split, image_size=SIZE) for split in ("train", "heldout")]  # pyright: ignore[reportArgumentType]
     assert [len(part) for part in parts] == ([40, 2] if kind == "array_record" else [38, 4])
-    encoded: list[bytes] = [part.encoded(i) for part in parts for i in range(len(part))]  # pyright: ignore[reportAttributeAccessIssue]
+    encoded: list[bytes] = [part.read_image(i)[0] for part in parts for i in range(len(part))]  # pyright: ignore[reportAttributeAccessIssue]
     assert sorted(encoded) == sorted(data for data, _, _ in images)
     if kind != "array_record":
         np.testing.assert_array_equal(np.bincount(parts[1].gather(np.arange(4))["labels"]), [2, 1, 1])
     by_hand = {d: n for d, n, _ in images}
     for part in parts:
         for i, label in enumerate(part.gather(np.arange(len(part)))["labels"]):
-            assert by_hand[part.encoded(i)] == label  # pyright: ignore[reportAttributeAccessIssue]
+            assert by_hand[part.read_image(i)[0]] == label  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
@@ -144,10 +146,10 @@ def test_a_share_is_held_out_where_no_name_says_so(files: Any, tmp_path: pathlib
 def test_names_say_the_split(tmp_path: pathlib.Path, name: str, split: str) -> None:
     file, other = tmp_path / name, tmp_path / ("x-test.tar" if split == "train" else "x-train.tar")
     found, train, share = splits.split_files("x", [file, other], split)  # pyright: ignore[reportArgumentType]
-    assert found == (file,) and not share and train == ((file,) if split == "train" else (other,))
+    assert found == (file,) and share is None and train == ((file,) if split == "train" else (other,))
     # Other words with the same letters do not.
     plain = [tmp_path / "attest.tar", tmp_path / "rooms" / "trainee.tar", tmp_path / "valley.tar"]
-    assert splits.split_files("x", plain, "heldout") == (tuple(plain), tuple(plain), True)
+    assert splits.split_files("x", plain, "heldout") == (tuple(plain), tuple(plain), "heldout")
 
 
 def test_validation_goes_before_test_whose_labels_are_withheld(tmp_path: pathlib.Path) -> None:
@@ -189,7 +191,7 @@ def test_bad_records_are_problems_with_a_name(files: Any, train: Images, tmp_pat
     for kind, problems in expected.items():
         source = load_source(f"{kind}:{tmp_path}", "train", image_size=SIZE)
         batch = source.gather(np.arange(18))
-        assert dict(source.problems) == dict(scan(source)) == problems  # pyright: ignore[reportAttributeAccessIssue]
+        assert dict(source.problems) == find_problems(source) == problems  # pyright: ignore[reportAttributeAccessIssue]
         np.testing.assert_array_equal(batch["bad"].sum(), len(problems))
         if kind != "array_record":  # the next of class 0
             other = 6 if kind == "parquet" else 3
@@ -229,7 +231,7 @@ def test_a_tar_of_oddities_lists_them(train: Images, tmp_path: pathlib.Path) -> 
     source: Any = load_source(f"webdataset:{tmp_path}", "train", image_size=SIZE)
     assert [source.name(i) for i in range(3)] == ["train.tar:a/x", "train.tar:b/x", f"train.tar:{'n' * 120}"]
     np.testing.assert_array_equal(source.gather(np.arange(3))["labels"], [1, 0, 1])
-    assert [source.encoded(i) for i in range(3)] == [train[i][0] for i in (0, 1, 4)]
+    assert [source.read_image(i)[0] for i in range(3)] == [train[i][0] for i in (0, 1, 4)]
     no_class = "no class in it: .cls holds a number, .json a number named 'label'"
     assert dict(source.problems) == {
         "train.tar:b/x.png": "a second image of its sample",
@@ -311,7 +313,7 @@ def test_wrong_parquet_is_refused(train: Images, tmp_path: pathlib.Path, monkeyp
     images = pa.array([data for data, _, _ in train])
     pq.write_table(pa.table({"image": images, "label": [label for _, label, _ in train]}), path)
     source: Any = load_source(f"parquet:{path}", "heldout", image_size=SIZE)
-    assert (source.class_names, source.encoded(0) in [data for data, _, _ in train]) == (("0", "1", "2"), True)
+    assert (source.class_names, source.read_image(0)[0] in [data for data, _, _ in train]) == (("0", "1", "2"), True)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     check_refused("pip install pyarrow")
 

@@ -1,7 +1,7 @@
-"""array_record:PATH, our own simplest records: a label and an encoded image.
+"""array_record:PATH, our simplest records: a label and an encoded image.
 
-A record is the label, 4 bytes, a little-endian signed integer, and then the encoded image as it was. A classes.txt in
-the folder has the names of the classes, one a line. (What TFDS has prepared as ArrayRecord is read by tfds:NAME.)
+A record is the label (4 bytes, little-endian, signed) followed by the encoded image. A classes.txt in the folder names the
+classes, one per line. TFDS datasets prepared as ArrayRecord are read by tfds:NAME.
 """
 
 from __future__ import annotations
@@ -11,65 +11,59 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from rar_jax.config import require
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.image_source import Split, View
-from rar_jax.data.splits import class_names_beside, data_files, heldout_mask, split_files
+from rar_jax.data.splits import find_data_files, read_class_names, split_files
 from rar_jax.errors import ConfigError, DecodeError
 
-_MISSING = "ArrayRecord files are read and written by array_record: pip install array_record"
+_MISSING = "ArrayRecord files need a package: pip install array_record"
 _LABEL_BYTES = 4
 
 
 class ArrayRecordSource(EncodedSource):
-    """One file, a folder, a glob or a brace range of .array_record files; `splits.split_files` says which are held out.
+    """One file, a folder, a glob or a brace range of .array_record files.
 
-    Labels are known only by reading: a share to hold out is therefore one of all records, not of each class.
+    Labels are known only by reading, so a held-out share is one of all records and not of each class.
 
     Raises: ConfigError for a missing or damaged file, no classes.txt, or array_record not installed.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
         spec = f"array_record:{argument}"
-        found = data_files(spec, argument, (".array_record", ".arrayrecord"))
-        self._paths, _, share = split_files(spec, found, split)
-        if (names := class_names_beside(found[0])) is None:
-            raise ConfigError(f"{spec}: no classes.txt beside {found[0].name}: write the classes' names, one a line")
+        found = find_data_files(spec, argument, (".array_record", ".arrayrecord"))
+        paths, _, hold_out = split_files(spec, found, split)
+        if (names := read_class_names(found[0].parent)) is None:
+            raise ConfigError(f"{spec}: no classes.txt beside {found[0].name}: write one class name per line")
         try:
             from array_record.python import array_record_data_source
         except ImportError:
             raise ConfigError(f"{spec}: {_MISSING}") from None
         try:
-            # Opens its files when read, in each process for itself.
-            self._data: Any = array_record_data_source.ArrayRecordDataSource([str(path) for path in self._paths])
+            # Each process opens the files itself, when it reads them.
+            self._data: Any = array_record_data_source.ArrayRecordDataSource([str(path) for path in paths])
             length = len(self._data)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{spec}: no whole ArrayRecord files ({str(error).splitlines()[0]})") from None
-        self._rows = np.arange(length)
-        if share:
-            mask = heldout_mask(np.zeros(length, int), [b"%d" % row for row in range(length)])
-            self._rows = np.flatnonzero(mask == (split == "heldout"))
-        super().__init__(spec, view, length=len(self._rows), labels=None, class_names=names)
+        super().__init__(spec, view, length=length, labels=None, class_names=names, hold_out=hold_out)
 
-    def _name(self, image: int) -> str:
-        return f"record {self._rows[image]}"
+    def _name(self, row: int) -> str:
+        return f"record {row}"
 
-    def _record(self, image: int) -> tuple[bytes, int]:
+    def _record(self, row: int) -> tuple[bytes, int]:
         try:
-            record: bytes = self._data[int(self._rows[image])]
+            record: bytes = self._data[row]
         except (RuntimeError, IndexError) as error:
             raise DecodeError(f"unreadable record: {str(error).splitlines()[0]}") from None
         if len(record) < _LABEL_BYTES:
-            raise DecodeError(f"a record of {len(record)} bytes, of which the label needs {_LABEL_BYTES}")
+            raise DecodeError(f"record of {len(record)} bytes, too short for a label")
         return record[_LABEL_BYTES:], int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
 
 
 def write_array_record(
     path: str | pathlib.Path, images: Iterable[tuple[bytes, int]], *, class_names: Sequence[str]
 ) -> int:
-    """Writes (encoded image, label) pairs into one file, and classes.txt beside it. Returns: how many.
+    """Write (encoded image, label) pairs into a file, classes.txt beside it; return how many.
 
     Raises: ConfigError if a label has no class, a name is not one line, or array_record is not installed.
     """
@@ -80,7 +74,7 @@ def write_array_record(
     for name in class_names:
         require(name.strip() == name != "" and "\n" not in name, f"class name {name!r} is not one line of text")
     path, count = pathlib.Path(path), 0
-    # One record a group: read one by one; and uncompressed: images are compressed already.
+    # One record per group, for random access; uncompressed, since images are compressed.
     writer: Any = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     with contextlib.closing(writer):
         for data, label in images:

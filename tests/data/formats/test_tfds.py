@@ -54,8 +54,8 @@ def test_tfds_of_many_sizes(files: Any, tmp_path: pathlib.Path, monkeypatch: pyt
         ours: Any = load_source("tfds:tiny", split, image_size=SIZE, crop="ten")
         assert (ours.num_images, ours.class_names) == (folder.num_images, CLASSES)
         # TFDS has an order of its own.
-        places = {folder.encoded(i): i for i in range(folder.num_images)}
-        order = np.array([places[ours.encoded(i)] for i in range(ours.num_images)])
+        places = {folder.read_image(i)[0]: i for i in range(folder.num_images)}
+        order = np.array([places[ours.read_image(i)[0]] for i in range(ours.num_images)])
         assert len(set(order)) == len(order)
         expected = folder.gather((order[:, None] * 10 + np.arange(10)).ravel())
         found = ours.gather(np.arange(len(ours)))
@@ -66,7 +66,7 @@ def test_tfds_of_many_sizes(files: Any, tmp_path: pathlib.Path, monkeypatch: pyt
 
 
 def test_tfds_of_one_size_can_be_cropped(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same images, decoded by TFDS and left alone, or encoded and cropped by us: both whole, being square."""
+    """The same images, padded or cropped: both whole, being square."""
     tfds: Any = pytest.importorskip("tensorflow_datasets")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8)
     images: Images = []
@@ -86,3 +86,13 @@ def test_tfds_of_one_size_can_be_cropped(tmp_path: pathlib.Path, monkeypatch: py
         np.testing.assert_array_equal(ours[key], theirs[key])
     assert sorted(image.tobytes() for image in ours["images"]) == sorted(image.tobytes() for image in pixels)
     assert ten[7]["images"].shape == (28, 28, 3) and ten[17]["crops"] == 7
+    wide = load_source("tfds:tiny", "heldout", image_size=32).gather(np.array([4, 2]))
+    assert {key: (value.shape, value.dtype.name) for key, value in wide.items() if key != "bad"} == {
+        "images": ((2, 32, 32, 1), "uint8"),
+        "labels": ((2,), "int32"),
+        "ids": ((2,), "int64"),
+    }
+    np.testing.assert_array_equal(wide["images"][:, 2:30, 2:30], theirs["images"][[4, 2]])
+    assert not wide["images"][:, :2].any() and wide["ids"].tolist() == [4, 2]
+    with pytest.raises(ConfigError, match="28x28, larger than image_size=20"):
+        load_source("tfds:tiny", "heldout", image_size=20)

@@ -1,0 +1,1 @@
+"""Optional containers of encoded images, one module per format."""

@@ -1,0 +1,114 @@
+"""parquet:PATH, the Hugging Face hub's layout: columns image {bytes, path} and label."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from rar_jax.config import require
+from rar_jax.data.encoded import EncodedSource
+from rar_jax.data.image_source import Split, View
+from rar_jax.data.splits import find_data_files, number_classes, split_files
+from rar_jax.errors import ConfigError, DecodeError
+
+# Each process caches as many row groups as fit, and at least one.
+CACHE_BYTES = 256 * 2**20
+
+
+class ParquetSource(EncodedSource):
+    """One file, a folder, a glob or a brace range of .parquet files.
+
+    The smallest readable unit is a row group, commonly 100 to 1000 images. Reading rows in order reads each group once.
+    A shuffled stream reads a group for nearly every image: tokenize in order, or unpack to folder:.
+
+    Class names come from the Hugging Face metadata of the schema, else they are numbers.
+
+    Raises: ConfigError for a missing or damaged file, other columns, or pyarrow not installed.
+    """
+
+    def __init__(self, argument: str, split: Split, view: View) -> None:
+        spec = f"parquet:{argument}"
+        found = find_data_files(spec, argument, (".parquet",))
+        self._paths, train, hold_out = split_files(spec, found, split)
+        opened = [_open_file(spec, path) for path in self._paths]
+        names = _read_feature_names(opened[0].schema_arrow.metadata)
+        sizes = [[f.metadata.row_group(g).num_rows for g in range(f.metadata.num_row_groups)] for f in opened]
+        self._groups = [(file, group) for file, rows in enumerate(sizes) for group in range(len(rows))]
+        self._ends = np.cumsum([0, *(n for rows in sizes for n in rows)], dtype=np.int64)
+        self._file_ends = np.cumsum([0, *(sum(rows) for rows in sizes)], dtype=np.int64)
+        labels = [_read_labels(spec, path, file) for path, file in zip(self._paths, opened, strict=True)]
+        if names is None:
+            every = labels if self._paths == train else [_read_labels(spec, p, _open_file(spec, p)) for p in train]
+            names = number_classes(np.concatenate(every))
+        self._open_files: dict[int, Any] = {}
+        self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        length = int(self._ends[-1])
+        super().__init__(spec, view, length=length, labels=np.concatenate(labels), class_names=names, hold_out=hold_out)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process opens the files itself.
+        return {**self.__dict__, "_open_files": {}, "_cache": collections.OrderedDict()}
+
+    def _name(self, row: int) -> str:
+        file = int(np.searchsorted(self._file_ends, row, side="right")) - 1
+        return f"{self._paths[file].name}:{row - self._file_ends[file]}"
+
+    def _record(self, row: int) -> tuple[bytes, None]:
+        group = int(np.searchsorted(self._ends, row, side="right")) - 1
+        value = self._read_group(group)[row - int(self._ends[group])].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None:
+            raise DecodeError("no bytes: the row is empty or names a file elsewhere")
+        return data, None
+
+    def _read_group(self, index: int) -> Any:
+        """Image column of a row group; the least recently used groups leave the cache first."""
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        file, group = self._groups[index]
+        if file not in self._open_files:
+            self._open_files = {file: _open_file(self.spec, self._paths[file])}  # one: footers may be large
+        # Make room first, by the size in the footer, so that the bound holds while reading too.
+        coming = self._open_files[file].metadata.row_group(group).total_byte_size
+        while self._cache and coming + sum(column.nbytes for column in self._cache.values()) > CACHE_BYTES:
+            self._cache.popitem(last=False)
+        self._cache[index] = self._open_files[file].read_row_group(group, columns=["image"])["image"]
+        return self._cache[index]
+
+
+def _open_file(spec: str, path: pathlib.Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(f"{spec}: Parquet files need a package: pip install pyarrow") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{spec}: {path.name} is no whole Parquet file ({str(error).splitlines()[0]})") from None
+    columns = file.schema_arrow.names
+    require({"image", "label"} <= set(columns), f"{spec}: {path.name} has columns {columns}, not 'image' and 'label'")
+    return file
+
+
+def _read_labels(spec: str, path: pathlib.Path, file: Any) -> np.ndarray:
+    column = file.read(columns=["label"])["label"]
+    require(column.null_count == 0, f"{spec}: {path.name} has {column.null_count} rows without a label")
+    labels = column.to_numpy()
+    integers = np.issubdtype(labels.dtype, np.integer)
+    require(integers, f"{spec}: labels of {path.name} are {column.type}, expected integers")
+    return labels.astype(np.int64)
+
+
+def _read_feature_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
+    """Class names in the features that the datasets library writes into the schema, or None."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(str(name) for name in features["label"]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
