@@ -42,7 +42,11 @@ def install(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) ->
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES.get(name) or REAL_REQUIRES(name))
+    monkeypatch.setattr(
+        importlib.metadata,
+        "requires",
+        lambda name: REQUIRES.get(name) or (name == "rar_jax" and REAL_REQUIRES(name)) or [],
+    )
 
 
 def run(*argv: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -180,7 +180,7 @@ def test_of_many_classes_the_smallest_median_and_largest_are_printed(
         for i in range(label % 5 + 2 * (label == 9)):
             (folder / f"{i}.jpg").write_bytes(data)
     (tmp_path / "data" / "val").mkdir()
-    lines = [line.lstrip("│└─ ").split() for line in text(capsys, 1, "folder:data").splitlines()]
+    lines = [line.lstrip("│├└─ ").split() for line in text(capsys, 1, "folder:data").splitlines()]
     begin = next(i for i, line in enumerate(lines) if line[:3] == ["the", "18", "smallest"])
     shown = lines[begin + 2 : begin + 22]
     assert [count for count, _ in shown] == sorted(count for count, _ in shown)
