@@ -1,10 +1,13 @@
 # shellcheck shell=bash
 # What the scripts of this folder share; they source it.
 
-# The one place that says it: a process that was preempted has saved and leaves with this exit code (EX_TEMPFAIL of sysexits.h,
-# "try again later"). Only then is it started again; any other failure would only be repeated.
-# shellcheck disable=SC2034
+# The exit code of a preempted training, which has saved (EX_TEMPFAIL of sysexits.h). SIGTERM ends everything else with 143.
+# Runs that end with one of these codes are restarted. Any other failure would only repeat.
 PREEMPTED=75
+TERMINATED=143
+
+# Whether $1 is the exit code of a preemption.
+is_preempted() { [ "$1" = "$PREEMPTED" ] || [ "$1" = "$TERMINATED" ]; }
 
 dry_run=
 own='--dry-run'

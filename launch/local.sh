@@ -56,7 +56,7 @@ stop() { [ "${#pids[@]}" = 0 ] || kill "${pids[@]}" 2>/dev/null || true; }
 trap 'signals=$((signals + 1)); stop' INT TERM
 trap 'stop; rm -rf "$logs"' EXIT
 
-# Starts all and waits. Its code is that of the first process that failed; a lost one ends the others, which notice.
+# Starts all and waits. Its code is that of a preempted process, or else of the first that failed: a lost one ends the others.
 once() {
     local address=${port:-$(free_port)} code=0 failed k
     pids=()
@@ -73,7 +73,7 @@ once() {
         failed=0
         await "${pids[k]}" || failed=$?
         unset "pids[k]" # a second SIGTERM would find another process, or end a save
-        [ "$code" != 0 ] || code=$failed
+        if [ "$code" = 0 ] || is_preempted "$failed"; then code=$failed; fi
     done
     [ "$code" != 0 ] || return 0
     for ((k = 1; k < count; k++)); do
@@ -85,7 +85,7 @@ once() {
 
 code=0
 once "$@" || code=$?
-while [ "$code" = "$PREEMPTED" ] && [ "$signals" = 0 ]; do
+while is_preempted "$code" && [ "$signals" = 0 ]; do
     code=0
     once "$@" || code=$?
 done

@@ -123,7 +123,7 @@ watch() {
             case $told in
                 '' | running) ;;
                 0) echo "done; '${0##*/} down' gives the machines back"; return ;;
-                "$PREEMPTED") echo "preempted: started again"; due=start ;;
+                "$PREEMPTED" | "$TERMINATED") echo "preempted: started again"; due=start ;;
                 # A host that was rebooted has lost what `copy` mounted, too.
                 dead) echo "process 0 is gone, without an exit code: started again"; due=anew ;;
                 stopped) echo "stopped; '${0##*/} start' goes on" >&2; return 1 ;;
@@ -131,8 +131,8 @@ watch() {
                     # When a host is lost, its peers leave with the code of a failure. If it was taken away, gcloud says so later.
                     if ! all=$(statuses) || [ "$(state)" != "$ready" ]; then
                         echo "exit code $told, and not all hosts answer: asked again"
-                    elif grep -qx dead <<<"$all"; then
-                        echo "the process of a host is gone, without an exit code: all are started again"
+                    elif grep -qxE "dead|$PREEMPTED|$TERMINATED" <<<"$all"; then
+                        echo "the process of a host is gone or was preempted: all are started again"
                         due=anew
                     else
                         last_words || true
@@ -157,7 +157,7 @@ rehearse() {
     remark "after a preemption"
     delete
     anew
-    remark "after exit code $PREEMPTED"
+    remark "after exit code $PREEMPTED or $TERMINATED"
     start
     remark "after another one"
     statuses

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-import os
 import pathlib
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rar_jax.flags import MANY, parser
-
-if TYPE_CHECKING:
-    from rar_jax.runs.preemption import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `rar-jax`. Returns the exit code: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted."""
-    if argv is None:  # a program of its own: until a verb takes over SIGTERM, and after it, there is nothing to save
-        from rar_jax.errors import PREEMPTED
-
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     flags = parser()
     args, rest = flags.parse_known_args(argv)
     try:
@@ -54,25 +43,19 @@ def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentPars
     # Imported here so that --help is instant.
     from rar_jax.errors import ConfigError, ProcessError
     from rar_jax.parallel import mesh, processes
-    from rar_jax.runs import preemption
 
-    watch = preemption.Watch()
     if args.verb not in MANY:
-        return _guarded(args, overrides, watch)
-    main_thread = threading.current_thread() is threading.main_thread()  # where alone signals can be taken over
-    with watch.listening() if main_thread else contextlib.nullcontext():
-        try:
-            processes.start(args.coordinator_address, args.process_count, args.process_index)
-            mesh.find_devices()
-        except (ConfigError, ProcessError) as error:
-            print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
-            return 2 if isinstance(error, ConfigError) else 1
-        if main_thread:
-            watch.joined()
-        return processes.together(args.verb, lambda: _guarded(args, overrides, watch), watch.exit_code)
+        return _guarded(args, overrides)
+    try:
+        processes.start(args.coordinator_address, args.process_count, args.process_index)
+        mesh.find_devices()
+    except (ConfigError, ProcessError) as error:
+        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return processes.together(args.verb, lambda: _guarded(args, overrides))
 
 
-def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> int:
+def _guarded(args: argparse.Namespace, overrides: list[str]) -> int:
     """Does the verb; errors that people can mend are one line."""
     from rar_jax.errors import (
         PREEMPTED,
@@ -91,14 +74,14 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
     from rar_jax.parallel import mesh
     from rar_jax.parallel.memory import exhaustion
     from rar_jax.programs import refusals
-    from rar_jax.runs.logging import progress_in_files
     from rar_jax.runs.object_store import ObjectStoreError
+    from rar_jax.runs.progress import show_progress_in_files
 
     def fail(problem: object, code: int = 1) -> int:
         print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)
         return code
 
-    progress_in_files(args.progress)
+    show_progress_in_files(args.progress)
     ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
     try:
         if args.verb == "inspect":
@@ -109,9 +92,9 @@ def _guarded(args: argparse.Namespace, overrides: list[str], watch: Watch) -> in
             mesh.find_devices()
         rows = f"--batch-size {args.batch_size or ''}" if "batch_size" in args else "config.evaluate.batch_size"
         with exhaustion(rows.strip(), "make it smaller, or take more devices"):  # where the work itself says no more
-            _dispatch(args, overrides, watch)
+            _dispatch(args, overrides)
     except Preempted:
-        print(f"\nrar-jax {args.verb}: SIGTERM: saved, and stopped; the same command goes on", file=sys.stderr)
+        print(f"\nrar-jax {args.verb}: preempted; the same command resumes", file=sys.stderr)
         return PREEMPTED
     except (*ours, ProcessError, StorageError, ObjectStoreError, DeviceMemoryError) as error:
         return fail(error, 2 if isinstance(error, ConfigError) else 1)
@@ -131,7 +114,7 @@ def _fetched(path: Any) -> Any:
     return str(Workdir(path).fetch().path) if path and is_url(path) else path
 
 
-def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> None:
+def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import load_experiment
     from rar_jax.errors import ConfigError
 
@@ -197,7 +180,7 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
     if args.verb == "run":
         from rar_jax.programs.run import run
 
-        run(experiment, workdir, quiet=args.quiet, watch=watch)
+        run(experiment, workdir, quiet=args.quiet)
         return
 
     from rar_jax.parallel.mesh import make_mesh
@@ -209,9 +192,9 @@ def _dispatch(args: argparse.Namespace, overrides: list[str], watch: Watch) -> N
         workdir.read_config()  # tokenize and evaluate need what another verb has made; they start nothing
     if args.verb == "train":
         check_start(experiment, workdir)
-    from rar_jax.runs.session import session
+    from rar_jax.runs.session import open_session
 
-    with session(workdir, args.verb, watch, lambda: workdir.claim(experiment.resolved())) as around:
+    with open_session(workdir, args.verb, lambda: workdir.claim(experiment.resolved())) as around:
         if args.verb == "train":
             from rar_jax.programs.run import headline
             from rar_jax.training.loop import train
@@ -242,9 +225,8 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from rar_jax.config import load_experiment
     from rar_jax.experiment import resolve
-    from rar_jax.tools.plan.plan import parts_of, plan
-    from rar_jax.tools.plan.search import search, search_text
-    from rar_jax.tools.plan.text import plan_text
+    from rar_jax.tools.plan.plan import list_parts, plan_experiment, search_meshes
+    from rar_jax.tools.plan.text import format_plan, format_search
     from rar_jax.tools.plan.topology import parse_topology
 
     def say(text: str) -> None:
@@ -255,16 +237,18 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
     topology = parse_topology(args.topology, args.slices)
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
     if args.search:
-        found = search(experiment, topology, say=say)
-        print(json.dumps(found, indent=1) if args.json else search_text(found))
+        found = search_meshes(experiment, topology, say=say)
+        print(json.dumps(found, indent=1) if args.json else format_search(found))
         return
     report: dict[str, Any] = {}
-    for part in (args.only,) if args.only else parts_of(experiment):  # each is told when it is there: they take minutes
-        found = plan(
+    for part in (
+        (args.only,) if args.only else list_parts(experiment)
+    ):  # each is told when it is there: they take minutes
+        found = plan_experiment(
             experiment, topology, sample_rows=args.sample_rows, parts=(part,), remedies=not args.as_is, say=say
         )
         if not args.json:
-            print(plan_text(found, heading=not report), flush=True)
+            print(format_plan(found, heading=not report), flush=True)
         report |= found
     if args.json:
         print(json.dumps(report, indent=1))
@@ -357,7 +341,7 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
-    from rar_jax.tools.doctor import format_checkup, check_machine
+    from rar_jax.tools.doctor import check_machine, format_checkup
 
     if overrides:
         print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
@@ -378,7 +362,7 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     from rar_jax.config import load_experiment
     from rar_jax.errors import ConfigError
     from rar_jax.experiment import resolve
-    from rar_jax.tools.bench.bench import bench, table
+    from rar_jax.tools.bench.bench import bench_experiment, format_bench
     from rar_jax.tools.bench.cases import Options
 
     try:
@@ -388,8 +372,8 @@ def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
     keywords = {name: getattr(args, name) for name in ("what", "repeats", "dtype", "decode", "whole", "records")}
     options = Options(batch_sizes=sizes, **keywords)
     experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    report = bench(experiment, options, profile=args.profile, quiet=args.quiet)
+    report = bench_experiment(experiment, options, profile=args.profile, quiet=args.quiet)
     if not (args.json and args.quiet):
-        print(table(report), file=sys.stderr if args.json else sys.stdout)
+        print(format_bench(report), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report, indent=1))

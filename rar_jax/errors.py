@@ -43,8 +43,8 @@ class DecodeError(ValueError):
     """An image that cannot be had: the message is the reason, one line, without the record's name."""
 
 
-class HloError(ValueError):
-    """The text says something that is not understood here: the message says what."""
+class TripCountError(ValueError):
+    """The trip count of a loop depends on data, so that its cost cannot be counted."""
 
 
 class DeviceMemoryError(RuntimeError):

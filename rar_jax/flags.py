@@ -136,7 +136,7 @@ def _sample_flags(sub: argparse.ArgumentParser) -> None:
 
 def _convert_flags(sub: argparse.ArgumentParser) -> None:
     _weights_flags(sub)
-    sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors, .bin, .pth")
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="new directory, or FILE.safetensors")
     sub.add_argument("--part", choices=("generator", "tokenizer"), help="what to take out of a directory (generator)")
 
 
@@ -167,7 +167,7 @@ def _bench_flags(sub: argparse.ArgumentParser) -> None:
 
 def _plan_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, help="experiment file, or its bare name (rar_xxl)")
-    sub.add_argument("--topology", required=True, help="v5e:4x4, v6e:8x8, v5p:4x4x4; gpu:8xH100, gpu:1x24GB")
+    sub.add_argument("--topology", required=True, help="v5e:4x4, v6e:8x8, v5p:4x4x4")
     sub.add_argument("--slices", type=int, default=1, help="so many of them, joined by the data centre's network")
     sub.add_argument("--only", choices=("train", "tokenize", "sample"), help="compile only this step")
     sub.add_argument("--sample-rows", type=int, default=16, help="images a chip when sampling (default 16)")
@@ -267,9 +267,8 @@ _PLAN = """\
   rar-jax plan --config rar_xxl --topology v5p:4x4x4
   rar-jax plan --config rar_b --topology v5e:16x16 --slices 4 --only train
   rar-jax plan --config rar_xxl --topology v5e:4x4 --search           a table of meshes, the fastest first
-  rar-jax plan --config rar_b --topology gpu:8xH100
 The steps of training, of tokenizing, and of sampling with FID are compiled by TPU's own compiler, on a machine without a TPU (pip
-install -e '.[tpu]'; minutes): memory, what goes over the wire, and an estimate of time and chip-hours. GPUs: from arithmetic alone.
+install -e '.[tpu]'; minutes): memory, communication, and an estimate of time and chip-hours.
 """
 _REPORT = """\
   rar-jax report runs/digits                    runs/digits/report.html
@@ -286,7 +285,7 @@ about each. The exit code is 1 if something is bad.
 _CONVERT = """\
   rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b     for --weights rar_b
   rar-jax convert --weights rar_b.bin --out rar_b.safetensors
-  rar-jax convert --weights runs/imagenet --out mine.bin                      a file that the authors' code loads
+  rar-jax convert --weights runs/imagenet --out mine.safetensors          a file with the released names
 Records the sha256 of what was read and written.
 """
 _BENCH = """\

@@ -113,8 +113,8 @@ class Recipe:
     ones. verify_saves: each is read again from the disk, and a difference stops the training. keep_best: also the
     one with the best live distance (where none is measured, the lowest held-out loss).
     spike_sigmas: an update is left out if its loss or gradient norm is so many standard deviations above the mean of the last 128
-    (guard.py), 0: only if it is not finite. most_skips: after so many in a row the training goes back to its last good checkpoint
-    and passes over the batches in between; most_rewinds: so often, and then it stops with a dump.
+    (guard.py), 0: only if it is not finite. max_consecutive_skips: after so many, training rolls back to its last good
+    checkpoint and skips the batches in between. max_rollbacks: after so many, it stops with a dump.
 
     Raises: ConfigError for numbers that cannot be.
     """
@@ -139,8 +139,8 @@ class Recipe:
     verify_saves: bool = False
     keep_best: bool = False
     spike_sigmas: float = 10.0
-    most_skips: int = 10
-    most_rewinds: int = 2
+    max_consecutive_skips: int = 10
+    max_rollbacks: int = 2
 
     def __post_init__(self) -> None:
         for name in (
@@ -151,7 +151,7 @@ class Recipe:
             "eval_every",
             "checkpoint_every",
             "eval_records",
-            "most_skips",
+            "max_consecutive_skips",
         ):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         require(
@@ -161,7 +161,7 @@ class Recipe:
         require(
             self.warmup < self.steps, f"warmup is {self.warmup} steps, not shorter than the training of {self.steps}"
         )
-        for name in ("end_learning_rate", "weight_decay", "spike_sigmas", "most_rewinds"):
+        for name in ("end_learning_rate", "weight_decay", "spike_sigmas", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it cannot be negative")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")

@@ -145,7 +145,7 @@ def released_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     from rar_jax.weights import rar as interop_rar
 
     folder = tmp_path_factory.mktemp("released")
-    pair = Pair(folder / "rar_mini.bin", folder / "vq_mini.safetensors")
+    pair = Pair(folder / "rar_mini.safetensors", folder / "vq_mini.safetensors")
     rar_config = dataclasses.replace(rar.TINY, num_tokens=64)  # 8 x 8
     params = rar.init(rar_config, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)

@@ -112,9 +112,9 @@ def wrong_tokenizer(at: Place) -> None:
     config = maskgit_vq.Config(
         image_size=16, base_width=8, width_multipliers=(1, 2), blocks_per_level=1, latent_width=8, codebook_size=64
     )
-    interop_vq.save("other.bin", config, maskgit_vq.init(config, jax.random.key(0)))
+    interop_vq.save("other.safetensors", config, maskgit_vq.init(config, jax.random.key(0)))
     at.how = "whose codebook has 64 codes"
-    at.command(SAMPLE.replace("vq.safetensors", "other.bin"), 2)
+    at.command(SAMPLE.replace("vq.safetensors", "other.safetensors"), 2)
 
 
 @case("Weights", "A file that is cut off")
@@ -235,12 +235,12 @@ def with_a_tokenizer(at: Place, *flags: str) -> None:
     config = maskgit_vq.Config(
         image_size=8, channels=1, base_width=8, width_multipliers=(1, 2), blocks_per_level=1, latent_width=8, codebook_size=32
     )  # fmt: skip
-    interop_vq.save("vq8.bin", config, maskgit_vq.init(config, jax.random.key(0)))
+    interop_vq.save("vq8.safetensors", config, maskgit_vq.init(config, jax.random.key(0)))
     tiny = pathlib.Path("tiny.py").read_text().replace("def get_config", "def get_tiny_config")
     at.path.joinpath("mine.py").write_text(
         f"{tiny}\n\ndef get_config():\n    config = get_tiny_config()\n    del config['tokenizer_train'], config['classifier']\n"
         "    config.tokenizer = {k: v for k, v in config.tokenizer.items() if not k.startswith('restart')}\n"
-        "    config.tokenizer.weights = 'vq8.bin'\n    return config\n"
+        "    config.tokenizer.weights = 'vq8.safetensors'\n    return config\n"
     )
     argv = ["train", "--config", "mine.py", "--workdir", "runs/a", "--stage", "tokenizer", "--quiet", *flags]
     assert cli.main(argv) == 0

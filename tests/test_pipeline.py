@@ -68,8 +68,8 @@ def test_batches_do_not_matter(released_pair: Any, images: np.ndarray, batch_siz
 
 def test_the_tokens_tell_the_size_of_the_image(released_pair: Any, tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(generator.TINY, num_tokens=9)
-    rar.save(tmp_path / "w.bin", config, generator.init(config, jax.random.key(0)))
-    pipeline = rar_jax.load(tmp_path / "w.bin", tokenizer=released_pair.tokenizer)
+    rar.save(tmp_path / "w.safetensors", config, generator.init(config, jax.random.key(0)))
+    pipeline = rar_jax.load(tmp_path / "w.safetensors", tokenizer=released_pair.tokenizer)
     assert pipeline.sample([1]).shape == (1, 6, 6, 3)
 
 
@@ -136,14 +136,25 @@ def test_bfloat16_samples(released_pair: Any) -> None:
 def test_a_released_size_brings_its_guidance_and_names(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the file, and through a converted directory."""
     config = generator.Config(width=16, depth=1, num_heads=2, mlp_width=32)  # 256 tokens, 1024 codes, 1000 classes
-    rar.save(tmp_path / "w.bin", config, generator.init(config, jax.random.key(0)))
+    rar.save(tmp_path / "w.safetensors", config, generator.init(config, jax.random.key(0)))
     vq = tokenizer.Config(image_size=16, base_width=8, width_multipliers=(1,), blocks_per_level=1, latent_width=8)
-    maskgit_vq.save(tmp_path / "vq.bin", vq, tokenizer.init(vq, jax.random.key(0)))
+    maskgit_vq.save(tmp_path / "vq.safetensors", vq, tokenizer.init(vq, jax.random.key(0)))
     small = dataclasses.replace(released.GENERATORS["rar_l"], width=16, depth=1, mlp_width=32)
     monkeypatch.setitem(released.GENERATORS, "rar_l", small)
-    argv = ["--weights", tmp_path / "w.bin", "--tokenizer", tmp_path / "vq.bin", "--out", tmp_path / "d", "--quiet"]
+    argv = [
+        "--weights",
+        tmp_path / "w.safetensors",
+        "--tokenizer",
+        tmp_path / "vq.safetensors",
+        "--out",
+        tmp_path / "d",
+        "--quiet",
+    ]
     assert cli.main(["convert", *map(str, argv)]) == 0
-    for pipeline in (rar_jax.load(tmp_path / "w.bin", tokenizer=tmp_path / "vq.bin"), rar_jax.load(tmp_path / "d")):
+    for pipeline in (
+        rar_jax.load(tmp_path / "w.safetensors", tokenizer=tmp_path / "vq.safetensors"),
+        rar_jax.load(tmp_path / "d"),
+    ):
         assert pipeline.guidance == rar_jax.Guidance(15.5, 2.5, 1.02)
         assert pipeline.class_names[207] == "golden retriever"
 
@@ -170,9 +181,9 @@ def test_what_is_missing(released_pair: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="is not a work directory"):
         rar_jax.load(tmp_path)
     config = dataclasses.replace(generator.TINY, num_tokens=12)
-    rar.save(tmp_path / "w.bin", config, generator.init(config, jax.random.key(0)))
+    rar.save(tmp_path / "w.safetensors", config, generator.init(config, jax.random.key(0)))
     with pytest.raises(ConfigError, match=r"int32\[12\] an image, the tokenizer takes int32\[64\]"):
-        rar_jax.load(tmp_path / "w.bin", tokenizer=released_pair.tokenizer)
+        rar_jax.load(tmp_path / "w.safetensors", tokenizer=released_pair.tokenizer)
 
 
 @pytest.mark.parametrize(

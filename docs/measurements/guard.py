@@ -24,7 +24,7 @@ from rar_jax.parallel.rules import sharded
 from rar_jax.runs.checkpoint import Checkpointer
 from rar_jax.runs.manifest import verify_from_disk, write_manifest
 from rar_jax.training import guard
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 
 ROUNDS, STEPS = 15, 6
 
@@ -41,7 +41,9 @@ def main(name: str) -> None:
     }
     steps: list[Any] = []
     for guarded in (True, False):
-        free = mock.patch.multiple(guard, judge=lambda g, m, *, sigmas: (False, g), unless=lambda bad, new, old: new)
+        free = mock.patch.multiple(
+            guard, judge=lambda g, m, *, sigmas: (False, g), select_if=lambda bad, then, otherwise: otherwise
+        )
         with sharded(mesh), mock.patch.dict({}) if guarded else free:
             setup = compile_training(model.module, model.config, recipe, mesh)
             state, _ = setup.step(setup.init(jax.random.key(0)), batch, jax.random.key(1))

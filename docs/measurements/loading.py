@@ -12,16 +12,16 @@ import tempfile
 import jax
 import numpy as np
 
-from rar_jax.generators.rar import Config
+from rar_jax.generators.rar import Config, init
 from rar_jax.programs.convert import convert
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.weights import maskgit_vq, rar
+from rar_jax.weights.mapping import param_shapes, released_shapes, write_safetensors
 from rar_jax.weights.registry import GENERATORS
-from rar_jax.weights.saving import write
 
 CHILD = """
 import re, sys, time, jax
-from rar_jax.interop import rar
+from rar_jax.weights import rar
 from rar_jax.weights.loading import open_weights
 jax.devices()
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
@@ -40,20 +40,21 @@ config = Config(width=released.width, depth=released.depth, mlp_width=released.m
 with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     rng = np.random.default_rng(0)
-    state = {n: rng.standard_normal(s, dtype=np.float32) for n, s in rar.released_shapes(config).items()}
-    for suffix in (".bin", ".safetensors"):
-        write(folder / f"rar{suffix}", state)
+    state = {
+        n: rng.standard_normal(s, dtype=np.float32)
+        for n, s in released_shapes(rar.TABLE, param_shapes(init, config)).items()
+    }
+    write_safetensors(folder / "rar.safetensors", state)
     del state
     small = tokenizer.Config(image_size=32, base_width=32, width_multipliers=(1, 2), latent_width=8)
-    maskgit_vq.save(folder / "vq.bin", small, tokenizer.init(small, jax.random.key(0)))
-    convert(str(folder / "rar.bin"), folder / "converted", tokenizer=str(folder / "vq.bin"), quiet=True)
+    maskgit_vq.save(folder / "vq.safetensors", small, tokenizer.init(small, jax.random.key(0)))
+    convert(str(folder / "rar.safetensors"), folder / "converted", tokenizer=str(folder / "vq.safetensors"), quiet=True)
     print(f"| RAR-{args.size.upper()} | parameters | peak | peak over parameters, without the process | time |")
     print("|---|---|---|---|---|")
     for what, path, how in (
-        (".bin, placed on a device", "rar.bin", "place"),
         (".safetensors, placed on a device", "rar.safetensors", "place"),
         ("converted directory, placed on a device", "converted", "place"),
-        (".bin, as NumPy arrays", "rar.bin", "load"),
+        (".safetensors, as NumPy arrays", "rar.safetensors", "load"),
     ):
         command = [sys.executable, "-c", CHILD, str(folder / path), how]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

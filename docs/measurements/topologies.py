@@ -63,7 +63,7 @@ def attempts(name: str) -> Iterator[tuple[list[str], Any, Any]]:
     """Flags, the experiment with them, and the topology: as the file is, then, of training, each remedy."""
     from rar_jax.config import load_experiment
     from rar_jax.experiment import resolve
-    from rar_jax.tools.plan.plan import remedies_of
+    from rar_jax.tools.plan.plan import list_remedies
     from rar_jax.tools.plan.topology import parse_topology
 
     model, slice_, slices, batch = cells()[name]
@@ -72,7 +72,7 @@ def attempts(name: str) -> Iterator[tuple[list[str], Any, Any]]:
     yield [], experiment, topology
     if part_of(name) != "train":
         return
-    for flags, changed in remedies_of(experiment, topology.chips):
+    for flags, changed in list_remedies(experiment, topology.chips):
         yield flags, changed, topology
 
 
@@ -81,14 +81,14 @@ def compile_one(name: str, place: int) -> dict[str, Any]:
     import jax
 
     from rar_jax.errors import ConfigError
-    from rar_jax.tools.plan.plan import plan
-    from rar_jax.tools.plan.topology import devices_of
+    from rar_jax.tools.plan.plan import plan_experiment
+    from rar_jax.tools.plan.topology import find_topology_devices
 
     jax.config.update("jax_platforms", "cpu")
     _, experiment, topology = next(itertools.islice(attempts(name), place, None))
-    devices_of(topology)  # what is wrong without it is no property of the experiment
+    find_topology_devices(topology)  # what is wrong without it is no property of the experiment
     try:
-        return plan(
+        return plan_experiment(
             experiment, topology, parts=(part_of(name),), remedies=False, say=lambda t: print(t, file=sys.stderr)
         )
     except ConfigError as error:  # a width that does not divide
@@ -183,7 +183,7 @@ def page(rows: Rows) -> str:
         lines += [
             "",
             f"Two slices of v5e-16 with RAR-B, copies over the data centre's network: {two['seconds']['all']:.3f} s a step, of which "
-            f"{two['seconds']['wire']:.3f} s are wire. Within its slice a chip sends {_sent(two, 'wire_bytes') / 1e6:.0f} MB, to the "
+            f"{two['seconds']['exposed']:.3f} s are wire. Within its slice a chip sends {_sent(two, 'sent_bytes') / 1e6:.0f} MB, to the "
             f"other {_sent(two, 'network_bytes') / 1e6:.0f} MB, all of which is taken to be waited for.",
         ]
     return "\n".join(lines) + "\n"
@@ -226,7 +226,7 @@ def _why(base: dict[str, Any], most: dict[str, Any]) -> str:
     ideal = base["seconds"]["computing"] * base["chips"] / most["chips"]
     return (
         f"Strong scaling to {most['chips']} chips: of {most['seconds']['all']:.3f} s {ideal:.3f} s are the work of {base['chips']} chips shared out. "
-        f"{most['seconds']['wire']:.3f} s are wire: a chip sends {_sent(most, 'wire_bytes') / 1e9:.1f} GB, weights and gradients, "
+        f"{most['seconds']['exposed']:.3f} s are wire: a chip sends {_sent(most, 'sent_bytes') / 1e9:.1f} GB, weights and gradients, "
         f"however few images it has. The other {most['seconds']['computing'] - ideal:.3f} s are computing that "
         f"{BATCH // most['chips']} images a chip do not fill."
     )
@@ -245,7 +245,7 @@ def _cells(row: dict[str, Any] | None) -> str:
     flags = [flag.removeprefix("--config.").split(".", 1)[1] for flag in row["flags"]]
     fits = "yes" if row["fits"] else "with " + ", ".join(flags)
     seconds = row["seconds"]
-    numbers = f"{_gib(row['memory'])} | {seconds['all']:.3f} | {seconds['wire']:.3f}"
+    numbers = f"{_gib(row['memory'])} | {seconds['all']:.3f} | {seconds['exposed']:.3f}"
     return f"{fits} | {numbers} | {row['mfu']:.1%} | {row['images_per_second']:,.0f} | {row['days']:.1f} | {row['chip_hours']:,.0f} | {row['compile_seconds']:.0f}"
 
 
@@ -274,7 +274,7 @@ def _scaled(row: dict[str, Any] | None, base: dict[str, Any] | None, kind: str) 
     if base is not None and "days" in base:
         expected = base["seconds"]["all"] * (base["chips"] / row["chips"] if kind == "strong" else 1)
         efficiency = f"{expected / seconds['all']:.0%}"
-    return f"{seconds['all']:.3f} | {efficiency} | {_sent(row, 'wire_bytes') / 1e9:.2f} GB | {seconds['wire']:.3f} | {seconds['wire_overlapped']:.3f}"
+    return f"{seconds['all']:.3f} | {efficiency} | {_sent(row, 'sent_bytes') / 1e9:.2f} GB | {seconds['exposed']:.3f} | {seconds['overlapped']:.3f}"
 
 
 HEAD = """# What fits where, and how long it takes

@@ -69,8 +69,8 @@ def draw_box(
 
     scale: bounds of the box's fraction of the area.  ratio: bounds of its width over height, uniform in the log.
 
-    Only `rng.random()` is used: NumPy may change between releases how it draws bounded integers, and with it the data of
-    a resumed run.
+    Only `rng.random()` is used: NumPy may change between releases how it draws bounded integers, and with it the data
+    of a resumed run.
     """
     for _ in range(10):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())

@@ -33,7 +33,7 @@ _UPRIGHT = {
 def decode_image(data: bytes, *, channels: int = 3) -> Image.Image:
     """Decode the first frame of an image, upright, to mode "RGB" (channels=3) or "L" (1).
 
-    16-bit samples become round(value / 257). Transparent pixels are blended with white. Colour becomes grey by ITU-R 601.
+    16-bit samples become round(value / 257). Transparent pixels are blended with white. Grey is ITU-R 601.
     JPEGs are decoded at full size: libjpeg's scaled decoding gives other pixels than ADM's arithmetic.
 
     Raises: DecodeError unless it is a whole image of a kind in FORMATS with at most MAX_PIXELS pixels.
@@ -57,7 +57,7 @@ def decode_image(data: bytes, *, channels: int = 3) -> Image.Image:
 
 
 class Header(NamedTuple):
-    """Pillow's names of an image's kind ("JPEG") and mode ("RGB"), its stored size, and whether EXIF rotates or flips it."""
+    """Pillow's kind ("JPEG") and mode ("RGB") of an image, its stored size, and whether EXIF turns it."""
 
     kind: str
     mode: str

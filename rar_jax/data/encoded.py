@@ -56,9 +56,9 @@ class EncodedSource(ImageSource):
     a flip with probability 1/2; "pad" pads images of at most image_size. With "ten", record i is crop i % 10 of image
     i // 10, "crops" int16 (b,) holds the crop and "ids" the image.
 
-    A record that cannot be decoded is added to `problems` and replaced: by the next good image of its class if labels are
-    known without reading, else by the next good image, with its label. "bad" bool (b,) marks such rows. Each worker process
-    has its own `problems`.
+    A record that cannot be decoded is added to `problems` and replaced: by the next good image of its class if labels
+    are known without reading, else by the next good image, with its label. "bad" bool (b,) marks such rows. Each worker
+    process has its own `problems`.
 
     Args:
       length: number of rows in the container.

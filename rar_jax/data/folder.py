@@ -22,15 +22,15 @@ _SKIPPED = ("thumbs.db", "desktop.ini", "__macosx")
 class FolderSource(EncodedSource):
     """PATH/CLASS/.../IMAGE, classes sorted by the bytes of their names, which is ImageNet's label order.
 
-    If PATH/train holds folders, it is the training split, and the first of PATH/val, validation, valid, heldout, test is
-    held out. This also holds if PATH is that train folder. Otherwise 5 % of each class is held out.
+    If PATH/train holds folders, it is the training split, and the first of PATH/val, validation, valid, heldout, test
+    is held out. This also holds if PATH is that train folder. Otherwise 5 % of each class is held out.
 
-    A class without images keeps its label. Images in PATH itself, without any class folder, are one class, named like the
-    folder. Links to files and to class folders are followed. Other files are reported in `problems`, except hidden files
-    and those of operating systems.
+    A class without images keeps its label. Images in PATH itself, without any class folder, are one class, named like
+    the folder. Links to files and to class folders are followed. Other files are reported in `problems`, except hidden
+    files and those of operating systems.
 
-    Raises: ConfigError if there is no such folder, it holds no images, none can be held out, or the validation split has
-      another class.
+    Raises: ConfigError if the folder is missing or empty, no image can be held out, or the validation split has another
+      class.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:

@@ -109,8 +109,8 @@ def shuffle_positions(position: np.ndarray, *, size: int, seed: int) -> np.ndarr
     """Return the record, int64 (b,) in [0, size), at each position of the endless shuffled stream.
 
     Each epoch is a permutation keyed by (seed, epoch): a Feistel network on the next power of two, iterated until it
-    falls within the size (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). No table is kept, and every
-    position costs the same. Frozen: a changed constant changes every run's data.
+    falls within the size (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). No table is kept, and
+    every position costs the same. Frozen: a changed constant changes every run's data.
     """
     epoch, place = np.divmod(position, size)
     record = np.empty_like(position)

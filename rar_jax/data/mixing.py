@@ -1,7 +1,7 @@
 """Several data sets as one stream, mixed by weight.
 
-Integer arithmetic on the position alone says which data set a position draws from: proportions are exact over each period,
-never off by more than the number of data sets, and starting anywhere costs nothing.
+Integer arithmetic on the position alone says which data set a position draws from: proportions are exact over each
+period, never off by more than the number of data sets, and starting anywhere costs nothing.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
 def assign_sources(position: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the data set of each position, and how many draws it had before; both int64 (b,).
 
-    The first data set takes the positions at which floor(position * share / period) increases; the others share the rest
-    in the same way.
+    The first data set takes the positions at which floor(position * share / period) increases; the others share the
+    rest in the same way.
     """
     source_of, draw = np.full(len(position), len(shares) - 1), np.asarray(position, np.int64).copy()
     undecided = np.arange(len(position))

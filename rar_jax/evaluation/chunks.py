@@ -1,4 +1,4 @@
-"""The chunks of an evaluation: computed one after the other, added up in float64, and stored on disk.
+"""The chunks of an evaluation, added up in float64 and stored on disk.
 
 Rerun after an interruption, an evaluation continues after its last finished chunk, with bitwise identical results. All
 that the sums depend on is in the name of the folder. Every process has the sums; process 0 writes.
@@ -25,12 +25,12 @@ import numpy as np
 from rar_jax.errors import ProcessError
 from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.parallel.processes import barrier, from_main, is_main
-from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import write_json
+from rar_jax.runs.progress import track_progress
 
 
 class Chunk(NamedTuple):
-    """Sums of a span of images, and arrays (n, ...) to keep, such as "pool3" or "images"."""
+    """Sums of a span of images, and arrays (n, ...) to keep."""
 
     sums: Sums
     kept: dict[str, Any]
@@ -60,7 +60,7 @@ class ChunkStore:
             return ScoreTotals(split_size)
 
     def is_complete(self, images: int, chunk: int, done: int) -> bool:
-        """Return whether the kept arrays of the first `done` images exist and have the right lengths."""
+        """Return whether the arrays of the first `done` images are whole."""
         try:
             return all(
                 len(np.load(self._path(name, start), mmap_mode="r", allow_pickle=False)) == min(chunk, images - start)
@@ -71,13 +71,13 @@ class ChunkStore:
             return False
 
     def save(self, totals: ScoreTotals, start: int, kept: dict[str, np.ndarray]) -> None:
-        """Write the arrays of the chunk that starts at image `start`, then the sums, which make the chunk count."""
+        """Write the arrays of a chunk, then the sums, which make the chunk count."""
         for name, array in kept.items():
             self._write(self._path(name, start).name, lambda file, array=array: np.save(file, array))
         self._write("totals.npz", lambda file: np.savez(file, allow_pickle=False, **totals.to_arrays()))
 
     def load_kept(self, name: str) -> Iterator[np.ndarray]:
-        """Yield the array of each chunk in order. By name: another process's view of the folder may be stale."""
+        """Yield the array of each chunk, by name: a listing of the folder may be stale."""
         for start in self.starts:
             yield np.load(self._path(name, start), allow_pickle=False)
 
@@ -122,7 +122,7 @@ def accumulate(
         )
     spans = [(start, min(chunk, images - start)) for start in store.starts if start >= totals.done]
     sizes = [count for _, count in spans]
-    for start, count in progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):
+    for start, count in track_progress(spans, images, description, "images", quiet, sizes=sizes, done=totals.done):
         sums, kept = compute(start, count)
         totals.add(sums, count)
         if is_main():

@@ -1,6 +1,6 @@
-"""Score a generator without Inception: by the small classifier that was trained on the same training images.
+"""Score a generator by the classifier of its experiment, without Inception.
 
-The Frechet distance on its features is called fd_classifier; it is not a FID.
+The Frechet distance on features of this small network is called fd_classifier; it is not a FID.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rar_jax.metrics.moments import Moments, add_in_float64, finalize_moments, i
 from rar_jax.networks import classifier
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.stages import model_shardings, trained_params
 
@@ -30,14 +30,14 @@ TRAIN_BLOCK = 1000  # training images on the devices at a time
 
 
 class ClassifierSums(NamedTuple):
-    """Sums over images: moments of features, and how many the classifier gives their class."""
+    """Sums over images: moments of features, and number of correct classes."""
 
     moments: Moments
     correct: Any
 
 
 class ClassifierScorer:
-    """The tokenizer, the classifier, and statistics of its features of the training images."""
+    """The classifier, and statistics of its features of the training images."""
 
     def __init__(self, experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
         self.experiment: Experiment = experiment
@@ -83,7 +83,7 @@ class ClassifierScorer:
         show: Callable[[range], Iterable[int]] = iter,
         poll: Callable[[], None] = lambda: None,
     ) -> tuple[ClassifierSums, dict[str, list[np.ndarray]]]:
-        """Sum over the images with these ids, and return the arrays of each chunk named in `keep`.
+        """Sum over the images with these ids, and return arrays of each chunk.
 
         chunk: batches in one run of the program. show: wraps the first ids of the chunks. poll: called before each.
         """
@@ -116,7 +116,7 @@ class ClassifierScorer:
         return float(self._jitted_distance(*arguments))
 
     def measure_nearest(self, images: np.ndarray) -> float:
-        """Return the pixel RMS distance (0..1) of images (n, y, x, c) to their nearest training image, mean over n.
+        """Return the mean pixel RMS (0..1) of images to their nearest training image.
 
         The images are on the devices; the training images pass through them block by block.
         """
@@ -140,7 +140,7 @@ class ClassifierScorer:
         self._jitted_distance.lower(jnp.asarray(self.cov, jnp.float32), moments).compile()
 
     def score_live(self, generator_params: Any, poll: Callable[[], None]) -> dict[str, float]:
-        """Score few samples while training, in float32 and in graph to the end; the name carries their number."""
+        """Score few samples while training, in float32; the name carries their number."""
         batches = self.draw(generator_params, self.experiment.evaluate.live_samples, seed=0)
         n = batches.num
         sums, _ = self.score(batches, range(n), chunk=1, poll=poll)
@@ -162,7 +162,7 @@ def _square_distances_to_nearest(images: jax.Array, train: jax.Array) -> jax.Arr
 def score_with_classifier(
     experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Score the trained generator beside held-out images and an untrained generator, at equal n.
+    """Score the generator beside held-out images and an untrained generator.
 
     Returns: the metrics of result.json.
     """
@@ -176,7 +176,7 @@ def score_with_classifier(
 
     def score(batches: ImageBatches, description: str) -> tuple[ClassifierSums, ClassifierSums, np.ndarray]:
         """Return the sums of the first n_few images and of all, and all images."""
-        show = functools.partial(progress, description=f"evaluate {description}", unit="chunks", quiet=quiet)
+        show = functools.partial(track_progress, description=f"evaluate {description}", unit="chunks", quiet=quiet)
         few, first = scorer.score(batches, range(n_few), keep=("images",), show=show)
         rest, others = scorer.score(batches, range(n_few, batches.num), keep=("images",), show=show)
         return few, add_in_float64(few, rest), np.concatenate([*first["images"], *others["images"]])

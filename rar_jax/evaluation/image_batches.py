@@ -1,4 +1,4 @@
-"""Images to score, whatever makes them: samples, sets of images, or reconstructions of a set."""
+"""Images to score: samples, sets of images, or reconstructions of a set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rar_jax.sampling import Guidance, sample_images, sample_keys, to_uint8
 
 @dataclasses.dataclass(frozen=True)
 class ImageBatches:
-    """Images in a fixed order: rows on the host, and a traceable function that makes images of them.
+    """Images in a fixed order: rows on the host, and a function that makes images.
 
     num: number of images.
     shape: (y, x, c) of one.
@@ -71,9 +71,9 @@ def batch_samples(
     rounding: str = "truncate",
     made_from: dict[str, Any] | None = None,
 ) -> ImageBatches:
-    """Draw samples of a generator and its tokenizer; sample i has class i modulo the classes.
+    """Draw samples of a generator and its tokenizer.
 
-    params: {"generator", "tokenizer"}. made_from: checksums of the weights.
+    Sample i has class i modulo num_classes. params: {"generator", "tokenizer"}. made_from: checksums of the weights.
     """
     generator, tokenizer = models
     classes = generator.config.num_classes

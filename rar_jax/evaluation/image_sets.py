@@ -33,12 +33,12 @@ class ImageSet(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a text that differs where the images do, as far as that shows without reading them."""
+        """Return a text that differs where the images do, without reading them."""
         ...
 
 
 def open_image_set(spec: str, split: Split = "train", *, image_size: int | None = None) -> ImageSet:
-    """Open a FOLDER of image files (sorted by path), a FILE.npz with `arr_0`, or a split of a source (folder:PATH).
+    """Open a FOLDER of image files, a FILE.npz, or a split of a source (folder:PATH).
 
     image_size: ADM's centre crop of a source's images to it. Folders, .npz files, and sources whose images have one
       size are read as they are.
@@ -63,7 +63,7 @@ def open_image_set(spec: str, split: Split = "train", *, image_size: int | None 
 
 
 class FolderImages:
-    """Image files of a folder and its subfolders. Reading one of another size, or a damaged one, is a ConfigError."""
+    """Image files of a folder and its subfolders, in the order of their paths."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.name: str = str(folder)
@@ -74,7 +74,7 @@ class FolderImages:
         self._size: tuple[int, ...] | None = None
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return uint8 (count, y, x, 3); grey images and palettes become RGB, transparency is dropped."""
+        """Return uint8 (count, y, x, 3); Pillow converts each image to RGB."""
         return np.stack([self._decode(path) for path in self._paths[start : start + count]])
 
     def fingerprint(self) -> str:
@@ -122,7 +122,7 @@ class NpzImages:
         self._next = -1
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return uint8 (count, y, x, 3). Out of order, it reads the file from the beginning again."""
+        """Return uint8 (count, y, x, 3). Out of order, it reads from the beginning."""
         if start != self._next:
             self._images = itertools.islice(self._iterate(), start, None)
         self._next = start + count
@@ -141,7 +141,7 @@ class NpzImages:
 
 
 class SourceImages:
-    """The images of a split of a source of data/. Reading one that cannot be decoded is a ConfigError."""
+    """The images of a split of a source of data/."""
 
     def __init__(self, name: str, source: ImageSource) -> None:
         self.name: str = name
@@ -159,7 +159,7 @@ class SourceImages:
         return rows["images"]
 
     def fingerprint(self) -> str:
-        """Return name, crop and number: sources are fixed datasets. Of files, also the sha256 of their names."""
+        """Return name, crop and number, and the sha256 of the names of files."""
         source = self._source
         names = [source.name(i) for i in range(self.num)] if isinstance(source, EncodedSource) else []
         return f"{self.name} ({self.num}, names {hashlib.sha256(repr(names).encode()).hexdigest()})"

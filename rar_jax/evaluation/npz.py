@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 @contextlib.contextmanager
 def open_npz(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
-    """Open a .npz file. Whatever fails while it is read becomes a ReferenceFileError that names it."""
+    """Open a .npz file; whatever fails in reading it becomes a ReferenceFileError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -75,7 +75,7 @@ def open_array(archive: zipfile.ZipFile, key: str) -> Iterator[Member]:
 
 
 def read_array(archive: zipfile.ZipFile, key: str, *, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """Read an array of this shape and kind of dtype ("f" or "U"). Raises: ReferenceFileError."""
+    """Read an array of this shape and kind of dtype ("f" or "U")."""
     with open_array(archive, key) as member:
         if member.shape != shape or member.dtype.kind != kind:
             raise ReferenceFileError(
@@ -91,7 +91,7 @@ def write_npz(
     arrays: Mapping[str, npt.ArrayLike],
     images: tuple[tuple[int, ...], Iterable[np.ndarray]] | None = None,
 ) -> None:
-    """Write arrays and, as `arr_0`, uint8 images: their shape (n, y, x, 3) and batches (b, y, x, 3).
+    """Write arrays and, as `arr_0`, uint8 images, given by shape and batches.
 
     The file has its name only once it is whole.
     """

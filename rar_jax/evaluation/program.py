@@ -1,4 +1,4 @@
-"""The program that scores images with Inception: images, uint8, features and sums, jitted over the mesh.
+"""The jitted program that scores images with Inception over the mesh.
 
 Only sums leave the devices and, for precision, recall and KID, the pool3 features.
 Definitions: openai/guided-diffusion, evaluations/evaluator.py.
@@ -64,10 +64,8 @@ class Settings:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
         for name in ("batch_size", "chunk"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(
-            self.split_size % self.chunk == 0,
-            f"chunk is {self.chunk}: it must divide {self.split_size}, a split of the Inception Score",
-        )
+        divides = self.split_size % self.chunk == 0
+        require(divides, f"chunk is {self.chunk}: it must divide {self.split_size}, a split of the Inception Score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +90,7 @@ def open_program(
 
 
 def load_inception(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Network:
-    """Load Inception's weights on every device. Raises: WeightsError that says where to get them."""
+    """Load Inception's weights on every device."""
     with jax.enable_x64(settings.features == "float64"):
         params = put_on_mesh(inception.load(path, dtype=settings.features), replicated(mesh))
     return Network(params, file_sha256(path))
@@ -138,7 +136,7 @@ class Program:
         return put_on_mesh(self.shift, replicated(self.mesh))
 
     def score(self, batches: ImageBatches, start: int, count: int, keep: tuple[str, ...] = ()) -> Chunk:
-        """Return the sums of images start .. start + count - 1, and the arrays named in `keep`, on the host.
+        """Return sums of images from `start` on, and the arrays named in `keep`.
 
         Raises: DeviceMemoryError if a device has too little memory.
         """
@@ -152,7 +150,7 @@ class Program:
         return Chunk(chunk.sums, kept)
 
     def lower(self, batches: ImageBatches) -> jax.stages.Lowered:
-        """Lower what `score` runs for one batch. Parameters may be ShapeDtypeStructs, and the devices absent."""
+        """Lower what `score` runs for one batch; parameters may be ShapeDtypeStructs."""
         rows = _make_abstract(batches.read_rows(0, 1, self.settings.batch_size, self.mesh), row_sharding(self.mesh))
         shift = _make_abstract(self.shift, replicated(self.mesh))
         with sharded(self.mesh), self._mode():

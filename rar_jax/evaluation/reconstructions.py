@@ -27,7 +27,7 @@ PSNR_OF_EQUAL = 100.0  # decibels, instead of infinity, which would be the mean'
 def score_reconstructions(
     program: Program, weights: str, images: ImageSet, out: pathlib.Path, *, download: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """Score the reconstructions of images; resumes after the last finished chunk, and writes out/result.json.
+    """Score the reconstructions of images, and write out/result.json.
 
     The rFID is to the program's reference, by default to the images themselves.
 

@@ -55,9 +55,7 @@ def read_reference(
 ) -> Reference:
     """Read a reference file, ADM's or our own.
 
-    Args:
-      feature_dims, spatial_dims: widths of `mu` and, if the file has one, `mu_s`.
-
+    feature_dims, spatial_dims: widths of `mu` and, if the file has one, `mu_s`.
     Raises: ReferenceFileError for a missing, damaged or hostile file, or numbers that are no mean and covariance.
     """
     path = pathlib.Path(path)
@@ -92,11 +90,8 @@ def write_reference(
 ) -> None:
     """Write a reference file in float64; the same numbers give the same bytes.
 
-    Args:
-      n, protocol, weights_sha256, source: as in `Reference`.
-      spatial_mean, spatial_cov: both or neither.
-      images: shape and batches as in `npz.write_npz`, for precision, recall and KID; not necessarily all n.
-
+    n, protocol, weights_sha256, source: as in `Reference`. spatial_mean, spatial_cov: both or neither.
+    images: shape and batches as in `npz.write_npz`, for precision, recall and KID; not necessarily all n.
     Raises: ReferenceFileError for statistics that `read_reference` would refuse.
     """
     statistics = {"mu": mean, "sigma": cov, "mu_s": spatial_mean, "sigma_s": spatial_cov}
@@ -130,4 +125,6 @@ def _read_meta(archive: zipfile.ZipFile) -> dict[str, Any]:
     for key, kind in _META.items():
         if type(meta.get(key, kind())) is not kind:
             raise ReferenceFileError(f"{where}: {key} is {meta[key]!r}, expected {kind.__name__}")
+    if meta.get("n", 2) < 2:
+        raise ReferenceFileError(f"{where}: n is {meta['n']}: a covariance needs at least 2 images")
     return {key: meta[key] for key in _META if key in meta}

@@ -21,7 +21,7 @@ ENOUGH = 2048  # images, below which the covariance of 2048 features is singular
 def compute_scores(
     program: Program, totals: ScoreTotals, pool3: tuple[np.ndarray, np.ndarray] | None
 ) -> dict[str, float]:
-    """Compute all numbers that the sums allow: FID, sFID and KID, lower is better; the others, higher.
+    """Compute all numbers that the sums allow.
 
     pool3: features of the reference's images and of the samples, for precision, recall and KID.
     """

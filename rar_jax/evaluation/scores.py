@@ -1,4 +1,4 @@
-"""Score samples and sets of images: FID, sFID, Inception Score, precision, recall and KID, as the ADM suite does.
+"""Score samples and sets of images as the ADM suite does.
 
 Rerun after an interruption, everything here continues after its last finished chunk, with bitwise identical results.
 """
@@ -27,7 +27,7 @@ from rar_jax.parallel.mesh import matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
 from rar_jax.runs.manifest import write_json
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
 from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights
@@ -49,7 +49,7 @@ def score_samples(
     samples_npz: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Draw samples of a directory or released file and score them. Also draws out/grid.png.
+    """Score samples of a directory or released file, and draw out/grid.png.
 
     weights, tokenizer, dtype, step, download: as in `rar_jax.load`.
     samples_npz: write the images to out/samples.npz, as ADM's `arr_0`.
@@ -72,7 +72,7 @@ def score_samples(
     # The same images that were scored, except for the rounding.
     images = pipeline.sample(np.arange(classes), seed=settings.seed, guidance=guidance)
     if is_main():
-        grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], out / "grid.png")
+        save_image_grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], out / "grid.png")
     from_main(lambda: write_json(out / "result.json", result))
     return result
 
@@ -88,7 +88,7 @@ def score_images(program: Program, images: ImageSet, out: pathlib.Path, *, quiet
 
 
 def make_reference(program: Program, images: ImageSet, out: pathlib.Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Write statistics of all images of a set, and up to 10,000 of the images, to the reference file `out`."""
+    """Write statistics of a set, and up to 10,000 of its images, to the file `out`."""
     require(out.suffix == ".npz", f"{out}: a reference is a .npz file")
     _check_count(images.num)
     batches = batch_image_set(images)

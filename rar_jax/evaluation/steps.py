@@ -42,13 +42,8 @@ def score_steps(
     wanted = _find_steps(folder, steps)
     reference = program.reference
     metric = "fid" if reference else "inception_score"
-    results = {
-        step: score_samples(
-            program, workdir, out / f"step_{step}", samples=samples, guidance=guidance, dtype=dtype, step=step,
-            quiet=quiet,
-        )
-        for step in wanted
-    }  # fmt: skip
+    options: dict[str, Any] = {"samples": samples, "guidance": guidance, "dtype": dtype, "quiet": quiet}
+    results = {step: score_samples(program, workdir, out / f"step_{step}", step=step, **options) for step in wanted}
     best = (min if reference else max)(wanted, key=lambda step: results[step][metric])
     name, value = f"evaluate/{metric}_n{samples}", results[best][metric]
     summary = {

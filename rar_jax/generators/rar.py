@@ -25,11 +25,6 @@ from flax.linen.spmd import with_logical_constraint
 from rar_jax.config import Steps, require
 from rar_jax.networks import decoding
 from rar_jax.networks.boxes import logical_axes, unbox
-
-# What bench compares times with: part of what this file offers (docs/contracts.md).
-from rar_jax.networks.costs import sample_bytes as sample_bytes
-from rar_jax.networks.costs import sample_flops as sample_flops
-from rar_jax.networks.costs import train_flops as train_flops
 from rar_jax.networks.layers import INIT, Dense, attention_weights, layer_norm, modulate
 from rar_jax.networks.transformer import Transformer
 from rar_jax.sampling import Guidance

@@ -1,1 +1,1 @@
-"""Formulas over features and images: Frechet distance, Inception Score, precision and recall, KID, PSNR and SSIM."""
+"""Formulas over features and images."""

@@ -1,4 +1,4 @@
-"""Inception features of images, in graph: resize, then the network, in the precision of the parameters.
+"""Inception features of images, in the precision of the parameters.
 
 Two resize protocols are in use, and their numbers do not compare:
   tf1           TensorFlow 1's bilinear resize of the ADM suite: no half-pixel centres, no antialiasing, (x - 128) / 128
@@ -25,7 +25,7 @@ _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def extract_features(params: Mapping[str, Any], images: jax.Array, *, resize: str = "tf1") -> dict[str, jax.Array]:
-    """Compute the features of FID, sFID, Inception Score, precision, recall and KID; jittable.
+    """Compute the features that FID and the other scores need; jittable.
 
     params: from `weights.inception.load`. Their dtype, float32 or float64, is that of the computation.
     images: (b, y, x, c) uint8 of any size; c is 3, or 1 for grey images, which count as three equal channels.
@@ -56,7 +56,7 @@ def _apply(params: Mapping[str, Any], pixels_byxc: jax.Array) -> Any:  # Any: Fl
 
 
 def resize_tf1(images: jax.Array, *, size: int = IMAGE_SIZE) -> jax.Array:
-    """Resize as TensorFlow 1's bilinear resize without align_corners: (b, y, x, c) -> (b, size, size, c).
+    """Resize as TensorFlow 1 does, without align_corners.
 
     Pixel i is read at i * in / size, so that the image moves by half a pixel: part of the FID's definition.
     Source: tensorflow/core/kernels/resize_bilinear_op.cc before half_pixel_centers.
@@ -70,7 +70,7 @@ def resize_tf1(images: jax.Array, *, size: int = IMAGE_SIZE) -> jax.Array:
 
 
 def resize_half_pixel(images: jax.Array, *, size: int = IMAGE_SIZE) -> jax.Array:
-    """Resize about pixel centres, without antialiasing: (b, y, x, c) -> (b, size, size, c).
+    """Resize about pixel centres, without antialiasing.
 
     Source: torch.nn.functional.interpolate(mode="bilinear", align_corners=False), as pytorch-fid calls it.
     """
@@ -83,9 +83,9 @@ def resize_half_pixel(images: jax.Array, *, size: int = IMAGE_SIZE) -> jax.Array
 
 
 def _resize_bilinear(images_byxc: jax.Array, read_at: Callable[[int, np.dtype], npt.NDArray[np.floating]]) -> jax.Array:
-    """Resize columns, then rows. read_at: length and dtype of an axis -> where each new pixel is read.
+    """Resize columns, then rows, bilinearly.
 
-    Raises: ValueError for other dtypes than float32 and float64.
+    read_at: length and dtype of an axis -> where each new pixel is read.
     """
     if images_byxc.dtype not in _DTYPES:
         raise ValueError(f"images are {images_byxc.dtype}: make them float32 or float64 before they are resized")

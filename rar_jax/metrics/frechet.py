@@ -1,4 +1,4 @@
-"""Frechet distance of two Gaussians: |m1-m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
+"""Frechet distance: |m1-m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
 
 The last trace is the nuclear norm (sum of singular values) of S1^(1/2) S2^(1/2). Roots of eigenvalues of
 S1 S2 would square the spectrum first: errors of -5 and -8 were seen in float32.
@@ -40,7 +40,7 @@ def frechet_distance(
 
 
 def _root(cov_dd: Float64, n: int | None) -> Float64:
-    """Return R (d, rank) with cov = R R^T: a rotation of the symmetric root, with the same nuclear norm."""
+    """Return R (d, rank) with cov = R R^T, a rotation of the symmetric root."""
     values_d, vectors_dd = np.linalg.eigh(cov_dd)  # ascending
     rank = len(values_d) if n is None else min(n - 1, len(values_d))
     values_r, vectors_dr = values_d[len(values_d) - rank :], vectors_dd[:, len(values_d) - rank :]
@@ -49,7 +49,7 @@ def _root(cov_dd: Float64, n: int | None) -> Float64:
 
 
 def check_gaussian(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Float64, Float64]:
-    """Return both in float64. Raises: ValueError unless they are a finite mean (d,) and covariance (d, d)."""
+    """Return both in float64. Raises: ValueError for no mean and covariance."""
     mean_d, cov_dd = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     if mean_d.ndim != 1 or cov_dd.shape != mean_d.shape * 2:
         raise ValueError(f"mean {mean_d.shape} and covariance {cov_dd.shape} must have shapes (d,) and (d, d)")
@@ -63,14 +63,14 @@ def check_gaussian(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Float64, Fl
 
 
 def frechet_distance_of_moments(cov1: jax.Array, sums: Moments) -> jax.Array:
-    """Compute `frechet_distance_in_graph` of a covariance and moments about its mean; jittable."""
+    """Compute the distance of a covariance and moments about its mean; jittable."""
     shift_d = sums.sum / sums.count  # the difference of the means
     cov_dd = (sums.outer - sums.count * shift_d[:, None] * shift_d[None, :]) / (sums.count - 1)
     return frechet_distance_in_graph(jnp.zeros_like(shift_d), cov1, shift_d, (cov_dd + cov_dd.T) / 2)
 
 
 def frechet_distance_in_graph(mean1: jax.Array, cov1: jax.Array, mean2: jax.Array, cov2: jax.Array) -> jax.Array:
-    """Compute the same distance in float32, jittable, within about 5e-4 at unit scale; nothing is checked."""
+    """Compute the distance in float32, within 5e-4 at unit scale; jittable."""
 
     def sqrt(cov_dd: jax.Array) -> jax.Array:
         values_d, vectors_dd = jnp.linalg.eigh(cov_dd)

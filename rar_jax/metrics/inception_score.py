@@ -1,5 +1,6 @@
-"""Inception Score: exp of the mean KL divergence of a sample's classes to those of its split, averaged over splits.
+"""Inception Score, and the sums that it is made of.
 
+It is exp of the mean KL divergence of a sample's classes to those of its split, averaged over splits.
 A split is `split_size` consecutive samples, so labels must be interleaved: 5,000 samples of 100 classes score at most
 100. As in ADM's evaluator the last split may be shorter, and counts as much as a whole one. Logits are `pool3 @ W`,
 without the bias. `inception_score` takes all logits on the host; `sum_split` in graph and `score_splits` on the host
@@ -68,7 +69,7 @@ def score_splits(splits: Iterable[SplitSums]) -> float:
 
 
 def inception_score(logits: npt.ArrayLike, *, split_size: int = SPLIT_SIZE) -> float:
-    """Compute the Inception Score, from 1 to c, of logits (n, c) in float64 on the host.
+    """Compute the Inception Score of logits (n, c) in float64 on the host.
 
     Raises: ValueError if logits are not (n, c) with n > 0, or not finite, or split_size is not positive.
     Source: Salimans et al. 2016 (arXiv 1606.03498), section 4, and ADM's evaluator.py for the splits.

@@ -1,7 +1,8 @@
-"""Kernel Inception Distance: the unbiased squared maximum mean discrepancy of features under a cubic kernel.
+"""Kernel Inception Distance of features.
 
-k(x, y) = (x.y / d + 1)^3. Unlike a Frechet distance its expectation does not depend on the number of samples, and it
-may be slightly negative. In float64 on the host: it is a small difference of means of numbers near 1.
+The unbiased squared maximum mean discrepancy under k(x, y) = (x.y / d + 1)^3. Unlike a Frechet distance, its
+expectation does not depend on the number of samples, and it may be slightly negative. In float64 on the host: it is
+a small difference of means of numbers near 1.
 Shapes: n, m samples, d feature width.
 """
 

@@ -1,4 +1,4 @@
-"""Streaming mean and covariance of features: sums in graph, float64 totals on the host.
+"""Streaming mean and covariance of features.
 
 All sums are of features minus a fixed shift, for example the reference mean. The covariance is then a difference of
 small numbers, so float32 sums cost 1e-7 of a Frechet distance at n = 50,000. Shapes: b batch, d feature width.
@@ -51,9 +51,9 @@ def add_in_float64(a: Any, b: Any) -> Any:
 
 
 def finalize_moments(moments: Moments, shift: npt.ArrayLike) -> tuple[Float64, Float64]:
-    """Return mean (d,) and covariance (d, d; ddof 1) in float64; `shift` is that of `update_moments`.
+    """Return mean (d,) and covariance (d, d; ddof 1) in float64.
 
-    Raises: ValueError for fewer than 2 samples.
+    shift: that of `update_moments`. Raises: ValueError for fewer than 2 samples.
     """
     count, total_d, outer_dd = (np.asarray(x, np.float64) for x in moments)
     if count < 2:

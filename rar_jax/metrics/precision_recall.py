@@ -29,7 +29,7 @@ _PAIR_BYTES = 1 << 23  # of differences at a time, summed directly
 
 
 def precision_recall(reference: npt.ArrayLike, samples: npt.ArrayLike, *, k: int = 3) -> dict[str, float]:
-    """Compute {"precision", "recall"}, shares in [0, 1], of samples against a reference.
+    """Compute {"precision", "recall"}, in [0, 1], of samples against a reference.
 
     reference, samples: features (n, d), (m, d) of any float dtype. Numbers of different n or m do not compare.
     k: a ball reaches to its k-th neighbour; 3 in ADM.
@@ -47,7 +47,7 @@ def precision_recall(reference: npt.ArrayLike, samples: npt.ArrayLike, *, k: int
 
 
 def _squared_radii(points_nd: Float64, k: int) -> Float64:
-    """(n,) squared distance of each point to its k-th neighbour in the set, by direct summation."""
+    """Return (n,) squared distances of points to their k-th neighbours."""
     radii_n = np.empty(len(points_nd))
     for start, distance_bn, error_bn in _blocks(points_nd, points_nd):
         b = len(distance_bn)
@@ -63,7 +63,7 @@ def _squared_radii(points_nd: Float64, k: int) -> Float64:
 
 
 def _inside(points_nd: Float64, centres_md: Float64, squared_radii_m: Float64) -> npt.NDArray[np.bool_]:
-    """(n,) whether a point is inside, or on, the ball of some centre."""
+    """Return (n,) whether a point is inside, or on, the ball of some centre."""
     inside_n = np.zeros(len(points_nd), np.bool_)
     for start, distance_bm, error_bm in _blocks(points_nd, centres_md):
         b = len(distance_bm)
@@ -77,7 +77,7 @@ def _inside(points_nd: Float64, centres_md: Float64, squared_radii_m: Float64) -
 
 
 def _blocks(x_nd: Float64, y_md: Float64) -> Iterator[tuple[int, Float64, Float64]]:
-    """Yields (first row, squared distances (b, m), bounds of their errors (b, m)) for rows of x."""
+    """Yield first row, squared distances (b, m) and bounds of their errors."""
     d = x_nd.shape[1]
     centre_d = y_md.mean(axis=0)  # norms, and with them the error, are smallest about the middle
     y_md = y_md - centre_d[None, :]
@@ -94,7 +94,7 @@ def _blocks(x_nd: Float64, y_md: Float64) -> Iterator[tuple[int, Float64, Float6
 
 
 def _direct(x_nd: Float64, row_p: npt.NDArray, y_md: Float64, column_p: npt.NDArray) -> Float64:
-    """(p,) squared distances of pairs: the same two rows give the same bits, in either order and in any block."""
+    """Return (p,) squared distances of pairs, bitwise the same in any block."""
     size = max(1, _PAIR_BYTES // (8 * x_nd.shape[1]))
     parts = [
         np.sum((x_nd[row_p[i : i + size]] - y_md[column_p[i : i + size]]) ** 2, axis=1)

@@ -14,9 +14,9 @@ _K1, _K2 = 0.01, 0.03
 
 
 def compare_images(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.Array]:
-    """Compute {"psnr", "ssim"} (b,) of uint8 images (b, y, x, c); without "ssim" of images smaller than its window.
+    """Compute {"psnr", "ssim"} (b,) of uint8 images (b, y, x, c).
 
-    Raises: ValueError (while tracing) if the shapes differ or images are not uint8.
+    "ssim" is left out for images smaller than its window. Raises: ValueError if shapes differ or images are not uint8.
     """
     if originals.dtype != jnp.uint8 or reconstructions.dtype != jnp.uint8:
         raise ValueError(f"images are {originals.dtype} and {reconstructions.dtype}: both must be uint8")
@@ -36,7 +36,7 @@ def psnr(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:
 
 
 def ssim(a: jax.Array, b: jax.Array, *, data_range: float) -> jax.Array:
-    """Compute SSIM of each pair of images: mean over channels and the positions where the window fits.
+    """Compute SSIM of each pair of images, mean over channels and windows.
 
     Equals scikit-image's `structural_similarity(..., gaussian_weights=True, use_sample_covariance=False,
     channel_axis=-1)`: a Gaussian window of 11 x 11 pixels with sigma 1.5, each channel by itself.
@@ -80,6 +80,6 @@ def _checked(a: jax.Array, b: jax.Array, data_range: float) -> tuple[jax.Array, 
 
 
 def measure_code_usage(counts_v: np.ndarray) -> dict[str, float]:
-    """Compute {"codebook_usage": share of codes in use, "perplexity"} from the number of times each code was seen."""
+    """Compute {"codebook_usage", "perplexity"} from how often each code was seen."""
     p = counts_v[counts_v > 0] / counts_v.sum()
     return {"codebook_usage": float((counts_v > 0).mean()), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}

@@ -27,7 +27,7 @@ class Shift(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over any number of images; `split` over images of one split of the Inception Score."""
+    """Sums over images; `split` over images of one split of the Inception Score."""
 
     pool3: Moments
     spatial: Moments
@@ -40,7 +40,7 @@ def init_sums(dtype: Any = np.float32) -> Sums:
 
 
 def update_sums(sums: Sums, features: Mapping[str, jax.Array], weights_b: jax.Array, shift: Shift) -> Sums:
-    """Add the features of a batch; jittable. weights_b: (b,) 1 for an image, 0 for padding."""
+    """Add a batch; jittable. weights_b: (b,) 1 for an image, 0 for padding."""
     return Sums(
         update_moments(sums.pool3, features["pool3"], weights_b, shift.pool3),
         update_moments(sums.spatial, features["spatial"], weights_b, shift.spatial),
@@ -49,7 +49,7 @@ def update_sums(sums: Sums, features: Mapping[str, jax.Array], weights_b: jax.Ar
 
 
 class ScoreTotals:
-    """Float64 sums over chunks, with those of each split of the Inception Score on their own."""
+    """Float64 sums over chunks, and of each split of the Inception Score."""
 
     def __init__(self, split_size: int = SPLIT_SIZE) -> None:
         self.done: int = 0  # images

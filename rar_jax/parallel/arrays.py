@@ -31,8 +31,8 @@ def put_on_mesh(tree: Any, sharding: Sharding) -> Any:
 def local_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
     """Return the rows of a global batch, int64 ascending, that this process's devices hold.
 
-    By the mesh and not by the process index: processes along a tensor axis hold the same rows, and on a TPU the devices of a
-    process need not be neighbours in the mesh.
+    By the mesh and not by the process index: processes along a tensor axis hold the same rows, and on a TPU the devices
+    of a process need not be neighbours in the mesh.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((global_batch,))
     rows = [np.arange(*index[0].indices(global_batch)) for index in indices.values() if index is not None]

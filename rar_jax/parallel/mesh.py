@@ -23,7 +23,7 @@ def find_devices() -> list[Any]:
 
     Raises: ConfigError if the platform of JAX_PLATFORMS is missing or busy, or threefry numbers would differ.
     """
-    # With it, random numbers depend on neither mesh nor sharding. It is JAX's default, and changing it changes all draws.
+    # JAX's default: random numbers depend on neither mesh nor sharding. Without it all draws are different.
     if not jax.config.values["jax_threefry_partitionable"]:
         raise ConfigError(
             "jax_threefry_partitionable is off, which changes all random numbers: unset JAX_THREEFRY_PARTITIONABLE"
@@ -33,8 +33,8 @@ def find_devices() -> list[Any]:
     except (RuntimeError, AssertionError) as error:  # the latter, without a message, if no plugin knows the platform
         reason = "".join(str(error).splitlines()[:1]).rstrip(". ")[:300] or "no plugin of that name is installed"
         raise ConfigError(
-            f"JAX finds no device of JAX_PLATFORMS='{os.environ.get('JAX_PLATFORMS', '')}' ({reason}). Install '.[cuda12]' "
-            "or '.[tpu]' of rar_jax, stop other programs that use the device, or set JAX_PLATFORMS=cpu"
+            f"JAX finds no device of JAX_PLATFORMS='{os.environ.get('JAX_PLATFORMS', '')}' ({reason}). "
+            "Install '.[cuda12]' or '.[tpu]' of rar_jax, stop other programs on the device, or set JAX_PLATFORMS=cpu"
         ) from error
 
 
@@ -94,8 +94,8 @@ def _describe(sizes: Sequence[int]) -> dict[str, int]:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Make a mesh of the given sizes over `devices` (default: all).
 
-    On several TPU slices only the data axis spans slices: weights are gathered in every layer, gradients are summed once per
-    step, and the network between slices is the slowest.
+    On several TPU slices only the data axis spans slices: weights are gathered in every layer, gradients are summed
+    once per step, and the network between slices is the slowest.
 
     Raises: ConfigError if the sizes do not multiply to the number of devices, or fsdp x tensor spans slices.
     """
@@ -111,8 +111,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return Mesh(laid, AXES, axis_types=auto)
     if sizes[0] % slices:
         raise ConfigError(
-            f"mesh {_describe(sizes)} does not fit {slices} slices: data must be a multiple of {slices}, so that fsdp x tensor "
-            f"fits the {len(devices) // slices} devices of one"
+            f"mesh {_describe(sizes)} does not fit {slices} slices of {len(devices) // slices} devices: data must be a "
+            f"multiple of {slices}"
         )
     within = (sizes[0] // slices, *sizes[1:])
     laid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)

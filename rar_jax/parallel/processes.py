@@ -1,7 +1,8 @@
 """Start the processes of a run, exchange values between them, and exit together.
 
-Every process runs the same program on the same files. Process 0 alone writes files that exist once, and reads on behalf of all
-what decides the control flow (`from_main`): processes that looked for themselves could disagree and wait for each other.
+Every process runs the same program on the same files. Process 0 alone writes files that exist once, and reads on behalf
+of all what decides the control flow (`from_main`): processes that looked for themselves could disagree and wait for
+each other.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ TIMEOUTS = {
     "RAR_JAX_HEARTBEAT_SECONDS": 100,  # without a heartbeat, a process counts as lost and the others stop
     "RAR_JAX_SHUTDOWN_SECONDS": 60,  # for all processes to leave, after a barrier
 }
-# A failing process waits before it exits. The others run into the same error, and would be killed without a message if process 0
-# left first.
+# A failing process waits before it exits. The others run into the same error, and would be killed without a message if
+# process 0 left first.
 GRACE_SECONDS = 2.0
 
 
@@ -62,8 +63,8 @@ def read_settings(
         return 1
     if coordinator is None or count is None or index is None:
         raise ConfigError(
-            f"several processes need --coordinator-address, --process-count and --process-index (or {COORDINATOR}, {COUNT} "
-            f"and {INDEX}), got {coordinator}, {count} and {index}"
+            "several processes need --coordinator-address, --process-count and --process-index "
+            f"(or {COORDINATOR}, {COUNT} and {INDEX}), got {coordinator}, {count} and {index}"
         )
     host, colon, port = coordinator.rpartition(":")
     require(bool(host and colon) and port.isdecimal(), f"coordinator address '{coordinator}' must be HOST:PORT")
@@ -74,8 +75,8 @@ def read_settings(
 def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Join the processes of a run. Call it before JAX makes its first array.
 
-    Without arguments or environment variables JAX looks for a cluster that it knows (TPU pod, GKE, Slurm, Open MPI). Without a
-    cluster, or with a count of 1, this is a single process. Does nothing if JAX is initialised already.
+    Without arguments or environment variables JAX looks for a cluster that it knows (TPU pod, GKE, Slurm, Open MPI).
+    Without a cluster, or with a count of 1, this is a single process. Does nothing if JAX is initialised already.
 
     Raises: ConfigError for invalid arguments; ProcessError if the processes do not find each other in time.
     """
@@ -84,7 +85,7 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     manual = isinstance(settings, ProcessSettings)
     initialization, heartbeat, shutdown = (_read_number(os.environ, name, n) for name, n in TIMEOUTS.items())
     options: dict[str, Any] = {
-        "initialization_timeout": initialization + 60,
+        "initialization_timeout": initialization + 1,
         "heartbeat_timeout_seconds": heartbeat,
         "shutdown_timeout_seconds": shutdown,
     }
@@ -92,14 +93,16 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         options |= {"coordinator_address": settings.coordinator, "num_processes": settings.count}
         # Otherwise JAX looks for a cluster anyway, and on Slurm takes one local device per process.
         options |= {"process_id": settings.index, "cluster_detection_method": "deactivate"}
+    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training loop.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPUs
     name = f"process {settings.index} of {settings.count} at {settings.coordinator}" if manual else "this process"
     missing = (
-        f"{name} did not find the other processes within {initialization} s: start all of them, check that the coordinator's "
-        f"address is process 0's and its port is open, or set {COUNT}=1 for one process"
+        f"{name} did not find the other processes within {initialization} s: start all of them, check the "
+        f"coordinator's address and port, or set {COUNT}=1 for one process"
     )
-    # JAX ends a process that found no others by a stack trace of its own; this comes before it.
-    alarm = threading.Timer(initialization, _give_up, [missing])
+    # JAX aborts a process that finds no others, with a stack trace. This message comes first.
+    alarm = threading.Timer(initialization, print, [f"rar-jax: {missing}"], {"file": sys.stderr, "flush": True})
     alarm.daemon = True
     alarm.start()
     try:
@@ -114,22 +117,15 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     barrier("start")
 
 
-def _give_up(message: str) -> None:
-    print(f"rar-jax: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+def together(verb: str, function: Callable[[], int]) -> int:
+    """Run a program of one or many processes, which exit together, and return its exit code.
 
-
-def together(verb: str, function: Callable[[], int], failed: Callable[[int], int] = lambda code: code) -> int:
-    """The exit code of a program of one or many processes, which end together; an error of one does not leave the others waiting.
-
-    failed: the exit code of this process in the place of that of an error.
-
-    Where there are many, an error ends this process at once and nothing is returned: JAX's own way out would first wait for the
-    others, which wait for this one.
+    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait for
+    the others, which wait for this one.
     """
     if jax.process_count() == 1:
-        code = function()
-        return code if code in (0, PREEMPTED) else failed(code)
+        return function()
+    code = 1
     try:
         code = function()
         if code in (0, PREEMPTED):
@@ -143,11 +139,11 @@ def together(verb: str, function: Callable[[], int], failed: Callable[[int], int
             "connection, another process was lost: its own log says why",
             file=sys.stderr,
         )
-        code = 1
+        code = code or 1
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(GRACE_SECONDS)
-    os._exit(failed(code))
+    os._exit(code)
 
 
 def _read_number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

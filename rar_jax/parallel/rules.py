@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rar_jax.config import nearest
 from rar_jax.errors import ConfigError
 
-# None: replicated. "modulation" sharded along tensor would gather the outputs of adaLN in every block. Tables that are indexed
-# by per-sample ids or orders (tokens, classes, positions) have axis None: sharded, they cost rematerialisation and permutes.
+# None: replicated. "modulation" sharded along tensor would gather the outputs of adaLN in every block. Tables that are
+# indexed by per-sample ids or orders (tokens, classes, positions) have axis None: sharded, they cost rematerialisation
+# and permutes.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("width", "fsdp"),
@@ -56,8 +57,8 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
             if size % parts:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise ConfigError(
-                    f"{name} has a dimension of {size}, which {parts} devices of mesh axis '{axis}' do not divide: choose "
-                    "another size of that axis"
+                    f"{name} has a dimension of {size}, which {parts} devices of mesh axis '{axis}' do not divide: "
+                    "choose another size of that axis"
                 )
         return NamedSharding(mesh, spec)
 

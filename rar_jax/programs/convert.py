@@ -15,14 +15,14 @@ from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.models import check_pair, find_module
 from rar_jax.runs.checkpoint import save_params
-from rar_jax.runs.logging import progress
 from rar_jax.runs.manifest import file_sha256, write_json
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import Weights, open_weights
 
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+SUFFIX = ".safetensors"
 
 
 def convert(
@@ -34,7 +34,7 @@ def convert(
     download: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Writes a file (`out` ends in .safetensors, .bin or .pth) or a directory of ours.
+    """Write a file (`out` ends in .safetensors) or a directory of ours.
 
     The sha256 of what was read and written is recorded: in out.json beside a file, in config.json of a directory.
 
@@ -47,14 +47,14 @@ def convert(
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     path = released.locate(weights, download=download)
-    if out.suffix.lower() in SUFFIXES:
+    if out.suffix == SUFFIX:
         require(not _record(out).exists(), f"{_record(out)} exists, and would be written too: move it away")
         require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it by itself")
         record = _to_file(_open(path, part), out, quiet)
     else:
         require(
             path.is_file(),
-            f"{path} is a directory of ours already; --out FILE{' or FILE'.join(SUFFIXES)} takes its weights out of it",
+            f"{path} is a directory of ours already; --out FILE{SUFFIX} takes its weights out of it",
         )
         require(part is None, "--part is for an --out that is a file")
         require(tokenizer is not None, "a directory holds a generator and its tokenizer: give --tokenizer too")
@@ -86,7 +86,7 @@ def _to_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]
         lambda: file_sha256(out),
         lambda: _source(weights),
     )
-    told = progress(parts, description=f"convert {weights.path.name}", unit="parts", quiet=quiet)
+    told = track_progress(parts, description=f"convert {weights.path.name}", unit="parts", quiet=quiet)
     _, sha256, made_from = [part() for part in told]
     record = {
         "file": out.name,
@@ -119,7 +119,7 @@ def _to_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, qui
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was cut off
     try:
         both = (("generator", generator), ("tokenizer", tokenizer))
-        for stage, weights in progress(both, description=f"convert {out.name}", unit="models", quiet=quiet):
+        for stage, weights in track_progress(both, description=f"convert {out.name}", unit="models", quiet=quiet):
             module = weights.model.module.__name__.rpartition(".")[2]
             config[stage] = {"name": module, **to_dict(weights.model.config)}
             meta = {"stage": stage, "made_from": config["converted_from"][stage]}

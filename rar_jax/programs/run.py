@@ -24,13 +24,12 @@ from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import Pipeline, load
-from rar_jax.runs.grids import spread
-from rar_jax.runs.logging import Reporter, read_metrics
-from rar_jax.runs.machine import where
+from rar_jax.runs.grids import pick_evenly
+from rar_jax.runs.logging import RunLogger, read_metrics
+from rar_jax.runs.machine import describe_machine
 from rar_jax.runs.manifest import write_json
-from rar_jax.runs.pictures import curves, grid, pairs
-from rar_jax.runs.preemption import Watch
-from rar_jax.runs.session import Session, session
+from rar_jax.runs.pictures import plot_curves, save_image_grid, save_image_pairs
+from rar_jax.runs.session import Session, open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize
 from rar_jax.training.loop import train
@@ -39,7 +38,7 @@ from rar_jax.weights.stages import check_start, finished
 PICTURES = ("samples.png", "reconstructions.png", "curves.png")
 
 
-def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch: Watch | None = None) -> None:
+def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> None:
     """Does or resumes the whole job of an experiment in a work directory.
 
     Raises: ConfigError if the directory belongs to another experiment, LeaseError if another run writes to it, and whatever a
@@ -53,7 +52,7 @@ def run(experiment: Experiment, workdir: Workdir, *, quiet: bool = False, watch:
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_start(experiment, workdir)
-    with session(workdir, "run", watch or Watch(), lambda: workdir.claim(experiment.resolved())) as around:
+    with open_session(workdir, "run", lambda: workdir.claim(experiment.resolved())) as around:
         _run(experiment, workdir, mesh, around, quiet)
 
 
@@ -131,7 +130,7 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     All processes draw the images, process 0 the pictures.
     """
     data, columns = experiment.data, experiment.evaluate.grid_per_class
-    shown = spread(data.num_classes, experiment.evaluate.grid_classes)
+    shown = pick_evenly(data.num_classes, experiment.evaluate.grid_classes)
     images = pipeline.sample(np.repeat(shown, columns), seed=experiment.seed)
     heldout = open_source(experiment, "heldout")
     originals = heldout.gather(np.arange(min(24, len(heldout))))["images"]
@@ -139,21 +138,21 @@ def draw_pictures(experiment: Experiment, workdir: Workdir, pipeline: Pipeline) 
     if not is_main():
         return
     names = [data.class_names[label].split(",")[0] for label in shown]
-    grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
-    pairs(originals, reconstructed, workdir.path / "reconstructions.png")
-    curves(read_metrics(workdir.path), workdir.path / "curves.png")
+    save_image_grid(images, names, workdir.path / "samples.png", title=f"{experiment.name}: samples by class")
+    save_image_pairs(originals, reconstructed, workdir.path / "reconstructions.png")
+    plot_curves(read_metrics(workdir.path), workdir.path / "curves.png")
 
 
 def _tell_writers(experiment: Experiment, workdir: Workdir, metrics: dict[str, Any]) -> None:
     """The scores and pictures of the end, for TensorBoard and Weights & Biases, at the generator's last step."""
     numbers = {name.replace(".", "/"): x for name, x in flatten(metrics).items() if isinstance(x, float)}
     step = experiment.last_step("generator")
-    with Reporter(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as reporter:
-        reporter.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
+    with RunLogger(workdir.path, "evaluate", total_steps=0, quiet=True, wandb=experiment.wandb) as reporter:
+        reporter.write_scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
         if is_main():
             for name in PICTURES:
                 picture = np.asarray(Image.open(workdir.path / name).convert("RGB"))
-                reporter.image(name.removesuffix(".png"), picture, step)
+                reporter.write_image(step, name.removesuffix(".png"), picture)
 
 
 def _inputs(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def _result_of(workdir: Workdir, inputs: dict[str, Any]) -> dict[str, Any] | Non
 def _where(mesh: Mesh) -> dict[str, Any]:
     # The classifier takes the images as they are, and samples are drawn in float32 whatever the training computed in.
     made = {"protocol": "none", "features": "float32", "generator_dtype": "float32"}
-    return {"mesh": dict(mesh.shape), **made, **where()}
+    return {"mesh": dict(mesh.shape), **made, **describe_machine()}
 
 
 def headline(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> str:

@@ -13,8 +13,8 @@ from rar_jax.errors import ConfigError
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
-from rar_jax.runs.logging import progress
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
+from rar_jax.runs.progress import track_progress
 from rar_jax.sampling import Guidance
 
 MOST = 100_000  # images of one command
@@ -100,7 +100,7 @@ def sample(
     count = pipeline.batch_count(len(each), batch_size)
     from_main(lambda: out.mkdir(parents=True, exist_ok=True))
     done, shown = 0, []
-    for batch in progress(batches, count, f"sample {total} images", "batches", quiet):
+    for batch in track_progress(batches, count, f"sample {total} images", "batches", quiet):
         for image in batch:  # written as they come, so that nothing is lost when it is stopped
             row, n = divmod(done, per_class)
             squeezed = image[..., 0] if image.shape[-1] == 1 else image
@@ -110,6 +110,6 @@ def sample(
             done += 1
     if not is_main():
         return
-    grid(np.stack(shown), [names[label].split(",")[0] for label in labels[:ROWS]], out / "grid.png")
+    save_image_grid(np.stack(shown), [names[label].split(",")[0] for label in labels[:ROWS]], out / "grid.png")
     if not quiet:
         print(f"{done} images in {out}, {'all' if done == len(shown) else len(shown)} of them in {out / 'grid.png'}")

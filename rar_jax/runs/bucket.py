@@ -15,8 +15,7 @@ from typing import Any
 
 import tensorstore
 
-from rar_jax.errors import ConfigError
-from rar_jax.errors import ObjectStoreError
+from rar_jax.errors import ConfigError, ObjectStoreError
 
 RETRIES = 6  # of a request, within half a minute
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # and TensorStore's names of them
@@ -25,8 +24,6 @@ READS = 8  # of objects whose size is not known beforehand
 # What a request may take, with its retries, and what the bytes that share the line with it may add: a server that takes what it
 # is sent and never answers is an error, not a wait.
 WAIT_SECONDS, SECONDS_A_BYTE = 60.0, 1e-6
-
-
 
 
 class Bucket:

@@ -26,11 +26,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rar_jax.errors import CheckpointError
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.runs.disk import full, is_full
 from rar_jax.runs.manifest import MANIFEST, verify_from_disk, verify_manifest, write_json, write_manifest
-from rar_jax.errors import CheckpointError
-from rar_jax.runs.preemption import checkpoint_manager
 
 BEST = "best.json"
 IRREGULAR = "amid_bad_updates"  # in `meta`: a training that was not stopped here would not have saved the step
@@ -178,7 +177,7 @@ class Checkpointer:
         self._keep, self._every, self._verify = keep, every, verify
         self._on_full_disk, self._on_saved = on_full_disk, on_saved
         folder.mkdir(parents=True, exist_ok=True)
-        self._manager = checkpoint_manager(
+        self._manager = ocp.CheckpointManager(
             folder.absolute(), options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
         )
         self._threads = ThreadPoolExecutor(1)

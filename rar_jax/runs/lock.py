@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from typing import Any
+
 from rar_jax.errors import LeaseError
 
 HEARTBEAT_SECONDS = 10.0
@@ -27,8 +28,6 @@ STALE_SECONDS = 60.0
 LOOK_SECONDS = 0.5
 NAME = ".lease.json"
 log: logging.Logger = logging.getLogger(__name__)
-
-
 
 
 class Lease:

@@ -1,4 +1,4 @@
-"""What a number was made on: devices and versions, as the ledger, results and `doctor` tell them."""
+"""Hardware and library versions, recorded with every result."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Of rar_jax and these packages, all of which must be installed."""
+    """Versions of rar_jax and of these packages, which must be installed."""
     return {"rar_jax": rar_jax.__version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def where() -> dict[str, Any]:
-    """The kind of device, how many all processes have, and versions."""
+def describe_machine() -> dict[str, Any]:
+    """The kind of device, the number of devices of all processes, and versions."""
     return {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "versions": versions()}

@@ -7,11 +7,10 @@ import json
 import os
 import pathlib
 from typing import Any
+
 from rar_jax.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-
-
 
 
 def file_sha256(path: pathlib.Path) -> str:

@@ -30,13 +30,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+from rar_jax.errors import CheckpointError, LeaseError, ObjectStoreError
 from rar_jax.runs import lock as lease
 from rar_jax.runs.bucket import Bucket
-from rar_jax.errors import ObjectStoreError
-from rar_jax.errors import LeaseError
 from rar_jax.runs.lock import this_process
 from rar_jax.runs.manifest import MANIFEST, verify_manifest, write_json
-from rar_jax.errors import CheckpointError
 
 SCRATCH = "RAR_JAX_SCRATCH"
 WRITER, RECORD, SENDING = ".writer.json", ".mirror.json", ".sending"

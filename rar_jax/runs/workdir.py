@@ -15,8 +15,8 @@ import json
 import pathlib
 from typing import Any
 
-from rar_jax.errors import ConfigError
 from rar_jax.config import differences, shortened
+from rar_jax.errors import ConfigError
 from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
 from rar_jax.runs.manifest import write_json
@@ -27,7 +27,9 @@ from rar_jax.sections import Recipe
 FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
 # What came later than work directories, and what it is where config.json does not say it: a directory that was made before is
 # still its run's. A key that is added to a section of an experiment goes in here.
-_RECIPE = {key: getattr(Recipe, key) for key in ("spike_sigmas", "most_skips", "most_rewinds", "verify_saves")}
+_RECIPE = {
+    key: getattr(Recipe, key) for key in ("spike_sigmas", "max_consecutive_skips", "max_rollbacks", "verify_saves")
+}
 ADDED: dict[str, dict[str, Any]] = {
     "data": {"crop": None, "on_the_fly": False, "tokens": None, "tokens_heldout": None, "mix": []},
     "evaluate": {"live_grid": 4},

@@ -83,8 +83,8 @@ def _parse_lines(
         if tokens.min() < 0 or tokens.max() >= codebook_size:
             i, n = np.argwhere((tokens < 0) | (tokens >= codebook_size))[0]
             raise StoreError(
-                f"{path} line {start + i + 1}: token {n} is {tokens[i, n]}, outside 0..{codebook_size - 1}. For more codes "
-                "give --codebook-size"
+                f"{path} line {start + i + 1}: token {n} is {tokens[i, n]}, outside 0..{codebook_size - 1}. "
+                "For more codes give --codebook-size"
             )
         yield tokens, labels
 

@@ -66,6 +66,6 @@ def check_store(store: TokenStore, experiment: Experiment, hashes: Sequence[str]
         log.warning("%s does not name its tokenizer. Check it with `rar-jax tokenize --verify`", store.folder)
     elif sha256 not in hashes:
         raise ConfigError(
-            f"{store.folder} was made by the tokenizer with sha256 {sha256[:12]}..., this run has {hashes[-1][:12]}...: "
-            "set tokenizer.weights to the one that made it, or tokenize again"
+            f"{store.folder} was made by the tokenizer with sha256 {sha256[:12]}..., this run has "
+            f"{hashes[-1][:12]}.... Set tokenizer.weights to the one that made it, or tokenize again"
         )

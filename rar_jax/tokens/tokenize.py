@@ -1,7 +1,7 @@
 """Tokenize images into a token store: of an experiment's work directory, or of any source into a folder.
 
-Each shard is made independently from its records of the source, so an interrupted run resumes with the first missing shard.
-Each process makes its own shards on its own devices, at its own pace.
+Each shard is made independently from its records of the source, so an interrupted run resumes with the first missing
+shard. Each process makes its own shards on its own devices, at its own pace.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import batch_divisor, own_mesh, with_device_dtype
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
-from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, remove_leftovers
+from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, find_difference, remove_leftovers
 from rar_jax.weights.loading import Weights, open_weights
 from rar_jax.weights.registry import locate
 from rar_jax.weights.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
@@ -57,8 +57,8 @@ CROPS: dict[str, tuple[str, ...]] = {
 def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split, *, quiet: bool = False) -> None:
     """Write workdir/tokens/<split>: each image of the split once, in the source's order.
 
-    A valid store is kept, an interrupted one is resumed, and one of another tokenizer or source is recreated. A split whose
-    tokens are configured (config.data.tokens) is skipped. Raises: CheckpointError, ConfigError.
+    A valid store is kept, an interrupted one is resumed, and one of another tokenizer or source is recreated. A split
+    whose tokens are configured (config.data.tokens) is skipped. Raises: CheckpointError, ConfigError.
     """
     require(not experiment.data.on_the_fly, "data.on_the_fly is set: images are encoded in training")
     if experiment.data.given_tokens(split):
@@ -108,8 +108,7 @@ def tokenize_source(
       weights: the tokenizer's file, directory or released name.
       crops: one of CROPS; default, the source's own.
 
-    Raises: ConfigError, WeightsError or CheckpointError for a source or tokenizer that does not fit; StoreError if `out`
-      holds another store, or the beginning of one.
+    Raises: ConfigError, WeightsError, CheckpointError; StoreError if `out` holds another store.
     """
     require(crops is None or crops in CROPS, f"--crops {crops}: choose one of {', '.join(CROPS)}")
     require(batch_size >= 1 and shard_records >= 1, "--batch-size and --shard-records must be at least 1")
@@ -169,8 +168,8 @@ def write_store(
 ) -> Written:
     """Encode the records of the writer's missing shards, and finish the store if all shards exist.
 
-    Batches do not cross the end of a shard, so a record's batch, and every bit of its tokens, does not depend on where a
-    run was interrupted.
+    Batches do not cross the end of a shard, so a record's batch, and every bit of its tokens, does not depend on where
+    a run was interrupted.
 
     Args:
       params: the tokenizer's, on `own_mesh(mesh)`.
@@ -187,7 +186,7 @@ def write_store(
     encode_images = lambda x: encode(params, make_global_batch({"images": x}, mesh)["images"])  # noqa: E731
     began, waits = time.perf_counter(), []
     with sharded(mesh), contextlib.closing(stream):
-        rows = progress(
+        rows = track_progress(
             _encode_batches(stream, encode_images, waits),
             total=writer.source_records,
             description=name,
@@ -284,11 +283,9 @@ def _check_finished(out: pathlib.Path, card: dict[str, Any], source_records: int
     store = TokenStore(out)
     store.verify()
     there = store.card | {"source_records": store.card["shards"][-1]["span"][1]}
-    for key, now in {**json.loads(json.dumps(card)), "source_records": source_records}.items():
-        if (was := there.get(key)) != now:
-            raise StoreError(
-                f"{out} holds a finished store of something else ({key}: {str(was)[:80]}, now {str(now)[:80]}): choose "
-                "another --out, or remove it"
-            )
+    now = json.loads(json.dumps(card)) | {"source_records": source_records}
+    if difference := find_difference({key: there.get(key) for key in now}, now):
+        finished = f"{out} holds a finished store of something else ({difference})"
+        raise StoreError(f"{finished}: choose another --out, or remove it")
     remove_leftovers(out, store.card)
     return True

@@ -13,8 +13,8 @@ from rar_jax.config import require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError, StoreError
 from rar_jax.experiment import Experiment
-from rar_jax.runs.logging import progress
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
+from rar_jax.runs.progress import track_progress
 from rar_jax.sampling import to_uint8
 from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
 from rar_jax.tokens.store import TokenStore
@@ -107,7 +107,7 @@ def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, download: b
     # Row by row: 64 images of full size may not fit in memory.
     images = np.concatenate([np.asarray(decode(params, row)) for row in np.split(tokens, len(shown))])
     names = [store.class_names[label].split(",")[0] for label in shown]
-    grid(images, names, out, title=f"decoded tokens of {store.folder.name}")
+    save_image_grid(images, names, out, title=f"decoded tokens of {store.folder.name}")
     return out
 
 
@@ -165,4 +165,4 @@ def export_tokens(folder: pathlib.Path, out: pathlib.Path, *, quiet: bool = Fals
 
 
 def _show_progress(description: str, unit: str, quiet: bool) -> Any:
-    return functools.partial(progress, description=description, unit=unit, quiet=quiet)
+    return functools.partial(track_progress, description=description, unit=unit, quiet=quiet)

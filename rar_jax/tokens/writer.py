@@ -1,8 +1,8 @@
 """Write a token store shard by shard, so that an interrupted run resumes with the first missing shard.
 
 An unfinished store also holds making.json, which says what is being made, and a sidecar per finished shard,
-shard-00000-of-00004.json, with its counts and sha256. Shard j is made from records [j*S, (j+1)*S) of the *source*; records
-whose image cannot be decoded are left out. An interrupted store becomes bitwise identical to a straight one.
+shard-00000-of-00004.json, with its counts and sha256. Shard j is made from records [j*S, (j+1)*S) of the *source*;
+records whose image cannot be decoded are left out. An interrupted store becomes bitwise identical to a straight one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TokenStoreWriter:
     Holds one shard in memory. Each process writes shards j % process_count == process_index; process 0 finishes.
 
     Args:
-      card: the CARD_KEYS, JSON values. The number of tokens is the product of grid; tokenizer_sha256 is None if unknown.
+      card: the CARD_KEYS, JSON values. The number of tokens is the product of grid.
       source_records: records of the source, bad ones included. shard_records: source records per shard.
 
     Raises: StoreError for a wrong card, or a folder that holds a finished store or the beginning of another one.
@@ -156,12 +156,9 @@ class TokenStoreWriter:
             there = json.loads(path.read_bytes())
         except ValueError as error:
             raise StoreError(f"{path} cannot be read ({error}): remove {self.folder} to start again") from None
-        if other := [key for key in sorted({*there, *making}) if there.get(key) != making.get(key)]:
-            was, now = (json.dumps(x.get(other[0]))[:80] for x in (there, making))
-            raise StoreError(
-                f"{self.folder} holds the beginning of another store ({other[0]}: {was}, now {now}): remove it, or choose "
-                "another folder"
-            )
+        if difference := find_difference(there, making):
+            beginning = f"{self.folder} holds the beginning of another store ({difference})"
+            raise StoreError(f"{beginning}: remove it, or choose another folder")
 
     def _read_sidecar(self, j: int) -> dict[str, Any] | None:
         """Return the sidecar of shard j if the shard's bytes have its sha256."""
@@ -219,6 +216,12 @@ class Shard:
         self.bad_per_crop += np.bincount(crops[~good], minlength=len(self.bad_per_crop))
         self.seen += len(tokens)
         self.kept += len(records)
+
+
+def find_difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Describe the first key that differs between two cards."""
+    key = next((key for key in sorted({*there, *now}) if there.get(key) != now.get(key)), None)
+    return key and f"{key}: {json.dumps(there.get(key))[:80]}, now {json.dumps(now.get(key))[:80]}"
 
 
 def remove_leftovers(folder: pathlib.Path, card: Mapping[str, Any]) -> None:

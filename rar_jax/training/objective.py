@@ -1,29 +1,38 @@
-"""What a stage trains: its model, its data, and what its checkpoints say of themselves."""
+"""What a stage trains: its model, its data, the state it starts from, and the metadata of its checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source
+from rar_jax.errors import CheckpointError
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.models import Model
 from rar_jax.parallel.mesh import with_device_dtype
+from rar_jax.parallel.processes import from_main
+from rar_jax.runs.checkpoint import good_step, read_meta
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.opening import open_tokens
-from rar_jax.training.step import Batch
-from rar_jax.weights.stages import finished
+from rar_jax.training.step import Setup, State
+from rar_jax.weights.stages import finished, given_generator
+
+Variants = Callable[[int], dict[str, dict[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the loop needs to know of a stage. `model` is a module with the contract functions init, axes, loss, ...
+    """What the loop needs to know about a stage. `model` is a module with the contract functions init, axes, loss, ...
 
-    variants: held-out losses to watch, each a name and what it adds to a batch. meta: what each checkpoint says of itself.
+    variants: batch size -> validation losses by name, each what it adds to a batch. meta: metadata of each checkpoint.
     encoder: the tokenizer, if the sources hold images and the loss takes tokens.
     """
 
@@ -31,13 +40,13 @@ class Objective:
     config: Any
     train: Source
     heldout: Source
-    variants: Callable[[int], dict[str, dict[str, np.ndarray]]]
+    variants: Variants
     meta: dict[str, Any]
     encoder: Model | None = None
 
 
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
-    """The stage's model and data. Raises CheckpointError, ConfigError or StoreError where the data does not fit."""
+    """Resolve a stage's model and data. Raises CheckpointError, ConfigError or StoreError if the data does not fit."""
     module, config = experiment.model(stage).module, with_device_dtype(experiment.model(stage).config)
     meta: dict[str, Any] = {"experiment": experiment.name, "stage": stage}
     on_the_fly = stage == "generator" and experiment.data.on_the_fly
@@ -47,16 +56,35 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
         train, heldout = open_source(experiment, "train"), open_source(experiment, "heldout")
     if stage == "generator":
         meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
-    plain: Callable[[int], dict[str, dict[str, np.ndarray]]] = lambda size: {"": {}}  # noqa: E731
+        _check_tokenizer(workdir.checkpoints(stage), meta["tokenizer_sha256"])
     offered = getattr(module, "validation_variants", None)
-    variants = functools.partial(offered, config) if offered else plain
+    variants = functools.partial(offered, config) if offered else _one_variant
     encoder = Model(experiment.tokenizer.module, with_device_dtype(experiment.tokenizer.config)) if on_the_fly else None
     return Objective(module, config, train, heldout, variants, meta, encoder)
 
 
-def encoded(encoder: Model | None, params: Any, batch: Batch) -> Batch:
-    """The batch with its images as tokens, as a token store would have them; without an encoder, the batch. Traceable."""
-    if encoder is None:
-        return batch
-    tokens = encoder.module.encode(encoder.config, params, batch["images"])
-    return {**{name: x for name, x in batch.items() if name != "images"}, "tokens": tokens}
+def _check_tokenizer(folder: pathlib.Path, sha256: str | None) -> None:
+    good = good_step(folder)
+    if good is None or sha256 is None:
+        return
+    if from_main(lambda: read_meta(folder, good[0]))["tokenizer_sha256"] != sha256:
+        raise CheckpointError(
+            f"{folder} was trained on tokens of another tokenizer than this work directory's: move it away"
+        )
+
+
+def _one_variant(size: int) -> dict[str, dict[str, np.ndarray]]:
+    return {"": {}}
+
+
+def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -> tuple[State, dict[str, str]]:
+    """Replace the parameters of a fresh state by those of `config.init_from`, made to fit; return it and their origin.
+
+    Raises: ConfigError if they cannot be made to fit; what `open_weights` raises.
+    """
+    weights, module = given_generator(experiment), experiment.generator.module
+    adapt = functools.partial(module.adapt, experiment.generator.config, other_config=weights.model.config)
+    adapt = jax.jit(adapt, out_shardings=jax.tree.map(lambda s: s.sharding, setup.abstract_state["params"]))
+    params = adapt(state["params"], other_params=weights.place(mesh))
+    extra = {name: jax.tree.map(jnp.copy, params) for name in state["extra"]}  # an EMA starts from the parameters
+    return {**state, "params": params, "extra": extra}, {"path": str(weights.path), "sha256": weights.sha256()}

@@ -9,8 +9,8 @@ import optax
 from rar_jax.sections import Recipe
 
 
-def schedule(recipe: Recipe) -> optax.Schedule:
-    """Learning rate of update k (0-based): linear from 0 over the warm-up, then a cosine to the end value."""
+def make_schedule(recipe: Recipe) -> optax.Schedule:
+    """Learning rate of update k (0-based): linear from 0 during the warm-up, then a cosine to the end value."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if recipe.warmup else recipe.learning_rate,
         peak_value=recipe.learning_rate,
@@ -20,16 +20,14 @@ def schedule(recipe: Recipe) -> optax.Schedule:
     )
 
 
-def optimizer(recipe: Recipe, decay_mask: Any) -> optax.GradientTransformation:
+def make_optimizer(recipe: Recipe, decay_mask: Any) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW with decoupled decay (lr * wd * p) where the mask is True."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip_norm),
-        optax.adamw(
-            schedule(recipe),
-            b1=recipe.beta1,
-            b2=recipe.beta2,
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            mask=decay_mask,
-        ),
+    adamw = optax.adamw(
+        make_schedule(recipe),
+        b1=recipe.beta1,
+        b2=recipe.beta2,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        mask=decay_mask,
     )
+    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), adamw)

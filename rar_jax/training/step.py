@@ -1,23 +1,26 @@
-"""The train state, a plain tree of arrays, and the step that advances it.
+"""The train state, a plain pytree of arrays, and the step that advances it.
 
     state = {"step": int32, "params": tree, "opt_state": optax state, "extra": {"ema": tree} or {}, "guard": see guard.py}
 
-It is plain so that a checkpoint opens without this code. `extra` is the place for an EMA or, later, a discriminator. The step
-counts the updates that were left out as bad, too.
+A plain pytree, so that checkpoints can be opened without this package. The step also counts skipped updates.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from rar_jax.models import Model
+from rar_jax.parallel.rules import param_shardings, replicated
 from rar_jax.sections import Recipe
 from rar_jax.training import guard
-from rar_jax.training.optimizer import schedule
+from rar_jax.training.optimizer import make_optimizer, make_schedule
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -25,10 +28,59 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, *, key, step)
 
 
+class Setup(NamedTuple):
+    """The jitted functions of a training, sharded over a mesh.
+
+    abstract_state: shapes and shardings. init: key -> state. step: (state, batch, root key, frozen) -> (state, metrics); it donates the
+    state, and frozen are the encoder's parameters, if there is one.
+    """
+
+    abstract_state: State
+    init: Callable[[jax.Array], State]
+    step: Any
+
+
+def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh, encoder: Model | None = None) -> Setup:
+    """Set up the training of a contract module; its axes and rules.py say how the state is sharded.
+
+    encoder: a tokenizer that encodes the images of a batch within the step.
+
+    Raises: ConfigError if a parameter does not divide over the mesh.
+    """
+    tx = make_optimizer(recipe, model.decay_mask(config))
+    init_state = make_init(functools.partial(model.init, config), tx, recipe)
+    shapes = jax.eval_shape(init_state, jax.random.key(0))
+    params_at = param_shardings(model.axes(config), shapes["params"], mesh)
+    at = state_shardings(shapes, params_at, replicated(mesh), tx)
+    after_step = getattr(model, "after_step", None)
+
+    def step(state: State, batch: Batch, root: jax.Array, frozen: Any = None) -> tuple[State, Metrics]:
+        # Each function encodes its own batch: with accumulation only one part's activations exist at a time.
+        def encode_first(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda params, batch, **rest: function(config, params, encode_batch(encoder, frozen, batch), **rest)
+
+        train_step = make_train_step(encode_first(model.loss), tx, recipe, after_step and encode_first(after_step))
+        return train_step(state, batch, root)
+
+    return Setup(
+        jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, at),
+        jax.jit(init_state, out_shardings=at),
+        jax.jit(step, donate_argnums=0, out_shardings=(at, replicated(mesh))),
+    )
+
+
+def encode_batch(encoder: Model | None, params: Any, batch: Batch) -> Batch:
+    """Replace the images of a batch by their tokens, if there is an encoder. Traceable."""
+    if encoder is None:
+        return batch
+    tokens = encoder.module.encode(encoder.config, params, batch["images"])
+    return {**{name: x for name, x in batch.items() if name != "images"}, "tokens": tokens}
+
+
 def make_init(
     init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, recipe: Recipe
 ) -> Callable[[jax.Array], State]:
-    """Function key -> fresh state."""
+    """Make the function key -> initial state."""
 
     def init_state(key: jax.Array) -> State:
         params = init(key)
@@ -40,17 +92,14 @@ def make_init(
 
 
 def state_shardings(shapes: State, params: Any, replicated: Any, optimizer: optax.GradientTransformation) -> State:
-    """Shardings of a whole state from those of its parameters: Adam's moments and the EMA lie as the parameters do."""
+    """Shardings of a state from those of its parameters: Adam's moments and the EMA are sharded as the parameters are."""
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, at: at, shapes["opt_state"], params, transform_non_params=lambda _: replicated
+    )
     return {
         "step": replicated,
         "params": params,
-        "opt_state": optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            shapes["opt_state"],
-            params,
-            transform_non_params=lambda _: replicated,
-        ),
+        "opt_state": opt_state,
         "extra": {name: params for name in shapes["extra"]},
         "guard": jax.tree.map(lambda _: replicated, shapes["guard"]),
     }
@@ -67,36 +116,17 @@ def make_train_step(
     recipe: Recipe,
     after_step: Callable[..., Any] | None = None,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
-    """Function (state, batch, root key) -> (state, metrics), to be jitted with the state donated.
+    """Make the function (state, batch, root key) -> (state, metrics), to be jitted with the state donated.
 
-    All randomness of step k comes from fold_in(root, k), so a resumed run draws what the first one would have. An update that
-    the guard calls bad is left out: parameters, optimizer state and extra stay what they were, to the bit.
+    All randomness of step k comes from fold_in(root, k). A bad update (guard.py) leaves parameters, optimizer state and extra bitwise
+    unchanged.
     """
-    learning_rate = schedule(recipe)
-
-    gradients = jax.grad(loss, has_aux=True)
-
-    def accumulated(params: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Any, Metrics]:
-        parts = recipe.accumulation
-        if parts == 1:
-            return gradients(params, batch, key=key, step=step)
-        # Every part takes rows from each device's share of the batch, so that no row changes its device.
-        split = {k: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0) for k, x in batch.items()}
-
-        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part[0], key=part[1], step=step)), None
-
-        keys = jax.random.split(key, parts)
-        first = {k: x[0] for k, x in split.items()}
-        shapes = jax.eval_shape(lambda: gradients(params, first, key=keys[0], step=step))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(add, zero, (split, keys))
-        return jax.tree.map(lambda x: x / parts, total)
+    learning_rate, gradients = make_schedule(recipe), jax.grad(loss, has_aux=True)
 
     def train_step(state: State, batch: Batch, root: jax.Array) -> tuple[State, Metrics]:
         step, params = state["step"], state["params"]
         key_loss, key_after = jax.random.split(jax.random.fold_in(root, step))
-        grads, metrics = accumulated(params, batch, key_loss, step)
+        grads, metrics = accumulate(gradients, params, batch, key=key_loss, step=step, parts=recipe.accumulation)
         metrics = metrics | {"grad_norm": optax.tree.norm(grads), "learning_rate": jnp.asarray(learning_rate(step))}
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         params = optax.apply_updates(params, updates)
@@ -108,8 +138,27 @@ def make_train_step(
             extra = {"ema": jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, extra["ema"], params)}
         trained = {"params": params, "opt_state": opt_state, "extra": extra}
         bad, guarded = guard.judge(state["guard"], metrics, sigmas=recipe.spike_sigmas)
-        trained = guard.unless(bad, trained, {name: state[name] for name in trained})
-        metrics = metrics | {name: guarded[name] for name in ("skipped", "in_a_row")}
+        trained = guard.select_if(bad, {name: state[name] for name in trained}, trained)
+        metrics = metrics | {name: guarded[name] for name in ("skipped", "consecutive")}
         return {"step": step + 1, **trained, "guard": guarded}, metrics
 
     return train_step
+
+
+def accumulate(
+    gradients: Callable[..., tuple[Any, Metrics]], params: Any, batch: Batch, *, key: Any, step: Any, parts: int
+) -> tuple[Any, Metrics]:
+    """Compute mean gradients and metrics of a batch in equal parts, one after another. Traceable."""
+    if parts == 1:
+        return gradients(params, batch, key=key, step=step)
+    # Every part takes rows from each device's share of the batch, so that no row changes its device.
+    split = {k: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0) for k, x in batch.items()}
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients(params, part[0], key=part[1], step=step)), None
+
+    keys = jax.random.split(key, parts)
+    first = {k: x[0] for k, x in split.items()}
+    shapes = jax.eval_shape(lambda: gradients(params, first, key=keys[0], step=step))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), (split, keys))
+    return jax.tree.map(lambda x: x / parts, total)

@@ -1,7 +1,8 @@
-"""Parameters that are read from a file at the moment they are placed, each device's shard by itself."""
+"""Parameters that are read from a file when they are put on devices, each device's shard by itself."""
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from rar_jax.errors import WeightsError
 
 
 class LazyArray:
-    """A float32 array whose parts are read when it is indexed: `array[index]`, or all of it by `array[...]`.
+    """A float32 array that is read when it is indexed: `array[slices]`, or `array[...]` for all of it.
 
     Attributes:
       shape, dtype: known without reading.
@@ -25,7 +26,7 @@ class LazyArray:
         self._parts, self._stacked = parts, stacked
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """A new float32 array. Raises: WeightsError if what is read is damaged."""
+        """Read into a new array. Raises: WeightsError for damaged data."""
         slices = (slice(None),) * len(self.shape) if index is ... else index
         sizes = [len(range(*s.indices(size))) for s, size in zip(slices, self.shape, strict=True)]
         out = np.empty(sizes, np.float32)
@@ -37,35 +38,31 @@ class LazyArray:
         return out
 
 
-def finite(path: Any, name: str, value: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-    """The value in a float dtype. Raises: WeightsError if it is no floating point, or holds what that dtype cannot."""
+def check_finite(path: str | pathlib.Path, name: str, value: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
+    """Return the value in a float dtype. Raises: WeightsError if it is not floating point, or not finite in it."""
     if value.dtype.kind in "biuc":
         raise WeightsError(f"{path}: '{name}' is {value.dtype}: weights are floating point numbers")
-    with np.errstate(over="ignore"):  # to infinity, which is refused below
+    with np.errstate(over="ignore"):  # overflow gives infinity, an error below
         value = value.astype(dtype, copy=False)
     if not np.isfinite(value).all():
         raise WeightsError(f"{path}: '{name}' holds numbers that are not finite: download it again")
     return value
 
 
-def materialize(lazy: Any) -> Any:
-    """The tree as NumPy arrays."""
+def read_arrays(lazy: Any) -> Any:
+    """Read a tree of LazyArrays into NumPy arrays."""
     return jax.tree.map(lambda leaf: leaf[...], lazy)
 
 
-def place(lazy: Any, shardings: Any) -> Any:
-    """The tree as jax.Arrays: each process reads what its own devices hold, one array after the other.
+def put_on_devices(lazy: Any, shardings: Any) -> Any:
+    """Read a tree of LazyArrays into jax.Arrays. Each process reads what its own devices hold, one array at a time.
 
     Args:
-      lazy: tree of LazyArray. shardings: the same tree of shardings, or one for all.
+      shardings: a tree of the same structure.
     """
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, lazy)
 
-    def one(leaf: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
-        # Waited for, so that the next array is not read while this one is still being copied.
-        return jax.block_until_ready(
-            jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__, dtype=leaf.dtype)
-        )
+    def put(leaf: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
+        array = jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__, dtype=leaf.dtype)
+        return jax.block_until_ready(array)  # bounds the memory: the next array is read after this one is copied
 
-    return jax.tree.map(one, lazy, shardings)
+    return jax.tree.map(put, lazy, shardings)

@@ -1,4 +1,4 @@
-"""The authors' released files: their names, where they are, and the sampling settings that gave the published FID."""
+"""The authors' released files: names, repositories, and the sampling settings of the published FID."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rar_jax.sampling import Guidance
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """A file on the Hugging Face hub; for a generator also its size and guidance (arXiv 2411.00776, and its code)."""
+    """A file on the Hugging Face hub; for a generator also its size and guidance (arXiv 2411.00776 and its code)."""
 
     repository: str
     file: str
@@ -36,23 +36,19 @@ FILES = GENERATORS | {TOKENIZER: Released("fun-research/TiTok", f"{TOKENIZER}.bi
 
 
 def preset(config: Any) -> Released | None:
-    """The released generator of the same size on the same tokens and classes, if there is one."""
-    if not isinstance(config, rar.Config) or (config.num_tokens, config.codebook_size) != (256, 1024):
+    """Return the released generator of the same size, tokens and classes, if there is one."""
+    if not isinstance(config, rar.Config):
         return None
-    same = [
-        r
-        for r in GENERATORS.values()
-        if (r.width, r.depth, r.mlp_width) == (config.width, config.depth, config.mlp_width)
-    ]
-    return same[0] if same and config.num_classes == 1000 else None
+    if (config.num_tokens, config.codebook_size, config.num_classes) != (256, 1024, 1000):
+        return None
+    sizes = config.width, config.depth, config.mlp_width
+    return next((r for r in GENERATORS.values() if (r.width, r.depth, r.mlp_width) == sizes), None)
 
 
 def locate(path_or_name: str | pathlib.Path, *, download: bool = False) -> pathlib.Path:
-    """The path itself if it exists; of a released name ("rar_b", "rar_b.bin") its file in the Hugging Face cache.
+    """Return an existing path, or the cached file of a released name ("rar_b", "rar_b.bin").
 
-    Args:
-      download: fetch a released file that is not there, and check its sha256 against the hub's.
-
+    With `download`, fetch a file that is not cached, and check its sha256 against the hub's.
     Raises: ConfigError that says how to get the file; WeightsError for a wrong sha256.
     """
     path = pathlib.Path(path_or_name)
@@ -64,59 +60,60 @@ def locate(path_or_name: str | pathlib.Path, *, download: bool = False) -> pathl
     # Only a bare name is a released file's: a mistyped path must not become another model.
     name = str(path_or_name).removesuffix(".bin")
     if name not in FILES:
+        names = ", ".join(FILES)
         raise ConfigError(
-            f"{path_or_name or '(nothing)'}: no such directory or weights file, and no released one: those are {', '.join(FILES)}"
+            f"{path_or_name or '(nothing)'}: no such directory or weights file, and no released one: those are {names}"
         )
-    return _from_hub(FILES[name], download=download)
+    return _find_in_hub(FILES[name], download)
 
 
-def _from_hub(released: Released, *, download: bool) -> pathlib.Path:
-    where = f"https://huggingface.co/{released.repository}/resolve/main/{released.file}"
+def _find_in_hub(released: Released, download: bool) -> pathlib.Path:
+    repository, file = released.repository, released.file
+    url = f"https://huggingface.co/{repository}/resolve/main/{file}"
     try:
-        import huggingface_hub
+        import huggingface_hub as hub
         import huggingface_hub.errors
         import huggingface_hub.utils.logging
     except ImportError:
         raise ConfigError(
-            f"{released.file} is not here. To download it: pip install -e '.[hub]' in the checkout of rar_jax; or get {where} yourself and "
-            "give its path"
+            f"{file} is not here. To download it: pip install -e '.[hub]' in the checkout of rar_jax; or get {url} "
+            "yourself and give its path"
         ) from None
-    hub = huggingface_hub
-    # What it warns of on the way is said by the one line below, if it comes to that.
-    hub.utils.logging.set_verbosity_error()
+    hub.utils.logging.set_verbosity_error()  # our errors say what its warnings would
     try:
-        path = pathlib.Path(hub.hf_hub_download(released.repository, released.file, local_files_only=True))
+        path = pathlib.Path(hub.hf_hub_download(repository, file, local_files_only=True))
     except hub.errors.LocalEntryNotFoundError:
-        path = None
-    if path is None and not download:
-        raise ConfigError(
-            f"{released.file} is not here and was not downloaded before: `rar-jax sample` and `convert` fetch it with "
-            f"--download, Python with load(..., download=True); or get {where} and give its path"
-        )
-    if path is None:
-        try:
-            path = pathlib.Path(hub.hf_hub_download(released.repository, released.file))
-            expected = hub.get_hf_file_metadata(hub.hf_hub_url(released.repository, released.file)).etag
-        # Whatever goes wrong on the way (no network, a proxy, a full disk, no such file) has the same way out.
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise WeightsError(
-                f"{released.file} could not be downloaded ({reason}): give the command again, or get {where} on a machine with a network, copy it here "
-                "and give its path"
-            ) from error
-        _check_sha256(path, expected)
-    elif download and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
-        _check_sha256(path, path.resolve().name)  # the cache calls a large file by its sha256
+        if not download:
+            raise ConfigError(
+                f"{file} is not here and was not downloaded before: `rar-jax sample` and `convert` fetch it with "
+                f"--download, Python with load(..., download=True); or get {url} and give its path"
+            ) from None
+    else:
+        if download and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
+            _check_sha256(path, path.resolve().name)  # the cache calls a large file by its sha256
+        return path
+    try:
+        path = pathlib.Path(hub.hf_hub_download(repository, file))
+        expected = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file)).etag
+    # No network, a proxy, a full disk, no such file: whatever it is, the way out is the same.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise WeightsError(
+            f"{file} could not be downloaded ({reason}): give the command again, or get {url} on a machine with a "
+            "network, copy it here and give its path"
+        ) from error
+    _check_sha256(path, expected)
     return path
 
 
 def _check_sha256(path: pathlib.Path, expected: str | None) -> None:
-    """The hub names a large file by its sha256 (its etag). A file that has another is removed: what is in the cache is not fetched again."""
+    """Remove a cached file with another sha256 than the hub's (its etag), so that it is downloaded again."""
     if expected is None or not re.fullmatch("[0-9a-f]{64}", expected):
         raise WeightsError(f"{path}: the hub gave no sha256 to check the download by (but {expected!r})")
     if (found := file_sha256(path)) != expected:
         for bad in (path.resolve(), path):  # the cache's entry is a link to the content
             bad.unlink(missing_ok=True)
         raise WeightsError(
-            f"{path} had sha256 {found}, the hub says {expected}: it has been removed, give the command again to download it anew"
+            f"{path} had sha256 {found}, the hub says {expected}: it has been removed, give the command again to "
+            "download it anew"
         )

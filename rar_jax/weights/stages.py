@@ -19,7 +19,7 @@ from rar_jax.parallel.rules import param_shardings
 from rar_jax.runs.checkpoint import good_step, load_params, read_meta, save_params
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
-from rar_jax.runs.writers import wandb_package
+from rar_jax.runs.writers import import_wandb
 from rar_jax.weights.loading import Weights, open_weights
 from rar_jax.weights.registry import locate
 
@@ -83,7 +83,7 @@ def check_start(experiment: Experiment, workdir: Workdir) -> None:
     Raises: ConfigError if they cannot be made to fit, or a package is missing; what `open_weights` raises.
     """
     if experiment.wandb is not None and is_main():
-        wandb_package()
+        import_wandb()
     if experiment.tokenizer_weights and good_step(workdir.checkpoints("tokenizer")) is None:
         _given_tokenizer(experiment)
     if experiment.init_from and good_step(workdir.checkpoints("generator")) is None:

@@ -4,9 +4,9 @@ Two formats of `torch.save`, told apart by their first bytes:
   zip (PyTorch >= 1.6)   <name>/data.pkl is a pickle of the dict whose tensors point into members <name>/data/<key>
   stream (before)        pickles one after another (magic, version, machine, dict, list of keys), then each storage's
                          number of elements (int64) and bytes, in the order of the list
-The pickle is read by an Unpickler that knows a few names and refuses all others. It makes records of where each
-tensor lies. Tensors are read when they are asked for, each through a mapping of its own part of the file, which leaves
-the memory together with the array: a model of 6 GB is never in memory twice.
+The pickle is read by an Unpickler that knows a few names and refuses all others. It only records where each tensor is
+stored. Each tensor is read through its own memory map of the file, which is freed together with the array, so a model
+is never in memory twice.
 """
 
 from __future__ import annotations
@@ -44,19 +44,7 @@ _DTYPES: dict[str, np.dtype] = {
     "torch.BoolStorage": np.dtype(np.bool_),
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
 }
-_SAFETENSORS_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_STREAM_MAGIC, _STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
+_STREAM_HEADER = (0x1950A86A20F9469CFC6C, 1001)
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 # The largest RAR has a pickle of 0.1 MB with 3000 tuples.
 _PICKLE_LIMIT, _TUPLE_LIMIT = 1 << 28, 20_000  # bytes; tuples
@@ -67,32 +55,25 @@ Locate = Callable[[str], tuple[int, Callable[[], np.ndarray]]]
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a weights file. `read()` gives its values, a read-only array where the file is mapped; what it was
-    read from leaves the memory with the array. Raises: WeightsError if the bytes are damaged."""
+    """A tensor in a weights file. `read` may return a read-only array, and raises WeightsError for damaged bytes."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
     read: Callable[[], np.ndarray]
 
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
 
-
-def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors by name, read; see `open_tensors`. Raises: WeightsError, for anything wrong with the file."""
+def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Read all tensors by name, see `open_tensors`. Raises: WeightsError."""
     return {name: tensor.read() for name, tensor in open_tensors(path).items()}
 
 
 def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
-    """Tensors by name of a .safetensors, torch zip or torch stream file; the content decides, then the suffix.
+    """Open a .safetensors, torch zip or torch stream file; the content decides, then the suffix.
 
     A torch file's dict inside one of the keys "state_dict", "model", "model_state_dict", "module", or alone under any
     key, is unwrapped.
 
-    Returns: tensors of the stored shapes and dtypes (bfloat16 by ml_dtypes); their values are not read yet.
-    Raises: WeightsError, for anything wrong with the file; nothing in the file is executed.
+    Returns: tensors by name, of the stored shapes and dtypes (bfloat16 by ml_dtypes). Their values are not read yet.
+    Raises: WeightsError for anything wrong with the file; nothing in the file is executed.
     """
     path, head = pathlib.Path(path), _head(path)
     if head.startswith(b"version https:"):
@@ -110,18 +91,16 @@ def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
             f"{path} is no weights file (neither safetensors nor torch's zip or pickle): it begins with {head[:8]!r}. "
             "Give the file as it was released, or a directory of rar-jax run or convert"
         )
-    tensors = _named(path, lambda: open_file(path))
-    return {
-        name: dataclasses.replace(tensor, read=functools.partial(_named, path, tensor.read))
-        for name, tensor in tensors.items()
-    }
+    tensors = _name_errors(path, lambda: open_file(path))
+    read = functools.partial(functools.partial, _name_errors, path)
+    return {name: StoredTensor(tensor.shape, read(tensor.read)) for name, tensor in tensors.items()}
 
 
 T = TypeVar("T")
 
 
-def _named(path: pathlib.Path, action: Callable[[], T]) -> T:
-    """What the action returns; whatever goes wrong in it is a WeightsError that names the file."""
+def _name_errors(path: pathlib.Path, action: Callable[[], T]) -> T:
+    """Return what the action returns. Whatever goes wrong in it becomes a WeightsError that names the file."""
     try:
         return action()
     except WeightsError as error:
@@ -148,22 +127,16 @@ def _head(path: str | pathlib.Path) -> bytes:
 
 def _open_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
     def read(name: str) -> np.ndarray:
-        # Opened anew for each tensor: the library's mapping, kept open, would keep all that was read in memory.
+        # Opened for each tensor: an open map would keep all that was read in memory.
         with safetensors.safe_open(path, "np") as file:
             return file.get_tensor(name)
 
-    tensors = {}
     with safetensors.safe_open(path, "np") as file:
-        for name in file.keys():  # noqa: SIM118 - the file is no mapping
-            part = file.get_slice(name)
-            if part.get_dtype() not in _SAFETENSORS_DTYPES:
-                raise WeightsError(f"'{name}' is of type {part.get_dtype()}, which no released weights have")
-            dtype = _SAFETENSORS_DTYPES[part.get_dtype()]
-            tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, functools.partial(read, name))
-    return tensors
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return {name: StoredTensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
 
 
-def _map(path: pathlib.Path, start: int, size: int) -> np.ndarray:
+def _map_bytes(path: pathlib.Path, start: int, size: int) -> np.ndarray:
     return np.asarray(np.memmap(path, np.uint8, mode="r", offset=start, shape=(size,)))
 
 
@@ -180,24 +153,13 @@ def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
             raise WeightsError("its data.pkl is too large for a state dict")
         tensors = _tensors(_next_pickle(io.BytesIO(archive.read(pickles[0])), {}))
-    needed: dict[str, int] = {}  # bytes of each storage
-    for key, dtype, start, count in (tensor.storage for tensor in tensors.values()):
-        needed[key] = max(needed.get(key, 0), (start + count) * dtype.itemsize)
-    unpacked: dict[str, np.ndarray] = {}  # compressed members, which torch.save does not make
-    checked: set[str] = set()  # one storage may hold many tensors
+    checked: set[str] = set()  # a storage may hold many tensors
 
     def read(key: str, info: zipfile.ZipInfo) -> np.ndarray:
-        if info.compress_type != zipfile.ZIP_STORED:
-            if info.file_size > needed[key]:
-                raise WeightsError(f"refused: storage {key} unpacks to {info.file_size:,} bytes, of {needed[key]:,}")
-            if key not in unpacked:
-                with zipfile.ZipFile(path) as archive:
-                    unpacked[key] = np.frombuffer(archive.read(info), np.uint8)
-            return unpacked[key]
         # The local header repeats the name, and its extra field (torch pads there) has its own length.
-        header = _map(path, info.header_offset, 30).tobytes()
+        header = _map_bytes(path, info.header_offset, 30).tobytes()
         start = info.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        data = _map(path, start, info.file_size)
+        data = _map_bytes(path, start, info.file_size)
         if header[:4] != b"PK\x03\x04" or (key not in checked and zlib.crc32(data.data) != info.CRC):
             raise WeightsError(f"storage {key} is damaged: download it again")
         checked.add(key)
@@ -207,6 +169,8 @@ def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
         info = members.get(f"{root}data/{key}")
         if info is None:
             raise WeightsError(f"storage {key} is missing: download it again")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise WeightsError(f"refused: storage {key} is compressed, which torch.save does not do")
         return info.file_size, functools.partial(read, key, info)
 
     return _stored(tensors, locate)
@@ -216,9 +180,9 @@ def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         dtypes: dict[str, np.dtype] = {}
         magic, version, machine, content, keys = (_next_pickle(stream, dtypes) for _ in range(5))
-        if magic != _STREAM_MAGIC or version != _STREAM_VERSION or not isinstance(keys, list):
+        if (magic, version) != _STREAM_HEADER or not isinstance(machine, dict) or not isinstance(keys, list):
             raise WeightsError("a pickle, but not a torch file")
-        if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        if machine.get("little_endian") is not True:
             raise WeightsError("written on a big-endian machine, which is not supported")
         tensors, position = _tensors(content), stream.tell()
         storages: dict[str, tuple[int, Callable[[], np.ndarray]]] = {}
@@ -228,7 +192,7 @@ def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:
             size = int.from_bytes(stream[position : position + 8], "little") * dtypes[key].itemsize
             if position + 8 + size > len(stream):
                 raise WeightsError(f"truncated within storage {key}: download it again")
-            storages[key] = size, functools.partial(_map, path, position + 8, size)
+            storages[key] = size, functools.partial(_map_bytes, path, position + 8, size)
             position += 8 + size
     return _stored(tensors, storages.__getitem__)
 
@@ -250,8 +214,8 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Rebuild:
-    """Stands for torch's function of the same task. No attributes: a pickle's BUILD finds nothing to set."""
+class _RebuildTensor:
+    """Stands for torch's `_rebuild_tensor_v2`. No attributes: a pickle's BUILD finds nothing to set."""
 
     __slots__ = ()
 
@@ -264,7 +228,7 @@ class _Rebuild:
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-class _Same:
+class _RebuildParameter:
     """Stands for `_rebuild_parameter`: a parameter is its tensor."""
 
     __slots__ = ()
@@ -279,13 +243,13 @@ class _Unpickler(pickle.Unpickler):
         self._dtypes = dtypes
 
     def find_class(self, module: str, name: str, /) -> Any:
-        full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return collections.OrderedDict
-        if full == "torch._utils._rebuild_tensor_v2":
-            return _Rebuild()
-        if full == "torch._utils._rebuild_parameter":
-            return _Same()
+        match full := f"{module}.{name}":
+            case "collections.OrderedDict":
+                return collections.OrderedDict
+            case "torch._utils._rebuild_tensor_v2":
+                return _RebuildTensor()
+            case "torch._utils._rebuild_parameter":
+                return _RebuildParameter()
         if full in _DTYPES:
             return full  # its name is enough, and text cannot be called
         raise WeightsError(f"refused: the file asks for {full}, which is no part of a state dict of tensors")
@@ -305,9 +269,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _next_pickle(stream: io.BytesIO | mmap.mmap, dtypes: dict[str, np.dtype]) -> Any:
-    """Reads one pickle and leaves the stream behind it; adds the dtypes of the storages it names, by key."""
+    """Read one pickle of a stream; adds the dtypes of the storages it names, by key, to `dtypes`."""
     start, tuples = stream.tell(), 0
-    # The C unpickler trusts numbers and nesting with its memory and its stack, so they are looked at first.
+    # The C unpickler trusts numbers and nesting with its memory and its stack, so check them first.
     for opcode, argument, _ in pickletools.genops(stream):  # pyright: ignore[reportArgumentType]
         tuples += opcode.name.startswith("TUPLE")
         memo_too_far = "PUT" in opcode.name and argument is not None and argument > stream.tell()
@@ -322,7 +286,7 @@ def _next_pickle(stream: io.BytesIO | mmap.mmap, dtypes: dict[str, np.dtype]) ->
 
 
 def _tensors(content: Any) -> dict[str, _Tensor]:
-    """The state dict of a pickle's content, unwrapped if it lies in another dict."""
+    """The state dict of a pickle's content, unwrapped if it is in another dict."""
     for _ in range(4):
         if not isinstance(content, dict) or any(isinstance(v, _Tensor) for v in content.values()):
             break
@@ -350,8 +314,8 @@ def _stored(tensors: dict[str, _Tensor], locate: Locate) -> dict[str, StoredTens
         last = tensor.offset + sum((extent - 1) * stride for extent, stride in steps)
         # More elements than the storage has is a file that unpacks to any size.
         if elements > 0 and (last >= count or elements > count):
-            raise WeightsError(f"'{name}' of shape {tensor.shape} lies outside of its storage of {count} elements")
-        stored[name] = StoredTensor(tensor.shape, dtype, functools.partial(_view, tensor, storage))
+            raise WeightsError(f"'{name}' of shape {tensor.shape} is outside its storage of {count} elements")
+        stored[name] = StoredTensor(tensor.shape, functools.partial(_view, tensor, storage))
     return stored
 
 

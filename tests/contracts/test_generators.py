@@ -101,17 +101,3 @@ def test_given_tokens_stay_and_a_sample_does_not_depend_on_its_batch(generator: 
     tokens = sample(slice(None))
     np.testing.assert_array_equal(tokens[:, : given.shape[1]], given)
     np.testing.assert_array_equal(tokens[1:2], sample(slice(1, 2)))
-
-
-def test_counts_for_bench_grow_with_the_batch(generator: ModuleType) -> None:
-    if not hasattr(generator, "sample_flops"):
-        pytest.skip("optional")
-    counts = [
-        (
-            generator.train_flops(generator.TINY, batch_size=size),
-            generator.sample_flops(generator.TINY, batch_size=size, guided=guided),
-            generator.sample_bytes(generator.TINY, batch_size=size, guided=guided, dtype=dtype),
-        )
-        for size, guided, dtype in ((2, False, "bfloat16"), (4, True, "float32"))
-    ]
-    assert all(0 < small < large for small, large in zip(*counts, strict=True))

@@ -20,9 +20,9 @@ from rar_jax.experiment import resolve
 from rar_jax.metrics import frechet
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.checkpoint import best_steps, good_steps, load_params, mark_best
-from rar_jax.runs.logging import read_metrics
+from rar_jax.runs.logging import RunLogger, read_metrics
 from rar_jax.runs.workdir import Workdir
-from rar_jax.training.live import best_by, live_scorers
+from rar_jax.training.live import make_live_evaluators, select_score
 
 TINY = str(pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py")
 
@@ -107,25 +107,26 @@ def test_live_scores_ask_before_each_batch(
     workdir = tmp_path / "run"
     arguments = ["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.evaluate.live_samples=0"]
     assert cli.main(arguments) == 0
-    overrides = ["live_samples=50", "batch_size=20", "inception=inception", f"reference={reference}"]
+    overrides = ["live_grid=0", "live_samples=50", "batch_size=20", "inception=inception", f"reference={reference}"]
     experiment = resolve(load_experiment(TINY, [f"evaluate.{text}" for text in overrides]), "tiny")
     params = load_params(Workdir(workdir).checkpoints("generator"), 24)
     told: dict[str, float] = {}
-    scorers = live_scorers(experiment, Workdir(workdir), make_mesh(experiment.mesh))
+    reporter = RunLogger(tmp_path, "generator", total_steps=0, quiet=True)
+    scorers = make_live_evaluators(experiment, "generator", Workdir(workdir), make_mesh(experiment.mesh), reporter)
     for scorer in scorers:
         scorer.compile(params)
     monkeypatch.setattr(image_batches, "sample_images", None)  # nothing is traced again
     monkeypatch.setattr(frechet, "frechet_distance_in_graph", None)
     for scorer in scorers:
         polls: list[None] = []
-        told |= scorer.of(params, lambda polls=polls: polls.append(None))
+        told |= scorer.evaluate(params, 24, lambda polls=polls: polls.append(None))
         assert len(polls) == 3, "of 20, 20 and 10 images"
 
         def stop() -> None:
             raise Preempted
 
         with pytest.raises(Preempted):
-            scorer.of(params, stop)
+            scorer.evaluate(params, 24, stop)
     assert told["fid_n50"] == pytest.approx(by_hand(cheap, workdir, 24, reference, 50), rel=1e-4)
     assert 1 <= told["inception_score_n50"] <= 10 and told["fd_classifier_n50"] > 0
 
@@ -145,14 +146,17 @@ def test_a_marked_step_outlives_newer_ones(tmp_path: pathlib.Path) -> None:
 
 def test_what_makes_a_checkpoint_the_best() -> None:
     told = {"validation/raster_loss": 2.0, "validation/random_loss": 1.0, "fd_classifier_n9": 3.0, "fid_n9": 4.0}
-    assert best_by(told) == ("fid_n9", 4.0)
-    assert best_by({k: v for k, v in told.items() if k != "fid_n9"}) == ("fd_classifier_n9", 3.0)
-    assert best_by({"validation/psnr": 5.0, "validation/loss": 2.0}) == ("validation/loss", 2.0)
-    assert best_by({}) is None
+    assert select_score(told) == ("fid_n9", 4.0)
+    assert select_score({k: v for k, v in told.items() if k != "fid_n9"}) == ("fd_classifier_n9", 3.0)
+    assert select_score({"validation/psnr": 5.0, "validation/loss": 2.0}) == ("validation/loss", 2.0)
+    assert select_score({}) is None
 
 
 def test_a_reference_without_inception_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="reference needs inception"):
         resolve(load_experiment(TINY, ["evaluate.reference=r.npz"]), "tiny")
-    experiment = resolve(load_experiment(TINY, ["evaluate.live_samples=0", "evaluate.inception=i"]), "tiny")
-    assert live_scorers(experiment, Workdir(tmp_path), make_mesh(experiment.mesh)) == []
+    experiment = resolve(
+        load_experiment(TINY, ["evaluate.live_samples=0", "evaluate.live_grid=0", "evaluate.inception=i"]), "tiny"
+    )
+    reporter = RunLogger(tmp_path, "generator", total_steps=0, quiet=True)
+    assert make_live_evaluators(experiment, "generator", Workdir(tmp_path), make_mesh(experiment.mesh), reporter) == []

@@ -27,7 +27,7 @@ from rar_jax.runs import checkpoint, manifest
 from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step, load_params, save_params
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training import guard
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 
 OLD = sorted((pathlib.Path(__file__).parents[1] / "golden" / "checkpoints").glob("*.tar.gz"))
 

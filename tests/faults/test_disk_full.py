@@ -145,7 +145,7 @@ import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from rar_jax.runs.grids import Grid
 from rar_jax.runs.ledger import Ledger, read
-from rar_jax.runs.logging import Reporter, read_metrics
+from rar_jax.runs.logging import RunLogger, read_metrics
 folder = pathlib.Path({folder!r})
 
 def fill(path):
@@ -155,14 +155,14 @@ def fill(path):
 
 grid = Grid(np.random.default_rng(0).integers(0, 256, (1, 2, 8, 8, 1), np.uint8), ("",), ("",) * 2)
 ledger = Ledger(folder)
-with Reporter(folder, "generator", total_steps=80, quiet=True) as reporter:
+with RunLogger(folder, "generator", total_steps=80, quiet=True) as reporter:
     for step in range(1, 81):
         if step == 11:
             fill(folder / "ballast")
         if step == 71:
             (folder / "ballast").unlink()
-        reporter.metrics(step, {{"loss": 1.0, "a" * 500: 0.0}})
-        reporter.grid("samples", grid, step)
+        reporter.write_metrics(step, {{"loss": 1.0, "a" * 500: 0.0}})
+        reporter.write_grid(step, "samples", grid)
         ledger.row("saved", step=step)
 rows, saved = ([row["step"] for row in rows] for rows in (read_metrics(folder), read(folder)))
 print(rows[:10] == saved[:10] == list(range(1, 11)), rows[-10:] == saved[-10:] == list(range(71, 81)), len(rows) < 80)

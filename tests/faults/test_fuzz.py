@@ -15,14 +15,14 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch_files import write_state_dict
 
 from rar_jax.config import load_experiment
 from rar_jax.errors import ConfigError, ReferenceFileError, StoreError, WeightsError
 from rar_jax.evaluation.npz import open_npz, read_array
 from rar_jax.experiment import resolve
 from rar_jax.tokens.store import TokenStore, card_sha256, npy_header, record_dtype
-from rar_jax.weights.saving import write
-from rar_jax.weights.torch_file import read
+from rar_jax.weights.torch_file import read_tensors
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 EXAMPLES = 150
@@ -35,8 +35,8 @@ def torch_zip() -> bytes:
     """A zip as torch writes it."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "w.bin"
-        write(path, {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)})
-        assert read(path)["w"].shape == (2, 3)
+        write_state_dict(path, {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)})
+        assert read_tensors(path)["w"].shape == (2, 3)
         return path.read_bytes()
 
 
@@ -72,7 +72,7 @@ def test_weights(data: bytes, tmp_path: pathlib.Path) -> None:
         path = tmp_path / f"w{suffix}"
         path.write_bytes(data)
         try:
-            found = read(path)
+            found = read_tensors(path)
         except WeightsError as error:
             assert str(path) in str(error)
         else:
@@ -86,7 +86,7 @@ def test_safetensors_headers(tmp_path: pathlib.Path, size: int) -> None:
     for body in (SAFETENSORS[8:], SAFETENSORS[8:20], b""):
         path.write_bytes(size.to_bytes(8, "little") + body)
         with pytest.raises(WeightsError):
-            read(path)
+            read_tensors(path)
 
 
 @pytest.mark.promise(9, "fuzz of npz files: arrays or ReferenceFileError")

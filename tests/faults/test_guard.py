@@ -8,9 +8,9 @@ import os
 import pathlib
 import shutil
 import signal
-import time
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import poisoned
@@ -18,19 +18,14 @@ import pytest
 from commands import Command, finish, start, state_of, terminate, wait_for
 from stopped import RECIPE, StopAt, stage, told
 
-from rar_jax.config import load_experiment
+from rar_jax.data import loader
 from rar_jax.errors import PREEMPTED, Preempted, TrainingError
-from rar_jax.experiment import resolve
 from rar_jax.runs import checkpoint
 from rar_jax.runs import ledger as ledgers
-from rar_jax.runs.checkpoint import good_step, load_params, read_meta
-from rar_jax.runs.preemption import Watch
-from rar_jax.runs.session import Session
+from rar_jax.runs.checkpoint import load_params
 from rar_jax.runs.workdir import Workdir
-from rar_jax.training import guard
-from rar_jax.training.loop import give_up
-
-TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
+from rar_jax.training import guard, loop
+from rar_jax.training.failures import dump_failure
 
 
 def events(workdir: pathlib.Path, *names: str) -> list[tuple[Any, ...]]:
@@ -51,8 +46,8 @@ def test_one_bad_batch_is_left_out_and_counted(tmp_path: pathlib.Path, poison: A
     rows = [row for row in told(tmp_path) if "loss" in row]
     assert [row["step"] for row in rows if row["loss"] is None] == [7]
     assert [row["skipped"] for row in rows] == [0.0] * 6 + [1.0] * 6
-    assert events(tmp_path, "skipped", "rewind") == [("skipped", 7, None)]
-    # Stopped within the evaluation of step 6, which is made up for.
+    assert events(tmp_path, "skipped", "rollback") == [("skipped", 7, None)]
+    # Preempted during the evaluation at step 6; it is re-run on resume.
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     with pytest.raises(Preempted):
@@ -69,7 +64,7 @@ def test_one_spike_is_left_out_and_counted(tmp_path: pathlib.Path, monkeypatch: 
     rows = {row["step"]: row for row in told(tmp_path) if "loss" in row}
     assert [step for step, row in rows.items() if 50 < row["loss"] / rows[1]["loss"] < 200] == [77]
     assert [rows[step]["skipped"] for step in (76, 77, 78, 80)] == [0, 1, 1, 1]
-    assert events(tmp_path, "skipped", "rewind") == [("skipped", 77, None)]
+    assert events(tmp_path, "skipped", "rollback") == [("skipped", 77, None)]
 
 
 @pytest.mark.promise(
@@ -77,81 +72,89 @@ def test_one_spike_is_left_out_and_counted(tmp_path: pathlib.Path, monkeypatch: 
     "3 in a row: back to the last good step, past the data window; the same, stopped on the way (before, within and after the bad "
     "steps), ends bitwise the same",
 )
-def test_many_in_a_row_go_back_and_pass_the_window(tmp_path: pathlib.Path, poison: Any) -> None:
-    poison(10, 11, 12, 13)
+def test_consecutive_bad_updates_roll_back(tmp_path: pathlib.Path, poison: Any) -> None:
+    poison(10, 11, 12)
     (tmp_path / "one").mkdir()
     stage(tmp_path / "one")
-    # Steps 10, 11 and 12 are bad, which is known while 13 runs; back to 8, and step 9 trains on batch 14.
-    assert events(tmp_path / "one", "rewind") == [("rewind", 13, 8)]
-    assert [step for _, step, _ in events(tmp_path / "one", "skipped")] == [10, 11, 12], (
-        "13 went with what was gone back from"
-    )
-    assert not list((tmp_path / "one/checkpoints/classifier").glob("*.rewound")), (
-        "nothing is saved on a way that leads back"
-    )
-    offset = {
+    # Steps 10, 11 and 12 are bad. Step 9 is run again, on batch 13.
+    assert events(tmp_path / "one", "rollback") == [("rollback", 12, 8)]
+    assert [step for _, step, _ in events(tmp_path / "one", "skipped")] == [10, 11, 12]
+    assert not list((tmp_path / "one/checkpoints/classifier").glob("*.rewound")), "no bad step was saved"
+    guard = {
         k: np.frombuffer(v, np.int32)[0]
         for k, v in state_of(tmp_path / "one", 20).items()
         if "guard" in k and len(v) == 4
     }
-    assert offset["['guard']['data_offset']"] == 5 and offset["['guard']['rewinds']"] == 1
-    assert offset["['guard']['skipped']"] == 4 and offset["['guard']['in_a_row']"] == 0
-    # Stopped within the bad steps, in an evaluation, and after it went back; between the good step that it goes back to and the bad
-    # ones; twice among the bad ones, with no more checkpoints kept than stops; and at 12, which is saved then, and not otherwise, and
-    # once more at 12 when it had gone back from there.
-    for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2), ((13,), 2), ((13, 5), 9)):
+    assert guard["['guard']['data_offset']"] == 4 and guard["['guard']['rollbacks']"] == 1
+    assert guard["['guard']['skipped']"] == 3 and guard["['guard']['consecutive']"] == 0
+    # Stopped at step 9, which is saved, but which is not where the others roll back to; in the evaluation of step 10; at 10 and at 12, where
+    # nothing is saved; and after the rollback. With as many checkpoints kept as there are stops, and with more.
+    for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2), ((13,), 2), ((14, 4), 2)):
         stopped = tmp_path / "-".join(map(str, polls))
         stopped.mkdir()
         for poll in polls:
             with pytest.raises(Preempted):
                 stage(stopped, StopAt(stopped, poll), keep_checkpoints=keep)
-            if poll == 13:
-                meta = read_meta(stopped / "checkpoints" / "classifier", 12)
-                assert meta["step"] == 12 and meta[checkpoint.IRREGULAR], "no training goes back to it"
-        if polls == (13, 5):
-            good = good_step(stopped / "checkpoints" / "classifier")
-            assert good is not None and good[0] == 12 and len(events(stopped, "rewind")) == 1
+            steps = [int(p.name) for p in (stopped / "checkpoints" / "classifier").glob("*") if p.name.isdigit()]
+            assert max(steps) == {9: 9, 1: 9, 14: 9, 12: 14, 4: 12}.get(poll, 8), (polls, poll, steps)
         stage(stopped, keep_checkpoints=keep)
-        assert events(stopped, "rewind") == [("rewind", 13, 8)], polls
-        assert state_of(stopped, 20) == state_of(tmp_path / "one", 20) and told(stopped) == told(tmp_path / "one"), (
-            polls
-        )
+        assert events(stopped, "rollback") == [("rollback", 12, 8)], polls
+        assert state_of(stopped, 20) == state_of(tmp_path / "one", 20), polls
+        assert told(stopped) == told(tmp_path / "one"), polls
 
 
-@pytest.mark.promise(
-    7, "SIGTERM while a training goes back to the step that it was started from: saved, and the same end"
-)
+@pytest.mark.promise(7, "SIGTERM during a rollback: saved after the next step, and the same end")
 @pytest.mark.timeout(120)
-def test_a_signal_while_it_goes_back(tmp_path: pathlib.Path, poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_a_rollback(tmp_path: pathlib.Path, poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(9, 10, 11)
     (tmp_path / "one").mkdir()
     stage(tmp_path / "one")
     with pytest.raises(Preempted):
         stage(tmp_path, StopAt(tmp_path, 8))
-    watch, restore = Watch(), checkpoint.Checkpointer.restore
+    restore = checkpoint.Checkpointer.restore
 
     def signalled(self: Any, *args: Any, before: int | None = None, **rest: Any) -> Any:
-        out = restore(self, *args, before=before, **rest)
         if before is not None:
             os.kill(os.getpid(), signal.SIGTERM)
-            while not watch.noticed:
-                time.sleep(0.01)
-        return out
+        return restore(self, *args, before=before, **rest)
 
-    with watch.listening(), monkeypatch.context() as patch, pytest.raises(Preempted):
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
         patch.setattr(checkpoint.Checkpointer, "restore", signalled)
-        stage(tmp_path, Session(ledgers.Ledger(tmp_path), watch))
-    assert events(tmp_path, "rewind") == [("rewind", 12, 8)]
+        stage(tmp_path)
+    assert events(tmp_path, "rollback") == [("rollback", 12, 8)]
     stage(tmp_path)
     assert state_of(tmp_path, 20) == state_of(tmp_path / "one", 20) and told(tmp_path) == told(tmp_path / "one")
+
+
+def test_a_rollback_frees_the_old_state_and_its_workers(
+    tmp_path: pathlib.Path, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(6, 7, 8)
+    closed, freed, real = [], [], loop.Trainer.restore_or_init
+
+    def restore_or_init(self: Any, before: int | None = None) -> Any:
+        if before is not None:
+            freed.extend(x.is_deleted() for x in jax.tree.leaves(self.state))
+        return real(self, before)
+
+    def batches(*args: Any, **rest: Any) -> Any:
+        try:
+            yield from loader.batches(*args, **rest)
+        finally:
+            closed.append(rest["start_step"])
+
+    monkeypatch.setattr(loop.Trainer, "restore_or_init", restore_or_init)
+    monkeypatch.setattr(loop, "batches", batches)
+    stage(tmp_path)
+    assert freed and all(freed) and closed == [0, 8]
 
 
 @pytest.mark.promise(8, "a fault that stays: gone back from twice, then stopped with a dump of state and batch")
 def test_giving_up_leaves_a_dump(tmp_path: pathlib.Path, poison: Any) -> None:
     poison(*range(6, 40))
-    with pytest.raises(TrainingError, match=r"3 updates in a row were bad .* by step 8, after going back 2 time"):
+    with pytest.raises(TrainingError, match=r"4 consecutive bad updates .* at step 8, after 2 rollback\(s\)"):
         stage(tmp_path)
-    assert events(tmp_path, "rewind") == [("rewind", 9, 4), ("rewind", 8, 4)]
+    assert events(tmp_path, "rollback") == [("rollback", 8, 4), ("rollback", 8, 4)]
     dump = tmp_path / "dump" / "classifier"
     with np.load(dump / "batch.0.npz") as batch:
         assert batch["images"].shape[0] == 64
@@ -163,11 +166,9 @@ def test_giving_up_leaves_a_dump(tmp_path: pathlib.Path, poison: Any) -> None:
 
 def test_giving_up_again_leaves_the_dump_again(tmp_path: pathlib.Path) -> None:
     """The same command after it gave up comes to the same step."""
-    recipe = resolve(load_experiment(str(TINY)), "tiny").recipe("classifier")
-    assert recipe is not None
     for value in (1.0, 2.0):
         state = {"step": jnp.int32(8), "guard": guard.init(), "params": {"w": jnp.full(4, value)}}
-        assert "dump" in give_up(Workdir(tmp_path), "classifier", recipe, state, {"images": jnp.zeros((4, 8))})
+        assert "dump" in dump_failure(Workdir(tmp_path), "classifier", state, {"images": jnp.zeros((4, 8))})
         kept = load_params(tmp_path / "dump" / "classifier", 8)
         assert kept["w"].tolist() == [value] * 4
 
@@ -177,13 +178,13 @@ def test_no_way_back(tmp_path: pathlib.Path, poison: Any) -> None:
     poison(*range(6, 40))
     recipe = {"eval_every": 20, "keep_checkpoints": 2}
     with pytest.raises(Preempted):
-        stage(tmp_path, StopAt(tmp_path, 7), **recipe)
+        stage(tmp_path, StopAt(tmp_path, 5), **recipe)
     folder = tmp_path / "checkpoints" / "classifier"
-    assert sorted(p.name for p in folder.iterdir()) == ["4", "7"]
-    shutil.rmtree(folder / "4")  # 7 is of the bad steps, and all that is left
-    with pytest.raises(TrainingError, match=r"by step 9, after going back 0 time"):
+    assert sorted(p.name for p in folder.iterdir()) == ["4", "5"]
+    shutil.rmtree(folder / "4")  # 5 is off schedule, and all that is left
+    with pytest.raises(TrainingError, match=r"at step 8, after 0 rollback"):
         stage(tmp_path, **recipe)
-    assert sorted(p.name for p in folder.iterdir()) == ["7"] and events(tmp_path, "rewind") == []
+    assert sorted(p.name for p in folder.iterdir()) == ["5"] and events(tmp_path, "rollback") == []
     assert (tmp_path / "dump" / "classifier" / "batch.0.npz").exists()
 
 
@@ -217,8 +218,8 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
         return start("train", tmp_path / name, *flags, processes=2, devices=2, before=before)
 
     finish(begin("one"))
-    assert events(tmp_path / "one", "skipped", "rewind") == [
-        *(("skipped", step, None) for step in (70, 71, 72)), ("rewind", 73, 60), ("skipped", 97, None)
+    assert events(tmp_path / "one", "skipped", "rollback") == [
+        *(("skipped", step, None) for step in (70, 71, 72)), ("rollback", 73, 60), ("skipped", 97, None)
     ]  # fmt: skip
     running = begin("stopped")
     wait_for(lambda: (tmp_path / "stopped").exists() and len(told(tmp_path / "stopped")) > 40, running)

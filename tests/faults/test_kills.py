@@ -63,7 +63,7 @@ def test_killed_at_random_moments(tmp_path: pathlib.Path, kills: int, record_pro
     record_property("count", f"{done} of {kills} kills")
 
 
-LOOP, TRAIN, SAVES = "rar_jax.training.telling:Telling", "rar_jax.training.loop", "rar_jax.runs.checkpoint"
+TRAINER, SAVES = "rar_jax.training.loop:Trainer", "rar_jax.runs.checkpoint"
 
 
 def stuck_in(owner: str, name: str, *, after: bool = False) -> Any:
@@ -72,14 +72,14 @@ def stuck_in(owner: str, name: str, *, after: bool = False) -> Any:
 
 # Where it is killed, and the step that is committed then. Each start goes on from the one before.
 PHASES = [
-    (stuck_in(TRAIN, "batches_after"), 0),  # the first batches
+    (stuck_in(TRAINER, "resume_from"), 0),  # the first batches
     (poisoned.endless, 0),  # the compilation of the step
-    (stuck_in(LOOP, "record", after=True), 0),  # a step
+    (stuck_in(TRAINER, "log_step_in_flight", after=True), 0),  # a step
     (stuck_in(f"{SAVES}:Checkpointer", "save", after=True), 0),  # a save under way
     (stuck_in(SAVES, "write_manifest"), 0),  # its files are whole
     (stuck_in(SAVES, "write_manifest", after=True), 5),  # it counts
-    (stuck_in(LOOP, "evaluate"), 5),  # an evaluation
-    (stuck_in(LOOP, "evaluate", after=True), 5),  # the same, told
+    (stuck_in(TRAINER, "evaluate"), 5),  # an evaluation
+    (stuck_in(TRAINER, "evaluate", after=True), 5),  # the same, told
     (stuck_in(SAVES, "write_manifest", after=True), 10),  # the best so far counts, and older ones are still there
 ]
 

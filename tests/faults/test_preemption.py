@@ -1,42 +1,38 @@
-"""SIGTERM to any process at any moment: saved where there is something to save, exit code 75 on all, within 10 seconds."""
+"""A signal in the training loop: all processes save the same step, exit code 75, within 10 seconds. Elsewhere: the default action."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import pathlib
+import re
 import signal
-import socket
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+import jax
 import poisoned
 import pytest
-from commands import TINY, Command, environment, finish, start, state_of, terminate, wait_for
-from jax.experimental import multihost_utils
+from commands import finish, start, state_of, terminate, wait_for
+from stopped import stage, tiny
 
-from rar_jax.config import load_experiment
-from rar_jax.errors import PREEMPTED, Preempted
-from rar_jax.experiment import resolve
-from rar_jax.parallel.mesh import make_mesh
-from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX, together
-from rar_jax.runs import checkpoint, ledger
-from rar_jax.runs.checkpoint import Checkpointer, good_step
-from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.lock import Lease
+from rar_jax.errors import PREEMPTED, LeaseError, Preempted
+from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.runs import checkpoint, ledger, preemption
+from rar_jax.runs.checkpoint import good_step
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.object_store import ObjectStoreError
-from rar_jax.runs.preemption import Watch
-from rar_jax.runs.session import Session, session
+from rar_jax.runs.preemption import SIGNALS, PreemptionMonitor
+from rar_jax.runs.session import Session, open_session
 from rar_jax.runs.workdir import Workdir
-from rar_jax.training.loop import train
 from rar_jax.weights import stages
 
 ROOT = pathlib.Path(__file__).parents[2]
+OPERATIONS: set[str] = set()  # of single operations, which are compiled within milliseconds
 CLASSIFIER = ("--stage=classifier", "--quiet")
 LONG = (
     "--config.classifier.train.steps=100000",
@@ -76,7 +72,7 @@ def test_a_step(tmp_path: pathlib.Path) -> None:
         running = start("train", tmp_path / "run", *CLASSIFIER, *LONG, never)
         wait_for(lambda at=at: step_of(tmp_path / "run") >= at, running)
         assert terminate(running) < 10
-        assert "SIGTERM: saved, and stopped" in finish(running, PREEMPTED)
+        assert "preempted; the same command resumes" in finish(running, PREEMPTED)
         # The step that ran is saved and told; of steps every one is there once.
         assert at <= saved(tmp_path / "run") == step_of(tmp_path / "run") <= at + 2000
         steps = [row["step"] for row in read_metrics(tmp_path / "run", "classifier")]
@@ -86,43 +82,28 @@ def test_a_step(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.promise(
-    7, "SIGTERM to one of 2 processes during steps, evaluations and saves: both save the same step and leave with 75"
+    7, "a signal to one of 2 processes during steps, evaluations and saves: both save the same step and leave with 75"
 )
 @pytest.mark.parametrize(
-    ("which", "often"),
+    ("which", "often", "number"),
     [
-        (1, "checkpoint_every=7"),
-        *(
-            pytest.param(which, often, marks=pytest.mark.slow)
-            for which in (0, 1)
-            for often in ("eval_every=1", "checkpoint_every=1")
-        ),
+        (1, "checkpoint_every=7", signal.SIGTERM),
+        pytest.param(0, "eval_every=1", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(1, "eval_every=1", signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(0, "checkpoint_every=1", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(1, "checkpoint_every=1", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_one_of_two_processes(tmp_path: pathlib.Path, which: int, often: str) -> None:
+def test_one_of_two_processes(tmp_path: pathlib.Path, which: int, often: str, number: signal.Signals) -> None:
     running = start("train", tmp_path / "run", *CLASSIFIER, *LONG, f"--config.classifier.train.{often}", processes=2)
     wait_for(lambda: step_of(tmp_path / "run") >= 3, running)
-    assert terminate(running, which) < 10
+    assert terminate(running, which, number) < 10
     finish(running, PREEMPTED)
     assert saved(tmp_path / "run") == step_of(tmp_path / "run") >= 3
     assert reasons(tmp_path / "run") == ["preempted"]
 
 
-def test_nobody_else_asks_jax(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """JAX names the next number that no process has asked for, by the last that each did: a step of orbax's would mislead it."""
-    asked: list[int] = []
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or False)
-    checkpointer = Checkpointer(tmp_path, keep=2)
-    for step in (1, 2):
-        checkpointer.save(step, {"step": np.int32(step)}, {})
-    checkpointer.close()
-    assert good_step(tmp_path) is not None and asked == []
-
-
-@pytest.mark.promise(
-    7,
-    "SIGTERM while the step or the evaluation of a training is compiled, which would take 5 minutes: it leaves at once with 75",
-)
+@pytest.mark.promise(7, "SIGTERM while the step or the evaluation of a training is compiled: the default action")
 @pytest.mark.parametrize("validation", [False, True])
 def test_the_compilation_of_a_training(tmp_path: pathlib.Path, validation: bool) -> None:
     marker = tmp_path / "compiling"
@@ -130,8 +111,8 @@ def test_the_compilation_of_a_training(tmp_path: pathlib.Path, validation: bool)
     running = start("train", tmp_path / "run", *CLASSIFIER, before=endless)
     wait_for(marker.exists, running)
     assert terminate(running) < 10
-    assert "SIGTERM: stopped at once" in finish(running, PREEMPTED)
-    assert reasons(tmp_path / "run") == ["preempted"] and saved(tmp_path / "run") == 0
+    finish(running, -signal.SIGTERM)
+    assert saved(tmp_path / "run") == 0 and reasons(tmp_path / "run") == []
 
 
 def recipe(**values: int) -> list[str]:
@@ -139,7 +120,7 @@ def recipe(**values: int) -> list[str]:
 
 
 @pytest.mark.promise(
-    7, "a second signal while a save waits for the disk: it leaves at once with 75, and the next start ends the same"
+    7, "a second signal while a save waits for the disk: the default action, and the next start ends the same"
 )
 def test_a_second_signal_does_no_harm(tmp_path: pathlib.Path) -> None:
     flags, marker = recipe(steps=20, log_every=1, eval_every=100000, checkpoint_every=5), tmp_path / "saving"
@@ -151,7 +132,7 @@ def test_a_second_signal_does_no_harm(tmp_path: pathlib.Path) -> None:
     time.sleep(2.5)
     assert running[0].poll() is None  # it saves
     assert terminate(running) < 2
-    assert "a second signal: stopped at once" in finish(running, PREEMPTED)
+    finish(running, -signal.SIGTERM)
     assert saved(tmp_path / "run") == 0
     finish(start("train", tmp_path / "run", *flags))
     assert told(tmp_path / "run") == told(tmp_path / "straight")
@@ -159,45 +140,9 @@ def test_a_second_signal_does_no_harm(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.promise(7, "SIGTERM to one of 2 processes while they start and compile: both leave at once with 75")
-@pytest.mark.parametrize("which", [0, 1])
-def test_two_processes_that_compile(tmp_path: pathlib.Path, which: int) -> None:
-    running = start("run", tmp_path / "run", "--quiet", processes=2, devices=2)
-    wait_for((tmp_path / "run" / "config.json").exists, running)
-    assert terminate(running, which) < 10
-    finish(running, PREEMPTED)
-
-
-@pytest.mark.promise(7, "SIGTERM to a process that waits for the others at the start: it leaves at once with 75")
-def test_alone_at_the_start(tmp_path: pathlib.Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = free.getsockname()
-    place = {COORDINATOR: f"127.0.0.1:{address[1]}", COUNT: "2", INDEX: "0"}
-    running = [Command(["sample", "--weights=x", "--out", str(tmp_path)], environment() | place)]
-
-    def listens() -> bool:
-        with socket.socket() as other:
-            return other.connect_ex(address) == 0
-
-    wait_for(listens, running)
-    assert terminate(running) < 2
-    assert "SIGTERM: stopped at once" in finish(running, PREEMPTED)
-
-
-@pytest.mark.promise(7, "SIGTERM during a compilation: the process leaves at once")
-def test_a_compilation_leaves_at_once(tmp_path: pathlib.Path) -> None:
-    running = start("train", tmp_path / "run", *CLASSIFIER)
-    wait_for((tmp_path / "run" / "config.json").exists, running)
-    assert terminate(running) < 2
-    assert "stopped at once" in finish(running, PREEMPTED)
-    assert reasons(tmp_path / "run") == ["preempted"] and not (tmp_path / "run" / ".lease.json").exists()
-
-
-@pytest.mark.slow
 @pytest.mark.promise(
     7,
-    "SIGTERM again and again from 4 to 15 s after the start of the whole job, at least 6 times: code 75 each time, same end",
+    "SIGTERM again and again from 4 to 15 s after the start of the whole job, at least 6 times: ended within 10 s, same end",
 )
 def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path, record_property: Any) -> None:
     finish(start("run", tmp_path / "straight", "--quiet"))
@@ -213,7 +158,8 @@ def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path, record_pr
             finish(running)
             break
         assert terminate(running) < 10
-        finish(running, PREEMPTED)
+        finish(running, running[0].returncode)
+        assert running[0].returncode in (PREEMPTED, -signal.SIGTERM)
         stops += 1
     finish(start("run", tmp_path / "stopped", "--quiet"))
     assert stops >= 6
@@ -223,124 +169,149 @@ def test_the_whole_job_stopped_again_and_again(tmp_path: pathlib.Path, record_pr
     record_property("count", f"{stops} stops")
 
 
-DEAF = """
-import time
-from rar_jax.runs.preemption import Watch
-watch = Watch()
-with watch.listening(), watch.saving():
-    print("ready", flush=True)
-    for second in range(600):
-        time.sleep(0.1)
-        if watch.reached():
-            print("asked", flush=True)
-"""
-LEAVES = """
-import time
-from rar_jax.runs.preemption import Watch
-def on_leave():
-    raise OSError(28, "No space left on device")
-watch = Watch()
-watch.on_leave = on_leave
-with watch.listening():
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-
-
-ASKS = """
-import contextlib
-import time
-from rar_jax.runs.preemption import Watch
-def on_leave():
-    time.sleep(1)
-    print("last words", flush=True)
-watch = Watch()
-watch.on_leave = on_leave
-with watch.listening():
-    print("ready", flush=True)
-    time.sleep(0.5)
-    with SAVING:
-        while not watch.reached():
-            time.sleep(0.01)
-    print("went on", flush=True)
-"""
-
-
-def script(text: str) -> tuple[subprocess.Popen[str], Callable[[], str]]:
-    """A process and what reads its next line; it is ready."""
-    command = [sys.executable, "-c", text]
-    process = subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process, process.stdout.readline
-
-
-@pytest.mark.promise(
-    7, "a second signal, 2 seconds after the first or later, ends a process at once that does not answer"
-)
-def test_a_second_signal() -> None:
-    """Two within moments are one: a machine that shuts down may be told of by several."""
-    process, line = script(DEAF)
-    process.send_signal(signal.SIGTERM)
-    assert line() == "asked\n"
-    process.send_signal(signal.SIGTERM)
-    assert [line() for _ in range(5)] == ["asked\n"] * 5
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=10)[0]
-    assert process.returncode == PREEMPTED and "a second signal: stopped at once" in out
-
-
-def test_an_error_of_leaving_at_once() -> None:
-    process, _ = script(LEAVES)
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=10)[0]
-    assert process.returncode == PREEMPTED and "rar-jax: [Errno 28] No space left on device\n" in out
-
-
-@pytest.mark.parametrize("entered", ["contextlib.nullcontext()", "watch.saving()"])
-def test_nothing_goes_on_beside_the_last_words(entered: str) -> None:
-    """A signal that came before there was a step to save."""
-    process, _ = script(ASKS.replace("SAVING", entered))
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=10)[0]
-    assert process.returncode == PREEMPTED and out.endswith("\nlast words\n") and "went on" not in out
-
-
 # ---------------------------------------------------------------- without processes
+
+
+@pytest.mark.promise(7, "each signal to a training of this process: saved at the next step, handlers as before")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal(tmp_path: pathlib.Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    signalled: list[int] = []
+
+    def poll(self: Session, real: Any = Session.poll) -> None:
+        if not signalled:
+            signalled.append(number)
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # a repetition within moments is the same signal
+        real(self)
+
+    monkeypatch.setattr(Session, "poll", poll)
+    before = signal.signal(number, lambda *_: None)  # SIGINT is ignored where tests run in the background
+    try:
+        handler = signal.getsignal(number)
+        with pytest.raises(Preempted):
+            stage(tmp_path)
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert saved(tmp_path) == 1
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls: list[Any] = []
+    monkeypatch.setattr(Session, "poll", lambda self: polls.append(signal.getsignal(signal.SIGHUP)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stage(tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert set(polls) == {signal.SIG_IGN}
+
+
+def test_a_later_signal_has_the_action_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "REPEAT_SECONDS", 0.0)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    monitor = PreemptionMonitor()
+    try:
+        with monitor.listening(make_mesh(MeshConfig())):
+            signal.raise_signal(signal.SIGUSR1)
+            assert monitor.poll() and monitor.agree() and heard == []
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGUSR1)
+            assert heard == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_after_the_last_answer_is_not_lost() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        with PreemptionMonitor().listening(make_mesh(MeshConfig())):
+            signal.raise_signal(signal.SIGUSR1)
+        assert heard == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_without_the_main_thread_nothing_is_handled() -> None:
+    found: list[Any] = []
+
+    def listen() -> None:
+        monitor = PreemptionMonitor()
+        with monitor.listening(make_mesh(MeshConfig())):
+            found.append(monitor.poll())
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+@pytest.mark.promise(7, "no program is compiled within the loop: steps, evaluations, saves, a rollback")
+def test_every_program_is_compiled_before_the_first_step(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compilation would keep a signal waiting. Single operations, which JAX compiles in milliseconds, do not."""
+    poisoned.poison((10, 11, 12), monkeypatch.setattr)
+    listening: Any = PreemptionMonitor.listening
+
+    @contextlib.contextmanager
+    def watched(self: PreemptionMonitor, mesh: Any) -> Iterator[None]:
+        with listening(self, mesh), jax.log_compiles():
+            caplog.clear()
+            yield
+
+    monkeypatch.setattr(PreemptionMonitor, "listening", watched)
+    with caplog.at_level("WARNING"):
+        stage(tmp_path)
+    compiled = re.findall(r"Finished XLA compilation of jit\((.*?)\)", caplog.text)
+    assert set(compiled) <= OPERATIONS, compiled
+    assert [row["event"] for row in ledger.read(tmp_path)].count("rollback") == 1
 
 
 @pytest.mark.promise(7, "SIGTERM during the last save of a stage: the save is finished, then the process leaves")
 def test_the_last_save(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes when the files are written, in the background, and the manifest is not."""
-    around, real, left = Session(Ledger(tmp_path)), checkpoint.write_manifest, []
-    monkeypatch.setattr(around.watch, "_leave", left.append)
+    real = checkpoint.write_manifest
 
     def write_manifest(folder: pathlib.Path) -> None:
-        if folder.name == "8":
+        if folder.name == "20":
             time.sleep(1)
-            around.watch._signalled()
+            os.kill(os.getpid(), signal.SIGTERM)
         real(folder)
 
     monkeypatch.setattr(checkpoint, "write_manifest", write_manifest)
-    experiment = resolve(load_experiment(str(TINY)), "tiny")
     with pytest.raises(Preempted):
-        train(experiment, "classifier", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True, session=around)
-    assert saved(tmp_path) == 8 and left == []
+        stage(tmp_path)
+    assert saved(tmp_path) == 20
+    assert stages.finished(tiny(), "classifier", Workdir(tmp_path)) is not None
 
 
-def test_an_error_of_leaving_does_not_hide_the_preemption(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def release(self: Lease) -> None:
-        raise ObjectStoreError("the bucket is away")
+def test_the_ledger_records_how_a_run_ended(tmp_path: pathlib.Path) -> None:
+    for error in (None, Preempted(), KeyboardInterrupt(), ValueError("no")):
+        context = pytest.raises(type(error)) if error else contextlib.nullcontext()
+        with context, open_session(Workdir(tmp_path), "train", lambda: None):
+            assert (tmp_path / ".lease.json").exists()
+            if error:
+                raise error
+        assert not (tmp_path / ".lease.json").exists()
+    assert reasons(tmp_path) == ["done", "preempted", "interrupted", "ValueError: no"]
 
-    monkeypatch.setattr(Lease, "release", release)
-    with pytest.raises(Preempted), session(Workdir(tmp_path), "train", Watch(), lambda: None):
-        raise Preempted
-    assert capsys.readouterr().err == "rar-jax train: the bucket is away\n" and reasons(tmp_path) == ["preempted"]
-    (tmp_path / ".lease.json").unlink()
-    with pytest.raises(ObjectStoreError), session(Workdir(tmp_path), "train", Watch(), lambda: None):
+
+def test_a_directory_that_is_not_claimed_gets_no_row(tmp_path: pathlib.Path) -> None:
+    def claim() -> None:
+        raise ValueError("of another experiment")
+
+    with pytest.raises(ValueError, match="another"), open_session(Workdir(tmp_path), "train", claim):
         pass
+    assert not (tmp_path / ".lease.json").exists() and ledger.read(tmp_path) == []
+
+
+def test_a_lost_lock_is_raised_by_the_next_poll() -> None:
+    lost = SimpleNamespace(check=lambda: (_ for _ in ()).throw(LeaseError("lost")))
+    with pytest.raises(LeaseError):
+        Session(locks=[lost]).poll()  # pyright: ignore[reportArgumentType]
 
 
 def test_process_0_says_whether_a_step_was_evaluated(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,25 +319,3 @@ def test_process_0_says_whether_a_step_was_evaluated(tmp_path: pathlib.Path, mon
     for said in ({"validation/loss": 1.0}, None):
         monkeypatch.setattr(stages, "from_main", lambda function, said=said: said)
         assert stages.evaluated(Workdir(tmp_path), "classifier", 8) is said
-
-
-def test_the_code_of_one_process_that_fails_after_a_signal() -> None:
-    watch = Watch()
-    watch.noticed = True
-    assert [together("train", lambda code=code: code, watch.exit_code) for code in (0, 1, PREEMPTED)] == [0, 75, 75]
-    assert together("train", lambda: 1, Watch().exit_code) == 1
-
-
-def test_listening_ends_as_it_began() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    watch = Watch()
-    with watch.listening(), watch.saving():
-        assert not watch.reached() and watch.exit_code(1) == 1
-        signal.raise_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while not watch.reached():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert watch.exit_code(1) == PREEMPTED
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert signal.set_wakeup_fd(-1) == -1

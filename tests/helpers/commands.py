@@ -136,10 +136,10 @@ def wait_for(condition: Callable[[], bool], running: list[Command], seconds: flo
         time.sleep(0.005)
 
 
-def terminate(running: list[Command], which: int = 0) -> float:
-    """SIGTERM to one of them; the seconds until all have left."""
+def terminate(running: list[Command], which: int = 0, number: int = signal.SIGTERM) -> float:
+    """A signal to one of them; the seconds until all have left."""
     began = time.monotonic()
-    running[which].send_signal(signal.SIGTERM)
+    running[which].send_signal(number)
     for process in running:
         process.wait(timeout=120)
     return time.monotonic() - began

@@ -98,7 +98,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyTokens:
         image_size=8, channels=1, base_width=8, width_multipliers=(1, 2), blocks_per_level=1, latent_width=8,
         codebook_size=32,
     )  # fmt: skip
-    path = tmp_path_factory.mktemp("weights") / "vq.bin"
+    path = tmp_path_factory.mktemp("weights") / "vq.safetensors"
     maskgit_vq.save(path, config, tokenizer.init(config, jax.random.key(0)))
     return TinyTokens(config, path)
 

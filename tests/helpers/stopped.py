@@ -17,7 +17,14 @@ from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training.loop import train
 
-RECIPE = {"steps": 20, "log_every": 1, "eval_every": 10, "checkpoint_every": 4, "most_skips": 3, "keep_checkpoints": 9}
+RECIPE = {
+    "steps": 20,
+    "log_every": 1,
+    "eval_every": 10,
+    "checkpoint_every": 4,
+    "max_consecutive_skips": 3,
+    "keep_checkpoints": 9,
+}
 
 
 class StopAt(Session):

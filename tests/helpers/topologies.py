@@ -29,7 +29,7 @@ from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, 
 from rar_jax.runs.checkpoint import Checkpointer
 from rar_jax.sampling import Guidance, sample_keys
 from rar_jax.sections import Recipe
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 
 RECIPE, CONFIG = Recipe(steps=10, batch_size=8, ema_decay=0.9), rar.TINY
 TIE = 1e-5

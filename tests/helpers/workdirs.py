@@ -13,7 +13,7 @@ from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.runs.grids import Grid
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.workdir import Workdir
 
 NASTY = "<script>document.title='owned'</script>"
@@ -48,17 +48,21 @@ def trained(path: pathlib.Path) -> pathlib.Path:
     versions = {"jax": "0.10.2", "rar_jax": "0.1.0"}
     book.row("start", verb="run", host=NASTY, pid=1, processes=1, device="cpu", devices=4, versions=versions)
     book._seconds = {"training": 30.0, "saving": 10.0}
-    with Reporter(path, "tokenizer", total_steps=12, quiet=True) as reporter:
+    with RunLogger(path, "tokenizer", total_steps=12, quiet=True) as reporter:
         for step in (6, 12):
-            reporter.metrics(step, {"loss": 1.0 / step, "validation/loss": 2.0 / step, "validation/psnr": 10.0 + step})
+            reporter.write_metrics(
+                step, {"loss": 1.0 / step, "validation/loss": 2.0 / step, "validation/psnr": 10.0 + step}
+            )
             pair = Grid(images(2, len(CLASSES), step), ("original", "reconstruction"), CLASSES)
-            reporter.grid("reconstructions", pair, step)
-    with Reporter(path, "generator", total_steps=1000, quiet=True) as reporter:
+            reporter.write_grid(step, "reconstructions", pair)
+    with RunLogger(path, "generator", total_steps=1000, quiet=True) as reporter:
         for step in STEPS:
-            reporter.metrics(step, {"loss": loss(step), "grad_norm": math.nan if step == 50 else 1e3 / step})
+            reporter.write_metrics(step, {"loss": loss(step), "grad_norm": math.nan if step == 50 else 1e3 / step})
             if step % 250 == 0:
-                reporter.metrics(step, {"validation/raster_loss": 1.1 * loss(step), "fd_classifier_n20": 100.0 / step})
-                reporter.grid("samples", Grid(images(len(CLASSES), 3, step), CLASSES, ("",) * 3), step)
+                reporter.write_metrics(
+                    step, {"validation/raster_loss": 1.1 * loss(step), "fd_classifier_n20": 100.0 / step}
+                )
+                reporter.write_grid(step, "samples", Grid(images(len(CLASSES), 3, step), CLASSES, ("",) * 3))
     result = {
         "fd_classifier": {"reference": "the 1437 training images", "samples_n40": 1.25},
         "last_validation": {"generator": {"step": 1000, "validation/raster_loss": 0.5}},

@@ -146,7 +146,7 @@ def test_shellcheck() -> None:
 # ---------------------------------------------------------------- preemption on this machine, and with Slurm
 
 
-@pytest.mark.parametrize(("codes", "expected", "runs"), [("75 75 0", 0, 3), ("75 1", 1, 2), ("1 0", 1, 1)])
+@pytest.mark.parametrize(("codes", "expected", "runs"), [("75 143 0", 0, 3), ("75 1", 1, 2), ("1 0", 1, 1)])
 def test_local_starts_again_after_a_preemption_only(
     tmp_path: pathlib.Path, codes: str, expected: int, runs: int
 ) -> None:
@@ -156,7 +156,7 @@ def test_local_starts_again_after_a_preemption_only(
     assert done.returncode == expected and len((tmp_path / "runs").read_text()) == runs
 
 
-@pytest.mark.parametrize(("code", "asked"), [(75, "requeue 7\n"), (0, ""), (1, ""), (137, ""), (143, "")])
+@pytest.mark.parametrize(("code", "asked"), [(75, "requeue 7\n"), (0, ""), (1, ""), (137, ""), (143, "requeue 7\n")])
 def test_slurm_puts_a_job_into_the_queue_again_after_a_preemption_only(
     tmp_path: pathlib.Path, code: int, asked: str
 ) -> None:

@@ -39,8 +39,10 @@ def test_a_preempted_slice_is_made_anew(tmp_path: pathlib.Path) -> None:
     assert watch(tmp_path, states, "running 0") == (0, ["delete", "create", "scp", "start"])
 
 
-def test_the_exit_code_of_a_preemption_starts_again(tmp_path: pathlib.Path) -> None:
-    assert watch(tmp_path, "READY READY", "75 0") == (0, ["start"])
+@pytest.mark.parametrize("code", [75, 143])
+def test_the_exit_code_of_a_preemption_starts_again(tmp_path: pathlib.Path, code: int) -> None:
+    """A training saves and ends with 75, everything else is ended by SIGTERM."""
+    assert watch(tmp_path, "READY READY", f"{code} 0") == (0, ["start"])
 
 
 @pytest.mark.parametrize(

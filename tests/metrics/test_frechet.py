@@ -115,12 +115,12 @@ def test_symmetric_and_moved_by_the_means() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, s: (m, s[:3]), r"cov1 \(3, 12\) must have shapes"),
-        (lambda m, s: (m[None], s), r"mean1 \(1, 12\)"),
+        (lambda m, s: (m, s[:3]), r"covariance \(3, 12\) must have shapes"),
+        (lambda m, s: (m[None], s), r"mean \(1, 12\)"),
         (lambda m, s: (m[:4], s[:4, :4]), "mean1 has 4 features and mean2 12"),
-        (lambda m, s: (m, np.where(s == s[0, 0], np.nan, s)), "cov1 holds 1 numbers that are not finite"),
-        (lambda m, s: (m * np.inf, s), "mean1 holds 12 numbers that are not finite"),
-        (lambda m, s: (m, np.triu(s)), "cov1 is not symmetric"),
+        (lambda m, s: (m, np.where(s == s[0, 0], np.nan, s)), "mean or covariance holds 1 numbers that are not finite"),
+        (lambda m, s: (m * np.inf, s), "mean or covariance holds 12 numbers that are not finite"),
+        (lambda m, s: (m, np.triu(s)), "the covariance is not symmetric"),
     ],
 )
 def test_bad_arguments_are_named(change: Callable[..., Gaussian], message: str) -> None:

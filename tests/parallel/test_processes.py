@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def two(one: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.
     workdir = cut_back(one, tmp_path_factory.mktemp("two") / "run", 8, tokens=False)
     out = rar_jax(2, "run", workdir, *FSDP)
     # Told once, and by process 0.
-    assert out.count("tokenizer: done before") == out.count("generator: goes on from step 8 of 24") == 1
+    assert out.count("tokenizer: done before") == out.count("generator: resuming from step 8 of 24") == 1
     return workdir
 
 
@@ -124,7 +125,7 @@ def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) ->
 def test_one_process_goes_on_from_what_two_saved(one: pathlib.Path, two: pathlib.Path, tmp_path: pathlib.Path) -> None:
     workdir = cut_back(two, tmp_path / "run", 16)
     out = rar_jax(1, "train", workdir, *FSDP, "--config.mesh.fsdp=4")
-    assert "generator: goes on from step 16 of 24" in out
+    assert "generator: resuming from step 16 of 24" in out
     check_rows(workdir, one, "generator")
 
 
@@ -265,5 +266,5 @@ def test_a_process_that_finds_no_other(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
         command, env=env | {"RAR_JAX_INITIALIZATION_SECONDS": "3"}, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 1 and "did not find the other processes within 3 s" in done.stderr, done.stderr
+    assert done.returncode == -signal.SIGABRT and "did not find the other processes within 3 s" in done.stderr
     assert f"process 1 of 2 at 127.0.0.1:{port}" in done.stderr and "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import param_shardings, sharded
 from rar_jax.sections import Recipe
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 
 RECIPE = Recipe(steps=4, batch_size=8, accumulation=1, learning_rate=1e-2, ema_decay=0.9)
 GUARD_BYTES = 4 * (2 * 128 + 5)  # training/guard.py: two histories of 128, and five counts, on every device

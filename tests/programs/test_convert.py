@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from torch_files import write_state_dict
 
 from rar_jax import cli
 from rar_jax.generators.rar import TINY, init
 from rar_jax.weights import rar
-from rar_jax.weights.torch_file import read
+from rar_jax.weights.torch_file import read_tensors
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -40,23 +41,22 @@ def test_there_and_back(released_pair: Any, tmp_path: pathlib.Path) -> None:
         for kind, path in (("generator", released_pair.generator), ("tokenizer", released_pair.tokenizer))
     }
     for part, original in (("generator", released_pair.generator), ("tokenizer", released_pair.tokenizer)):
-        for suffix in (".bin", ".pth", ".safetensors"):
-            out = tmp_path / f"{part}{suffix}"
-            assert converted("--weights", ours, "--part", part, "--out", out) == 0
-            before, after = read(original), read(out)
-            assert before.keys() == after.keys()
-            assert all(np.array_equal(before[name], after[name]) for name in before)
-            record = json.loads(out.with_name(f"{out.name}.json").read_text())
-            assert (record["sha256"], record["bytes"]) == (sha256(out), out.stat().st_size)
-            assert record["config"]["name"] == {"generator": "rar", "tokenizer": "maskgit_vq"}[part]
-    assert len(list(tmp_path.iterdir())) == 1 + 6 * 2
+        out = tmp_path / f"{part}.safetensors"
+        assert converted("--weights", ours, "--part", part, "--out", out) == 0
+        before, after = read_tensors(original), read_tensors(out)
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        record = json.loads(out.with_name(f"{out.name}.json").read_text())
+        assert (record["sha256"], record["bytes"]) == (sha256(out), out.stat().st_size)
+        assert record["config"]["name"] == {"generator": "rar", "tokenizer": "maskgit_vq"}[part]
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * 2
 
 
 @pytest.mark.parametrize("which", ["generator", "tokenizer"])
 def test_file_to_file_knows_what_it_is(released_pair: Any, tmp_path: pathlib.Path, which: str) -> None:
     source = getattr(released_pair, which)
     assert converted("--weights", source, "--out", tmp_path / "x.safetensors") == 0
-    assert read(tmp_path / "x.safetensors").keys() == read(source).keys()
+    assert read_tensors(tmp_path / "x.safetensors").keys() == read_tensors(source).keys()
     record = json.loads((tmp_path / "x.safetensors.json").read_text())
     assert record["made_from"] == {"path": source.name, "sha256": sha256(source)}
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_done(released_pair: Any, tmp_path: pathlib.Path, capsys:
     out = tmp_path / "out"
     assert "give --tokenizer too" in problem(capsys, "--weights", generator, "--out", out)
     assert "leave --tokenizer out" in problem(
-        capsys, "--weights", generator, "--tokenizer", tokenizer, "--out", tmp_path / "o.bin"
+        capsys, "--weights", generator, "--tokenizer", tokenizer, "--out", tmp_path / "o.safetensors"
     )
     assert "--part is for an --out that is a file" in problem(
         capsys, "--weights", generator, "--tokenizer", tokenizer, "--part", "generator", "--out", out
@@ -77,35 +77,46 @@ def test_what_cannot_be_done(released_pair: Any, tmp_path: pathlib.Path, capsys:
         capsys, "--weights", generator, "--tokenizer", generator, "--out", out
     )
     assert f"there is no folder {tmp_path / 'no'}" in problem(
-        capsys, "--weights", generator, "--out", tmp_path / "no" / "x.bin"
+        capsys, "--weights", generator, "--out", tmp_path / "no" / "x.safetensors"
     )
-    (tmp_path / "there.bin").touch()
-    assert "exists: choose another" in problem(capsys, "--weights", generator, "--out", tmp_path / "there.bin")
-    (tmp_path / "o2.bin.json").write_text("precious")
-    assert "o2.bin.json exists" in problem(capsys, "--weights", generator, "--out", tmp_path / "o2.bin")
-    (tmp_path / "text.bin").write_text("hello")
-    assert "no weights file" in problem(capsys, "--weights", tmp_path / "text.bin", "--out", tmp_path / "o.bin")
-    assert {p.name for p in tmp_path.iterdir()} == {"there.bin", "text.bin", "o2.bin.json"}, "a failure leaves nothing"
+    (tmp_path / "there.safetensors").touch()
+    assert "exists: choose another" in problem(capsys, "--weights", generator, "--out", tmp_path / "there.safetensors")
+    (tmp_path / "o2.safetensors.json").write_text("precious")
+    assert "o2.safetensors.json exists" in problem(capsys, "--weights", generator, "--out", tmp_path / "o2.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    assert "no weights file" in problem(
+        capsys, "--weights", tmp_path / "text.safetensors", "--out", tmp_path / "o.safetensors"
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"there.safetensors", "text.safetensors", "o2.safetensors.json"}, (
+        "a failure leaves nothing"
+    )
 
 
 def test_a_generator_that_does_not_fit_the_tokenizer(
     released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = dataclasses.replace(TINY, codebook_size=16)
-    rar.save(tmp_path / "other.bin", config, init(config, jax.random.key(0)))
+    rar.save(tmp_path / "other.safetensors", config, init(config, jax.random.key(0)))
     line = problem(
-        capsys, "--weights", tmp_path / "other.bin", "--tokenizer", released_pair.tokenizer, "--out", tmp_path / "o"
+        capsys,
+        "--weights",
+        tmp_path / "other.safetensors",
+        "--tokenizer",
+        released_pair.tokenizer,
+        "--out",
+        tmp_path / "o",
     )
     assert "codebook_size is 16 in the generator and 32 in the tokenizer" in line
-    assert {p.name for p in tmp_path.iterdir()} == {"other.bin"}
+    assert {p.name for p in tmp_path.iterdir()} == {"other.safetensors"}
 
 
 def test_damage_found_late_leaves_nothing(
     released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = bytearray(released_pair.generator.read_bytes())
+    whole = write_state_dict(tmp_path / "bad.bin", read_tensors(released_pair.generator))
+    data = bytearray(whole.read_bytes())
     data[len(data) // 2] ^= 1
-    (tmp_path / "bad.bin").write_bytes(data)
+    whole.write_bytes(data)
     for out in (tmp_path / "o.safetensors", tmp_path / "o"):
         extra = () if out.suffix else ("--tokenizer", released_pair.tokenizer)
         assert "is damaged: download it again" in problem(

@@ -54,14 +54,14 @@ def test_grids_are_what_the_weights_of_their_step_draw(workdir: pathlib.Path) ->
     """The sampler and tokenizer of the training, sharded, against the pipeline on the checkpoints; TensorBoard has the same."""
     from rar_jax.data.sources import load_source
 
-    assert grids.steps(workdir / "grids" / "tokenizer") == [6, 12]
-    assert grids.steps(workdir / "grids" / "generator") == [12, 24]
+    assert grids.list_grid_steps(workdir / "grids" / "tokenizer") == [6, 12]
+    assert grids.list_grid_steps(workdir / "grids" / "generator") == [12, 24]
     pipeline = rar_jax.load(workdir)
-    last = grids.load(workdir / "grids" / "generator" / "24.png")
+    last = grids.load_grid(workdir / "grids" / "generator" / "24.png")
     assert last.rows == tuple("0123456789") and last.images.shape == (10, 4, 8, 8, 1)
     drawn = pipeline.sample(np.repeat(np.arange(10), 4), seed=0).reshape(last.images.shape)
     assert np.abs(last.images.astype(int) - drawn).max() <= 1  # a rounding may fall the other way on four devices
-    kept = grids.load(workdir / "grids" / "tokenizer" / "12.png")
+    kept = grids.load_grid(workdir / "grids" / "tokenizer" / "12.png")
     heldout = load_source("digits", "heldout").gather(np.linspace(0, 359, 12).astype(int))
     assert kept.columns == tuple(str(label) for label in heldout["labels"])
     np.testing.assert_array_equal(kept.images[0], heldout["images"])

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rar_jax.errors import CheckpointError
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.runs import checkpoint
 from rar_jax.runs.checkpoint import Checkpointer, good_step, load_params, read_meta
-from rar_jax.errors import CheckpointError
 from rar_jax.runs.manifest import verify_manifest
 
 SPECS = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec("fsdp"), "step": PartitionSpec()}

@@ -46,7 +46,7 @@ HISTORY = [
     row(1150, "a", "saved", at(16), training=38, saving=2),  # killed before it was whole
     row(1200, "b", "start", {"last_sign": 1160}),  # 10 s after the save a run still told of a step
     row(1220, "b", "stage", at(8), starting=20),
-    row(1280, "b", "rewind", at(14, to=8), training=60),
+    row(1280, "b", "rollback", at(14, to=8), training=60),
     row(1340, "b", "saved", at(20), training=55, saving=5),
     row(1350, "b", "stop", {"reason": "done"}, ending=10),
 ]

@@ -1,22 +1,20 @@
 import json
 import math
 import pathlib
-import sys
 
 import numpy as np
 import pytest
-import rich.console
 from events import pictures, read_events, scalars
 
 from rar_jax.runs import logging as report
 from rar_jax.runs.grids import Grid
-from rar_jax.runs.logging import Reporter, read_metrics
+from rar_jax.runs.logging import RunLogger, read_metrics
 
 
 def _write(workdir: pathlib.Path, stage: str, steps: list[int]) -> None:
-    with Reporter(workdir, stage, total_steps=10, quiet=True) as reporter:
+    with RunLogger(workdir, stage, total_steps=10, quiet=True) as reporter:
         for step in steps:
-            reporter.metrics(step, {"loss": step / 10})
+            reporter.write_metrics(step, {"loss": step / 10})
 
 
 def test_rows_are_read_back(tmp_path: pathlib.Path) -> None:
@@ -34,14 +32,14 @@ def test_rows_are_read_back(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_row_is_on_disk_before_the_reporter_closes(tmp_path: pathlib.Path) -> None:
-    with Reporter(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
-        reporter.metrics(1, {"loss": np.float32(0.5)})
+    with RunLogger(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
+        reporter.write_metrics(1, {"loss": np.float32(0.5)})
         assert read_metrics(tmp_path)[0]["loss"] == 0.5
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: pathlib.Path) -> None:
-    with Reporter(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
-        reporter.metrics(1, {"nan": math.nan, "inf": np.float32("inf"), "one": np.ones(())})
+    with RunLogger(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
+        reporter.write_metrics(1, {"nan": math.nan, "inf": np.float32("inf"), "one": np.ones(())})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (row["nan"], row["inf"], row["one"]) == (None, None, 1.0)
@@ -50,9 +48,9 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: pathlib.Path) -> None
 def test_resume_drops_only_rows_of_this_stage_after_the_step(tmp_path: pathlib.Path) -> None:
     _write(tmp_path, "tokenizer", [10, 500])
     _write(tmp_path, "generator", [10, 20, 30])
-    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
+    with RunLogger(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
         reporter.resume_from(20)
-        reporter.metrics(30, {"loss": -1.0})
+        reporter.write_metrics(30, {"loss": -1.0})
     assert [(r["stage"], r["step"]) for r in read_metrics(tmp_path)] == [
         ("tokenizer", 10),
         ("tokenizer", 500),
@@ -72,7 +70,7 @@ def test_a_failed_rewrite_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatc
         raise OSError("disk full")
 
     monkeypatch.setattr(report.os, "fsync", crash)
-    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter, pytest.raises(OSError, match="full"):
+    with RunLogger(tmp_path, "generator", total_steps=40, quiet=True) as reporter, pytest.raises(OSError, match="full"):
         reporter.resume_from(10)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -95,19 +93,27 @@ def test_a_last_row_that_lacks_only_its_newline_is_kept(tmp_path: pathlib.Path) 
     assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30]
 
 
-def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "line", ["nonsense", "[1]", "3", "[" * 100_000, '{"step": 1}', '{"stage": "generator", "step": "x", "time": 1}']
+)
+def test_damaged_lines_do_not_stop_a_run(tmp_path: pathlib.Path, line: str) -> None:
     _write(tmp_path, "generator", [10])
     path = tmp_path / "metrics.jsonl"
-    path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        read_metrics(tmp_path)
+    path.write_text(line + "\n" + path.read_text())
+    problems: list[str] = []
+    assert [r["step"] for r in read_metrics(tmp_path, problems=problems)] == [10]
+    assert problems == [f"{path} line 1 is not a row of metrics: delete that line"]
+    with RunLogger(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
+        reporter.resume_from(10)
+        reporter.write_metrics(20, {"loss": 1.0})
+    assert [r["step"] for r in read_metrics(tmp_path, problems=problems)] == [10, 20] and len(problems) == 1
 
 
 def test_tensorboard_gets_scalars_and_images_and_a_purge_step(tmp_path: pathlib.Path) -> None:
-    with Reporter(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
+    with RunLogger(tmp_path, "generator", total_steps=2, quiet=True) as reporter:
         reporter.resume_from(6)
-        reporter.metrics(7, {"loss": 0.5, "bad": math.nan})
-        reporter.image("samples", np.zeros((8, 8, 1), np.uint8), 7)
+        reporter.write_metrics(7, {"loss": 0.5, "bad": math.nan})
+        reporter.write_image(7, "samples", np.zeros((8, 8, 1), np.uint8))
     events = read_events(tmp_path / "tensorboard" / "generator")
     tags = [(e.step, value.tag) for e in events for value in e.summary.value]
     assert tags == [(7, "loss"), (7, "samples")]
@@ -117,11 +123,11 @@ def test_tensorboard_gets_scalars_and_images_and_a_purge_step(tmp_path: pathlib.
 def test_tensorboard_files_hold_the_values_and_pixels(tmp_path: pathlib.Path) -> None:
     """Read back by the record format, checksums included, and not by what wrote them."""
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1), np.uint8)
-    with Reporter(tmp_path, "tokenizer", total_steps=2, quiet=True) as reporter:
-        reporter.metrics(1, {"loss": 0.1, "psnr": math.inf})
-        reporter.metrics(2, {"loss": 3e-7})
-        reporter.grid("reconstructions", Grid(images, ("original", "reconstruction"), ("a", "b", "c")), 2)
-        reporter.image("colours", np.arange(48, dtype=np.uint8).reshape(4, 4, 3), 1)
+    with RunLogger(tmp_path, "tokenizer", total_steps=2, quiet=True) as reporter:
+        reporter.write_metrics(1, {"loss": 0.1, "psnr": math.inf})
+        reporter.write_metrics(2, {"loss": 3e-7})
+        reporter.write_grid(2, "reconstructions", Grid(images, ("original", "reconstruction"), ("a", "b", "c")))
+        reporter.write_image(1, "colours", np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     events = read_events(tmp_path / "tensorboard" / "tokenizer")
     told = scalars(events)
     assert told == {("loss", 1): pytest.approx(0.1), ("loss", 2): pytest.approx(3e-7)}
@@ -140,11 +146,11 @@ def test_tensorboard_files_hold_the_values_and_pixels(tmp_path: pathlib.Path) ->
 def test_a_row_that_a_full_disk_cut_does_not_spoil_the_next(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(tmp_path, "generator", [10])
-    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
+    with RunLogger(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
         for cut, step in (('{"st', 20), ('{"stage": "generator", "step": 21', 30)):
             with path.open("a") as file:
                 file.write(cut)
-            reporter.metrics(step, {"loss": 1.0})
+            reporter.write_metrics(step, {"loss": 1.0})
         assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30]
     _write(tmp_path, "generator", [40])
     assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30, 40] and len(path.read_text().splitlines()) == 4
@@ -152,110 +158,20 @@ def test_a_row_that_a_full_disk_cut_does_not_spoil_the_next(tmp_path: pathlib.Pa
 
 def test_a_full_disk_costs_the_row_and_is_said_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     path, grid = tmp_path / "metrics.jsonl", Grid(np.zeros((1, 1, 8, 8, 1), np.uint8), ("a",), ("b",))
-    with Reporter(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
+    with RunLogger(tmp_path, "generator", total_steps=40, quiet=True) as reporter:
         path.symlink_to("/dev/full")
         (tmp_path / "grids" / "generator").mkdir(parents=True)
         (tmp_path / "grids" / "generator" / "new.tmp").symlink_to("/dev/full")
         for step in (1, 2):
-            reporter.metrics(step, {"loss": 1.0})
-            reporter.grid("samples", grid, step)
+            reporter.write_metrics(step, {"loss": 1.0})
+            reporter.write_grid(step, "samples", grid)
         path.unlink()
         (tmp_path / "grids" / "generator" / "new.tmp").unlink()
-        reporter.metrics(3, {"loss": 1.0})
-        reporter.grid("samples", grid, 3)
+        reporter.write_metrics(3, {"loss": 1.0})
+        reporter.write_grid(3, "samples", grid)
     assert [r["step"] for r in read_metrics(tmp_path)] == [3]
     assert [p.name for p in (tmp_path / "grids" / "generator").iterdir()] == ["3.png"]
     assert [r.getMessage() for r in caplog.records] == [
-        f"the disk of {tmp_path} is full: rows and pictures are left out until there is room; the training goes on"
+        f"the disk of {tmp_path} is full: rows and images are skipped until there is room"
     ]
     assert {step for _, step in scalars(read_events(tmp_path / "tensorboard" / "generator"))} == {1, 2, 3}
-
-
-# ---------------------------------------------------------------- the line
-
-
-class _Clock:
-    """With plain lines, since the tests' stderr is no terminal."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(report, "_in_files", True)
-        monkeypatch.setattr(report.time, "monotonic", lambda: self.now)
-
-
-def test_plain_lines_at_the_start_every_ten_seconds_and_at_the_end(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = _Clock(monkeypatch)
-    with Reporter(tmp_path, "generator", total_steps=100) as reporter:
-        for step in range(1, 101):
-            reporter.progress(step, loss=1.25)
-            clock.now += 0.5
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "generator  1/100 steps  loss 1.25"
-    assert lines[1] == "generator  21/100 steps  2 steps/s  0:40 left  loss 1.25"
-    assert lines[-1] == "generator  100/100 steps  2 steps/s  loss 1.25"
-    assert len(lines) == 6
-
-
-def test_an_interrupted_stage_still_prints_where_it_was(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = _Clock(monkeypatch)
-    with pytest.raises(KeyboardInterrupt), Reporter(tmp_path, "generator", total_steps=100) as reporter:
-        reporter.progress(1)
-        clock.now += 1
-        reporter.progress(2)
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err.splitlines()[-1] == "generator  2/100 steps  1 steps/s  1:38 left"
-
-
-def test_quiet_prints_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Reporter(tmp_path, "generator", total_steps=1, quiet=True) as reporter:
-        reporter.progress(1, loss=1.0)
-    assert list(report.progress([1, 2], quiet=True)) == [1, 2]
-    assert capsys.readouterr() == ("", "")
-
-
-def test_no_terminal_is_quiet_unless_it_is_asked(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for asked, lines in ((False, []), (True, ["0/2 items", "2/2 items"])):
-        report.progress_in_files(asked)
-        assert list(report.progress([1, 2])) == [1, 2]
-        assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == lines
-    report.progress_in_files(False)
-
-
-def test_a_terminal_gets_one_live_line(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make = rich.console.Console
-    monkeypatch.setattr(
-        report.rich.console,
-        "Console",
-        lambda **_: make(file=sys.stderr, force_terminal=True, width=120, color_system=None),
-    )
-    with Reporter(tmp_path, "generator", total_steps=3) as reporter:
-        for step in (1, 2, 3):
-            reporter.progress(step, loss=0.5)
-    shown = capsys.readouterr().err
-    assert "3/3 steps" in shown and "loss 0.5" in shown
-    assert shown.count("\n") == 1
-
-
-def test_progress_over_an_iterable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = _Clock(monkeypatch)
-    seen = []
-    for item in report.progress(range(4), description="tokenize", unit="batches"):
-        seen.append(item)
-        clock.now += 6
-    assert seen == [0, 1, 2, 3]
-    assert capsys.readouterr().err.splitlines() == [
-        "tokenize  0/4 batches",
-        "tokenize  2/4 batches  0.167 batches/s  0:12 left",
-        "tokenize  4/4 batches  0.167 batches/s",
-    ]
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (61, "1:01"), (59.7, "1:00"), (3700, "1:01:40")])
-def test_durations(seconds: float, text: str) -> None:
-    assert report._duration(seconds) == text

@@ -16,16 +16,11 @@ from buckets import Machine, Store, read, serve, step, with_store, write
 from commands import TINY
 
 from rar_jax import cli
-from rar_jax.errors import ConfigError
 from rar_jax.config import load_experiment
+from rar_jax.errors import ConfigError, LeaseError
 from rar_jax.experiment import resolve
-from rar_jax.runs import session
-from rar_jax.runs import bucket
+from rar_jax.runs import bucket, ledger, object_store, preemption, session
 from rar_jax.runs import lock as lease
-from rar_jax.runs import ledger
-from rar_jax.runs import object_store
-from rar_jax.runs import preemption
-from rar_jax.errors import LeaseError
 from rar_jax.runs.object_store import WRITER, Mirror, ObjectStoreError
 from rar_jax.runs.workdir import Workdir
 

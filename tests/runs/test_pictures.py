@@ -34,7 +34,7 @@ def _enlarge(image: np.ndarray, scale: int) -> np.ndarray:
 @pytest.mark.parametrize(("size", "channels", "scale"), [(8, 1, 6), (28, 1, 2), (8, 3, 6), (64, 3, 1)])
 def test_grid_shows_every_image_in_its_place(tmp_path: pathlib.Path, size: int, channels: int, scale: int) -> None:
     images = _images(6, size, channels)
-    pictures.grid(images, ["cat", "a longer name"], tmp_path / "new" / "grid.png", title="Samples")
+    pictures.save_image_grid(images, ["cat", "a longer name"], tmp_path / "new" / "grid.png", title="Samples")
     sheet = _read(tmp_path / "new" / "grid.png")
     places = [_holds(sheet, _enlarge(image, scale)) for image in images]
     rows, columns = sorted({y for y, _ in places}), sorted({x for _, x in places})
@@ -46,19 +46,11 @@ def test_grid_shows_every_image_in_its_place(tmp_path: pathlib.Path, size: int, 
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
 
 
-def test_grid_takes_a_scale(tmp_path: pathlib.Path) -> None:
-    images = _images(2)
-    pictures.grid(images, ["a"], tmp_path / "grid.png", scale=2)
-    sheet = _read(tmp_path / "grid.png")
-    for image in images:
-        y, x = _holds(sheet, _enlarge(image, 2))
-        assert y >= 0 and x > 0  # beside the row's label
-
-
-def test_a_sheet_has_text_above_its_columns() -> None:
+def test_a_grid_has_text_above_its_columns() -> None:
     images = _images(6)
     plain, named = (
-        np.asarray(pictures.sheet(images, ["a", "b"], column_labels=labels)) for labels in ((), ("one", "two", "three"))
+        np.asarray(pictures.draw_image_grid(images, ["a", "b"], column_labels=labels))
+        for labels in ((), ("one", "two", "three"))
     )
     moved = named.shape[0] - plain.shape[0]
     for image in images:
@@ -68,13 +60,13 @@ def test_a_sheet_has_text_above_its_columns() -> None:
     inked = [above[:, x : x + 48].any() for x in (_holds(named, _enlarge(image, 6))[1] for image in images[:3])]
     assert moved > 10 and inked == [True] * 3
     with pytest.raises(ValueError, match="2 column labels for 3 columns"):
-        pictures.sheet(images, ["a", "b"], column_labels=["one", "two"])
+        pictures.draw_image_grid(images, ["a", "b"], column_labels=["one", "two"])
 
 
 def test_pairs_put_a_reconstruction_under_its_original(tmp_path: pathlib.Path) -> None:
     originals = _images(5)
     reconstructions = 255 - originals
-    pictures.pairs(originals, reconstructions, tmp_path / "pairs.png", columns=3)
+    pictures.save_image_pairs(originals, reconstructions, tmp_path / "pairs.png", columns=3)
     sheet = _read(tmp_path / "pairs.png")
     for original, reconstruction in zip(originals, reconstructions, strict=True):
         y, x = _holds(sheet, _enlarge(original, 6))
@@ -93,13 +85,13 @@ def test_pairs_put_a_reconstruction_under_its_original(tmp_path: pathlib.Path) -
 )
 def test_grid_refuses_what_it_cannot_show(tmp_path: pathlib.Path, images: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pictures.grid(images, ["a", "b"], tmp_path / "grid.png")
+        pictures.save_image_grid(images, ["a", "b"], tmp_path / "grid.png")
     assert not list(tmp_path.iterdir())
 
 
 def test_pairs_must_be_pairs(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="must be as many"):
-        pictures.pairs(_images(3), _images(4), tmp_path / "pairs.png")
+    with pytest.raises(ValueError, match="give as many"):
+        pictures.save_image_pairs(_images(3), _images(4), tmp_path / "pairs.png")
 
 
 # ---------------------------------------------------------------- curves
@@ -126,22 +118,22 @@ def _rows() -> list[dict[str, Any]]:
 
 
 def _lines_of(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, int]]]:
-    panels = {panel.title: pictures._lines(panel, rows) for panel in pictures._PANELS}
-    return {title: [(label, len(steps)) for label, steps, _, _ in lines] for title, lines in panels.items() if lines}
+    panels = {title: pictures._lines(*which, rows) for title, _, *which in pictures._PANELS}
+    return {title: [(label, len(steps)) for label, steps, _ in lines] for title, lines in panels.items() if lines}
 
 
-def test_curves_has_every_panel_and_is_in_bits(tmp_path: pathlib.Path) -> None:
+def test_curves_have_every_panel_and_is_in_bits(tmp_path: pathlib.Path) -> None:
     assert _lines_of(_rows()) == {
         "Generator loss": [("training", 100), ("validation, raster order", 10), ("validation, random order", 10)],
-        "Share of random orders": [("random ratio", 100)],
+        "Share of random orders": [("", 100)],
         "Fréchet distance of samples": [("fd_classifier_n360", 10)],
         "Tokenizer PSNR": [("training", 100), ("validation", 10)],
-        "Codebook in use": [("codebook usage", 100)],
+        "Codebook usage": [("", 100)],
         "Classifier accuracy": [("training", 100), ("validation", 10)],
     }
-    (training,) = pictures._lines(pictures._PANELS[0], [{"stage": "generator", "step": 1, "loss": np.log(8)}])
+    (training,) = pictures._lines(*pictures._PANELS[0][2:], [{"stage": "generator", "step": 1, "loss": np.log(8)}])
     assert training[2] == pytest.approx([3.0])  # nats to bits
-    pictures.curves(_rows(), tmp_path / "curves.png")
+    pictures.plot_curves(_rows(), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.format == "PNG" and image.width > 1000
 
@@ -153,13 +145,13 @@ def test_curves_leaves_out_panels_nulls_and_other_metrics(tmp_path: pathlib.Path
         {"stage": "classifier", "step": 2, "loss": 1.0},
     ]
     assert _lines_of(rows) == {"Generator loss": [("training", 1)]}
-    pictures.curves(rows, tmp_path / "curves.png")
+    pictures.plot_curves(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_curves_of_nothing_is_an_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="nothing yet"):
-        pictures.curves([{"stage": "generator", "step": 1, "loss": None}], tmp_path / "curves.png")
+        pictures.plot_curves([{"stage": "generator", "step": 1, "loss": None}], tmp_path / "curves.png")
 
 
 def test_running_mean() -> None:

@@ -88,9 +88,9 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in straight.iterdir()}
     tiny.make(straight)
-    with pytest.raises(StoreError, match=r"holds a finished store of something else \(source: digits \(heldout\)"):
+    with pytest.raises(StoreError, match=r'holds a finished store of something else \(source: "digits \(heldout\)"'):
         tiny.make(straight, split="train")
-    other = tmp_path / "other.bin"
+    other = tmp_path / "other.safetensors"
     maskgit_vq.save(other, tiny.config, tokenizer.init(tiny.config, jax.random.key(9)))
     with pytest.raises(StoreError, match=r"something else \(tokenizer_sha256: "):
         tiny.make(straight, weights=str(other))

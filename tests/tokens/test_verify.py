@@ -20,7 +20,7 @@ from rar_jax.cli import main
 from rar_jax.data import imagenet
 from rar_jax.errors import StoreError
 from rar_jax.runs.manifest import file_sha256
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.verify import select_sample
@@ -145,7 +145,7 @@ def test_the_picture_is_the_decoded_tokens(
     decoded = tokenizer.decode(tiny.config, params, records["tokens"][np.concatenate(rows)].astype(np.int32))
     expected = (np.asarray(decoded) * 255).astype(np.uint8)
     assert len(np.unique(expected)) > 20
-    grid(expected, ["cat", "eel", "fox", "gnu"], tmp_path / "expected.png", title="decoded tokens of store")
+    save_image_grid(expected, ["cat", "eel", "fox", "gnu"], tmp_path / "expected.png", title="decoded tokens of store")
     ours, theirs = (
         np.asarray(Image.open(p).convert("RGB"), int) for p in (store / "verify.png", tmp_path / "expected.png")
     )
@@ -159,7 +159,7 @@ def test_the_picture_is_the_decoded_tokens(
 def test_another_tokenizer_is_refused(
     tiny: Any, store: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other.bin"
+    other = tmp_path / "other.safetensors"
     maskgit_vq.save(other, tiny.config, tokenizer.init(tiny.config, jax.random.key(1)))
     line = check_fails(capsys, "--verify", str(store), "--weights", str(other))
     assert "was made by the tokenizer with sha256" in line and "Give the tokenizer that made it" in line

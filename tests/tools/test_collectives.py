@@ -19,7 +19,7 @@ from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import sharded
 from rar_jax.sections import Recipe
-from rar_jax.training.loop import compile_training
+from rar_jax.training.step import compile_training
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 

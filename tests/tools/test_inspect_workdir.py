@@ -17,7 +17,7 @@ from rar_jax.experiment import resolve
 from rar_jax.runs.checkpoint import mark_best
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.lock import Lease
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.manifest import write_manifest
 from rar_jax.runs.workdir import Workdir
 
@@ -35,9 +35,9 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
         (folder / "meta" / "metadata").write_text('{"stage": "tokenizer"}')
         write_manifest(folder)
     mark_best(path / "checkpoints" / "tokenizer", 6, "validation/loss", 1.0)
-    with Reporter(path, "tokenizer", total_steps=12, quiet=True) as reporter:
-        reporter.metrics(6, {"validation/loss": 0.75})
-        reporter.metrics(12, {"loss": 0.5, "grad_norm": 2.0, "skipped": 1})
+    with RunLogger(path, "tokenizer", total_steps=12, quiet=True) as reporter:
+        reporter.write_metrics(6, {"validation/loss": 0.75})
+        reporter.write_metrics(12, {"loss": 0.5, "grad_norm": 2.0, "skipped": 1})
     book = Ledger(path)
     book.row("start", verb="run", command="rar-jax run --config tiny --workdir here --config.seed=3")
     book._seconds = {"training": 30.0, "saving": 10.0}

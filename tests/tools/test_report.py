@@ -15,7 +15,7 @@ from workdirs import CLASSES, NASTY, claimed, images, trained
 from rar_jax.cli import main
 from rar_jax.runs.grids import Grid
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.logging import Reporter
+from rar_jax.runs.logging import RunLogger
 from rar_jax.tools.report import curves, report
 from rar_jax.tools.report.report import write_report
 
@@ -207,8 +207,8 @@ def test_long_ledgers_and_new_layouts(tmp_path: pathlib.Path, monkeypatch: pytes
     book = Ledger(path)
     for device in ("cpu", "cpu", "tpu"):
         book.row("start", device=device, devices=1, processes=1, host="a", versions={"jax": "1"})
-    with Reporter(path, "generator", total_steps=2000, quiet=True) as reporter:
-        reporter.grid("samples", Grid(images(2, 2, 1), ("a", "b"), ("",) * 2), 2000)
+    with RunLogger(path, "generator", total_steps=2000, quiet=True) as reporter:
+        reporter.write_grid(2000, "samples", Grid(images(2, 2, 1), ("a", "b"), ("",) * 2))
     monkeypatch.setattr(report, "LEDGER_ROWS", 2)
     page = Page(write_report([path]))
     assert len(page.rows["Ledger"]) == 3 and "device tpu" in page.rows["Ledger"][2][3]

@@ -11,7 +11,7 @@ from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated
 from rar_jax.sections import Recipe
 from rar_jax.training import guard
-from rar_jax.training.optimizer import optimizer
+from rar_jax.training.optimizer import make_optimizer
 from rar_jax.training.step import make_init, make_train_step, state_shardings
 
 judge = jax.jit(guard.judge, static_argnames="sigmas")
@@ -39,7 +39,7 @@ def test_not_finite_is_bad_from_the_first_step_and_never_remembered(worst: float
         found == [True, False, True, True] + [False] * 200
     )  # the published rule would call all later ones bad, or none
     assert np.isfinite(state["history"]).all() and int(state["seen"]) == 201
-    assert (int(state["skipped"]), int(state["in_a_row"])) == (3, 0)
+    assert (int(state["skipped"]), int(state["consecutive"])) == (3, 0)
 
 
 def test_a_spike_right_after_a_nan_is_seen() -> None:
@@ -86,7 +86,7 @@ def test_a_bad_update_changes_nothing_on_any_shard(config: MeshConfig | None) ->
     mesh = make_mesh(config) if config else make_mesh(MeshConfig(), jax.devices()[:1])
     params = {"a": {"kernel": jnp.ones((8, 12))}, "b": {"kernel": jnp.ones((12, 8))}, "c": jnp.ones(4)}
     axes = {"a": {"kernel": ("width", "mlp")}, "b": {"kernel": ("mlp", "width")}, "c": (None,)}
-    tx = optimizer(recipe, jax.tree.map(lambda _: True, params))
+    tx = make_optimizer(recipe, jax.tree.map(lambda _: True, params))
     init = make_init(lambda key: params, tx, recipe)
     shapes = jax.eval_shape(init, jax.random.key(0))
     at = state_shardings(shapes, param_shardings(axes, shapes["params"], mesh), replicated(mesh), tx)
@@ -109,6 +109,6 @@ def test_a_bad_update_changes_nothing_on_any_shard(config: MeshConfig | None) ->
         if k != 3:
             assert all(a != b for a, b in zip(after, before, strict=True) if len(a) > 4)  # every array moves
         before = after
-        told.append((int(metrics["skipped"]), int(metrics["in_a_row"])))
+        told.append((int(metrics["skipped"]), int(metrics["consecutive"])))
     assert told == [(0, 0), (0, 0), (0, 0), (1, 1), (1, 0), (1, 0)]
     assert int(state["step"]) == 6 and np.isfinite(np.asarray(state["params"]["c"])).all()

@@ -14,9 +14,10 @@ import pytest
 from rar_jax.errors import ConfigError
 from rar_jax.generators import rar
 from rar_jax.sections import Recipe
-from rar_jax.training.optimizer import optimizer, schedule
+from rar_jax.training.optimizer import make_optimizer, make_schedule
 from rar_jax.training.step import make_init, make_train_step
 from rar_jax.weights import rar as released
+from rar_jax.weights.mapping import to_released
 
 RELEASED = Recipe(steps=250_000, batch_size=2048, warmup=62_500)
 TINY_RUN = Recipe(steps=10, batch_size=4, warmup=2)  # everything else is the default, which is the released recipe
@@ -25,7 +26,7 @@ TABLES = ("pos_embed", "target_aware_pos_embed", "timesteps_embeddings")
 
 def by_released_name(config: rar.Config, tree: Any) -> dict[str, np.ndarray]:
     """Under the released names; position tables cut to the rows that are used, as the golden files hold them."""
-    out = released.to_released(config, tree)
+    out = to_released(released.TABLE, tree)
     return {name: x[:, : config.num_tokens + 2] if name in TABLES else x for name, x in out.items()}
 
 
@@ -51,7 +52,7 @@ def batch_of(g: Any, step: int) -> dict[str, jax.Array]:
 def test_the_released_learning_rate(golden: pathlib.Path, parity: Any) -> None:
     g = np.load(golden / "rar_tiny.npz")
     assert len(g["lr_steps"]) == 11 and g["lr_steps"][-1] == RELEASED.steps
-    ours = np.array([float(schedule(RELEASED)(int(s))) for s in g["lr_steps"]])
+    ours = np.array([float(make_schedule(RELEASED)(int(s))) for s in g["lr_steps"]])
     # Float32 of a rate that is at most 4e-4: optax computes the warm-up as peak - peak * (share that is left).
     parity.check_close(
         "learning rates, difference over the peak's float32 step",
@@ -65,17 +66,17 @@ def test_the_whole_schedule_by_its_formula() -> None:
     recipe = Recipe(steps=40, batch_size=1, warmup=10, learning_rate=3e-3, end_learning_rate=2e-4)
     k = np.arange(41)
     cosine = 2e-4 + (3e-3 - 2e-4) * (1 + np.cos(np.pi * (k - 10) / 30)) / 2
-    ours = [float(schedule(recipe)(int(s))) for s in k]
+    ours = [float(make_schedule(recipe)(int(s))) for s in k]
     np.testing.assert_allclose(ours, np.where(k < 10, 3e-3 * k / 10, cosine), rtol=1e-5, atol=1e-9)
-    assert float(schedule(recipe)(1000)) == pytest.approx(2e-4, rel=1e-5)
+    assert float(make_schedule(recipe)(1000)) == pytest.approx(2e-4, rel=1e-5)
 
 
 def test_schedules_at_their_limits() -> None:
-    no_warmup = schedule(Recipe(steps=10, batch_size=1))
+    no_warmup = make_schedule(Recipe(steps=10, batch_size=1))
     assert float(no_warmup(0)) == pytest.approx(4e-4, rel=1e-6) and float(no_warmup(10)) == pytest.approx(
         1e-5, rel=1e-5
     )
-    long_warmup = schedule(Recipe(steps=10, batch_size=1, warmup=9))
+    long_warmup = make_schedule(Recipe(steps=10, batch_size=1, warmup=9))
     np.testing.assert_allclose(
         [float(long_warmup(s)) for s in (0, 3, 9, 10)], [0, 4e-4 / 3, 4e-4, 1e-5], rtol=1e-5, atol=1e-10
     )
@@ -103,7 +104,7 @@ def test_decay_is_decoupled_and_masked() -> None:
     """Without a gradient, the update is -lr * wd * p where the mask is True and nothing elsewhere."""
     recipe = Recipe(steps=10, batch_size=1, weight_decay=0.5)
     params = {"kernel": jnp.asarray([2.0, -4.0]), "bias": jnp.asarray([3.0])}
-    tx = optimizer(recipe, {"kernel": True, "bias": False})
+    tx = make_optimizer(recipe, {"kernel": True, "bias": False})
     updates: Any = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
     np.testing.assert_allclose(updates["kernel"], [-4e-4 * 0.5 * 2.0, 4e-4 * 0.5 * 4.0], rtol=1e-6)
     assert float(updates["bias"][0]) == 0
@@ -128,7 +129,7 @@ def recording() -> optax.GradientTransformation:
 @pytest.fixture(scope="module")
 def four(tiny: Any) -> FourSteps:
     config, params, g = tiny
-    tx = optax.chain(recording(), optimizer(TINY_RUN, rar.decay_mask(config)))
+    tx = optax.chain(recording(), make_optimizer(TINY_RUN, rar.decay_mask(config)))
     state = make_init(lambda key: params, tx, TINY_RUN)(jax.random.key(0))
     step = jax.jit(make_train_step(functools.partial(rar.loss, config), tx, TINY_RUN))
     history, first_grads = [], None

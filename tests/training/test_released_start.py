@@ -20,7 +20,9 @@ from rar_jax.programs.run import run
 from rar_jax.runs.checkpoint import load_params, read_meta
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.workdir import Workdir
-from rar_jax.training.loop import compile_training, start_from, train
+from rar_jax.training.loop import train
+from rar_jax.training.objective import start_from
+from rar_jax.training.step import compile_training
 from rar_jax.weights import maskgit_vq, rar
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
@@ -32,8 +34,8 @@ def files(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, path
     folder = tmp_path_factory.mktemp("files")
     other = dataclasses.replace(generator.TINY, num_tokens=9, num_classes=4)
     params = generator.init(other, jax.random.key(1))
-    rar.save(folder / "rar.bin", other, jax.tree.map(lambda x: x + 0.05, params))
-    return {"tokenizer": tiny.weights, "generator": folder / "rar.bin"}
+    rar.save(folder / "rar.safetensors", other, jax.tree.map(lambda x: x + 0.05, params))
+    return {"tokenizer": tiny.weights, "generator": folder / "rar.safetensors"}
 
 
 def experiment_from(files: dict[str, pathlib.Path], *overrides: str) -> Experiment:
@@ -106,7 +108,7 @@ def test_an_ema_lies_as_the_parameters(files: dict[str, pathlib.Path], devices: 
 def test_a_tokenizer_of_another_size(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     experiment = experiment_from(files, "tokenizer.base_width=16")
     with pytest.raises(
-        ConfigError, match=r"vq\.bin has other parameters than config\.tokenizer: .*base_width: 8 -> 16"
+        ConfigError, match=r"vq\.safetensors has other parameters than config\.tokenizer: .*base_width: 8 -> 16"
     ):
         train(experiment, "tokenizer", Workdir(tmp_path), make_mesh(experiment.mesh), quiet=True)
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated
 from rar_jax.sections import Recipe
-from rar_jax.training.optimizer import optimizer
+from rar_jax.training.optimizer import make_optimizer
 from rar_jax.training.step import State, evaluated_params, make_init, make_train_step, state_shardings
 
 AXES = {"first": {"kernel": ("width", "mlp"), "bias": ("mlp",)}, "last": {"kernel": ("mlp", "width")}}
@@ -53,7 +53,7 @@ class Run(NamedTuple):
 def run(recipe: Recipe, steps: int, mesh: Any = None, **step_arguments: Any) -> Run:
     """Some steps from the same start, sharded and with the old state donated as training does it."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    tx = optimizer(recipe, MASK)
+    tx = make_optimizer(recipe, MASK)
     init_state = make_init(init, tx, recipe)
     shapes = jax.eval_shape(init_state, jax.random.key(0))
     shardings = state_shardings(shapes, param_shardings(AXES, shapes["params"], mesh), replicated(mesh), tx)
@@ -132,7 +132,7 @@ def test_randomness_is_a_function_of_root_and_step() -> None:
         return value, metrics | {"draw": jax.random.uniform(key), "step": step.astype(jnp.float32)}
 
     recipe = recipe_of()
-    tx = optimizer(recipe, MASK)
+    tx = make_optimizer(recipe, MASK)
     step = jax.jit(make_train_step(drawing, tx, recipe))
     state = make_init(init, tx, recipe)(jax.random.key(0))
 

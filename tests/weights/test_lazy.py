@@ -9,25 +9,28 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from torch_files import write_state_dict
 
 from rar_jax.errors import WeightsError
 from rar_jax.generators.rar import TINY, Config, axes, init
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.weights import maskgit_vq, rar
-from rar_jax.weights.lazy import LazyArray, place
-from rar_jax.weights.saving import write
+from rar_jax.weights.lazy import LazyArray, put_on_devices
+from rar_jax.weights.mapping import param_shapes, released_shapes, to_released, write_safetensors
+
+WRITERS = {".bin": write_state_dict, ".safetensors": write_safetensors}
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 1, 4), (2, 2, 1)])
 def test_placed_is_loaded(tmp_path: pathlib.Path, suffix: str, mesh: tuple[int, int, int]) -> None:
     params = init(TINY, jax.random.key(0))
-    rar.save(tmp_path / f"w{suffix}", TINY, params)
+    WRITERS[suffix](tmp_path / f"w{suffix}", to_released(rar.TABLE, params))
     devices = make_mesh(MeshConfig(*mesh))
     shardings = param_shardings(axes(TINY), params, devices)
     _, lazy = rar.open_params(tmp_path / f"w{suffix}")
-    placed = place(lazy, shardings)
+    placed = put_on_devices(lazy, shardings)
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert jax.tree.all(jax.tree.map(np.array_equal, placed, params))
 
@@ -36,7 +39,7 @@ def test_a_tokenizer_is_placed_too(golden: pathlib.Path) -> None:
     _, params = maskgit_vq.load(golden / "maskgit_vq_tiny.bin")
     _, lazy = maskgit_vq.open_params(golden / "maskgit_vq_tiny.bin")
     everywhere = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
-    placed = place(lazy, everywhere)
+    placed = put_on_devices(lazy, jax.tree.map(lambda _: everywhere, lazy))
     assert jax.tree.all(jax.tree.map(np.array_equal, placed, params))
     assert all(x.sharding == everywhere for x in jax.tree.leaves(placed))
 
@@ -52,38 +55,42 @@ def test_only_the_layers_that_are_asked_for_are_read() -> None:
 
 
 def test_damage_that_is_found_while_placing_names_the_file_and_the_tensor(tmp_path: pathlib.Path) -> None:
-    rar.save(tmp_path / "w.bin", TINY, init(TINY, jax.random.key(0)))
+    write_state_dict(tmp_path / "w.bin", to_released(rar.TABLE, init(TINY, jax.random.key(0))))
     data = bytearray((tmp_path / "w.bin").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "w.bin").write_bytes(data)
     _, lazy = rar.open_params(tmp_path / "w.bin")  # only names and shapes are looked at here
     with pytest.raises(WeightsError, match=r"w\.bin: storage \d+ is damaged: download it again"):
-        place(lazy, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        put_on_devices(lazy, jax.tree.map(lambda _: one, lazy))
 
 
 MEASURE = """
 import re, sys, jax
 from rar_jax.weights import rar
-from rar_jax.weights.lazy import place
+from rar_jax.weights.lazy import put_on_devices
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-place(rar.open_params(sys.argv[1])[1], one)  # what the machinery itself takes
+def put(path):
+    lazy = rar.open_params(path)[1]
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return put_on_devices(lazy, jax.tree.map(lambda _: one, lazy))
+put(sys.argv[1])  # what the machinery itself takes
 before = peak()
-_, lazy = rar.open_params(sys.argv[2])
-params = place(lazy, one)
+params = put(sys.argv[2])
 print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of its memory from /proc")
-@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("suffix", WRITERS)
 def test_memory_never_holds_two_copies(tmp_path: pathlib.Path, suffix: str, parity: Any) -> None:
     """Peak resident memory, the mapped file included. The largest array (adaLN, a third of all) is there twice for a moment."""
     config = Config(num_tokens=16, codebook_size=64, num_classes=10, width=512, depth=16, num_heads=8, mlp_width=2048)
-    write(tmp_path / f"big{suffix}", {n: np.zeros(s, np.float32) for n, s in rar.released_shapes(config).items()})
-    rar.save(tmp_path / "tiny.bin", TINY, init(TINY, jax.random.key(0)))
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny.bin"), str(tmp_path / f"big{suffix}")]
+    state = {n: np.zeros(s, np.float32) for n, s in released_shapes(rar.TABLE, param_shapes(init, config)).items()}
+    WRITERS[suffix](tmp_path / f"big{suffix}", state)
+    rar.save(tmp_path / "tiny.safetensors", TINY, init(TINY, jax.random.key(0)))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tiny.safetensors"), str(tmp_path / f"big{suffix}")]
     done: Any = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     copies = float(done.stdout)
     assert copies > 0.9, done.stdout + done.stderr

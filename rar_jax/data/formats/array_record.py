@@ -1,7 +1,7 @@
 """array_record:PATH, our simplest records: a label and an encoded image.
 
-A record is the label (4 bytes, little-endian, signed) followed by the encoded image. A classes.txt in the folder names the
-classes, one per line. TFDS datasets prepared as ArrayRecord are read by tfds:NAME.
+A record is the label (4 bytes, little-endian, signed) followed by the encoded image. A classes.txt in the folder names
+the classes, one per line. TFDS datasets prepared as ArrayRecord are read by tfds:NAME.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ _HELDOUT_OF_MANY_SIZES = ("validation", "test")
 class TfdsSource(EncodedSource):
     """A prepared dataset of labelled images, decoded by us. Labels are known only by reading.
 
-    The validation split is TFDS's "test", or "validation" where images are cropped and there is one. Images of one size are
-    padded by default.
+    The validation split is TFDS's "test", or "validation" where images are cropped and there is one. Images of one size
+    are padded by default.
 
     Raises: ConfigError if the name is unknown, not prepared on this machine, or not labelled images.
     """
@@ -51,8 +51,8 @@ class TfdsSource(EncodedSource):
         except (KeyError, ValueError, NotImplementedError, FileNotFoundError) as error:
             reason = str(error.args[0] if error.args else error).split("\n")[0]
             raise ConfigError(
-                f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}). Prepare it once in Python, where TensorFlow is "
-                f"installed: tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+                f"tfds:{name}: split '{tfds_split}' cannot be read ({reason}). Prepare it once, where TensorFlow is: "
+                f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
             ) from None
         view = dataclasses.replace(view, channels=view.channels or shape[-1])
         names = tuple(features["label"].names)

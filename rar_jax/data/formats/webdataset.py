@@ -27,9 +27,9 @@ class _Sample(NamedTuple):
 class WebDatasetSource(EncodedSource):
     """Plain .tar files, listed once when opened and then read by seeking.
 
-    PATH is a file, a folder, a glob or a brace range. A sample is the files of one name up to its first dot: one image, and
-    its class as text (.cls) or as "label" in a .json. Class names come from a classes.txt in the folder, else they are
-    numbers.
+    PATH is a file, a folder, a glob or a brace range. A sample is the files of one name up to its first dot: one image,
+    and its class as text (.cls) or as "label" in a .json. Class names come from a classes.txt in the folder, else they
+    are numbers.
 
     Raises: ConfigError for a missing, compressed or damaged file, or labels that are not those of the classes.
     """

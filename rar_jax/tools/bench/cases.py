@@ -1,4 +1,4 @@
-"""What `rar-jax bench` times: each function here yields a Case for each batch size, its weights random and drawn once."""
+"""The cases that `rar-jax bench` times: one function per part of an experiment, which yields a Case per batch size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from rar_jax.config import require
 from rar_jax.data.loader import batches
-from rar_jax.evaluation.image_batches import batch_samples
-from rar_jax.evaluation.program import Network, Program, Settings
+from rar_jax.errors import TripCountError
 from rar_jax.experiment import Experiment
 from rar_jax.metrics.features import extract_features
 from rar_jax.models import Model
@@ -32,28 +31,28 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.sampling import sample_images, sample_keys
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
-from rar_jax.tools.bench.ceilings import Cost
-from rar_jax.training.loop import compile_training
+from rar_jax.tools.costs import Cost, count_costs
+from rar_jax.training.step import compile_training
 from rar_jax.weights.stages import model_shardings
 
-# What each bench can be told besides the batch size.
-READS: dict[str, tuple[str, ...]] = {
+# The options of each bench besides the batch size.
+OPTIONS: dict[str, tuple[str, ...]] = {
     "sample": ("dtype", "decode"),
     "train": ("dtype",),
     "evaluate": ("whole",),
     "loader": ("records",),
     "tokenize": ("dtype", "decode"),
 }
-LOADER_STEPS = 100  # batches in one repeat: one alone is too short to time
+LOADER_STEPS = 100  # batches in one repeat: a single batch is too short to time
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to time, and how.
 
-    what: a key of READS. batch_sizes: default, the experiment's own. dtype: of the matmuls; default, that of the verb.
-    decode: sample: decode too; tokenize: decode instead of encoding. whole: evaluate: sampling and decoding too.
-    records: of the store that the loader reads.
+    what: a key of OPTIONS. batch_sizes: default, the experiment's own. dtype: of the matmuls; default, that of the verb.
+    decode: for sample, decode the tokens; for tokenize, decode instead of encoding. whole: for evaluate, also sample and
+    decode. records: size of the store that the loader reads.
     """
 
     what: str
@@ -65,24 +64,24 @@ class Options:
     records: int = 1_000_000
 
     def __post_init__(self) -> None:
-        require(self.what in READS, f"bench '{self.what}': it must be one of {', '.join(READS)}")
+        require(self.what in OPTIONS, f"bench '{self.what}': it must be one of {', '.join(OPTIONS)}")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in ("dtype", "decode", "whole", "records"):
-            if name not in READS[self.what] and getattr(self, name) != defaults[name]:
-                verbs = " and ".join(verb for verb, names in READS.items() if name in names)
-                require(False, f"--{name} is of bench {verbs}, not of {self.what}: leave it out")
+            verbs = [verb for verb, names in OPTIONS.items() if name in names]
+            used = self.what in verbs or getattr(self, name) == defaults[name]
+            require(used, f"--{name} applies to bench {' and '.join(verbs)}, not to {self.what}: leave it out")
         require(self.dtype in (None, "float32", "bfloat16"), f"--dtype is {self.dtype}: it must be float32 or bfloat16")
-        for name, number in (("--batch-size", min((1, *self.batch_sizes))), ("--repeats", self.repeats)):
-            require(number >= 1, f"{name} is {number}: it must be at least 1")
-        require(self.records >= 1, f"--records is {self.records}: it must be at least 1")
+        smallest = min((1, *self.batch_sizes))
+        for name, number in (("batch-size", smallest), ("repeats", self.repeats), ("records", self.records)):
+            require(number >= 1, f"--{name} is {number}: it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One batch size of one bench.
 
-    run: does `steps` steps, and returns what to wait for. items: units (images, steps, records) in one step.
-    cost: of one step, None where it is not known. more: further numbers, asked for after the last run.
+    run: does `steps` steps and returns the arrays to wait for. items: units (images, steps, records) in one step.
+    cost: of one step, None if unknown. more: further results, read after the last run.
     """
 
     batch_size: int
@@ -95,275 +94,204 @@ class Case:
     more: Callable[[], dict[str, Any]] = dict
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Seconds until what it returns is there."""
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
-
-
-Cases = Callable[[Experiment, Mesh, Options], Iterator[Case]]
-
-
-def batch_sizes(experiment: Experiment, mesh: Mesh, options: Options) -> tuple[int, ...]:
-    """Those that are asked for, or the experiment's. Raises: ConfigError for one that does not divide over the mesh."""
-    whole = experiment.train.batch_size if options.what in ("train", "loader") else experiment.evaluate.batch_size
-    sizes = options.batch_sizes or (whole,)
-    for size in sizes:
-        parts = batch_divisor(mesh)
+def select_batch_sizes(experiment: Experiment, mesh: Mesh, options: Options) -> tuple[int, ...]:
+    """The requested batch sizes, or the experiment's. Raises: ConfigError for one that does not divide over the mesh."""
+    own = experiment.train.batch_size if options.what in ("train", "loader") else experiment.evaluate.batch_size
+    parts = batch_divisor(mesh)
+    for size in options.batch_sizes or (own,):
         require(size % parts == 0, f"batch size {size} is not divisible by the {parts} devices: give --batch-size")
-    return sizes
+    return options.batch_sizes or (own,)
 
 
-def computes_in(experiment: Experiment, options: Options) -> str:
-    """The dtype that a bench multiplies in: what it is told, or what the verb of that name would take; float32, as those do, where
-    the device has no bfloat16."""
+def select_dtype(experiment: Experiment, options: Options) -> str:
+    """The requested matmul dtype, or that of the verb; float32 on devices without bfloat16."""
     own = {"train": experiment.generator, "tokenize": experiment.tokenizer}.get(options.what)
     return matmul_dtype(options.dtype or (own.config.dtype if own else "float32"))
 
 
-# ---------------------------------------------------------------- generator
+# ---------------------------------------------------------------- cases
 
 
-def sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """Labels to tokens, with the experiment's guidance; with `decode`, to images."""
-    generator, tokenizer, guidance = experiment.generator, experiment.tokenizer, experiment.guidance
-    dtype = computes_in(experiment, options)
-    params = _decoding_params(generator, mesh, dtype)
-    if options.decode:
-        params = {"generator": params, "tokenizer": random_params(tokenizer, mesh)}
+def make_sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
+    """Labels to tokens; with `decode` to images, with `whole` to Inception features."""
+    generator, tokenizer = experiment.generator, experiment.tokenizer
+    prepared = generator.module.prepare(
+        generator.config, draw_params(generator, mesh), dtype=select_dtype(experiment, options)
+    )
+    params = {"generator": prepared}
+    if options.decode or options.whole:
+        params["tokenizer"] = draw_params(tokenizer, mesh)
+    if options.whole:
+        params["inception"] = _draw_inception(mesh)
 
-    def sample(params: Any, labels: jax.Array, keys: jax.Array, guidance: Any) -> jax.Array:
-        if options.decode:
-            return sample_images(generator, tokenizer, params, labels, keys, guidance)
-        return generator.module.sample(generator.config, params, labels, keys=keys, guidance=guidance)
+    def sample(params: Any, labels: jax.Array, keys: jax.Array, guidance: Any) -> Any:
+        if "tokenizer" not in params:
+            return generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
+        images = sample_images(generator, tokenizer, params, labels, keys, guidance)
+        return extract_features(params["inception"], images) if "inception" in params else images
 
-    for size in batch_sizes(experiment, mesh, options):
-        labels = jnp.arange(size, dtype=jnp.int32) % generator.config.num_classes
+    for size in select_batch_sizes(experiment, mesh, options):
+        labels = jnp.arange(size, dtype=jnp.int32) % experiment.data.num_classes
         batch = jax.device_put((labels, sample_keys(0, jnp.arange(size))), batch_sharding(mesh))
-        compiled, seconds = _compile(mesh, size, jax.jit(sample), params, *batch, guidance)
-        cost = _sampling_cost(experiment, size, dtype)
-        if options.decode:
-            cost = _sum(cost, _decoding_cost(tokenizer, params["tokenizer"], size))
-        run = functools.partial(compiled, params, *batch, guidance)
-        yield Case(size, size, "images", run, compile_seconds=seconds, cost=cost)
+        yield _make_network_case(mesh, size, sample, params, *batch, experiment.guidance)
 
 
-def train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """The step of training/loop.py, optimizer and all, on random tokens."""
+def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
+    """The training step of training/loop.py, with the optimizer, on random tokens."""
     module, recipe = experiment.generator.module, experiment.train
-    config = dataclasses.replace(experiment.generator.config, dtype=computes_in(experiment, options))
-    flops = getattr(module, "train_flops", None)
+    config = dataclasses.replace(experiment.generator.config, dtype=select_dtype(experiment, options))
     state: Any = None
-    for size in batch_sizes(experiment, mesh, options):
+    for size in select_batch_sizes(experiment, mesh, options):
         setup = compile_training(module, config, dataclasses.replace(recipe, batch_size=size), mesh)
-        step: Any = setup.step
         if state is None:
-            state = _random_state(setup.abstract_state)
-        labels = np.arange(size, dtype=np.int32) % config.num_classes
-        tokens = _random_tokens(experiment.generator, size)
-        batch = jax.device_put({"tokens": tokens, "labels": labels}, batch_sharding(mesh))
+            state = _draw_state(setup.abstract_state)
+        labels = np.arange(size, dtype=np.int32) % experiment.data.num_classes
+        batch = {"tokens": _draw_tokens(experiment.generator, size), "labels": labels}
+        batch = jax.device_put(batch, batch_sharding(mesh))
         key = jax.random.key(0, impl="threefry2x32")
-        compiled, seconds = _compile(mesh, size, step, state, batch, key)
+        compiled, seconds, cost = _compile(mesh, size, setup.step, state, batch, key)
 
         def run(compiled: Any = compiled, batch: Any = batch, key: Any = key) -> Any:
             nonlocal state
             state, metrics = compiled(state, batch, key)
             return metrics["loss"]
 
-        # Parameters and optimizer are read and written once; how often activations go through memory is XLA's choice.
-        cost = Cost(flops(config, batch_size=size), 2 * _size(state)) if flops else None
-        more: Any = lambda size=size: {"images_a_step": size}  # noqa: E731
-        yield Case(size, 1, "steps", run, compile_seconds=seconds, cost=cost, more=more)
+        yield Case(size, 1, "steps", run, compile_seconds=seconds, cost=cost)
 
 
-# ---------------------------------------------------------------- images
+def make_image_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
+    """For "tokenize", images to tokens, with `decode` tokens to images. For "evaluate", images to Inception features."""
+    if options.what == "evaluate":
+        function, params = extract_features, _draw_inception(mesh)
+    else:
+        config = dataclasses.replace(experiment.tokenizer.config, dtype=select_dtype(experiment, options))
+        tokenizer = Model(experiment.tokenizer.module, config)
+        function = functools.partial(tokenizer.module.decode if options.decode else tokenizer.module.encode, config)
+        params = draw_params(tokenizer, mesh)
+    for size in select_batch_sizes(experiment, mesh, options):
+        inputs = _draw_tokens(experiment.tokenizer, size) if options.decode else _draw_images(experiment, size)
+        yield _make_network_case(mesh, size, function, params, jax.device_put(inputs, batch_sharding(mesh)))
 
 
-def tokenize_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """Images to tokens, or with `decode` tokens to images."""
-    config = dataclasses.replace(experiment.tokenizer.config, dtype=computes_in(experiment, options))
-    tokenizer = Model(experiment.tokenizer.module, config)
-    function = functools.partial(tokenizer.module.decode if options.decode else tokenizer.module.encode, config)
-    params = random_params(tokenizer, mesh)
-    for size in batch_sizes(experiment, mesh, options):
-        given = _random_tokens(tokenizer, size) if options.decode else _random_images(experiment, size)
-        yield _feed_forward(mesh, function, params, given)
-
-
-def evaluate_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """Images to Inception features, or with `whole` labels to their sums, in the one program of `rar-jax evaluate`."""
-    shapes = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))["params"]
-    inception = _random(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))
-    if not options.whole:
-        for size in batch_sizes(experiment, mesh, options):
-            yield _feed_forward(mesh, extract_features, inception, _random_images(experiment, size))
-        return
-    models = (experiment.generator, experiment.tokenizer)
-    params = {"generator": _decoding_params(models[0], mesh, None), "tokenizer": random_params(models[1], mesh)}
-    for size in batch_sizes(experiment, mesh, options):
-        program = Program(Network(inception, "random"), mesh, Settings(batch_size=size), None)
-        samples = batch_samples(models, params, experiment.guidance, num=size, seed=0)
-        run = functools.partial(program.score, samples, 0, size)
-        # It is compiled inside its first call: that takes so much longer than the second.
-        first, second = seconds_of(run), seconds_of(run)
-        cost = _sum(_sampling_cost(experiment, size, None), _decoding_cost(models[1], params["tokenizer"], size))
-        cost = _sum(cost, _cost_by_xla(extract_features, inception, _random_images(experiment, size)))
-        yield Case(size, size, "images", run, compile_seconds=first - second, cost=cost)
-
-
-def _feed_forward(mesh: Mesh, function: Callable[..., Any], params: Any, given: np.ndarray) -> Case:
-    array = jax.device_put(given, batch_sharding(mesh))
-    compiled, seconds = _compile(mesh, len(given), jax.jit(function), params, array)
-    cost, run = _cost_by_xla(function, params, given), functools.partial(compiled, params, array)
-    return Case(len(given), len(given), "images", run, compile_seconds=seconds, cost=cost)
-
-
-# ---------------------------------------------------------------- data
-
-
-def loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """Shuffled batches of a token store, placed on the devices as the training loop has them."""
+def make_loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
+    """Shuffled batches of a token store, on the devices as the training loop has them."""
     with tempfile.TemporaryDirectory() as folder:
-        store = _random_store(experiment, pathlib.Path(folder) / "store", options.records)
+        store = _write_random_store(experiment, pathlib.Path(folder) / "store", options.records)
         # Bytes of a record in a batch, and in the file that it is read from.
-        record = _size(store.gather(np.arange(1))) + _stored_bytes(store)
-        for size in batch_sizes(experiment, mesh, options):
+        stored = sum(path.stat().st_size for path in store.folder.glob("*.npy")) / len(store)
+        record = sum(x.nbytes for x in store.gather(np.arange(1)).values()) + stored
+        for size in select_batch_sizes(experiment, mesh, options):
             stream = batches(store, global_batch=size, seed=0, start_step=0, num_workers=experiment.data.workers)
-            placed, waits = prefetch_batches(stream, mesh), []
+            waits: list[float] = []
+            run = functools.partial(_read_batches, prefetch_batches(stream, mesh), waits)
 
-            def run(placed: Any = placed, waits: list[float] = waits) -> None:
-                for _ in range(LOADER_STEPS):
-                    waits.append(seconds_of(functools.partial(next, placed)))
+            def longest_wait(waits: list[float] = waits) -> dict[str, float]:
+                return {"longest_wait_seconds": max(waits[LOADER_STEPS:])}  # without the warm-up
 
-            more: Any = lambda waits=waits: {"longest_wait_seconds": max(waits[LOADER_STEPS:])}  # noqa: E731 (warm-up left out)
             with contextlib.closing(stream):  # pyright: ignore[reportArgumentType]
-                yield Case(size, size, "records", run, steps=LOADER_STEPS, cost=Cost(0, size * record), more=more)
+                cost = Cost(0, size * record)
+                yield Case(size, size, "records", run, steps=LOADER_STEPS, cost=cost, more=longest_wait)
 
 
-def _stored_bytes(store: TokenStore) -> float:
-    """Of one record on the disk."""
-    return sum(path.stat().st_size for path in store.folder.glob("*.npy")) / len(store)
+def make_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
+    """The cases of `options.what`. Raises: ConfigError for a case that does not fit in memory."""
+    makers = {"train": make_train_cases, "loader": make_loader_cases, "sample": make_sample_cases}
+    make = make_sample_cases if options.whole else makers.get(options.what, make_image_cases)
+    return make(experiment, mesh, options)
 
 
-def _random_store(experiment: Experiment, folder: pathlib.Path, records: int) -> TokenStore:
-    spec, codes = experiment.generator.module.token_spec(experiment.generator.config), _codes(experiment.generator)
-    require(spec.dtype == jnp.int32, f"bench loader reads stores of codes, the generator has {spec.dtype} tokens")
-    data, n = experiment.data, int(np.prod(spec.shape))
-    card = {"codebook_size": codes, "grid": list(spec.shape), "num_classes": data.num_classes, "crops": ["whole image"]}
-    card |= {"class_names": list(data.class_names), "source": "random", "tokenizer_sha256": None}
-    writer = TokenStoreWriter(folder, card, source_records=records)
-    for j in writer.missing():
-        begin, end = writer.span(j)
-        rng = np.random.default_rng(j)
-        tokens, labels = rng.integers(0, codes, (end - begin, n)), rng.integers(0, data.num_classes, end - begin)
-        with writer.shard(j) as shard:
-            shard.append(tokens, labels, np.arange(begin, end), np.zeros(end - begin, int))
-    writer.finish()
-    return TokenStore(folder)
+def _read_batches(stream: Iterator[Any], waits: list[float]) -> None:
+    for _ in range(LOADER_STEPS):
+        began = time.perf_counter()
+        jax.block_until_ready(next(stream))
+        waits.append(time.perf_counter() - began)
+
+
+def _make_network_case(mesh: Mesh, size: int, function: Callable[..., Any], *args: Any) -> Case:
+    compiled, seconds, cost = _compile(mesh, size, jax.jit(function), *args)
+    return Case(size, size, "images", functools.partial(compiled, *args), compile_seconds=seconds, cost=cost)
+
+
+def _compile(mesh: Mesh, batch_size: int, jitted: Any, *args: Any) -> tuple[Any, float, Cost | None]:
+    """Compile a program. Returns: it, the seconds of tracing and compiling, and its cost, None if that depends on data.
+
+    Raises: ConfigError if it does not fit in memory.
+    """
+    began = time.perf_counter()
+    with sharded(mesh):
+        traced = jitted.trace(*args)
+        compiled = traced.lower().compile()
+    seconds = time.perf_counter() - began
+    memory.check(compiled, batch_size, divisor=batch_divisor(mesh), where="--batch-size")
+    try:
+        return compiled, seconds, count_costs(traced.jaxpr)
+    except TripCountError:
+        return compiled, seconds, None
 
 
 # ---------------------------------------------------------------- random weights and inputs
 
 
-def random_params(model: Model, mesh: Mesh) -> Any:
-    """Noise in the shapes of a model's parameters, placed as rules.py says."""
+def draw_params(model: Model, mesh: Mesh) -> Any:
+    """Draw noise in the shapes of a model's parameters, sharded as rules.py says."""
     shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
-    return _random(shapes, model_shardings(model, mesh))
+    return _draw(shapes, model_shardings(model, mesh))
 
 
-def _decoding_params(generator: Model, mesh: Mesh, dtype: str | None) -> Any:
-    return generator.module.prepare(generator.config, random_params(generator, mesh), dtype=dtype)
+def _draw_inception(mesh: Mesh) -> Any:
+    image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
+    shapes = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
+    return _draw(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))
 
 
-def _random_state(abstract: Any) -> Any:
+def _draw_state(abstract: Any) -> Any:
     at = jax.tree.map(lambda s: s.sharding, abstract)
     memory.check_arrays(abstract, at, "random weights and the optimizer's state")
-    params = _random(abstract["params"], at["params"])
-    rest = {name: part for name, part in abstract.items() if name != "params"}
-    zeros = jax.jit(
-        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest),
-        out_shardings={name: at[name] for name in rest},
-    )
+    params = _draw(abstract["params"], at.pop("params"))
+    rest = {name: abstract[name] for name in at}
+    zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest), out_shardings=at)
     return {"params": params, **zeros()}
 
 
-def _random(shapes: Any, at: Any) -> Any:
-    """Uniform noise of standard deviation 0.02 by the hash that dropout uses: threefry's took 14 s for RAR-B on two cores."""
+def _draw(shapes: Any, at: Any) -> Any:
+    """Draw uniform noise of standard deviation 0.02, by the hash of dropout: threefry takes 14 s for RAR-B on two cores."""
 
     def draw(key: jax.Array) -> Any:
         leaves, tree = jax.tree.flatten(shapes)
         keys = jax.random.split(key, len(leaves))
-        half_width = 0.02 * 3**0.5
-        noise = [
-            (dropout_bits(keys[i], leaf.shape).astype(jnp.float32) * 2**-31 - 1) * half_width
-            for i, leaf in enumerate(leaves)
-        ]
+        bits = [dropout_bits(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        noise = [(x.astype(jnp.float32) * 2**-31 - 1) * (0.02 * 3**0.5) for x in bits]
         return tree.unflatten([x.astype(leaf.dtype) for x, leaf in zip(noise, leaves, strict=True)])
 
     memory.check_arrays(shapes, at, "random weights")
     return jax.jit(draw, out_shardings=at)(jax.random.key(0))
 
 
-def _random_tokens(model: Model, size: int) -> np.ndarray:
+def _draw_tokens(model: Model, size: int) -> np.ndarray:
     spec, rng = model.module.token_spec(model.config), np.random.default_rng(0)
     if spec.dtype == jnp.int32:
-        return rng.integers(0, _codes(model), (size, *spec.shape), np.int32)
+        return rng.integers(0, model.config.codebook_size, (size, *spec.shape), np.int32)
     return rng.standard_normal((size, *spec.shape), np.float32)
 
 
-def _random_images(experiment: Experiment, size: int) -> np.ndarray:
+def _draw_images(experiment: Experiment, size: int) -> np.ndarray:
     data = experiment.data
     shape = (size, data.image_size, data.image_size, data.channels)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def _codes(model: Model) -> int:
-    return model.config.codebook_size
-
-
-# ---------------------------------------------------------------- compiling and counting
-
-
-def _compile(mesh: Mesh, batch_size: int, jitted: Any, *args: Any) -> tuple[Any, float]:
-    """The compiled program, and the seconds that tracing and compiling took. Raises: ConfigError if it would not fit in memory."""
-    began = time.perf_counter()
-    with sharded(mesh):
-        compiled = jitted.lower(*args).compile()
-    seconds = time.perf_counter() - began
-    memory.check(compiled, batch_size, divisor=batch_divisor(mesh), where="--batch-size")
-    return compiled, seconds
-
-
-def _sampling_cost(experiment: Experiment, size: int, dtype: str | None) -> Cost | None:
-    """None for a generator that does not offer the counts."""
-    module, config = experiment.generator.module, experiment.generator.config
-    if not (hasattr(module, "sample_flops") and hasattr(module, "sample_bytes")):
-        return None
-    given = {"batch_size": size, "guided": experiment.guidance.enabled}
-    return Cost(module.sample_flops(config, **given), module.sample_bytes(config, **given, dtype=dtype))
-
-
-def _decoding_cost(tokenizer: Model, params: Any, size: int) -> Cost | None:
-    return _cost_by_xla(
-        functools.partial(tokenizer.module.decode, tokenizer.config), params, _random_tokens(tokenizer, size)
-    )
-
-
-def _cost_by_xla(function: Callable[..., Any], params: Any, given: np.ndarray) -> Cost | None:
-    """Of a network without loops, whose operations XLA counts right; bytes: parameters, input and output, once.
-
-    None where the platform does not count.
-    """
-    lowered = jax.jit(function).lower(params, given)
-    flops = (lowered.cost_analysis() or {}).get("flops")
-    return Cost(flops, _size((params, given, lowered.out_info))) if flops else None
-
-
-def _sum(a: Cost | None, b: Cost | None) -> Cost | None:
-    return None if a is None or b is None else a + b
-
-
-def _size(tree: Any) -> int:
-    """Bytes of a tree of arrays or of shapes."""
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _write_random_store(experiment: Experiment, folder: pathlib.Path, records: int) -> TokenStore:
+    generator, data = experiment.generator, experiment.data
+    spec, codes = generator.module.token_spec(generator.config), generator.config.codebook_size
+    require(spec.dtype == jnp.int32, f"bench loader reads stores of codes, the generator has {spec.dtype} tokens")
+    card = {"codebook_size": codes, "grid": list(spec.shape), "num_classes": data.num_classes, "crops": ["whole image"]}
+    card |= {"class_names": list(data.class_names), "source": "random", "tokenizer_sha256": None}
+    writer = TokenStoreWriter(folder, card, source_records=records)
+    for j in writer.missing():
+        begin, end = writer.span(j)
+        rng, rows = np.random.default_rng(j), end - begin
+        tokens, labels = rng.integers(0, codes, (rows, *spec.shape)), rng.integers(0, data.num_classes, rows)
+        with writer.shard(j) as shard:
+            shard.append(tokens, labels, np.arange(begin, end), np.zeros(rows, int))
+    writer.finish()
+    return TokenStore(folder)

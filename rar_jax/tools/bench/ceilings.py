@@ -1,11 +1,11 @@
-"""What a machine can do at most, measured: the rate of a large matmul and the bandwidth of memory; and what a computation needs."""
+"""Measure the ceilings of a machine: the rate of a large matmul and the bandwidth of memory."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,78 +13,57 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rar_jax.networks.layers import matmul_precision
 
-MATMUL_SIZES = (1024, 16_384)  # rows of the square matrices: doubled from the first until one product is long enough
-MEMORY_SIZES = (2**28, 2**31)  # bytes on each device, likewise; far more than any cache holds
-MATMUL_SECONDS, MEMORY_SECONDS = 0.1, 0.02  # long enough for the dispatch not to count
-CALLS = 7  # the fastest counts: a ceiling is what is possible
+# First and largest size: doubled until one run takes long enough to neglect the dispatch.
+MATMUL_SIZES, MATMUL_SECONDS = (1024, 16_384), 0.1  # rows of the square matrices
+MEMORY_SIZES, MEMORY_SECONDS = (2**28, 2**31), 0.02  # bytes on each device, more than any cache holds
+CALLS = 7  # the fastest counts
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a computation cannot do without: operations (a multiply-add is two) and bytes moved to or from memory."""
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """Of all devices of a mesh together."""
+class Ceilings(NamedTuple):
+    """Rates of all devices of a mesh together."""
 
     flops_per_second: float
     bytes_per_second: float
 
-    def or_better(self, other: Ceilings) -> Ceilings:
-        """The higher of each."""
-        return Ceilings(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
-
-    def limit(self, cost: Cost) -> tuple[float, str]:
-        """The seconds that a computation takes at least, and what they go into: "flops" or "bytes"."""
-        return max((cost.flops / self.flops_per_second, "flops"), (cost.bytes / self.bytes_per_second, "bytes"))
-
 
 def measure_ceilings(mesh: Mesh, dtype: Any) -> Ceilings:
-    """Measures both, all devices at once, in a few seconds.
-
-    Args:
-      dtype: of the matmul, float32 (which means float32: no TF32) or bfloat16.
-    """
-    return Ceilings(_matmul_rate(mesh, jnp.dtype(dtype)), _bandwidth(mesh))
+    """Measure both rates on all devices at once, in a few seconds. dtype: of the matmul, float32 (not TF32) or bfloat16."""
+    time_matmul = functools.partial(_time_matmul, mesh, jnp.dtype(dtype))
+    flops = _find_best_rate(time_matmul, MATMUL_SIZES, MATMUL_SECONDS)
+    return Ceilings(flops, _find_best_rate(functools.partial(_time_memory, mesh), MEMORY_SIZES, MEMORY_SECONDS))
 
 
-def _matmul_rate(mesh: Mesh, dtype: Any) -> float:
-    best, (size, largest) = 0.0, MATMUL_SIZES
+def _find_best_rate(measure: Callable[[int], tuple[float, float]], sizes: tuple[int, int], enough: float) -> float:
+    """The best rate of growing sizes. measure: gives the seconds and the rate of a size."""
+    best, (size, largest) = 0.0, sizes
     while True:
-        draw = _on_each(mesh, lambda: jax.random.normal(jax.random.key(0), (size, size), dtype))  # noqa: B023
-        product = _on_each(mesh, lambda a: jnp.matmul(a, a, precision=matmul_precision(dtype)))
-        seconds = _fastest(product, draw())
-        best = max(best, mesh.size * 2 * size**3 / seconds)
-        if seconds > MATMUL_SECONDS or size >= largest:
+        seconds, rate = measure(size)
+        best = max(best, rate)
+        if seconds > enough or size >= largest:
             return best
         size *= 2
 
 
-def _bandwidth(mesh: Mesh) -> float:
-    """The better of reading and of copying."""
-    best, (size, largest) = 0.0, MEMORY_SIZES
-    while True:
-        array = _on_each(mesh, lambda: jnp.ones((size // 4 // 1024, 1024), jnp.float32))()  # noqa: B023
-        # As a product with a vector: of what XLA offers, this reads fastest on a CPU (a sum of each row at half the rate).
-        read = _fastest(_on_each(mesh, lambda x: x @ jnp.ones((1024,), jnp.float32)), array)
-        copied = _fastest(_on_each(mesh, lambda x: x + 1), array)
-        best = max(best, mesh.size * size / read, mesh.size * 2 * size / copied)
-        if read > MEMORY_SECONDS or size >= largest:
-            return best
-        size *= 2
+def _time_matmul(mesh: Mesh, dtype: Any, size: int) -> tuple[float, float]:
+    draw = _on_each(mesh, lambda: jax.random.normal(jax.random.key(0), (size, size), dtype))
+    product = _on_each(mesh, lambda a: jnp.matmul(a, a, precision=matmul_precision(dtype)))
+    seconds = _fastest(product, draw())
+    return seconds, mesh.size * 2 * size**3 / seconds
+
+
+def _time_memory(mesh: Mesh, size: int) -> tuple[float, float]:
+    """The better of reading and copying."""
+    array = _on_each(mesh, lambda: jnp.ones((size // 4 // 1024, 1024), jnp.float32))()
+    # On a CPU, a product with a vector reads fastest: a sum of each row has half the rate.
+    read = _fastest(_on_each(mesh, lambda x: x @ jnp.ones((1024,), jnp.float32)), array)
+    copied = _fastest(_on_each(mesh, lambda x: x + 1), array)
+    return read, mesh.size * size * max(1 / read, 2 / copied)
 
 
 def _on_each(mesh: Mesh, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Runs a function of arrays on every device, each with arrays of its own (stacked along the first dimension)."""
+    """Run a function on every device, each with its own arrays, stacked along the first dimension."""
     spec = PartitionSpec(mesh.axis_names)
-    # check_vma would want to be told that a constant differs from device to device.
+    # check_vma does not accept a constant that differs from device to device.
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
 
 

@@ -14,8 +14,8 @@ from rar_jax.data.encoded import EncodedSource, reason_of
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.sources import ARRAYS, SPECS, ImageSource, Split, load_source
 from rar_jax.errors import DecodeError
-from rar_jax.runs.logging import progress
-from rar_jax.runs.pictures import grid
+from rar_jax.runs.pictures import save_image_grid
+from rar_jax.runs.progress import track_progress
 from rar_jax.tools.inspect.layout import LISTED, Summary
 
 ROWS, COLUMNS, CELL = 10, 8, 128  # of the picture: classes, images per class, pixels per image
@@ -71,7 +71,7 @@ def inspect_source(
     problems = list(encoded.listed) if encoded else []
     unlisted = len(encoded.problems) - len(problems) if encoded else 0  # the source keeps the first problems only
     good, indices = [], _space_evenly(source.num_images, limit)
-    for index in progress(indices, description=f"inspect {spec}", unit="images", quiet=quiet):
+    for index in track_progress(indices, description=f"inspect {spec}", unit="images", quiet=quiet):
         try:
             good.append(_read_image(source, index))
         except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ def _draw_classes(source: ImageSource, good: list[GoodImage], out: pathlib.Path,
         indices = np.array(by_class[label][:columns])
         row[: len(indices)] = source.gather(indices)["images"]
     names = [source.class_names[label].split(",")[0] for label in labels]
-    grid(cells.reshape(-1, *source.image_shape), names, out, title=title)
+    save_image_grid(cells.reshape(-1, *source.image_shape), names, out, title=title)
 
 
 def _space_evenly(count: int, limit: int | None) -> list[int]:

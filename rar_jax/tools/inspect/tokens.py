@@ -10,7 +10,7 @@ import numpy as np
 
 from rar_jax.errors import StoreError
 from rar_jax.metrics.reconstruction import measure_code_usage
-from rar_jax.runs.logging import progress
+from rar_jax.runs.progress import track_progress
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tools.inspect.layout import LISTED, Summary
 
@@ -28,7 +28,7 @@ def inspect_token_store(target: str, *, max_problems: int = LISTED, quiet: bool 
     Raises: StoreError if it cannot be opened.
     """
     store = TokenStore(target)
-    shown = functools.partial(progress, quiet=quiet)
+    shown = functools.partial(track_progress, quiet=quiet)
     counted: dict[str, Any] = {"checksums": "verified"}
     problems = []
     try:

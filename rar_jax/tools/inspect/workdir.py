@@ -10,9 +10,10 @@ from rar_jax.errors import CheckpointError
 from rar_jax.runs import ledger
 from rar_jax.runs import lock as lease
 from rar_jax.runs.checkpoint import best_steps
-from rar_jax.runs.logging import progress, read_metrics
+from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.manifest import verify_manifest
 from rar_jax.runs.object_store import is_url
+from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.layout import LISTED, Summary
 from rar_jax.weights.stages import STAGES
@@ -35,12 +36,9 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
     """
     workdir = Workdir(target).fetch()
     config, rows, writer = workdir.read_config(), ledger.read(workdir.path), _read_writer(workdir)
-    problems: list[Problem] = []
-    metrics: list[dict[str, Any]] = []
-    try:
-        metrics = read_metrics(workdir.path)
-    except ValueError as error:
-        problems.append({"name": "metrics", "reason": str(error)})
+    damaged: list[str] = []
+    metrics = read_metrics(workdir.path, problems=damaged)
+    problems: list[Problem] = [{"name": "metrics", "reason": reason} for reason in damaged]
     stages = {}
     for stage in STAGES:
         recipe = config.get("train" if stage == "generator" else f"{stage}_train")
@@ -56,7 +54,7 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
     events = [row["event"] for row in rows]
     stops = [row["reason"] for row in rows if row["event"] == "stop"]
     killed = events.count("start") - len(stops) - bool(writer)
-    named = {"starts": "start", "skipped_updates": "skipped", "rollbacks": "rewind", "failed_saves": "save_failed"}
+    named = {"starts": "start", "skipped_updates": "skipped", "rollbacks": "rollback", "failed_saves": "save_failed"}
     last_stop = None if writer or not rows else stops[-1] if events[-1] == "stop" else "killed (no exit record)"
     summary = {
         "kind": "work directory",
@@ -98,7 +96,9 @@ def _inspect_checkpoints(
 ) -> list[dict[str, Any]]:
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     best, rows = best_steps(folder), []
-    for step in progress(steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps):
+    for step in track_progress(
+        steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps
+    ):
         state = "verified" if verify else "not verified"
         try:
             if verify:

@@ -1,9 +1,11 @@
-"""Rehearses an experiment on chips that are not here: TPU's compiler says what fits and what is sent, arithmetic the rest."""
+"""Rehearse an experiment on TPUs that are not attached: does it fit in memory, and how long does it take.
+
+libtpu compiles the real programs for a slice.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator
@@ -19,24 +21,21 @@ from rar_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
 from rar_jax.tokens.tokenize import BATCH, CROPS
 from rar_jax.tools.plan.programs import (
     DoesNotFitError,
-    compile_lowered,
-    describe,
-    held_bytes,
+    count_model_flops,
+    count_state_bytes,
     lower_sampling,
     lower_tokenizing,
     lower_training,
-    sampling_mesh,
-    shapes_of,
+    measure_program,
 )
-from rar_jax.tools.plan.topology import Topology, devices_of
+from rar_jax.tools.plan.topology import Topology, find_topology_devices
 
 SAMPLES = 50_000  # of a FID
-GPU_SHARE = 0.4  # of the peak: what is assumed of GPUs, for which nothing is compiled
-GPU_ROOM = 0.9  # of a GPU's memory: what formulas may fill, which are rough
+MAX_FSDP, MAX_TENSOR = 64, 4  # of --search: beyond these, parts of weights are too small to send efficiently
 Say = Callable[[str], None]
 
 
-def plan(
+def plan_experiment(
     experiment: Experiment,
     topology: Topology,
     *,
@@ -45,88 +44,63 @@ def plan(
     remedies: bool = True,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Compiles the steps of training, of tokenizing, and of sampling with FID for a slice, or for GPUs does arithmetic.
+    """Compile the programs of training, of tokenizing, and of sampling with FID for a topology.
 
     Args:
-      sample_rows: images a chip in the sampling step. parts: what to compile, by default `parts_of` the experiment.
-      remedies: where the training does not fit, try what would make it fit, until something does.
-      say: is told what is being compiled.
+      sample_rows: images per chip in the sampling program. parts: what to compile, by default `list_parts(experiment)`.
+      remedies: if training does not fit, try changes until it does. say: receives progress messages.
 
-    Returns: what --json prints: {"config", "topology", "chips", "from", "mesh", "train", "tokenize", "sample", "versions"}; see `_train`.
-    Raises: ConfigError without libtpu, for an unknown slice, where batch or parameters do not divide over it, or for tokens
-      of an experiment that makes none.
+    Returns: what --json prints: {"config", "topology", "chips", "versions"} and, for each part, "fits", and "why" if it
+      does not fit, else `measure_program` with rates; for training also "mesh" and "remedy".
+    Raises: ConfigError without libtpu, for an unknown slice, if batch or parameters do not divide over it, or for the part
+      "tokenize" of an experiment that stores no tokens.
     """
     require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
-    parts = parts_of(experiment) if parts is None else parts
-    experiment = _on_fewer(experiment, topology.chips, say)
-    report: dict[str, Any] = {"config": experiment.name, "topology": str(topology), "chips": topology.chips}
-    report |= {"from": "arithmetic" if topology.is_gpu else "compiler", "versions": {"jax": jax.__version__}}
-    devices: Any = None
-    if topology.is_gpu:
-        train = functools.partial(_by_arithmetic, topology=topology)
-    else:
-        devices = devices_of(topology)
-        report["versions"]["libtpu"] = importlib.metadata.version("libtpu")
-        train = functools.partial(_train, topology=topology, devices=devices, say=say)
+    parts = list_parts(experiment) if parts is None else parts
+    experiment, devices = _reduce_fsdp(experiment, topology.chips, say), find_topology_devices(topology)
+    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    report = {"config": experiment.name, "topology": str(topology), "chips": topology.chips, "versions": versions}
     if "train" in parts:
-        report |= train(experiment)
+        report |= _plan_training(experiment, topology, devices, say)
         if not report["train"]["fits"] and remedies:
-            report["remedy"] = _remedy(experiment, topology.chips, train)
+            report["remedy"] = _find_remedy(experiment, topology, devices, say)
     if "tokenize" in parts:
-        tokenize = functools.partial(_tokenize, devices=devices, say=say) if devices else _tokenize_by_arithmetic
-        report["tokenize"] = tokenize(experiment, topology=topology)
+        report["tokenize"] = _plan_tokenizing(experiment, topology, devices, say)
     if "sample" in parts:
-        sample = functools.partial(_sample, devices=devices, say=say) if devices else _sample_by_arithmetic
-        report["sample"] = sample(experiment, topology=topology, rows=sample_rows)
+        report["sample"] = _plan_sampling(experiment, topology, devices, sample_rows, say)
     return report
 
 
-def parts_of(experiment: Experiment) -> tuple[str, ...]:
-    """What there is to plan: "train", "tokenize" unless the tokens are given or made in training, "sample"."""
-    made = not experiment.data.on_the_fly and not experiment.data.given_tokens("train")
-    return ("train", "tokenize", "sample") if made else ("train", "sample")
+def list_parts(experiment: Experiment) -> tuple[str, ...]:
+    """The parts of an experiment; "tokenize" only if it stores tokens."""
+    stores = not experiment.data.on_the_fly and not experiment.data.given_tokens("train")
+    return ("train", "tokenize", "sample") if stores else ("train", "sample")
 
 
-def _on_fewer(experiment: Experiment, chips: int, say: Say) -> Experiment:
-    """The experiment with as much fsdp as divides so few chips: RAR-XXL, which has 4, on one card."""
+def _reduce_fsdp(experiment: Experiment, chips: int, say: Say) -> Experiment:
+    """The experiment with as much of its fsdp as divides the number of chips."""
     mesh = experiment.mesh
-    if (
-        mesh.data != -1
-        or mesh.fsdp < 1
-        or mesh.tensor < 1
-        or chips % mesh.tensor
-        or not chips % (mesh.fsdp * mesh.tensor)
-    ):
+    fixed = mesh.data != -1 or mesh.fsdp < 1 or mesh.tensor < 1 or chips % mesh.tensor
+    if fixed or chips % (mesh.fsdp * mesh.tensor) == 0:
         return experiment
     fsdp = math.gcd(mesh.fsdp, chips // mesh.tensor)
-    say(f"mesh.fsdp {mesh.fsdp} does not divide {chips} chips: this is with --config.mesh.fsdp={fsdp}")
+    say(f"mesh.fsdp {mesh.fsdp} does not divide {chips} chips: planning with --config.mesh.fsdp={fsdp}")
     return dataclasses.replace(experiment, mesh=dataclasses.replace(mesh, fsdp=fsdp))
 
 
-def _train(experiment: Experiment, *, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
-    """{"mesh", "train": {"fits", and if it does what `describe` says and `_rates`, else "why"}}."""
-    mesh = make_mesh(experiment.mesh, devices)
+# ---------------------------------------------------------------- parts
+
+
+def _plan_training(experiment: Experiment, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
+    mesh, recipe = make_mesh(experiment.mesh, devices), experiment.train
     say(f"compiling the training step of {experiment.name} for {topology}, mesh {dict(mesh.shape)}")
-    lowered = lower_training(experiment, mesh)
-    try:
-        compiled = compile_lowered(lowered)
-    except DoesNotFitError as error:
-        return {
-            "mesh": dict(mesh.shape),
-            "train": {"fits": False, "why": str(error), "state": held_bytes(experiment, mesh)},
-        }
-    told = describe(compiled, topology, devices, mesh)
-    return {
-        "mesh": dict(mesh.shape),
-        "train": {"fits": True, **told, **_rates(experiment, topology, told["seconds"]["all"])},
-    }
-
-
-def _rates(experiment: Experiment, topology: Topology, seconds: float) -> dict[str, Any]:
-    """Of a step that takes so long: "mfu" by model FLOPs (nothing recomputed, no masked attention), "days" of all steps."""
-    recipe, model_flops = experiment.train, _model_flops(experiment)
+    train = _measure_if_it_fits(lambda: lower_training(experiment, mesh), topology, mesh)
+    if not train["fits"]:
+        train["state"] = count_state_bytes(experiment, mesh)
+        return {"mesh": dict(mesh.shape), "train": train}
+    seconds, model_flops = train["seconds"]["all"], count_model_flops(experiment)
     hours = recipe.steps * seconds / 3600
-    return {
+    train |= {
         "model_flops": model_flops,
         "mfu": model_flops and model_flops / seconds / (topology.chips * topology.chip.flops),
         "images_per_second": recipe.batch_size / seconds,
@@ -134,163 +108,131 @@ def _rates(experiment: Experiment, topology: Topology, seconds: float) -> dict[s
         "days": hours / 24,
         "chip_hours": hours * topology.chips,
     }
+    return {"mesh": dict(mesh.shape), "train": train}
 
 
-def _model_flops(experiment: Experiment) -> int | None:
-    """Of a step; None for a generator that does not offer the count."""
-    count = getattr(experiment.generator.module, "train_flops", None)
-    return count(experiment.generator.config, batch_size=experiment.train.batch_size) if count else None
-
-
-def _tokenize(experiment: Experiment, *, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
-    """What one chip does with its part of a batch, on all at once: each process encodes images of its own."""
-    mesh, head = make_mesh(MeshConfig(), devices[:1]), _images_to_encode(experiment, topology)
-    say(f"compiling the encoder of {experiment.name} for {head['rows']} images a chip of {topology}")
-    try:
-        compiled = compile_lowered(lower_tokenizing(experiment, mesh, head["rows"]))
-    except DoesNotFitError as error:
-        return {**head, "fits": False, "why": str(error)}
-    told = describe(compiled, topology, devices, mesh)
-    told["flops"] *= topology.chips
-    return {**head, "fits": True, **told, **_time_to_encode(head, told["seconds"]["all"])}
-
-
-def _images_to_encode(experiment: Experiment, topology: Topology) -> dict[str, int]:
-    """batch_size: of all chips together. rows: of it, on a chip; chips of one tensor group do the same ones. images: to train on,
-    each of their crops."""
-    data = experiment.data
+def _plan_tokenizing(experiment: Experiment, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
+    """One chip's share of a batch; all chips encode at a time, those of one tensor group the same images."""
+    data, mesh = experiment.data, make_mesh(MeshConfig(), devices[:1])
     require(not data.on_the_fly, "data.on_the_fly is set: images are encoded in training, see --only train")
-    require(not data.given_tokens("train"), "data.tokens or data.mix is set: the tokens are there, none are made")
+    require(not data.given_tokens("train"), "data.tokens or data.mix is set: there are no images to encode")
     copies = math.prod(mesh_sizes(experiment.mesh, topology.chips)[:2])  # data x fsdp
     rows, crops = -(-BATCH // copies), len(CROPS.get(data.crop or "", ("one",)))
-    return {"batch_size": rows * copies, "rows": rows, "images": data.train_records * crops}
+    say(f"compiling the encoder of {experiment.name} for {rows} images per chip of {topology}")
+    part = {"batch_size": rows * copies, "rows": rows, "images": data.train_records * crops}
+    part |= _measure_if_it_fits(lambda: lower_tokenizing(experiment, mesh, rows), topology, mesh)
+    return _add_duration(part)
 
 
-def _time_to_encode(head: dict[str, int], seconds: float) -> dict[str, float]:
-    rate = head["batch_size"] / seconds
-    return {"images_per_second": rate, "minutes": head["images"] / rate / 60}
-
-
-def _sample(experiment: Experiment, *, topology: Topology, rows: int, devices: Any, say: Say) -> dict[str, Any]:
-    mesh = sampling_mesh(experiment, devices)
+def _plan_sampling(experiment: Experiment, topology: Topology, devices: Any, rows: int, say: Say) -> dict[str, Any]:
+    """As `evaluate` samples: copies of the model, sharded over the experiment's tensor axis."""
+    mesh = make_mesh(MeshConfig(tensor=experiment.mesh.tensor), devices)
     size = rows * mesh.shape["data"]
     say(f"compiling sampling and FID of {size} images for {topology}")
-    head = {"mesh": dict(mesh.shape), "batch_size": size}
+    part = {"mesh": dict(mesh.shape), "batch_size": size, "images": SAMPLES}
+    part |= _measure_if_it_fits(lambda: lower_sampling(experiment, mesh, size), topology, mesh)
+    return _add_duration(part)
+
+
+def _measure_if_it_fits(lower: Callable[[], Any], topology: Topology, mesh: Mesh) -> dict[str, Any]:
     try:
-        compiled = compile_lowered(lower_sampling(experiment, mesh, size))
+        return {"fits": True, **measure_program(lower(), topology, mesh)}
     except DoesNotFitError as error:
-        return {**head, "fits": False, "why": str(error)}
-    told = describe(compiled, topology, devices, mesh)
-    rate = size / told["seconds"]["all"]
-    return {**head, "fits": True, **told, "images_per_second": rate, "minutes": SAMPLES / rate / 60, "images": SAMPLES}
+        return {"fits": False, "why": str(error)}
+
+
+def _add_duration(part: dict[str, Any]) -> dict[str, Any]:
+    """With "images_per_second", and "minutes" for all images, if it fits."""
+    if part["fits"]:
+        part["images_per_second"] = part["batch_size"] / part["seconds"]["all"]
+        part["minutes"] = part["images"] / part["images_per_second"] / 60
+    return part
 
 
 # ---------------------------------------------------------------- what would make it fit
 
 
-def remedies_of(experiment: Experiment, chips: int) -> Iterator[tuple[list[str], Experiment]]:
-    """What can be changed without changing what is learned, the cheapest first: flags, and the experiment with them."""
-    config, flags = experiment.generator.config, []
-    changed = experiment
-    if hasattr(config, "remat") and not config.remat:
-        flags = ["--config.generator.remat=True"]
-        generator = dataclasses.replace(experiment.generator, config=dataclasses.replace(config, remat=True))
-        changed = dataclasses.replace(experiment, generator=generator)
+def list_remedies(experiment: Experiment, chips: int) -> Iterator[tuple[list[str], Experiment]]:
+    """Changes that do not change what is learned, the cheapest first: flags, and the experiment with them."""
+    flags, changed, mesh = [], experiment, experiment.mesh
+    if (rematerialized := _rematerialize(experiment)) is not None:
+        flags, changed = ["--config.generator.remat=True"], rematerialized
         yield flags, changed
-    meshes = [(experiment.mesh.fsdp, [])]
-    meshes += [(n, [f"--config.mesh.fsdp={n}"]) for n in (4, 16) if experiment.mesh.fsdp < n <= chips]
+    meshes = [(mesh.fsdp, [])]
+    meshes += [(n, [f"--config.mesh.fsdp={n}"]) for n in (4, 16) if mesh.fsdp < n <= chips]
     for parts in (2, 4, 8, 16):
         for fsdp, mesh_flag in meshes:
             accumulation = experiment.train.accumulation * parts
-            rows, left = divmod(experiment.train.batch_size, accumulation)
-            if left or rows % (chips // experiment.mesh.tensor):
+            rows, rest = divmod(experiment.train.batch_size, accumulation)
+            if rest or rows % (chips // mesh.tensor):
                 continue
-            yield (
-                [*flags, *mesh_flag, f"--config.train.accumulation={accumulation}"],
-                dataclasses.replace(
-                    changed,
-                    mesh=MeshConfig(-1, fsdp, experiment.mesh.tensor),
-                    train=dataclasses.replace(experiment.train, accumulation=accumulation),
-                ),
-            )
+            train = dataclasses.replace(experiment.train, accumulation=accumulation)
+            replaced = dataclasses.replace(changed, mesh=MeshConfig(-1, fsdp, mesh.tensor), train=train)
+            yield [*flags, *mesh_flag, f"--config.train.accumulation={accumulation}"], replaced
 
 
-def _remedy(experiment: Experiment, chips: int, train: Callable[[Experiment], dict[str, Any]]) -> dict[str, Any] | None:
-    """The first that fits: {"flags", and what `train` says of it}; None if nothing does."""
-    for flags, changed in remedies_of(experiment, chips):
+def _rematerialize(experiment: Experiment) -> Experiment | None:
+    """The experiment with the generator's `remat` set; None if it is set already, or the generator has no such option."""
+    generator = experiment.generator
+    try:
+        config = dataclasses.replace(generator.config, remat=True)
+    except TypeError:
+        return None
+    changed = dataclasses.replace(experiment, generator=dataclasses.replace(generator, config=config))
+    return None if changed == experiment else changed
+
+
+def _find_remedy(experiment: Experiment, topology: Topology, devices: Any, say: Say) -> dict[str, Any] | None:
+    """The first remedy that fits: its "flags" and the training with them. None if none does."""
+    for flags, changed in list_remedies(experiment, topology.chips):
         try:
-            told = train(changed)
+            planned = _plan_training(changed, topology, devices, say)
         except ConfigError:  # a width that does not divide
             continue
-        if told["train"]["fits"]:
-            return {"flags": flags, **told}
+        if planned["train"]["fits"]:
+            return {"flags": flags, **planned}
     return None
 
 
-# ---------------------------------------------------------------- arithmetic
+# ---------------------------------------------------------------- search
 
 
-def _by_arithmetic(experiment: Experiment, *, topology: Topology) -> dict[str, Any]:
-    """As `_train`, from formulas: state as it is cut over the mesh, the activations of the blocks, FLOPs at a share of the peak."""
-    sizes = mesh_sizes(experiment.mesh, topology.chips)
-    mesh: Any = AbstractMesh(tuple(sizes), AXES)
-    experiment.check_mesh(mesh)
-    state, kept = held_bytes(experiment, mesh), activation_bytes(experiment, mesh)
-    # Gradients are there beside the state, as large as the parameters: a third of it, less where there is an EMA.
-    peak = state + state // (4 if experiment.train.ema_decay else 3) + kept
-    memory = {"arguments": state, "temporaries": peak - state, "peak": peak, "available": int(topology.chip.memory)}
-    flops = _model_flops(experiment)
-    train: dict[str, Any] = {"fits": peak < GPU_ROOM * topology.chip.memory, "memory": memory}
-    if flops is not None:
-        again = 4 / 3 if getattr(experiment.generator.config, "remat", False) else 1
-        seconds = flops * again / (topology.chips * topology.chip.flops * GPU_SHARE)
-        train |= {"seconds": {"all": seconds}, **_rates(experiment, topology, seconds)}
-    return {"mesh": dict(mesh.shape), "train": train}
+def list_candidates(experiment: Experiment, topology: Topology) -> Iterator[tuple[Experiment, int]]:
+    """The experiment on each mesh that divides it and holds its state, and the bytes of state per chip.
+
+    fsdp and tensor are powers of two and lie within a slice.
+    """
+    for tensor in (1 << i for i in range(MAX_TENSOR.bit_length())):
+        for fsdp in (1 << i for i in range(MAX_FSDP.bit_length())):
+            if topology.chips // topology.slices % (fsdp * tensor):
+                continue
+            sizes = topology.chips // (fsdp * tensor), fsdp, tensor
+            mesh: Any = AbstractMesh(sizes, AXES)
+            changed = dataclasses.replace(experiment, mesh=MeshConfig(*sizes))
+            try:
+                changed.check_mesh(mesh)
+            except ConfigError:
+                continue
+            if (state := count_state_bytes(changed, mesh)) < topology.chip.memory:
+                yield changed, state
 
 
-def _tokenize_by_arithmetic(experiment: Experiment, *, topology: Topology) -> dict[str, Any]:
-    """As `_tokenize`, from the FLOPs that XLA counts, at a share of the peak. Of its memory nothing is known."""
-    head = _images_to_encode(experiment, topology)
-    mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
-    flops = (lower_tokenizing(experiment, mesh, head["rows"]).cost_analysis() or {})["flops"]
-    half = getattr(experiment.tokenizer.config, "dtype", "float32") == "bfloat16"
-    seconds = flops / ((topology.chip.flops if half else topology.chip.float32) * GPU_SHARE)
-    return {**head, "flops": flops * topology.chips, **_time_to_encode(head, seconds)}
+def search_meshes(experiment: Experiment, topology: Topology, *, say: Say = lambda text: None) -> dict[str, Any]:
+    """Plan the training on every candidate mesh, without other changes.
 
-
-def _sample_by_arithmetic(experiment: Experiment, *, topology: Topology, rows: int) -> dict[str, Any]:
-    """As `_sample`, from formulas: of the tokens alone, in float32, as `evaluate` draws them. Memory: weights and cache."""
-    chip, guided = topology.chip, experiment.guidance.enabled
-    sizes = mesh_sizes(MeshConfig(tensor=experiment.mesh.tensor), topology.chips)
-    mesh: Any = AbstractMesh(tuple(sizes), AXES)
-    size, tensor = rows * mesh.shape["data"], mesh.shape["tensor"]
-    module, c = experiment.generator.module, experiment.generator.config
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes_of(experiment.generator, mesh))) // tensor
-    weights += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes_of(experiment.tokenizer, mesh)))
-    cache = rows * (1 + guided) * c.depth * 2 * (c.num_tokens + 1) * c.width * 4 // tensor
-    memory = {"arguments": weights, "temporaries": cache, "peak": weights + cache, "available": int(chip.memory)}
-    told = {
-        "mesh": dict(mesh.shape),
-        "batch_size": size,
-        "fits": weights + cache < GPU_ROOM * chip.memory,
-        "memory": memory,
-    }
-    if hasattr(module, "sample_flops") and hasattr(module, "sample_bytes"):
-        given = {"batch_size": rows, "guided": guided}
-        flops, moved = module.sample_flops(c, **given), module.sample_bytes(c, **given)
-        seconds = max(flops / (chip.float32 * GPU_SHARE), moved / chip.bandwidth) / tensor
-        rate = size / seconds
-        told |= {"images_per_second": rate, "minutes": SAMPLES / rate / 60, "images": SAMPLES}
-    return told
-
-
-def activation_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh) -> int:
-    """What the blocks of a transformer with adaLN keep for the backward pass on one device, roughly: 22 vectors of the width and 3
-    of the MLP's a slot, and the attention's weights in float32 twice. With remat, each block's input, and twice one block."""
-    c: Any = experiment.generator.config
-    rows = experiment.train.batch_size // experiment.train.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
-    item, slots = (2 if c.dtype == "bfloat16" else 4), c.num_tokens + 1
-    tensor = mesh.shape["tensor"]
-    block = rows * (slots * item * (22 * c.width + 3 * c.mlp_width // tensor) + 8 * c.num_heads // tensor * slots**2)
-    logits = rows * slots * c.codebook_size * 4 * 3
-    return logits + (2 * block + c.depth * rows * slots * c.width * item if c.remat else c.depth * block)
+    Returns: {"config", "topology", "chips", "versions", "meshes"}: meshes are {"mesh", "state", "train"}, the fastest first,
+      those that do not fit last.
+    Raises: ConfigError if no mesh of so many chips holds the experiment; what `plan_experiment` raises.
+    """
+    candidates = list(list_candidates(experiment, topology))
+    require(
+        bool(candidates),
+        f"no mesh of {topology.chips} chips holds {experiment.name}: its batch or widths do not divide, or its state is "
+        "larger than a chip; choose another --topology",
+    )
+    say(f"compiling for {len(candidates)} meshes")
+    reports = [plan_experiment(x, topology, parts=("train",), remedies=False, say=say) for x, _ in candidates]
+    states = [state for _, state in candidates]
+    meshes = [{"mesh": r["mesh"], "state": n, "train": r["train"]} for r, n in zip(reports, states, strict=True)]
+    meshes.sort(key=lambda one: one["train"]["seconds"]["all"] if one["train"]["fits"] else math.inf)
+    return {**{name: reports[0][name] for name in ("config", "topology", "chips", "versions")}, "meshes": meshes}

@@ -1,11 +1,9 @@
-"""The programs that `rar-jax plan` compiles for chips that are not here, and what each is found to do."""
+"""The programs that `rar-jax plan` compiles for chips that are not attached, and what the compiler reports about them."""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
-import re
 import time
 from typing import Any
 
@@ -14,173 +12,160 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rar_jax.errors import TripCountError
 from rar_jax.evaluation.image_batches import batch_samples
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
 from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
-from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.tokens.tokenize import jit_encode
+from rar_jax.tools.costs import count_costs
 from rar_jax.tools.plan import hlo
-from rar_jax.tools.plan.topology import Topology, chip_places, wire
-from rar_jax.training.loop import Setup, compile_training
+from rar_jax.tools.plan.topology import Topology, estimate_traffic, list_coordinates
+from rar_jax.training.step import Setup, compile_training
 from rar_jax.weights.stages import model_shardings
 
 
 class DoesNotFitError(RuntimeError):
-    """The compiler found no room: the message is its own, in one line."""
+    """The program does not fit in the memory of a chip. The message is the first line of the compiler's."""
 
 
 # ---------------------------------------------------------------- programs
 
 
-def setup_of(experiment: Experiment, mesh: Mesh) -> Setup:
-    """The generator's training of an experiment on a mesh, which may be abstract."""
+def set_up_training(experiment: Experiment, mesh: Any) -> Setup:
+    """The generator's training on a mesh, which may be abstract."""
     encoder = experiment.tokenizer if experiment.data.on_the_fly else None
     return compile_training(experiment.generator.module, experiment.generator.config, experiment.train, mesh, encoder)
 
 
 def lower_training(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
-    """The generator's step, as `train` jits it, for a batch of shapes. Raises: ConfigError where the mesh does not fit."""
+    """The generator's training step for one batch. Raises: ConfigError if the experiment does not divide over the mesh."""
     experiment.check_mesh(mesh)
-    setup, rows, data = setup_of(experiment, mesh), batch_sharding(mesh), experiment.data
-    size = experiment.train.batch_size
-    batch = {"labels": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)}
-    frozen = None
-    if data.on_the_fly:
-        shape = size, data.image_size, data.image_size, data.channels
-        batch["images"] = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
-        frozen = shapes_of(experiment.tokenizer, mesh)
-    else:
-        spec = experiment.generator.module.token_spec(experiment.generator.config)
-        batch["tokens"] = jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype, sharding=rows)
-    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    batch, frozen = _shape_tokens(experiment), None
+    if experiment.data.on_the_fly:
+        batch = {"images": _shape_images(experiment, experiment.train.batch_size), "labels": batch["labels"]}
+        frozen = shape_params(experiment.tokenizer, mesh)
+    batch = _place(batch, batch_sharding(mesh))
+    key = _place(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")), replicated(mesh))
+    setup = set_up_training(experiment, mesh)
     step: Any = setup.step
     with sharded(mesh):
         return step.lower(setup.abstract_state, batch, key, frozen)
 
 
 def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
-    """Labels to sums of Inception features, as `evaluate` jits it, for one batch. The mesh has no fsdp. Raises: DoesNotFitError as
-    `compile_lowered`."""
-    models = (experiment.generator, experiment.tokenizer)
-    generator = experiment.generator
+    """One batch of labels to sums of Inception features, as `evaluate` jits it. The mesh has no fsdp.
+
+    Raises: DoesNotFitError.
+    """
+    generator, tokenizer = experiment.generator, experiment.tokenizer
     prepare = functools.partial(generator.module.prepare, generator.config)
-    given = shapes_of(generator, mesh)
-    prepared = jax.eval_shape(prepare, given)
-    at: Any = jax.tree.map(lambda _: replicated(mesh), prepared)
-    if mesh.shape["tensor"] > 1:  # where they come to lie, the compiler says
+    params = shape_params(generator, mesh)
+    prepared, at = jax.eval_shape(prepare, params), replicated(mesh)
+    if mesh.shape["tensor"] > 1:  # the compiler chooses the shardings
         with sharded(mesh):
-            at = _compile(jax.jit(prepare).lower(given)).output_shardings
-    params = {"generator": _placed(prepared, at), "tokenizer": shapes_of(experiment.tokenizer, mesh)}
+            at = compile_lowered(jax.jit(prepare).lower(params)).output_shardings
     image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
-    inception = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
-    inception = _placed(inception, jax.tree.map(lambda _: replicated(mesh), inception))
+    inception = _place(jax.eval_shape(Inception().init, jax.random.key(0), image)["params"], replicated(mesh))
     program = Program(Network(inception, "none"), mesh, Settings(batch_size=batch_size), None)
-    return program.lower(batch_samples(models, params, experiment.guidance, num=batch_size, seed=0))
+    params = {"generator": _place(prepared, at), "tokenizer": shape_params(tokenizer, mesh)}
+    samples = batch_samples((generator, tokenizer), params, experiment.guidance, num=batch_size, seed=0)
+    return program.lower(samples)
 
 
 def lower_tokenizing(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
-    """Images to tokens, as `tokenize` jits it, for one batch."""
-    data, rows = experiment.data, batch_sharding(mesh)
-    shape = batch_size, data.image_size, data.image_size, data.channels
-    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
-    params = shapes_of(experiment.tokenizer, mesh)
+    """One batch of images to tokens, as `tokenize` jits it."""
+    images = _place(_shape_images(experiment, batch_size), batch_sharding(mesh))
     with sharded(mesh):
-        return jit_encode(experiment.tokenizer, mesh).lower(params, images)
+        return jit_encode(experiment.tokenizer, mesh).lower(shape_params(experiment.tokenizer, mesh), images)
 
 
-def sampling_mesh(experiment: Experiment, devices: Any) -> Mesh:
-    """As `evaluate` has it, copies of the model; with the experiment's tensor axis for models too large for one chip."""
-    return make_mesh(MeshConfig(tensor=experiment.mesh.tensor), devices)
-
-
-def shapes_of(model: Model, mesh: Mesh) -> Any:
-    """A model's parameters as ShapeDtypeStructs that lie as rules.py says."""
+def shape_params(model: Model, mesh: Any) -> Any:
+    """A model's parameters as ShapeDtypeStructs, sharded as rules.py says."""
     shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
-    return _placed(shapes, model_shardings(model, mesh))
+    return _place(shapes, model_shardings(model, mesh))
 
 
-def _placed(shapes: Any, at: Any) -> Any:
+def _shape_tokens(experiment: Experiment) -> dict[str, Any]:
+    spec = experiment.generator.module.token_spec(experiment.generator.config)
+    size = experiment.train.batch_size
+    tokens = jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype)
+    return {"tokens": tokens, "labels": jax.ShapeDtypeStruct((size,), jnp.int32)}
+
+
+def _shape_images(experiment: Experiment, size: int) -> Any:
+    data = experiment.data
+    return jax.ShapeDtypeStruct((size, data.image_size, data.image_size, data.channels), jnp.uint8)
+
+
+def _place(shapes: Any, at: Any) -> Any:
+    """The shapes with one sharding for all, or with a tree of them."""
+    at = at if not isinstance(at, jax.sharding.Sharding) else jax.tree.map(lambda _: at, shapes)
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, at)
 
 
-# ---------------------------------------------------------------- what the compiler says
+# ---------------------------------------------------------------- counts
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """Of one run on one chip, in bytes. arguments: what is given; peak: the most that is there at a time, arguments among it;
-    temporaries: the difference. totals: what it does."""
-
-    seconds_to_compile: float
-    arguments: int
-    temporaries: int
-    peak: int
-    totals: hlo.Totals
-
-
-def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
-    """Compiles and reads what came out. Raises: DoesNotFitError if the memory of a chip is too small."""
-    began = time.perf_counter()
-    compiled = _compile(lowered)
-    seconds = time.perf_counter() - began
-    told: Any = compiled.memory_analysis()
-    # Not the sum of temporaries that is told as well, which is larger than a chip for programs that the compiler lets through:
-    # RAR-XXL on 4 x 4 chips of v5e has 4.3 GiB of arguments, 15.6 of temporaries and a peak of 14.7.
-    arguments, peak = told.argument_size_in_bytes, told.peak_memory_in_bytes
-    return Compiled(seconds, arguments, peak - arguments, peak, hlo.totals(compiled.as_text() or ""))
+def count_model_flops(experiment: Experiment) -> float | None:
+    """FLOPs of a training step without recomputation, three forward passes. None if a loop of the loss depends on data."""
+    generator, key = experiment.generator, jax.random.key(0)
+    loss = functools.partial(generator.module.loss, generator.config, key=key, step=0)
+    params = jax.eval_shape(functools.partial(generator.module.init, generator.config), key)
+    try:
+        return 3 * count_costs(jax.make_jaxpr(loss)(params, _shape_tokens(experiment))).flops
+    except TripCountError:
+        return None
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def count_state_bytes(experiment: Experiment, mesh: Any) -> int:
+    """Bytes of parameters, moments and EMA on one device of a mesh, which may be abstract."""
+    state = set_up_training(experiment, mesh).abstract_state
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+# ---------------------------------------------------------------- the compiler
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a program. Raises: DoesNotFitError if the memory of a chip is too small."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFitError(re.sub(r"^RESOURCE_EXHAUSTED: ", "", str(error).splitlines()[0])) from None
+        raise DoesNotFitError(str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")) from None
 
 
-def describe(compiled: Compiled, topology: Topology, devices: Any, mesh: Mesh) -> dict[str, Any]:
-    """Numbers of a program: "memory", "flops" (all chips together), "collectives", "seconds" of a run, estimated."""
-    chip, totals = topology.chip, compiled.totals
-    places = chip_places(topology, list(mesh.devices.flat))
-    table: dict[str, dict[str, float]] = collections.defaultdict(lambda: dict.fromkeys(COLUMNS, 0.0))
+def measure_program(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh) -> dict[str, Any]:
+    """Compile a program. Returns: "compile_seconds", "memory" of a chip, "collectives", and estimated "seconds" of a run.
+
+    Computing is the compiler's own estimate in cycles. Communication is exposed unless the compiler overlaps it.
+    Raises: DoesNotFitError.
+    """
+    began = time.perf_counter()
+    compiled = compile_lowered(lowered)
+    seconds = time.perf_counter() - began
+    report: Any = compiled.memory_analysis()
+    # Not temp_size_in_bytes, which exceeds the memory of a chip for programs that fit.
+    arguments, peak = report.argument_size_in_bytes, report.peak_memory_in_bytes
+    memory = {"arguments": arguments, "temporaries": peak - arguments, "peak": peak}
+    totals = hlo.count_program(compiled.as_text() or "")
+    coordinates = list_coordinates(topology, list(mesh.devices.flat))
+    table: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     exposed = overlapped = 0.0
     for collective, times in totals.collectives.items():
-        sent, row = wire(topology, collective, places), table[collective.kind]
-        for name, one in zip(COLUMNS, (1, collective.size, sent.bytes, sent.network_bytes, sent.seconds), strict=True):
-            row[name] += times * one
-        exposed += 0 if collective.asynchronous else times * sent.seconds
-        overlapped += times * sent.seconds if collective.asynchronous else 0
-    computing = totals.cycles / chip.clock
-    matmuls = (totals.flops["default"] + 6 * totals.flops["highest"]) / chip.flops
+        row = {"count": 1, "bytes": collective.size, **estimate_traffic(topology, collective, coordinates)}
+        table[collective.kind].update({name: times * one for name, one in row.items()})
+        exposed += 0 if collective.asynchronous else times * row["seconds"]
+        overlapped += times * row["seconds"] if collective.asynchronous else 0
+    computing = totals.cycles / topology.chip.clock
+    everything = max(computing + exposed, overlapped)
     return {
-        "compile_seconds": round(compiled.seconds_to_compile, 1),
-        "memory": {
-            "arguments": compiled.arguments,
-            "temporaries": compiled.temporaries,
-            "peak": compiled.peak,
-            "available": int(chip.memory),
-        },
-        "flops": sum(totals.flops.values()) * mesh.size,
-        "collectives": {kind: row for kind, row in sorted(table.items())},
-        "seconds": {
-            "matmuls_at_peak": matmuls,
-            "computing": computing,
-            "wire": exposed,
-            "wire_overlapped": overlapped,
-            "all": max(computing + exposed, overlapped),
-        },
+        "compile_seconds": round(seconds, 1),
+        "memory": {**memory, "available": int(topology.chip.memory)},
+        "collectives": {kind: dict(row) for kind, row in sorted(table.items())},
+        "seconds": {"computing": computing, "exposed": exposed, "overlapped": overlapped, "all": everything},
     }
-
-
-COLUMNS = ("count", "bytes", "wire_bytes", "network_bytes", "seconds")
-
-
-def held_bytes(experiment: Experiment, mesh: Any) -> int:
-    """Bytes of parameters, moments and EMA on one device of a mesh, which may be abstract."""
-    state = setup_of(experiment, mesh).abstract_state
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -1,117 +1,111 @@
-"""What `rar-jax plan` found, for people."""
+"""Format the reports of `rar-jax plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from rar_jax.tools.plan.plan import GPU_SHARE
 from rar_jax.tools.plan.topology import GIB
 
 
-def plan_text(report: Mapping[str, Any], *, heading: bool = True) -> str:
-    """Lines of what `plan` returned; what it is of and by what it was found, in the heading."""
-    compiled = report["from"] == "compiler"
-    by = f"compiled by libtpu {report['versions'].get('libtpu')}" if compiled else "arithmetic alone, nothing compiled"
-    lines = [
-        f"{report['config']} on {report['topology']}: {report['chips']} chips; {by}, jax {report['versions']['jax']}"
-    ]
-    lines = lines if heading else []
+def format_plan(report: Mapping[str, Any], *, heading: bool = True) -> str:
+    """Format the report of `plan_experiment`."""
+    lines = [f"{_format_subject(report)}; compiled by libtpu {report['versions']['libtpu']}"] if heading else []
     if "train" in report:
-        lines += ["", f"training step, mesh {mesh_text(report['mesh'])}", *_program(report["train"], compiled)]
-        lines += _rates(report["train"], compiled)
-        remedy = report.get("remedy")
-        if remedy:
-            lines += ["", f"it fits with {' '.join(remedy['flags'])}, mesh {mesh_text(remedy['mesh'])}"]
-            lines += [*_program(remedy["train"], compiled), *_rates(remedy["train"], compiled)]
+        lines += ["", f"training step, mesh {_format_mesh(report['mesh'])}", *_format_training(report["train"])]
+        if remedy := report.get("remedy"):
+            lines += ["", f"it fits with {' '.join(remedy['flags'])}, mesh {_format_mesh(remedy['mesh'])}"]
+            lines += _format_training(remedy["train"])
         elif "remedy" in report:
-            lines += [
-                "  nothing that was tried makes it fit (remat, fsdp, accumulation): take more chips or larger ones"
-            ]
+            lines.append("  no tested change (remat, fsdp, accumulation) makes it fit: use more or larger chips")
     if tokens := report.get("tokenize"):
-        lines += ["", f"tokenizing, {tokens['rows']} images at a time on each chip"]
-        lines += _program(tokens, compiled) if compiled else []
-        if not tokens.get("fits", True):
-            lines.append("  give tokenize a smaller --batch-size, which is of all chips together")
-        if "minutes" in tokens:
-            at = f" at {GPU_SHARE:.0%} of the peak, which is assumed (memory is not counted)"
+        lines += ["", f"tokenizing, {tokens['rows']} images at a time on each chip", *_format_program(tokens)]
+        if tokens["fits"]:
             lines.append(
-                f"  {tokens['images_per_second']:.0f} images/s{'' if compiled else at}, if the hosts decode as many: "
-                f"{tokens['images']} in {tokens['minutes']:.3g} minutes (--config.data.crop=ten: ten of each image)"
+                f"  {tokens['images_per_second']:.0f} images/s, if the hosts decode as many: {tokens['images']} in "
+                f"{tokens['minutes']:.3g} minutes (--config.data.crop=ten: ten crops per image)"
             )
+        else:
+            lines.append("  give tokenize a smaller --batch-size, which counts the images of all chips")
     if sample := report.get("sample"):
-        lines += ["", f"sampling and FID, {sample['batch_size']} images at a time, mesh {mesh_text(sample['mesh'])}"]
-        lines += _program(sample, compiled)
-        if not sample["fits"]:
-            lines.append(
-                "  give fewer images a chip with --sample-rows, or cut the model with --config.mesh.tensor (evaluate, sample: --tensor)"
-            )
-        elif "images_per_second" in sample:
-            at = (
-                ""
-                if compiled
-                else " of tokens alone (nor is the decoder's memory counted), by the bytes or by FLOPs in float32, the slower of the two"
-            )
-            lines.append(
-                f"  {sample['images_per_second']:.1f} images/s{at}: {sample['images']} in {sample['minutes']:.1f} minutes"
-            )
+        size, mesh = sample["batch_size"], _format_mesh(sample["mesh"])
+        lines += ["", f"sampling and FID, {size} images at a time, mesh {mesh}", *_format_program(sample)]
+        if sample["fits"]:
+            rate, minutes = sample["images_per_second"], sample["minutes"]
+            lines.append(f"  {rate:.1f} images/s: {sample['images']} in {minutes:.1f} minutes")
+        else:
+            lines.append("  give a smaller --sample-rows, or shard the model with --config.mesh.tensor")
     return "\n".join(lines)
 
 
-def mesh_text(mesh: Mapping[str, int]) -> str:
-    """Axes and their sizes: "data 16 x fsdp 4 x tensor 1"."""
+def format_search(report: Mapping[str, Any]) -> str:
+    """Format the report of `search_meshes`, one row per mesh, the best first."""
+    lines = [
+        f"{_format_subject(report)}, training step by the compiler's estimate",
+        f"{'mesh':32} {'peak per chip':>22} {'s a step':>9} {'exposed':>7} {'MFU':>6} {'images/s':>9} {'days':>6}",
+    ]
+    for one in report["meshes"]:
+        train, row = one["train"], f"{_format_mesh(one['mesh']):32}"
+        if not train["fits"]:
+            lines.append(f"{row} {'state ' + _format_gib(one['state']):>22}  does not fit")
+            continue
+        memory, seconds, mfu = train["memory"], train["seconds"], f"{train['mfu']:.1%}" if train["mfu"] else "-"
+        peak = f"{_format_gib(memory['peak'])} of {_format_gib(memory['available'])}"
+        lines.append(
+            f"{row} {peak:>22} {seconds['all']:9.3f} {seconds['exposed']:7.3f} {mfu:>6} "
+            f"{train['images_per_second']:9.0f} {train['days']:6.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _format_subject(report: Mapping[str, Any]) -> str:
+    return f"{report['config']} on {report['topology']}: {report['chips']} chips; jax {report['versions']['jax']}"
+
+
+def _format_mesh(mesh: Mapping[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in mesh.items())
 
 
-def _program(told: Mapping[str, Any], compiled: bool) -> list[str]:
-    if "why" in told:
-        lines = [f"  does NOT fit: {told['why']}"]
-        return (
-            [*lines, f"  parameters and optimizer alone are {gib(told['state'])} a chip"] if "state" in told else lines
-        )
-    memory = told["memory"]
-    fits = "fits" if compiled else "should fit, by formulas that are rough"
+def _format_program(part: Mapping[str, Any]) -> list[str]:
+    if not part["fits"]:
+        lines = [f"  does NOT fit: {part['why']}"]
+        state = f"  parameters and optimizer alone take {_format_gib(part.get('state', 0))} per chip"
+        return [*lines, state] if "state" in part else lines
+    memory, seconds = part["memory"], part["seconds"]
     lines = [
-        f"  {fits if told['fits'] else 'does NOT fit'}: peak {gib(memory['peak'])} of {gib(memory['available'])} a chip "
-        f"(arguments {gib(memory['arguments'])}, temporaries {gib(memory['temporaries'])})"
+        f"  fits: peak {_format_gib(memory['peak'])} of {_format_gib(memory['available'])} per chip "
+        f"(arguments {_format_gib(memory['arguments'])}, temporaries {_format_gib(memory['temporaries'])}); "
+        f"compiled in {part['compile_seconds']:.0f} s"
     ]
-    if not compiled:
-        return lines
-    lines.append(
-        f"  compiled in {told['compile_seconds']:.0f} s; {told['flops']:.4g} FLOPs in matmuls, loops multiplied out"
-    )
-    for kind, row in told["collectives"].items():
-        network = f", {_short(row['network_bytes'])}B between slices" if row["network_bytes"] else ""
+    for kind, row in part["collectives"].items():
+        network = f", {_format_si(row['network_bytes'])}B between slices" if row["network_bytes"] else ""
         lines.append(
-            f"  {kind:20} {row['count']:6.0f} times, {_short(row['bytes'])}B; a chip sends {_short(row['wire_bytes'])}B{network}, "
-            f"{row['seconds'] * 1e3:.3g} ms"
+            f"  {kind:20} {row['count']:6.0f} times, {_format_si(row['bytes'])}B; a chip sends "
+            f"{_format_si(row['sent_bytes'])}B{network}, {row['seconds'] * 1e3:.3g} ms"
         )
-    seconds = told["seconds"]
     lines.append(
-        f"  estimate {seconds['all']:.4g} s: {seconds['computing']:.4g} s by the compiler's cycles (matmuls at their peak "
-        f"{seconds['matmuls_at_peak']:.4g} s), {seconds['wire']:.3g} s waiting for the wire, {seconds['wire_overlapped']:.3g} s of "
-        "the wire beside other work"
+        f"  estimate {seconds['all']:.4g} s: computing {seconds['computing']:.4g} s, exposed communication "
+        f"{seconds['exposed']:.3g} s, overlapped communication {seconds['overlapped']:.3g} s"
     )
     return lines
 
 
-def _rates(told: Mapping[str, Any], compiled: bool) -> list[str]:
-    if "days" not in told:
-        return []
-    at = "" if compiled else f" at {GPU_SHARE:.0%} of the peak, which is assumed"
-    mfu = f"MFU {told['mfu']:.1%}, " if told["mfu"] else ""
+def _format_training(train: Mapping[str, Any]) -> list[str]:
+    if not train["fits"]:
+        return _format_program(train)
+    mfu = f"MFU {train['mfu']:.1%}, " if train["mfu"] else ""
     return [
-        f"  {told['seconds']['all']:.3g} s a step{at}: {mfu}{told['images_per_second']:.0f} images/s; "
-        f"{told['steps']} steps take {told['days']:.1f} days, {told['chip_hours']:.0f} chip-hours"
+        *_format_program(train),
+        f"  {train['seconds']['all']:.3g} s a step: {mfu}{train['images_per_second']:.0f} images/s; "
+        f"{train['steps']} steps take {train['days']:.1f} days, {train['chip_hours']:.0f} chip-hours",
     ]
 
 
-def gib(size: float) -> str:
-    """Bytes as "1.50 GiB"."""
+def _format_gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def _short(number: float) -> str:
+def _format_si(number: float) -> str:
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.3g} {prefix}"

@@ -72,11 +72,7 @@ def read_run(path: pathlib.Path, name: str) -> Run:
     config = Workdir(path).read_config()
     summary = inspect_workdir(str(path), max_problems=100, verify=False, quiet=True)
     problems = [f"{row['name']}: {row['reason']}" for row in summary["problems"]]
-    try:
-        metrics = read_metrics(path)
-    except ValueError:  # the summary names it
-        metrics = []
-    return Run(name, path, config, summary, metrics, ledger.read(path), problems)
+    return Run(name, path, config, summary, read_metrics(path), ledger.read(path), problems)
 
 
 def make_body(runs: Sequence[Run]) -> Tag:
@@ -139,10 +135,10 @@ def _make_grid(run: Run, stage: str) -> Tag | None:
     """The grids of a stage with a slider over the steps. Grids of another layout than the newest are left out."""
     shown: dict[int, bytes] = {}
     newest = None
-    for step in reversed(grids.steps(run.path / "grids" / stage)):
+    for step in reversed(grids.list_grid_steps(run.path / "grids" / stage)):
         path = run.path / "grids" / stage / f"{step}.png"
         try:
-            grid = grids.load(path)
+            grid = grids.load_grid(path)
         except ValueError as error:
             run.problems.append(str(error))
             continue

@@ -1,0 +1,176 @@
+"""Read and write released files by a table: released name -> our parameter and the order of its axes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rar_jax.config import nearest
+from rar_jax.errors import WeightsError
+from rar_jax.weights.lazy import LazyArray, check_finite
+from rar_jax.weights.torch_file import StoredTensor
+
+State = Mapping[str, StoredTensor]
+
+
+class Mapped(NamedTuple):
+    """Our parameter for a released tensor. "{}" in the released name is a layer: ours are stacked along the first axis.
+
+    Attributes:
+      path: names in our tree, joined by "/".
+      axes: "OURS -> RELEASED", one letter per axis: "io -> o i" transposes, "ihk -> hk i" also merges two axes, and
+        "nd -> 1 n d" adds one of size 1. "" means the same axes.
+      unused: entries at the end of each released axis that the model does not use: dropped on reading, written as 0.
+    """
+
+    path: str
+    axes: str = ""
+    unused: tuple[int, ...] = ()
+
+
+Table = Mapping[str, Mapped]
+
+
+def map_linear(released: str, path: str, *, kernel: str = "io -> o i", bias: str = "") -> dict[str, Mapped]:
+    """Table of a torch Linear."""
+    return {f"{released}.weight": Mapped(f"{path}/kernel", kernel), f"{released}.bias": Mapped(f"{path}/bias", bias)}
+
+
+def map_norm(released: str, path: str) -> dict[str, Mapped]:
+    """Table of a torch LayerNorm."""
+    return {f"{released}.weight": Mapped(f"{path}/scale"), f"{released}.bias": Mapped(f"{path}/bias")}
+
+
+def param_shapes(init: Any, config: Any) -> dict[str, Any]:
+    """Shapes of the parameters that `init(config, key)` makes."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+def flatten_params(params: Any) -> dict[str, Any]:
+    """Leaves by path, with "/" between the names."""
+    return dict(flatten_dict(params, sep="/"))
+
+
+def get_tensor(path: str | pathlib.Path, state: State, name: str, ndim: int) -> StoredTensor:
+    """Return a tensor of `ndim` dimensions, none of size 0. Raises: WeightsError."""
+    if name not in state:
+        raise WeightsError(f"{path}: '{name}' is missing.{nearest(name, list(state)[:1000])}")
+    shape = state[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise WeightsError(f"{path}: '{name}' has shape {shape}, not {ndim} dimensions")
+    return state[name]
+
+
+def check_shapes(path: str | pathlib.Path, state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightsError unless a file holds exactly the tensors of these names and shapes."""
+    if surplus := sorted(state.keys() - expected.keys()):
+        name, count = surplus[0], len(surplus)
+        raise WeightsError(f"{path}: unexpected tensor '{name}' ({count} in all).{nearest(name, expected)}")
+    if missing := sorted(expected.keys() - state.keys()):
+        raise WeightsError(f"{path}: '{missing[0]}' is missing ({len(missing)} in all)")
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise WeightsError(f"{path}: '{name}' has shape {state[name].shape}, expected {shape}")
+
+
+def released_shapes(table: Table, shapes: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released file, for the shapes of our parameters."""
+    return {entry.name: entry.released for entry in _entries(table, shapes)}
+
+
+def open_mapped(path: str | pathlib.Path, state: State, table: Table, shapes: Any) -> dict[str, Any]:
+    """Check names and shapes of a file, and return our tree of LazyArrays. Raises: WeightsError."""
+    check_shapes(path, state, released_shapes(table, shapes))
+    leaves, parts = flatten_params(shapes), dict[str, list[Any]]()
+
+    def read(entry: _Entry) -> np.ndarray:
+        value = check_finite(path, entry.name, state[entry.name].read())
+        used = value[tuple(map(slice, entry.used))]
+        return used.reshape([entry.shape[axis] for axis in entry.order]).transpose(np.argsort(entry.order))
+
+    for entry in _entries(table, shapes):
+        parts.setdefault(entry.path, []).append(functools.partial(read, entry))
+    stacked = {mapped.path for name, mapped in table.items() if "{}" in name}
+    lazy = {name: LazyArray(leaves[name].shape, parts[name], stacked=name in stacked) for name in parts}
+    return unflatten_dict(lazy, sep="/")
+
+
+def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
+    """Any tree of the parameters' structure (parameters, gradients) under the released names and shapes."""
+    leaves, state = flatten_params(jax.tree.map(np.asarray, params)), dict[str, np.ndarray]()
+    for entry in _entries(table, params):
+        leaf = leaves[entry.path]
+        value = (leaf if entry.layer is None else leaf[entry.layer]).transpose(entry.order).reshape(entry.used)
+        unused = [(0, size - used) for size, used in zip(entry.released, entry.used, strict=True)]
+        state[entry.name] = np.pad(value, unused) if entry.used != entry.released else value
+    return state
+
+
+def save_mapped(path: str | pathlib.Path, table: Table, shapes: Any, params: Any) -> None:
+    """Write parameters as .safetensors under the released names and shapes, float32.
+
+    Raises: WeightsError for another suffix, parameters of other shapes, or a file that cannot be written.
+    """
+    ours, theirs = ({name: leaf.shape for name, leaf in flatten_params(tree).items()} for tree in (shapes, params))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise WeightsError(
+                f"{path}: '{name}' has shape {theirs.get(name)}, its configuration says {ours.get(name)}"
+            )
+    write_safetensors(path, {name: np.asarray(x, np.float32) for name, x in to_released(table, params).items()})
+
+
+def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+    """Write tensors by name. The file is complete or absent.
+
+    Raises: WeightsError for a suffix other than .safetensors, or a file that cannot be written.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: weights are written as .safetensors (docs/released_weights.md makes .bin of it)")
+    partial = path.with_name(f".{path.name}.rar_jax_partial")
+    try:
+        safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, partial)
+        os.replace(partial, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise WeightsError(f"{path} cannot be written ({error}): choose another folder") from error
+
+
+class _Entry(NamedTuple):
+    """A tensor of a released file, and the parameter, or layer of a parameter, that it holds."""
+
+    name: str
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]  # of our parameter or its layer
+    order: list[int]  # our axes as they are merged into the released axes
+    used: tuple[int, ...]  # released shape without unused entries
+    released: tuple[int, ...]
+
+
+def _entries(table: Table, shapes: Any) -> Iterator[_Entry]:
+    leaves = flatten_params(shapes)
+    for name, mapped in table.items():
+        shape = leaves[mapped.path].shape
+        layers: Any = range(shape[0]) if "{}" in name else [None]
+        shape = shape[1:] if "{}" in name else shape
+        ours, _, released = mapped.axes.partition(" -> ")
+        groups = [[ours.index(letter) for letter in group.strip("1")] for group in released.split(" ")]
+        groups = groups if mapped.axes else [[axis] for axis in range(len(shape))]
+        used = tuple(math.prod(shape[axis] for axis in group) for group in groups)
+        unused = mapped.unused or (0,) * len(used)
+        whole = tuple(a + b for a, b in zip(used, unused, strict=True))
+        for layer in layers:
+            order = [axis for group in groups for axis in group]
+            yield _Entry(name.format(layer), mapped.path, layer, shape, order, used, whole)
