@@ -80,12 +80,13 @@ def print_inspect(what: str, *, json: bool, **options: Any) -> int:
     """Print the summary of `inspect`. Returns 1 if there are problems."""
     import jax
 
-    from rar_jax.tools.inspect.inspect import inspect, tell
+    from rar_jax.tools.inspect.inspect import inspect_target
+    from rar_jax.tools.inspect.layout import print_summary
 
     jax.config.update("jax_platforms", "cpu")  # a training may hold the accelerator
-    summary = inspect(what, **options)
-    _print_json(summary) if json else print(tell(summary))
-    return 1 if summary["problems"]["total"] else 0
+    summary = inspect_target(what, **options)
+    _print_json(summary) if json else print_summary(summary)
+    return 1 if summary["num_problems"] else 0
 
 
 def print_report(workdirs: Sequence[str], *, out: pathlib.Path | None, quiet: bool) -> None:
@@ -93,21 +94,21 @@ def print_report(workdirs: Sequence[str], *, out: pathlib.Path | None, quiet: bo
     del quiet
     from rar_jax.runs.object_store import is_url
     from rar_jax.runs.workdir import Workdir
-    from rar_jax.tools.report.report import report
+    from rar_jax.tools.report.report import write_report
 
-    print(report([Workdir(path).fetch().path if is_url(path) else path for path in workdirs], out))
+    print(write_report([Workdir(path).fetch().path if is_url(path) else path for path in workdirs], out))
 
 
 def print_doctor(workdir: pathlib.Path | str | None, *, json: bool, quiet: bool) -> int:
     """Print the problems of this machine. Returns 1 if there are any, 2 for a bucket."""
-    from rar_jax.tools.doctor import doctor, tell_doctor
+    from rar_jax.tools.doctor import check_machine, format_checkup
 
     if isinstance(workdir, str):
         print(f"rar-jax doctor: {workdir} is a bucket: give a folder, such as RAR_JAX_SCRATCH", file=sys.stderr)
         return 2
-    checkup = doctor(workdir)
+    checkup = check_machine(workdir)
     if json or not quiet or checkup["problems"]:
-        _print_json(checkup) if json else print(tell_doctor(checkup))
+        _print_json(checkup) if json else print(format_checkup(checkup))
     return 1 if checkup["problems"] else 0
 
 
