@@ -19,7 +19,7 @@ from typing import Any
 
 import tensorstore
 
-from rar_jax.errors import ConfigError, LockError, ObjectStoreError
+from rar_jax.errors import ConfigError, ObjectStoreError, RarJaxError
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
 ENDPOINTS = ("AWS_ENDPOINT_URL", "TENSORSTORE_GCS_HTTP_URL")
@@ -110,7 +110,7 @@ class BucketPath(pathlib.PurePosixPath):
         """Turn TensorStore's exceptions into ObjectStoreError."""
         try:
             yield
-        except LockError:
+        except RarJaxError:
             raise
         except (ValueError, OSError, RuntimeError) as error:
             reason = "no answer" if isinstance(error, TimeoutError) else str(error).splitlines()[0][:300]

@@ -35,7 +35,10 @@ class Session:
     locks: Sequence[Lock] = ()
 
     def poll(self) -> None:
-        """Raise LockError if the lock was lost, Preempted if it is time to save and exit. Long loops of all processes call it."""
+        """Raise LockError if the lock was lost, Preempted if it is time to save and exit.
+
+        Long loops of all processes call it.
+        """
         for lock in self.locks:
             lock.check()
         if self.preemption.poll():
