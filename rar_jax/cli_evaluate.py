@@ -68,6 +68,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> str:
         images = open_image_set(args.images or args.make_reference, args.split, image_size=args.image_size)
     if args.make_reference and out.suffix != ".npz":
         raise ConfigError(f"--out {out}: a reference is a .npz file")
+    if images is None and args.samples < 2:
+        raise ConfigError(f"--samples {args.samples}: a distance needs at least 2 (published ones take 50000)")
     program = open_program(args.inception, settings, reference_path=args.reference, tensor=args.tensor)
     drawn = {"samples": args.samples, "guidance": guidance, "dtype": args.dtype, "quiet": quiet}
     if args.make_reference:

@@ -202,7 +202,7 @@ def exhausted_while_training(at: Place) -> None:
 @case("Devices and memory", "Memory is exhausted while scoring")
 def exhausted_while_scoring(at: Place) -> None:
     at.patch.setattr("rar_jax.evaluation.program.load_inception", lambda *_: scoring.Network({}, "0" * 64))
-    at.patch.setattr(scoring.Program, "_scan", exhausted)
+    at.patch.setattr(scoring.Program, "_params", exhausted)
     np.savez("theirs.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     at.how = "where the program asks for 2^50 bytes"
     at.command("evaluate --images theirs.npz --inception inception.pth --out scores -q", 1)
@@ -345,7 +345,7 @@ commands(
 
 @case("Evaluation", "Statistics of another network")
 def other_reference(at: Place) -> None:
-    write_reference("other.npz", mean=np.zeros(8), cov=np.eye(8), **STATISTICS)
+    write_reference(pathlib.Path("other.npz"), mean=np.zeros(8), cov=np.eye(8), **STATISTICS)
     at.how = "statistics of 8 features"
     at.command(f"{SCORE} --reference other.npz -q", 1)
 
@@ -353,7 +353,10 @@ def other_reference(at: Place) -> None:
 @case("Evaluation", "A reference of images of another size")
 def larger_reference(at: Place) -> None:
     cheap_inception.patch(at.patch.setattr)
-    write_reference("larger.npz", mean=[0] * 12, cov=np.eye(12), images=np.zeros((4, 256, 256, 3), "u1"), **STATISTICS)
+    pixels = np.zeros((4, 256, 256, 3), "u1")
+    write_reference(
+        pathlib.Path("larger.npz"), mean=[0] * 12, cov=np.eye(12), images=((4, 256, 256, 3), [pixels]), **STATISTICS
+    )
     at.note(f"{SCORE} --samples 20 --batch-size 4 --no-neighbours --reference larger.npz -q", "the reference's images")
 
 

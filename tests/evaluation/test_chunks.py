@@ -11,7 +11,7 @@ from rar_jax.evaluation.program import Settings
 from rar_jax.metrics.inception_score import SplitSums
 from rar_jax.metrics.moments import Moments
 from rar_jax.metrics.sums import ScoreTotals, Sums
-from rar_jax.runs import logging as report
+from rar_jax.runs import progress
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
 NUM, REFERENCE_NUM = 40, 30
@@ -56,7 +56,7 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
 def test_accumulate_goes_on_behind_the_last_chunk(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "_in_files", True)
+    monkeypatch.setattr(progress, "_in_files", True)
     calls: list[tuple[int, int]] = []
 
     def compute(start: int, count: int) -> Chunk:

@@ -197,7 +197,7 @@ def test_declared_sizes_that_no_compression_reaches(tmp_path: pathlib.Path) -> N
     ("header", "message"),
     [
         (_header((1 << 40, 1 << 40), "<f8"), "takes 9671406556917033397649502"),
-        (_header((), "<U999999999"), "takes 40000000"),
+        (_header((), "<U1000000"), "but <U1000000 .* takes 40000"),
         (_header((-4,), "<f8"), "'mu'"),
         (_header((-2, -2), "<f8"), "'mu'"),
         (_header((4,), "<f8", version=(2, 0)), r"version \(2, 0\) of NumPy's format, expected \(1, 0\)"),
