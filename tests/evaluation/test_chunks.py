@@ -1,6 +1,7 @@
 """Sums of chunks: added up, split, kept on disk, taken up again."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from rar_jax.evaluation.program import Settings
 from rar_jax.metrics.inception_score import SplitSums
 from rar_jax.metrics.moments import Moments
 from rar_jax.metrics.sums import ScoreTotals, Sums
-from rar_jax.runs import progress
+from rar_jax.runs.progress import show_progress_in_files
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
 NUM, REFERENCE_NUM = 40, 30
@@ -53,10 +54,16 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
     assert equal(straight, totals)
 
 
-def test_accumulate_goes_on_behind_the_last_chunk(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "_in_files", True)
+@pytest.fixture
+def shown() -> Iterator[None]:
+    """Progress lines are printed, although stderr is no terminal."""
+    show_progress_in_files(True)
+    yield
+    show_progress_in_files(False)
+
+
+@pytest.mark.usefixtures("shown")
+def test_accumulate_goes_on_behind_the_last_chunk(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[int, int]] = []
 
     def compute(start: int, count: int) -> Chunk:
