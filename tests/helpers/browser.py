@@ -1,4 +1,4 @@
-"""A real browser without a window, for what only a browser can tell. A machine without one fails the test."""
+"""A headless browser. A test fails on a machine without one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAGS = (
 
 @contextlib.contextmanager
 def browser() -> Iterator[webdriver.Chrome]:
-    """Debian's chromium by its driver; selenium is told where both are, so that it downloads nothing."""
+    """Start Debian's chromium. Selenium is given both paths, so that it downloads nothing."""
     paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if missing := [name for name, path in paths.items() if path is None]:
         pytest.fail(f"{missing[0]} is not installed: apt-get install -y chromium chromium-driver")
@@ -39,10 +39,10 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 
 def complaints(driver: webdriver.Chrome) -> list[str]:
-    """What the page's console has said since the last call."""
+    """Messages of the page's console since the last call."""
     return [entry["message"] for entry in driver.get_log("browser")]
 
 
 def uri(path: pathlib.Path) -> str:
-    """The address of a file."""
+    """The file: URL of a path."""
     return path.resolve().as_uri()

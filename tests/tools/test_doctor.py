@@ -1,4 +1,4 @@
-"""`rar-jax doctor`: what it says of this machine, of versions that are known to be bad, and of devices that jax does not see."""
+"""`rar-jax doctor`: versions, devices, folders and disk of this machine and of broken ones."""
 
 from __future__ import annotations
 
@@ -14,229 +14,189 @@ import jax
 import pytest
 
 from rar_jax.cli import main
-from rar_jax.parallel import storage
 from rar_jax.tools import doctor
-from rar_jax.tools.doctor import bad_versions, missing_accelerator
 
-GOOD = {
-    "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "optax": "0.2.8", "orbax-checkpoint": "0.12.8", "grain": "0.2.18",
-    "numpy": "2.4.6", "libtpu": "0.0.42.1", "jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2",
+REAL_REQUIRES, REAL_VERSION = importlib.metadata.requires, importlib.metadata.version
+REQUIRES = {
+    "jax": ["jaxlib<=0.10.2,>=0.10.1", "libtpu==0.0.42.*; extra == 'tpu'", "jax-cuda12-plugin[with-cuda]==0.10.2; extra == 'cuda12'"],
+    "jax-cuda12-plugin": ["jax-cuda12-pjrt==0.10.2"],
 }  # fmt: skip
-ASKED = {
-    "jax": [("jaxlib", "<=0.10.2,>=0.10.1"), ("jaxlib", "==0.10.1"), ("libtpu", "==0.0.42.*"), ("jax-cuda12-plugin", "<=0.10.2,>=0.10.2"), ("numpy", ">=2.0")],
-    "jax-cuda12-plugin": [("jax-cuda12-pjrt", "==0.10.2")],
-}  # fmt: skip
-NOTHING = {"gpu": False, "tpu": False}
 
 
-def bad(**versions: str | None) -> list[doctor.Problem]:
-    changed = GOOD | {name.replace("_", "-"): version for name, version in versions.items()}
-    return bad_versions({k: v for k, v in changed.items() if v}, lambda name: ASKED.get(name, []))
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """The cache that doctor checks."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("HF_HOME", str(path))
+    return path
 
 
-def test_a_package_that_is_not_there() -> None:
-    found = doctor.missing(lambda name: None if name.lower() == "tensorboardx" else "1.0")
-    assert [problem.what.lower() for problem in found] == ["tensorboardx is not installed"]
-    assert found[0].remedy.startswith('pip install "tensorboard')
-    assert doctor.missing(importlib.metadata.version) == []
-    (problem,) = doctor.missing(lambda name: None)
-    assert problem.what == "rar_jax is not installed" and problem.remedy.startswith("pip install -e .")
+def install(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
+    """Make importlib.metadata report these versions besides the real ones; None is not installed."""
 
+    def version(name: str) -> str:
+        if name not in versions:
+            return REAL_VERSION(name)
+        if (found := versions[name]) is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
 
-def test_versions_that_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("packaging.specifiers", "packaging.requirements"):
-        monkeypatch.setitem(sys.modules, name, None)
-    told = [problem["what"] for problem in doctor.doctor()["problems"]]
-    assert told == ["versions cannot be compared"]
-
-
-def test_a_work_directory_below_a_file(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    assert main(["doctor", "--workdir", str(tmp_path / "file" / "run")]) == 1
-    text = capsys.readouterr().out
-    assert f"BAD        {tmp_path / 'file' / 'run'} is not a folder: {tmp_path / 'file'} is a file" in text
-    assert "files are made" not in text and text.count("BAD") == 1
-
-
-def test_this_machine_is_well(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["doctor", "--workdir", str(tmp_path / "new" / "run")]) == 0
-    text = capsys.readouterr().out
-    assert f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}" in text and text.endswith(
-        "all is well\n"
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(
+        importlib.metadata,
+        "requires",
+        lambda name: REQUIRES.get(name) or (name == "rar_jax" and REAL_REQUIRES(name)) or [],
     )
-    assert f"devices    4 x {jax.devices()[0].device_kind} (cpu)" in text
-    assert not list(tmp_path.iterdir()), "looking leaves nothing"
-    assert f"workdir    {tmp_path / 'new' / 'run'}: files are made, renamed and locked\n" in text
+
+
+def run(*argv: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rar_jax", "doctor", *argv]
+    return subprocess.run(command, env=os.environ | env, text=True, capture_output=True, timeout=300)
+
+
+def test_good_machine(
+    tmp_path: pathlib.Path, cache: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "new" / "run"
+    assert main(["doctor", "--workdir", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}" in text
+    assert text.endswith("no problem(s)\n") and f"{folder}, {cache}\n" in text
+    assert f"{len(jax.devices())} x {jax.devices()[0].device_kind} (cpu)" in text
     monkeypatch.chdir(tmp_path)
-    assert main(["doctor"]) == 0
-    assert f"folder     {tmp_path}: files are made, renamed and locked\n" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert main(["doctor", "--json", "--quiet"]) == 0
+    checkup = json.loads(capsys.readouterr().out)
+    assert checkup["problems"] == [] and checkup["folders"][0] == str(tmp_path)
+    assert checkup["disk_free_gib"] > 0 and checkup["memory_free_gib"] > 0
+    assert not list(tmp_path.iterdir()) and not list(cache.iterdir()), "checking leaves nothing"
     assert main(["doctor", "--workdir", "gs://bucket/run"]) == 2
     assert "gs://bucket/run is a bucket" in capsys.readouterr().err
-    assert main(["doctor", "--json", "--quiet"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["problems"] == [] and 0 < report["disk"]["free"] <= report["disk"]["total"]
-    with open("/proc/meminfo") as file:
-        total = int(file.readline().split()[1]) * 1024
-    assert 0 < report["memory_free"] <= total
 
 
 # ---------------------------------------------------------------- versions
 
 
-def test_good_versions_are_good() -> None:
-    assert bad() == []
-    assert bad(jax="0.11.0", jaxlib="0.10.2", libtpu=None, jax_cuda12_plugin=None, jax_cuda12_pjrt=None) == []
-
-
 @pytest.mark.parametrize(
     ("versions", "what", "remedy"),
     [
-        ({"jax": "0.9.1"}, "jax 0.9.1 is older than 0.10.2", 'pip install -U "jax>=0.10.2"'),
-        ({"grain": "0.2.17"}, "grain 0.2.17 is older than 0.2.18", 'pip install -U "grain>=0.2.18"'),
-        ({"orbax_checkpoint": "0.11.30"}, "orbax-checkpoint 0.11.30 is older than 0.12.8", 'pip install -U "orbax-checkpoint>=0.12.8"'),
-        ({"flax": "0.12.7"}, "flax 0.12.7 is older than 0.12.8", 'pip install -U "flax>=0.12.8"'),
-        ({"optax": None}, "optax is not installed", 'pip install "optax>=0.2.8"'),
-        ({"numpy": "1.26.4"}, "numpy 1.26.4 is older than 2.0", 'pip install -U "numpy>=2.0"'),
-        ({"libtpu": "0.0.43"}, "libtpu 0.0.43 does not belong to jax 0.10.2, which asks for ==0.0.42.*", 'pip install "libtpu==0.0.42.*"'),
-        ({"jaxlib": "0.9.2"}, "jaxlib 0.9.2 does not belong to jax 0.10.2, which asks for <=0.10.2,>=0.10.1", 'pip install "jaxlib<=0.10.2,>=0.10.1"'),
-        ({"jax_cuda12_plugin": "0.9.0", "jax_cuda12_pjrt": None}, "jax-cuda12-plugin 0.9.0 does not belong to jax 0.10.2, which asks for <=0.10.2,>=0.10.2", 'pip install "jax-cuda12-plugin<=0.10.2,>=0.10.2"'),
-        ({"jax_cuda12_pjrt": "0.9.0"}, "jax-cuda12-pjrt 0.9.0 does not belong to jax-cuda12-plugin 0.10.2, which asks for ==0.10.2", 'pip install "jax-cuda12-pjrt==0.10.2"'),
+        ({"tensorboardx": None}, "rar_jax needs tensorboardx", "tensorboardx>=2.6.2"),
+        ({"optax": "0.2.7"}, "rar_jax needs optax>=0.2.8, and 0.2.7 is installed", "optax>=0.2.8"),
+        ({"jaxlib": "0.9.2"}, "jax needs jaxlib<=0.10.2,>=0.10.1, and 0.9.2 is installed", "jaxlib<=0.10.2,>=0.10.1"),
+        ({"libtpu": "0.0.43"}, "jax needs libtpu==0.0.42.*, and 0.0.43 is installed", "libtpu==0.0.42.*"),
+        ({"jax-cuda12-plugin": "0.9.0", "jax-cuda12-pjrt": "0.10.2"}, "jax needs jax-cuda12-plugin==0.10.2", "jax-cuda12-plugin==0.10.2"),
+        ({"jax-cuda12-plugin": "0.10.2"}, "jax-cuda12-plugin needs jax-cuda12-pjrt==0.10.2, and none", "jax-cuda12-pjrt==0.10.2"),
     ],
 )  # fmt: skip
-def test_bad_versions(versions: dict[str, Any], what: str, remedy: str) -> None:
-    (problem,) = bad(**versions)
-    assert (problem.what, problem.remedy) == (what, remedy) and len(problem.reason) > 20
+def test_unsatisfied_requirements(
+    versions: dict[str, str | None], what: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, versions)
+    ((found, todo),) = doctor.check_requirements()
+    assert found.startswith(what) and todo == f'pip install "{remedy}"'
 
 
-def test_an_old_python() -> None:
-    (problem,) = bad_versions(GOOD, lambda name: [], python=(3, 10))
-    assert problem.what == "python 3.10" and problem.remedy == "install Python 3.11"
+def test_plugins_that_fit_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2", "libtpu": "0.0.42.1"})
+    assert list(doctor.check_requirements()) == []
 
 
-def test_the_tables_are_those_of_the_package() -> None:
-    """What pip asks for and what doctor calls too old are the same versions, and jax does pin what the table says."""
-    asked = dict(doctor._requirements("rar_jax"))
-    assert {rule.package: f">={rule.below}" for rule in doctor.TOO_OLD} == {
-        rule.package: asked[rule.package] for rule in doctor.TOO_OLD
-    }
-    pinned = {name for name, specifier in doctor._requirements("jax") if specifier}
-    assert {rule.package for rule in doctor.PINNED if rule.by == "jax"} <= pinned | {"jax-cuda13-plugin"}
+def test_missing_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"rar_jax": None})
+    assert list(doctor.check_requirements()) == [("rar_jax is not installed", "pip install -e . in its checkout")]
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert list(doctor.check_requirements()) == [("packaging is not installed", "pip install packaging")]
 
 
 # ---------------------------------------------------------------- devices
 
 
-def test_an_accelerator_that_jax_does_not_see() -> None:
-    gpu = NOTHING | {"gpu": True}
-    (problem,) = missing_accelerator({"cpu"}, gpu, {}, {})
-    assert (
-        problem.what == "a GPU is here, and jax sees only cpu"
-        and problem.remedy == "pip install -e '.[cuda12]' in the checkout of rar_jax"
-    )
-    (problem,) = missing_accelerator({"cpu"}, gpu, GOOD, {"JAX_PLATFORMS": "cpu"})
-    assert problem.remedy == "unset JAX_PLATFORMS, which is 'cpu'"
-    (problem,) = missing_accelerator({"cpu"}, NOTHING | {"tpu": True}, GOOD, {})
-    assert problem.what.startswith("a TPU is here") and "another process holds" in problem.remedy
-    (problem,) = missing_accelerator(set(), NOTHING | {"tpu": True}, {}, {})
-    assert (
-        problem.what.endswith("sees only nothing")
-        and problem.remedy == "pip install -e '.[tpu]' in the checkout of rar_jax"
-    )
-    assert missing_accelerator({"gpu"}, gpu, GOOD, {}) == missing_accelerator({"cuda"}, gpu, GOOD, {}) == []
-    assert missing_accelerator({"cpu"}, NOTHING, GOOD, {}) == []
-
-
-def test_device_files_are_looked_for(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("files", "platforms", "remedy"),
+    [
+        ("nvidia0", "", "pip install -e '.[cuda12]'"),
+        ("accel0", "", "pip install -e '.[tpu]'"),
+        ("nvidia0", "cpu", "unset JAX_PLATFORMS, which is 'cpu'"),
+        ("nvidia0", "cuda,cpu", "pip install -e '.[cuda12]'"),
+    ],
+)
+def test_accelerator_that_jax_does_not_see(
+    files: str, platforms: str, remedy: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(
-        doctor, "DEVICE_FILES", {"gpu": (f"{tmp_path}/nvidia[0-9]*",), "tpu": (f"{tmp_path}/accel[0-9]*",)}
-    )
-    assert main(["doctor"]) == 1
-    text = capsys.readouterr().out
-    assert "BAD        a GPU is here, and jax sees only cpu" in text and text.endswith("1 problem(s)\n")
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    accelerators = [(file.replace("/dev", str(tmp_path)), *rest) for file, *rest in doctor.ACCELERATORS]
+    monkeypatch.setattr(doctor, "ACCELERATORS", accelerators)
+    assert list(doctor.check_devices([])) == []
+    (tmp_path / files).touch()
+    ((what, todo),) = doctor.check_devices([])
+    assert "exists, and JAX sees no" in what and todo == remedy
 
 
-def test_no_devices_at_all() -> None:
-    env = os.environ | {"JAX_PLATFORMS": "nonsense"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rar_jax", "doctor"], env=env, text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode == 1 and "BAD        jax finds no devices: RuntimeError" in done.stdout
-    assert "unset JAX_PLATFORMS (it is 'nonsense')" in done.stdout and "Traceback" not in done.stderr
+def test_device_with_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, names = jax.device_put, list[str]()
+    monkeypatch.setattr(jax, "device_put", lambda x, device: real(1.01 * x, device))
+    problems = list(doctor.check_devices(names))
+    assert len(problems) == len(names) == len(jax.local_devices())
+    assert all("cannot multiply matrices (wrong numbers)" in what for what, _ in problems)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_an_accelerator_that_is_asked_for_and_not_there(
-    platform: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def devices() -> Any:
-        raise AssertionError  # as JAX does where no plugin is
+def test_device_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
-    monkeypatch.setenv("JAX_PLATFORMS", platform)
-    monkeypatch.setattr(doctor, "_devices", devices)
-    assert main(["doctor"]) == 1
-    text = capsys.readouterr().out
-    assert "AssertionError: no plugin of that name is installed" in text
-    assert f"unset JAX_PLATFORMS (it is '{platform}'), or pip install -e '.[cuda12]'" in text
+    monkeypatch.setattr(jax, "device_put", fail)
+    what, remedy = next(iter(doctor.check_devices([])))
+    assert what.endswith("(RuntimeError: RESOURCE_EXHAUSTED: out of memory)") and "another" not in what
+    assert remedy == "check that no other process holds the device"
 
 
-def test_a_jax_that_cannot_be_imported(tmp_path: pathlib.Path) -> None:
-    """All the rest is looked at as ever."""
-    (tmp_path / "jax.py").write_text("raise ImportError('jaxlib is too old')")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    command = [sys.executable, "-m", "rar_jax", "doctor", "--workdir", str(tmp_path / "run")]
-    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
+def test_no_devices() -> None:
+    done = run(env={"JAX_PLATFORMS": "nonsense"})
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "BAD        jax finds no devices: ImportError: jaxlib is too old" in done.stdout
-    assert "unset JAX_PLATFORMS" not in done.stdout
-    assert f"workdir    {tmp_path / 'run'}: files are made, renamed and locked" in done.stdout
+    assert "PROBLEM   JAX finds no devices (RuntimeError: " in done.stdout
+    assert "To do: unset JAX_PLATFORMS (it is 'nonsense')" in done.stdout
 
 
-# ---------------------------------------------------------------- work directory
+def test_jax_that_cannot_be_imported(tmp_path: pathlib.Path) -> None:
+    """The rest is checked all the same."""
+    (tmp_path / "jax.py").write_text("raise ImportError('jaxlib is too old')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = run("--workdir", str(tmp_path / "run"), env={"PYTHONPATH": path, "JAX_PLATFORMS": ""})
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "JAX finds no devices (ImportError: jaxlib is too old)" in done.stdout
+    assert "unset" not in done.stdout and f"folders   {tmp_path / 'run'}" in done.stdout
 
 
-def test_a_folder_in_which_locks_do_not_hold(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(storage, "_create", lambda path, text: path.write_text(text))
-    assert main(["doctor", "--workdir", str(tmp_path)]) == 1
-    text = capsys.readouterr().out
-    assert f"BAD        {tmp_path} cannot be worked in: this process could make a file that was there already" in text
-    assert "files are made" not in text and not list(tmp_path.iterdir())
+# ---------------------------------------------------------------- folders
 
 
-def test_a_folder_that_cannot_be_written_to(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(path: pathlib.Path, text: str) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(storage, "_create", refuse)  # root, which tests may run as, is refused nothing
-    assert main(["doctor", "--workdir", str(tmp_path)]) == 1
-    assert "cannot create a file there ([Errno 13] Permission denied" in capsys.readouterr().out
+def test_folder_in_which_locks_do_not_hold(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pathlib.Path.touch
+    monkeypatch.setattr(pathlib.Path, "touch", lambda path, exist_ok=True: real(path))
+    ((what, remedy),) = doctor.check_folder(tmp_path, "use another one")
+    assert what == f"{tmp_path}: a file can be created twice, so locks do not hold" and remedy == "use another one"
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_can_only_be_read(tmp_path: pathlib.Path) -> None:
+def test_folder_in_which_names_stay(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pathlib.Path, "replace", lambda path, other: other.write_bytes(b""))
+    ((what, _),) = doctor.check_folder(tmp_path, "")
+    assert what == f"{tmp_path}: a renamed file keeps its old name" and not list(tmp_path.iterdir())
+
+
+def test_folder_that_can_only_be_read(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-m", "rar_jax", "doctor", "--workdir", str(tmp_path)]
     mount = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$@"', "sh"]
     done = subprocess.run([*mount, *command], text=True, capture_output=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "cannot create a file there ([Errno 30] Read-only file system" in done.stdout
+    assert f"PROBLEM   {tmp_path} cannot be written (Read-only file system)" in done.stdout
 
 
-def test_a_file_in_its_place_and_a_full_disk(
+def test_file_as_folder_and_full_disk(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
-    assert main(["doctor", "--workdir", str(tmp_path / "file")]) == 1
+    monkeypatch.setattr(doctor, "MIN_FREE", 1e9)
+    assert main(["doctor", "--workdir", str(tmp_path / "file" / "run")]) == 1
     text = capsys.readouterr().out
-    assert (
-        f"BAD        {tmp_path}/file is not a folder" in text
-        and "free on the disk: the next checkpoint may not fit" in text
-    )
+    assert f"PROBLEM   {tmp_path}/file/run cannot be written (Not a directory)" in text
+    assert "of disk free" in text and "To do: free space" in text and text.endswith("2 problem(s)\n")

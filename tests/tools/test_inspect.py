@@ -34,6 +34,10 @@ def report(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> dict[st
     return json.loads(out)
 
 
+def counts(summary: dict[str, Any]) -> dict[str, int]:
+    return {row["class"]: row["count"] for row in summary["classes"]}
+
+
 def text(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
     assert main(["inspect", *argv]) == code
     return capsys.readouterr().out
@@ -69,26 +73,20 @@ def test_sizes_kinds_and_modes(capsys: pytest.CaptureFixture[str]) -> None:
         (pathlib.Path("data") / "val" / kind).mkdir(parents=True)
     shutil.copy("data/train/cat/a.jpg", "data/val/cat/a.jpg")
     found = report(capsys, 0, "folder:data")
-    assert (found["images"], found["looked_at"], found["split"]) == (6, 6, "train")
-    assert found["sizes"] == {
-        "width": {"min": 40, "median": 256, "max": 1000},
-        "height": {"min": 60, "median": 255, "max": 500},
-        "image_size": 256,
-        "below": 4,
-    }
-    assert found["kinds"] == {"JPEG": 3, "PNG": 2, "WEBP": 1}
+    assert (found["num_images"], found["num_checked"], found["split"]) == (6, 6, "train")
+    assert found["width"] == {"min": 40, "median": 256, "max": 1000}
+    assert found["height"] == {"min": 60, "median": 255, "max": 500}
+    assert (found["image_size"], found["below_image_size"]) == (256, 4)
+    assert found["formats"] == {"JPEG": 3, "PNG": 2, "WEBP": 1}
     assert found["modes"] == {"RGB": 3, "CMYK": 1, "L": 1, "RGBA": 1}
-    assert found["turned"] == 2
+    assert found["rotated_by_exif"] == 2
     assert found["bytes"] == sum(p.stat().st_size for p in pathlib.Path("data/train").rglob("*.*"))
-    assert dict(zip(found["class_names"], found["per_class"], strict=True)) == {"cat": 3, "dog": 2, "eel": 1}
-    assert found["problems"] == {"total": 0, "first": []}
-    assert report(capsys, 0, "folder:data", "--image-size", "41")["sizes"]["below"] == 1
-    assert report(capsys, 1, "folder:data", "--split", "heldout")["images"] == 1  # dog and eel are empty there
+    assert counts(found) == {"cat": 3, "dog": 2, "eel": 1}
+    assert (found["num_problems"], found["problems"]) == (0, [])
+    assert report(capsys, 0, "folder:data", "--image-size", "41")["below_image_size"] == 1
+    assert report(capsys, 1, "folder:data", "--split", "heldout")["num_images"] == 1  # dog and eel are empty there
     told = text(capsys, 0, "data")
-    assert (
-        told.startswith("folder:data, split train; --split heldout looks at the others\n")
-        and "2 are turned or mirrored by their EXIF" in told
-    )
+    assert told.startswith("folder:data (images)\n") and "width: min 40, median 256, max 1,000\n" in told
 
 
 def test_a_zoo(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
@@ -96,7 +94,7 @@ def test_a_zoo(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> No
     FILES.write_zoo(tmp_path / "zoo" / "train")
     found = report(capsys, 1, "folder:zoo", "--out", "grid.png")
     first, _, empty = FILES.CLASSES
-    assert {name: reason.partition(" (")[0] for name, reason in found["problems"]["first"]} == {
+    assert {each["name"]: each["reason"].partition(" (")[0] for each in found["problems"]} == {
         "stray.jpg": "not in a class folder",
         empty: "a class without images",
         **{
@@ -113,12 +111,12 @@ def test_a_zoo(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> No
             }.items()
         },
     }
-    assert found["problems"]["total"] == 10
-    assert found["per_class"] == [10, 1, 0, 1] and sum(found["kinds"].values()) == 10
+    assert found["num_problems"] == 10
+    assert list(counts(found).values()) == [10, 1, 0, 1] and sum(found["formats"].values()) == 10
     few = report(capsys, 1, "folder:zoo", "--problems", "3")
-    assert few["problems"] == {"total": 10, "first": found["problems"]["first"][:3]}
+    assert (few["num_problems"], few["problems"]) == (10, found["problems"][:3])
     told = text(capsys, 1, "folder:zoo", "--problems", "3")
-    assert "  problems   10\n    stray.jpg: not in a class folder\n" in told and "and 7 more: --problems N" in told
+    assert "problems: 10\n" in told and "stray.jpg" in told and "page.png" not in told
     with Image.open("grid.png") as picture:
         assert picture.width > 8 * 128 and 3 * 128 < picture.height < 4 * 128 + 40  # three classes have images
         white = np.asarray(picture.convert("L"))[-140:-20, -130:]
@@ -129,9 +127,9 @@ def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[st
     """But for bytes and sizes, since other encoders write other files."""
     FILES.write_zoo(tmp_path / "zoo" / "train")
     page = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    lines = [line for line in text(capsys, 1, "folder:zoo").splitlines() if not line.startswith("  bytes")]
+    lines = [line.rstrip() for line in text(capsys, 1, "folder:zoo").splitlines() if "bytes: " not in line]
     assert len(lines) > 20
-    assert [line for line in page.splitlines() if line[4:] in lines] == [f"    {line}" for line in lines]
+    assert [line for line in page.splitlines() if line[4:].rstrip() in lines] == [f"    {line}" for line in lines]
 
 
 def test_limit_is_spread_evenly_and_said(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
@@ -139,13 +137,11 @@ def test_limit_is_spread_evenly_and_said(capsys: pytest.CaptureFixture[str], tmp
     FILES.write_folder(tmp_path / "data" / "train", images)
     FILES.write_folder(tmp_path / "data" / "val", images)
     found = report(capsys, 0, "folder:data", "--limit", "3")
-    assert (found["images"], found["looked_at"]) == (18, 3)
+    assert (found["num_images"], found["num_checked"]) == (18, 3)
     looked = [images[i][0] for i in (0, 8, 17)]
     assert found["bytes"] == sum(map(len, looked))
-    assert (found["per_class"], found["per_class_of"]) == ([7, 5, 6], "images")
-    told = text(capsys, 0, "folder:data", "--limit", "3")
-    assert "looked at  3, spread evenly: what follows is of them; 0 cannot be used" in told
-    assert report(capsys, 0, "folder:data", "--limit", "99")["looked_at"] == 18
+    assert (list(counts(found).values()), found["counted"]) == ([7, 5, 6], "all images")
+    assert report(capsys, 0, "folder:data", "--limit", "99")["num_checked"] == 18
 
 
 def test_classes_that_only_reading_tells(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
@@ -158,10 +154,10 @@ def test_classes_that_only_reading_tells(capsys: pytest.CaptureFixture[str], tmp
     write_array_record(tmp_path / "train.array_record", images, class_names=FILES.CLASSES)
     write_array_record(tmp_path / "val.array_record", images[:1], class_names=FILES.CLASSES)
     found = report(capsys, 1, "array_record:.")
-    assert found["problems"] == {"total": 1, "first": [["record 4", "0 bytes"]]}
+    assert found["problems"] == [{"name": "record 4", "reason": "0 bytes"}]
     labels = collections.Counter(label for data, label in images if data)
-    assert found["per_class"] == [labels[c] for c in range(3)]
-    assert found["per_class_of"] == "good images looked at"
+    assert list(counts(found).values()) == [labels[c] for c in range(3)]
+    assert found["counted"] == "good images among the checked ones"
 
 
 def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,12 +165,14 @@ def test_arrays(capsys: pytest.CaptureFixture[str]) -> None:
 
     found = {split: report(capsys, 0, "digits", "--split", split) for split in ("train", "heldout")}
     target: Any = load_digits().target  # pyright: ignore
-    assert np.add(*(found[split]["per_class"] for split in found)).tolist() == np.bincount(target).tolist()
-    assert found["train"]["sizes"]["width"] == {"min": 8, "median": 8, "max": 8}
+    assert np.add(*(list(counts(found[split]).values()) for split in found)).tolist() == np.bincount(target).tolist()
+    assert found["train"]["width"] == {"min": 8, "median": 8, "max": 8}
     assert (found["train"]["bytes"], found["train"]["modes"]) == (1437 * 64, {"L": 1437})
 
 
-def test_many_classes_are_three_and_the_empty_ones(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+def test_of_many_classes_the_smallest_median_and_largest_are_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
     data = FILES.jpeg(0)
     for label in range(25):
         folder = tmp_path / "data" / "train" / f"c{label:02}"
@@ -182,16 +180,13 @@ def test_many_classes_are_three_and_the_empty_ones(capsys: pytest.CaptureFixture
         for i in range(label % 5 + 2 * (label == 9)):
             (folder / f"{i}.jpg").write_bytes(data)
     (tmp_path / "data" / "val").mkdir()
-    told = text(capsys, 1, "folder:data")
-    expected = [
-        "  classes    25, of so many images:",
-        "            0  c00 (smallest)",
-        "            2  c12 (median)",
-        "            6  c09 (largest)",
-        "    5 have none: c00; c05; c10; c15; c20",
-    ]
-    assert told.splitlines()[told.splitlines().index(expected[0]) :][:5] == expected
-    assert len(report(capsys, 1, "folder:data")["per_class"]) == 25
+    lines = [line.lstrip("│├└─ ").split() for line in text(capsys, 1, "folder:data").splitlines()]
+    begin = next(i for i, line in enumerate(lines) if line[:3] == ["the", "18", "smallest"])
+    shown = lines[begin + 2 : begin + 22]
+    assert [count for count, _ in shown] == sorted(count for count, _ in shown)
+    assert [name for _, name in shown[:5]] == ["c00", "c05", "c10", "c15", "c20"]
+    assert shown[-2:] == [["2", "c12"], ["6", "c09"]]
+    assert len(report(capsys, 1, "folder:data")["classes"]) == 25
 
 
 # ---------------------------------------------------------------- token stores
@@ -200,7 +195,7 @@ def test_many_classes_are_three_and_the_empty_ones(capsys: pytest.CaptureFixture
 def test_a_token_store(
     straight: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspect_tokens, "_BLOCK", 100)  # of 360 records
+    monkeypatch.setattr(inspect_tokens, "BLOCK", 100)  # of 360 records
     found, store = report(capsys, 0, str(straight)), TokenStore(straight)
     records = np.concatenate([np.load(path) for path in sorted(straight.glob("*.npy"))])
     p = np.bincount(records["tokens"].reshape(-1), minlength=32) / records["tokens"].size
@@ -209,14 +204,15 @@ def test_a_token_store(
         "codebook_usage": float((p > 0).mean()),
         "perplexity": pytest.approx(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-12),
     }
-    assert found["per_class"] == np.bincount(records["label"]).tolist()
+    assert list(counts(found).values()) == np.bincount(records["label"]).tolist()
     assert found["bytes"] == sum(path.stat().st_size for path in straight.glob("*.npy"))
-    assert (found["records"], found["images"], found["bad_images"], found["shards"]) == (360, 360, 0, 8)
+    sizes = [found[f"num_{name}"] for name in ("records", "images", "bad_images", "shards")]
+    assert sizes == [360, 360, 0, 8]
     for key in ("tokenizer_sha256", "codebook_size", "grid", "crops", "source", "tokenizer"):
         assert found[key] == store.card[key]
     assert main(["inspect", str(straight), "--progress"]) == 0
     told = capsys.readouterr()
-    assert "checksums  verified" in told.out and store.card["tokenizer_sha256"] in told.out
+    assert "checksums: verified" in told.out and store.card["tokenizer_sha256"] in told.out
     assert f"rar-jax tokenize --verify {straight} --weights" in told.out
     assert "8/8 shards" in told.err
     assert not list(pathlib.Path().iterdir()), "nothing is drawn or written"
@@ -229,10 +225,10 @@ def test_a_damaged_store(straight: pathlib.Path, tmp_path: pathlib.Path, capsys:
     content[-40] ^= 1
     shard.write_bytes(content)
     found = report(capsys, 1, "store")
-    assert found["problems"]["total"] == 1 and found["codes"] is None is found["per_class"]
-    assert f"{shard.name} is damaged: sha256" in found["problems"]["first"][0][1]
+    assert found["num_problems"] == 1 and not {"codes", "classes", "checksums"} & found.keys()
+    assert f"{shard.name} is damaged: sha256" in found["problems"][0]["reason"]
     told = text(capsys, 1, "store")
-    assert "problems   1" in told and "verified" not in told
+    assert "problems: 1" in told and "verified" not in told
     (tmp_path / "store" / "card.json").rename(tmp_path / "store" / "making.json")
     assert main(["inspect", "store"]) == 1
     assert "no card.json: tokenize was interrupted, run it again" in capsys.readouterr().err
@@ -245,17 +241,17 @@ def test_what_is_not_known_and_flags_that_mean_nothing(
     straight: pathlib.Path, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
     line = failure(capsys, "foldr:x")
-    assert "foldr:x is nothing that inspect knows, and there is no such file" in line
-    for known in ("a token store (a folder with card.json)", "a folder of images for each class", "tfds:NAME"):
+    assert "foldr:x cannot be inspected. No such file or folder exists" in line
+    for known in ("a token store (with card.json)", "one folder of images per class", "tfds:NAME"):
         assert known in line
     (tmp_path / "thesis" / "chapter").mkdir(parents=True)
     (tmp_path / "thesis" / "chapter" / "one.tex").touch()
-    assert "thesis is nothing that inspect knows. It knows" in failure(capsys, "thesis")
+    assert "thesis cannot be inspected. Give" in failure(capsys, "thesis")
     for flag, value in (("--limit", "3"), ("--image-size", "8"), ("--split", "train"), ("--out", "x.png")):
-        assert f"{flag} means nothing for {straight}" in failure(capsys, str(straight), flag, value)
+        assert f"{flag} does not apply to {straight}" in failure(capsys, str(straight), flag, value)
     for flag in ("--limit", "--image-size", "--problems"):
         assert f"{flag} is 0: at least 1" in failure(capsys, "digits", flag, "0")
-    assert "inspect takes no --config.* arguments" in failure(capsys, "digits", "--config.seed=1")
+    assert "there is no --config" in failure(capsys, "digits", "--config.seed=1")
 
 
 def test_the_picture_does_not_fall_among_the_images(
@@ -264,8 +260,8 @@ def test_the_picture_does_not_fall_among_the_images(
     FILES.write_folder(tmp_path / "data", FILES.image_set())
     before = sorted((tmp_path / "data").rglob("*"))
     line = failure(capsys, "data", "--out", "data/n01440764/x.png")
-    assert "data/n01440764/x.png would lie among the images of folder:data: give --out" in line
+    assert "data/n01440764/x.png would be written among the images of folder:data: give --out" in line
     monkeypatch.chdir(tmp_path / "data")
-    assert "inspect.png would lie among the images of folder:." in failure(capsys, ".")
+    assert "inspect.png would be written among the images of folder:." in failure(capsys, ".")
     assert sorted((tmp_path / "data").rglob("*")) == before
     assert main(["inspect", ".", "--out", "../x.png", "--quiet"]) == 0 and (tmp_path / "x.png").is_file()

@@ -1,13 +1,11 @@
-"""`rar-jax inspect WORKDIR`: what it says of a run, a damaged one, one that runs and one that gave up."""
+"""`rar-jax inspect WORKDIR`: a stopped run, a killed one, a damaged one, one that runs and one that gave up."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
-import tarfile
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from rar_jax.runs.checkpoint import mark_best
 from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.lock import Lease
 from rar_jax.runs.logging import RunLogger
+from rar_jax.runs.manifest import write_manifest
 from rar_jax.runs.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,9 +29,11 @@ def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
     """A tokenizer at step 12 of 12 with two checkpoints, by hand."""
     path = tmp_path / "run"
     Workdir(path).claim(resolve(load_experiment(str(ROOT / "experiments" / "tiny.py")), "tiny").resolved())
-    with tarfile.open(ROOT / "golden" / "checkpoints" / "before_guard.tar.gz") as archive:
-        archive.extractall(path / "checkpoints" / "tokenizer", filter="data")
-    shutil.copytree(path / "checkpoints/tokenizer/12", path / "checkpoints/tokenizer/6")
+    for step in (6, 12):
+        folder = path / "checkpoints" / "tokenizer" / str(step)
+        (folder / "meta").mkdir(parents=True)
+        (folder / "meta" / "metadata").write_text('{"stage": "tokenizer"}')
+        write_manifest(folder)
     mark_best(path / "checkpoints" / "tokenizer", 6, "validation/loss", 1.0)
     with RunLogger(path, "tokenizer", total_steps=12, quiet=True) as reporter:
         reporter.write_metrics(6, {"validation/loss": 0.75})
@@ -61,55 +62,66 @@ def test_no_accelerator_is_asked_for(workdir: pathlib.Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_it_says(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, report = said(workdir, capsys, 0)
-    assert (
-        report["goodput"] == pytest.approx(0.75, abs=0.01)
-        and "goodput    75.0% of 40 s: training 75.0%, saving 25.0%" in text
-    )
-    assert "tokenizer  step 12 of 12: loss 0.5, grad_norm 2, skipped 1" in text
-    assert "validation at step 6: loss 0.75" in text and "classifier no steps told" in text
-    assert "checkpoint 12: verified, " in text and "best by validation/loss" in text
-    assert "runs       1, preempted 1\n" in text and "last stop  preempted\n" in text
-    # What was typed, whole.
-    assert "next       rar-jax run --config tiny --workdir here --config.seed=3    (goes on from tokenizer 12)" in text
-    assert not list(workdir.glob(".lease*")), "looking leaves nothing"
+def test_summary(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, summary = said(workdir, capsys, 0)
+    assert summary["goodput"] == pytest.approx(0.75, abs=0.01)
+    assert "goodput: 75.0%\n" in text and "seconds: training 30, saving 10, wall 40\n" in text
+    tokenizer = summary["stages"]["tokenizer"]
+    assert (tokenizer["steps"], tokenizer["last"]) == (12, {"step": 12, "loss": 0.5, "grad_norm": 2.0, "skipped": 1})
+    assert "last: step 12, loss 0.5, grad_norm 2, skipped 1\n" in text
+    assert "last validation: step 6, validation/loss 0.75\n" in text
+    assert summary["stages"]["classifier"]["last"] == {}
+    states = {row["step"]: (row["state"], row["best_by"]) for row in tokenizer["checkpoints"]}
+    assert states == {12: ("verified", []), 6: ("verified", ["validation/loss"])}
+    assert text.count(" verified ") == 2 and "best_by" in text
+    assert (summary["events"]["starts"], summary["events"]["preempted"], summary["last_stop"]) == (1, 1, "preempted")
+    # The command as it was typed.
+    assert "next: rar-jax run --config tiny --workdir here --config.seed=3    (continues from tokenizer step" in text
+    assert not list(workdir.glob(".l*")), "inspecting leaves nothing"
 
 
-def test_a_killed_run(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It has no last row; of a disk that was full for a while the row before tells."""
+def test_killed_run(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = Ledger(workdir)
     book.row("start", verb="run")
     book.row("save_failed", stage="generator", step=8)
-    text, report = said(workdir, capsys, 0)
-    assert "runs       2, preempted 1, killed 1, saves without room 1\n" in text and "last stop  killed" in text
-    assert report["events"]["killed"] == 1 and report["last_stop"] is None
-    assert f"next       rar-jax run --config tiny --workdir {workdir}, and what else was given" in text
+    text, summary = said(workdir, capsys, 0)
+    assert "last stop: killed (no exit record)\n" in text
+    counts = {"starts": 2, "skipped_updates": 0, "rollbacks": 0, "failed_saves": 1, "preempted": 1, "killed": 1}
+    assert summary["events"] == counts
+    assert f"next: rar-jax run --config tiny --workdir {workdir}, with the same" in text
 
 
-def test_damage_is_named(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = workdir / "checkpoints" / "tokenizer"
     (steps / "12" / "meta" / "metadata").write_text("{}")
-    text, report = said(workdir, capsys, 1)
-    assert (
-        f"tokenizer step 12: {steps / '12' / 'meta' / 'metadata'} is damaged" in text and "checkpoint 12: bad" in text
-    )
-    assert report["problems"]["total"] == 1
-    (steps / "6" / "manifest.json").unlink()
-    assert "no checkpoint is good: bring the files named above back" in said(workdir, capsys, 1)[0]
+    text, summary = said(workdir, capsys, 1)
+    assert "tokenizer step 12" in text and f"{steps / '12' / 'meta' / 'metadata'} is damaged" in text
+    (found,) = (row for row in summary["stages"]["tokenizer"]["checkpoints"] if row["step"] == 12)
+    assert found["state"] == "bad" and summary["num_problems"] == 1
+    assert summary["next"].endswith("(continues from tokenizer step 6)")
+    (steps / "6" / "meta" / "metadata").write_text("{}")
+    assert "no checkpoint is good: restore the files" in said(workdir, capsys, 1)[1]["next"]
 
 
-def test_what_to_do_next(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Ledger(workdir).row("stop", reason="done")  # of a stage
-    assert f"next       rar-jax run --config tiny --workdir {workdir}, and what" in said(workdir, capsys, 0)[0]
+def test_damaged_metrics(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workdir / "metrics.jsonl").write_text("[1]\n{}\n")
+    _, summary = said(workdir, capsys, 1)
+    assert "metrics.jsonl line 1" in summary["problems"][0]["reason"]
+
+
+def test_next_command(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def suggest(reason: str) -> str:
+        Ledger(workdir).row("stop", reason=reason)
+        return said(workdir, capsys, 0)[1]["next"]
+
+    assert suggest("done").startswith(f"rar-jax run --config tiny --workdir {workdir}, with")  # of a stage
     held = Lease(workdir, "train")
-    text, report = said(workdir, capsys, 0)
+    text, summary = said(workdir, capsys, 0)
     held.release()
-    assert "running    train, process" in text and report["next"] == "it runs: nothing to do"
-    Ledger(workdir).row("stop", reason="TrainingError: generator: 10 updates in a row were bad (...)")
-    assert "it gave up: look into" in said(workdir, capsys, 0)[0]
-    Ledger(workdir).row("stop", reason="CheckpointError: step 9 could not be saved: the disk is full, 3 times")
-    assert "make room on the disk" in said(workdir, capsys, 0)[0]
+    assert summary["running"]["verb"] == "train" and "next: nothing to do: it is running" in text
+    assert "training gave up" in suggest("TrainingError: generator: 10 updates in a row were bad (...)")
+    assert "free space on the disk; then rar-jax" in suggest(
+        "CheckpointError: step 9 could not be saved: the disk is full, 3 times"
+    )
     (workdir / "result.json").write_text("{}")
-    Ledger(workdir).row("stop", reason="done")
-    assert "it is done: rar-jax sample" in said(workdir, capsys, 0)[0]
+    assert suggest("done").startswith("rar-jax sample --weights")

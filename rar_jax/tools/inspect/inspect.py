@@ -1,86 +1,37 @@
-"""The verb `inspect`: what a work directory, a token store or a source of images holds, and what is wrong with it.
-
-Another kind of thing is one more file with a function that makes a report and one that tells it, and one line in KINDS.
-"""
+"""The verb `inspect`: summarize a work directory, a token store or a source of images, and list its problems."""
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from rar_jax.config import require
 from rar_jax.data.sources import SPECS
-from rar_jax.errors import ConfigError
-from rar_jax.tools.inspect.images import class_folders, inspect_images, is_source, tell_images
-from rar_jax.tools.inspect.text import Report
-from rar_jax.tools.inspect.tokens import inspect_tokens, is_store, tell_tokens
-from rar_jax.tools.inspect.workdir import inspect_workdir, is_workdir, tell_workdir
+from rar_jax.tools.inspect.images import inspect_source, is_source
+from rar_jax.tools.inspect.layout import LISTED, Summary
+from rar_jax.tools.inspect.tokens import inspect_token_store, is_token_store
+from rar_jax.tools.inspect.workdir import inspect_workdir, is_workdir
 
 
-def inspect(what: str, **flags: Any) -> Report:
-    """Looks at a thing.
+def inspect_target(target: str, *, problems: int | None = None, quiet: bool = False, **image_flags: Any) -> Summary:
+    """Summarize a work directory, a token store or a source of images.
 
     Args:
-      what: any of KINDS. flags: of its kind, as the keywords of its function; None is its default.
+      problems: maximum number of listed problems.
+      image_flags: arguments of `inspect_source`. None means its default.
 
-    Returns: a report; report["problems"] is {"total": how many, "first": [[name, reason], ...]}.
-    Raises: ConfigError for a thing that is not known, or a flag that its kind does not have; what opening it raises.
+    Raises: ConfigError for an unknown target, or a flag that its kind does not have.
     """
-    kind = next((kind for kind in KINDS if kind.takes(what)), None)
-    if kind is None:
-        missing = "" if pathlib.Path(what).exists() else ", and there is no such file or folder"
-        known = "; ".join(kind.known_as for kind in KINDS)
-        raise ConfigError(f"{what} is nothing that inspect knows{missing}. It knows {known}")
-    given = {name: value for name, value in flags.items() if value is not None}
-    if wrong := [name for name in given if name not in kind.flags]:
-        raise ConfigError(f"--{wrong[0].replace('_', '-')} means nothing for {what}: leave it out")
-    for name in {"image_size", "limit", "problems"} & given.keys():
-        require(given[name] >= 1, f"--{name.replace('_', '-')} is {given[name]}: at least 1")
-    return kind.look(what, **given)
-
-
-def tell(report: Report) -> str:
-    """A report as lines of text."""
-    return "\n".join(next(kind for kind in KINDS if kind.name == report["kind"]).tell(report))
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of thing. known_as: for people. takes: whether WHAT is one. look: makes the report, with these flags."""
-
-    name: str
-    known_as: str
-    takes: Callable[[str], bool]
-    look: Callable[..., Report]
-    tell: Callable[[Report], list[str]]
-    flags: tuple[str, ...]
-
-
-KINDS = (
-    Kind(
-        "work directory",
-        "a work directory (a folder with config.json)",
-        is_workdir,
-        inspect_workdir,
-        tell_workdir,
-        ("problems", "quiet"),
-    ),
-    Kind(
-        "token store",
-        "a token store (a folder with card.json)",
-        is_store,
-        inspect_tokens,
-        tell_tokens,
-        ("problems", "quiet"),
-    ),
-    Kind(
-        "images",
-        f"a folder with a folder of images for each class, and the sources {', '.join(SPECS)}",
-        lambda what: is_source(what) or class_folders(what),
-        inspect_images,
-        tell_images,
-        ("split", "image_size", "limit", "problems", "out", "quiet"),
-    ),
-)
+    image_flags = {name: value for name, value in image_flags.items() if value is not None}
+    common = {"max_problems": LISTED if problems is None else problems, "quiet": quiet}
+    for name, value in {"problems": problems, **image_flags}.items():
+        require(not isinstance(value, int) or value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1")
+    inspect = inspect_workdir if is_workdir(target) else inspect_token_store if is_token_store(target) else None
+    if inspect is not None:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in image_flags)
+        require(not flags, f"{flags} does not apply to {target}: leave it out")
+        return inspect(target, **common)
+    exists = "" if pathlib.Path(target).exists() else " No such file or folder exists."
+    known = "a work directory (with config.json), a token store (with card.json), a folder with one folder of images per class"
+    require(is_source(target), f"{target} cannot be inspected.{exists} Give {known}, or a source: {', '.join(SPECS)}")
+    return inspect_source(target, **common, **image_flags)

@@ -1,190 +1,223 @@
-"""The verb `report`: what a work directory holds, as one HTML file that needs nothing else. Two of them side by side.
-
-All text that comes from files goes into the page as JSON, and page/page.js shows it as text, never as HTML.
-"""
+"""The verb `report`: the content of a work directory, or of two side by side, as one HTML file."""
 
 from __future__ import annotations
 
 import base64
-import html
+import dataclasses
 import importlib.resources
-import io
 import json
 import pathlib
-import re
+import string
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from PIL import Image
-
 import rar_jax
-from rar_jax.config import require
+from rar_jax.config import flatten, require
 from rar_jax.errors import ConfigError
+from rar_jax.experiment import STAGES
 from rar_jax.runs import grids, ledger
 from rar_jax.runs.logging import read_metrics
-from rar_jax.runs.workdir import Workdir, with_added
+from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.workdir import inspect_workdir
-from rar_jax.tools.report.tables import curves, flat, scores, side_by_side
+from rar_jax.tools.report.curves import draw_curves
+from rar_jax.tools.report.tags import Tag, make_table, make_tag
 
-STAGES = ("tokenizer", "classifier", "generator")
-PICTURES = ("samples.png", "reconstructions.png")
 LEDGER_ROWS = 500  # the last ones
-LARGE = 1_000_000  # bytes; above that a picture goes into the page as WebP
-MOST_WORKDIRS = 2
+CELL = 52  # pixels; smaller images of a grid are enlarged
+PICTURES = ("samples.png", "reconstructions.png")
 
 
-def report(workdirs: Sequence[str | pathlib.Path], out: pathlib.Path | None = None) -> pathlib.Path:
-    """Writes the page of one work directory, or of two side by side. Nothing else is changed, whatever state they are in.
+@dataclasses.dataclass
+class Run:
+    """What the page shows of a work directory. rows: the ledger. problems: what could not be read."""
+
+    name: str
+    path: pathlib.Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    rows: list[ledger.Row]
+    problems: list[str]
+
+
+def write_report(workdirs: Sequence[str | pathlib.Path], out: pathlib.Path | None = None) -> pathlib.Path:
+    """Write the page of one work directory, or of two side by side, and return its file.
 
     Args:
       out: the HTML file; default report.html in the first work directory.
 
-    Returns: the file.
-    Raises: ConfigError if one is no work directory, there are more than two, or the file cannot be written.
+    Raises: ConfigError if one is not a work directory, there are more than two, or the file cannot be written.
     """
-    require(1 <= len(workdirs) <= MOST_WORKDIRS, f"{len(workdirs)} work directories: give one, or two to compare")
-    out = out or pathlib.Path(workdirs[0]) / "report.html"
-    require(not out.is_dir(), f"--out {out} is a folder: give a file, such as {out / 'report.html'}")
-    runs = [read_run(pathlib.Path(path)) for path in workdirs]
-    for run, name in zip(runs, _names([pathlib.Path(path).resolve() for path in workdirs]), strict=True):
-        run["name"] = name
-    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    compared = side_by_side(*(run["scores"] for run in runs)) if len(runs) > 1 else []
-    text = page({"made": made, "version": rar_jax.__version__, "runs": runs, "compared": compared})
-    temporary = out.with_name(out.name + ".tmp")
+    require(len(workdirs) <= 2, f"{len(workdirs)} work directories: give one, or two to compare")
+    paths = [pathlib.Path(path) for path in workdirs]
+    out = out or paths[0] / "report.html"
+    unique = len({path.resolve().name for path in paths}) == len(paths)
+    runs = [read_run(path, path.resolve().name if unique else str(path)) for path in paths]
+    template = (importlib.resources.files("rar_jax.tools.report") / "page.html").read_text(encoding="utf-8")
+    title = make_tag("title", " | ".join(run.name for run in runs))
+    temporary = out.with_name(f"{out.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        page = string.Template(template).substitute(title=title, body=make_body(runs))
+        temporary.write_text(page, "utf-8", "backslashreplace")
         temporary.replace(out)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}): give another place with --out FILE") from error
+        raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another file with --out") from error
     return out
 
 
-def page(data: dict[str, Any]) -> str:
-    """The HTML of what `read_run` has read."""
-    folder = importlib.resources.files("rar_jax.programs") / "page"
-    parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    # No "<" reaches the parser from inside the data, so nothing in it can end the script element.
-    data_text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    title = html.escape(" | ".join(run["name"] for run in data["runs"]))
-    marks = {"title": title, "css": parts["css"], "js": parts["js"], "data": data_text}
-    return re.sub(r"\{(title|css|js|data)\}", lambda mark: marks[mark[1]], parts["html"])
+def read_run(path: pathlib.Path, name: str) -> Run:
+    """Read a work directory in any state. Raises: ConfigError if it is none."""
+    require(path.is_dir(), f"{path} is not a folder: give the --workdir of rar-jax run")
+    config = Workdir(path).read_config()
+    summary = inspect_workdir(str(path), max_problems=100, verify=False, quiet=True)
+    problems = [f"{row['name']}: {row['reason']}" for row in summary["problems"]]
+    return Run(name, path, config, summary, read_metrics(path), ledger.read(path), problems)
 
 
-def read_run(path: pathlib.Path) -> dict[str, Any]:
-    """What the page shows of a work directory; "notes" says what is not there yet, "problems" what could not be read.
-
-    Raises: ConfigError if it is no work directory.
-    """
-    if not path.is_dir():
-        raise ConfigError(f"{path} is no folder: give the --workdir of rar-jax run")
-    workdir = Workdir(path)
-    config = workdir.read_config()
-    summary = inspect_workdir(str(path), problems=100, verify=False, quiet=True)
-    problems = [f"{name}: {reason}" for name, reason in summary["problems"]["first"]]
-    metrics = read_metrics(path)
-    events = ledger.read(path)
-    run = {
-        "name": path.resolve().name,  # `report` says more of two that have the same
-        "path": str(path),
-        "summary": summary,
-        "state": _state(summary),
-        "curves": curves(metrics),
-        "grids": [grid for stage in STAGES if (grid := _grids(path / "grids" / stage, stage, problems))],
-        "pictures": [told for name in PICTURES if (told := _picture(path / name, problems))],
-        "scores": scores(path, problems),
-        "config": flat(with_added(config)),
-        "environment": _environment(events),
-        "ledger": {"rows": events[-LEDGER_ROWS:], "of": len(events)},
-        "problems": problems,
+def make_body(runs: Sequence[Run]) -> Tag:
+    """Make the body of the page."""
+    sections = {
+        "Curves": list(_make_curves(runs)),
+        "Samples": _make_cards(runs, lambda run: [_make_grid(run, stage) for stage in STAGES[::-1]]),
+        "Final pictures": _make_cards(runs, lambda run: [_make_picture(run.path / name) for name in PICTURES]),
+        "Scores": list(_make_scores(runs)),
+        "Config": list(_make_config(runs)),
+        "Environment": _make_cards(runs, _make_environment),
+        "Ledger": _make_cards(runs, _make_ledger),
     }
-    return {**run, "notes": _notes(run)}
+    # The overview is made last, since the other sections add to the problems.
+    sections = {"Overview": _make_cards(runs, _make_overview), **sections}
+    parts = [make_tag("section", make_tag("h2", name), *content, id=name) for name, content in sections.items()]
+    made = f"made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by rar_jax {rar_jax.__version__}"
+    heading = make_tag("h1", " | ".join(run.name for run in runs))
+    links = make_tag("nav", *(make_tag("a", name, href=f"#{name}") for name in sections))
+    return make_tag("main", heading, links, *parts, make_tag("p", made, class_="note"))
 
 
-def _names(paths: Sequence[pathlib.Path]) -> list[str]:
-    """As much of the ends of absolute paths as tells them apart."""
-    names = [path.name for path in paths]
-    for parts in range(2, max(len(path.parts) for path in paths) + 1):
-        if len(set(names)) == len(names):
-            break
-        names = [str(pathlib.Path(*path.parts[-parts:])) for path in paths]
-    return names
+def _make_cards(runs: Sequence[Run], make: Callable[[Run], Sequence[Tag | None]]) -> list[Tag]:
+    """A card for each run, with the elements that `make` returns."""
+    cards = []
+    for run in runs:
+        content = [element for element in make(run) if element] or [make_tag("p", "Nothing yet.", class_="note")]
+        cards.append(make_tag("div", make_tag("h3", run.name) if len(runs) > 1 else None, *content, class_="card"))
+    return [make_tag("div", *cards, class_="side")]
 
 
-def _state(summary: dict[str, Any]) -> str:
-    if summary["running"]:
-        return "running"
-    if summary["last_stop"] not in (None, "done"):
-        return "stopped"
-    return "done" if summary["result"] else "unfinished"
+def _make_overview(run: Run) -> list[Tag]:
+    summary = run.summary
+    state = "running" if summary["running"] else "finished" if summary["finished"] else "not finished"
+    shown = {"state": state, "last stop": summary["last_stop"], "next": summary["next"], "folder": run.path}
+    facts = [["experiment", summary["experiment"]], *shown.items(), *summary["events"].items()]
+    stages = []
+    for stage, found in summary["stages"].items():
+        last = max((row["step"] for row in run.metrics if row["stage"] == stage), default=0)
+        done = f"step {last} of {found['steps']}" if found["steps"] else "from existing weights"
+        stages.append([stage, done, make_tag("progress", value=last, max=found["steps"]) if found["steps"] else None])
+    spent, wall = summary["seconds"], summary["seconds"].get("wall", 0)
+    kinds = [
+        [kind, f"{s:,.0f} s", make_tag("progress", value=s, max=wall)] for kind, s in spent.items() if kind != "wall"
+    ]
+    goodput = [["total", f"{wall:,.0f} s", f"goodput {summary['goodput']:.1%}"]] if wall else []
+    tables = [make_table(["stage", "", ""], stages), make_table(["time spent", "", ""], [*kinds, *goodput])]
+    problems = [make_tag("p", text, class_="problem") for text in run.problems]
+    return [*problems, make_tag("div", make_table(["run", ""], facts), make_tag("div", *tables), class_="side")]
 
 
-def _notes(run: dict[str, Any]) -> dict[str, str]:
-    """A sentence for each part of the page that has nothing to show."""
-    said = {
-        "curves": "No step has been told yet: metrics.jsonl is not there, or empty.",
-        "grids": "No samples yet: they are drawn at each evaluation (config.evaluate.live_grid, and train.eval_every).",
-        "pictures": "No final pictures yet: the run draws samples.png and reconstructions.png at its end.",
-        "scores": "No scores yet: result.json is written at the end of a run, evaluation/ by rar-jax evaluate.",
-        "environment": "The ledger says of no start what it ran on.",
-        "ledger": "No ledger yet: nothing has run here.",
-    }
-    there = {name: run[name]["of"] if name == "ledger" else len(run[name]) for name in said}
-    return {name: text for name, text in said.items() if not there[name]}
+def _make_curves(runs: Sequence[Run]) -> Iterator[Tag]:
+    for stage in STAGES[::-1]:
+        if panels := draw_curves({run.name: [row for row in run.metrics if row["stage"] == stage] for run in runs}):
+            yield make_tag("h3", stage)
+            yield make_tag("div", *panels, class_="panels")
 
 
-# ---------------------------------------------------------------- images
-
-
-def _grids(folder: pathlib.Path, stage: str, problems: list[str]) -> dict[str, Any] | None:
-    """The grids of a stage by step, of the layout of the newest; others are of another config, and left out."""
-    shown: list[dict[str, Any]] = []
-    layout: dict[str, Any] = {}
-    for step in reversed(grids.list_grid_steps(folder)):
-        path = folder / f"{step}.png"
+def _make_grid(run: Run, stage: str) -> Tag | None:
+    """The grids of a stage with a slider over the steps. Grids of another layout than the newest are left out."""
+    shown: dict[int, bytes] = {}
+    newest = None
+    for step in reversed(grids.list_grid_steps(run.path / "grids" / stage)):
+        path = run.path / "grids" / stage / f"{step}.png"
         try:
             grid = grids.load_grid(path)
         except ValueError as error:
-            problems.append(str(error))
+            run.problems.append(str(error))
             continue
-        this = {"rows": grid.rows, "columns": grid.columns, "cell": grid.images.shape[2:4]}
-        if this == (layout := layout or this):
-            shown.append({"step": step, "image": _uri(path.read_bytes(), "png")})
-    return {"stage": stage, **layout, "steps": shown[::-1]} if shown else None
-
-
-def _picture(path: pathlib.Path, problems: list[str]) -> dict[str, str] | None:
-    """{"name", "image"}; None if it is not there, or no picture, which `problems` then says."""
-    if not path.is_file():
+        newest = newest or grid
+        if (grid.rows, grid.columns, grid.images.shape) == (newest.rows, newest.columns, newest.images.shape):
+            shown = {step: path.read_bytes(), **shown}
+    if newest is None:
         return None
-    file = io.BytesIO()
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if small := path.stat().st_size <= LARGE:
-                file.write(path.read_bytes())
-            else:
-                image.save(file, "webp", quality=90)
-    except (OSError, ValueError, SyntaxError) as error:  # the last is Pillow's of a damaged PNG
-        problems.append(f"{path} cannot be read ({error}): remove it")
-        return None
-    return {"name": path.name, "image": _uri(file.getvalue(), "png" if small else "webp")}
+    scale = max(1, round(CELL / min(newest.images.shape[2:4])))
+    height, width = (scale * size for size in newest.sheet().shape[:2])
+    rows, columns = ([make_tag("span", name, title=name) for name in names] for names in (newest.rows, newest.columns))
+    images = [
+        _make_image(png, alt=f"step {step}", width=width, height=height, hidden=None if step == max(shown) else "")
+        for step, png in shown.items()
+    ]
+    named = columns if any(newest.columns) else ()
+    top = make_tag("span"), make_tag("div", *named, class_="columns", style=f"width: {width}px")
+    cells = make_tag("div", *top, make_tag("div", *rows, class_="rows"), make_tag("div", *images), class_="cells")
+    last = len(shown) - 1
+    slider = make_tag("input", type="range", min=0, max=last, value=last, aria_label="step")
+    return make_tag(
+        "div", make_tag("h3", stage), slider, make_tag("output", f"step {max(shown)}"), cells, class_="grid"
+    )
 
 
-def _uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _make_picture(path: pathlib.Path) -> Tag | None:
+    return _make_image(path.read_bytes(), alt=path.name, class_="picture") if path.is_file() else None
 
 
-# ---------------------------------------------------------------- where it ran
+def _make_image(png: bytes, **attributes: Any) -> Tag:
+    return make_tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", **attributes)
 
 
-def _environment(events: list[ledger.Row]) -> list[dict[str, Any]]:
-    """What the starts ran on, each once, in the order of the first."""
-    found: list[dict[str, Any]] = []
-    for row in events:
-        if row["event"] == "start" and "versions" in row:
-            this = {name: row.get(name) for name in ("device", "devices", "processes", "host", "versions")}
-            if this not in found:
-                found.append(this)
-    return found
+def _make_scores(runs: Sequence[Run]) -> Iterator[Tag]:
+    """Each result file: its scores, and what they depend on. What differs between two runs is marked."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for i, run in enumerate(runs):
+        for path in (run.path / "result.json", *sorted((run.path / "evaluation").rglob("result.json"))):
+            try:
+                result = flatten(json.loads(path.read_text())) if path.is_file() else {}
+            except (OSError, ValueError, AttributeError) as error:
+                run.problems.append(f"{path} cannot be read ({error}): remove it, and run the same command again")
+                continue
+            results.setdefault(str(path.relative_to(run.path)), [{} for _ in runs])[i] = result
+    for file, found in results.items():
+        keys = dict.fromkeys(key for result in found for key in result if key != "seconds")
+        rows = [[key, *(result.get(key) for result in found)] for key in keys]
+        facts = [row for row in rows if row[0].startswith(("made_from.", "made_on.")) or row[0] in ("n", "reference")]
+        # The top level of result.json repeats scores of evaluation/result.json, which depend on other things.
+        repeated = [row for row in rows if file == "result.json" and "_n" in row[0] and "." not in row[0]]
+        scores = [row for row in rows if row not in facts and row not in repeated]
+        names = [run.name for run in runs] if len(runs) > 1 else [""]
+        tables = make_table(["score", *names], scores), make_table(["depends on", *names], facts, mark=True)
+        yield make_tag("div", make_tag("h3", file), make_tag("div", *tables, class_="side"), class_="card")
+
+
+def _make_config(runs: Sequence[Run]) -> Iterator[Tag]:
+    configs = [flatten(run.config) for run in runs]
+    rows = [[key, *(config.get(key) for config in configs)] for key in dict.fromkeys(key for x in configs for key in x)]
+    head = ["key", *(run.name for run in runs)] if len(runs) > 1 else ["key", ""]
+    if len(runs) > 1:
+        yield make_tag(
+            "div", make_table(head, [row for row in rows if row[1] != row[2]]), class_="card", id="differences"
+        )
+    yield make_tag("details", make_tag("summary", "resolved config"), make_table(head, rows, mark=True), class_="card")
+
+
+def _make_environment(run: Run) -> list[Tag]:
+    keys = ("device", "devices", "processes", "host", "versions")
+    starts = [flatten({key: row[key] for key in keys if key in row}) for row in run.rows if row["event"] == "start"]
+    return [make_table(["", ""], facts.items()) for i, facts in enumerate(starts) if facts not in starts[:i]]
+
+
+def _make_ledger(run: Run) -> list[Tag]:
+    rows = []
+    for row in run.rows[-LEDGER_ROWS:]:
+        known = ("time", "run", "event", "seconds", "versions")
+        details = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known and value is not None)
+        spent = ", ".join(f"{kind} {s:g} s" for kind, s in row.get("seconds", {}).items())
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
+        rows.append([at, row["run"], row["event"], details, spent])
+    return [make_table(["time (UTC)", "run", "event", "details", "time since the row before"], rows)] if rows else []
