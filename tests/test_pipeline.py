@@ -167,7 +167,7 @@ def test_a_damaged_directory(released_pair: Any, tmp_path: pathlib.Path) -> None
     (tmp_path / "d" / "checkpoints" / "generator" / "0" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no good generator checkpoint: convert it again"):
         rar_jax.load(tmp_path / "d")
-    (tmp_path / "d" / "config.json").write_text('{"name": "x", "guidance": 3}')
+    (tmp_path / "d" / "config.json").write_text('{"version": "0.2", "name": "x", "guidance": 3}')
     with pytest.raises(ConfigError, match=r"config\.json is damaged: it lacks the section 'data'"):
         rar_jax.load(tmp_path / "d")
 

@@ -111,7 +111,7 @@ def _write_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, 
             config[stage] = _describe_model(weights.model)
             meta = {"stage": stage, "made_from": config["converted_from"][stage]}
             save_params(Workdir(partial).checkpoints(stage), weights.place(), meta)
-        write_json(Workdir(partial).config, config)
+        Workdir(partial).write_config(config)
         os.replace(partial, out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror or error}): choose another path") from error

@@ -17,7 +17,7 @@ import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -268,17 +268,14 @@ class Checkpointer:
                 ) from error
             log.warning("%s; the training goes on, and the next save tries again (%s)", reason, str(error)[:200])
 
-    def restore(
-        self, abstract_state: Any, *, before: int | None = None, added: Mapping[str, Any] | None = None
-    ) -> Any | None:
+    def restore(self, abstract_state: Any, *, before: int | None = None) -> Any | None:
         """The newest good state, placed as `abstract_state`'s shardings say; None if nothing was saved yet.
 
         Newer steps are set aside as <step>.unfinished (a save that was cut off), <step>.damaged or <step>.rewound, so that
         they can be written again; of unfinished ones only the last are kept.
 
         Args:
-          before: only steps below this one count, and of them multiples of `every`. added: parts of the state that steps of older
-            versions lack, and what they are then.
+          before: only steps below this one count, and of them multiples of `every`.
 
         Raises: CheckpointError if there are damaged steps and no good one.
         """
@@ -289,11 +286,10 @@ class Checkpointer:
             return None
         older = [step for step in _steps(self.folder) if step < good[0]]
         from_main(lambda: _let_go(self.folder, {s for s in older if not _is_regular(self.folder, s, self._every)}))
-        there = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.folder.absolute()) / str(good[0]) / "state").tree
-        lacking = {name: part for name, part in (added or {}).items() if name not in there}
-        wanted = {name: part for name, part in abstract_state.items() if name not in lacking}
-        restored = self._manager.restore(good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
-        return {**restored["state"], **lacking}
+        restored = self._manager.restore(
+            good[0], args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        )
+        return restored["state"]
 
     def start_again(self) -> None:
         """Sets aside all steps, damaged ones too: for what can be made again from elsewhere."""

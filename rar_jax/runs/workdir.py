@@ -1,6 +1,6 @@
 """The layout of a work directory, and the check that it belongs to this run.
 
-config.json           the resolved experiment that this directory belongs to
+config.json           the resolved experiment, and the version of the format
 checkpoints/<stage>/  stages: tokenizer, classifier, generator
 tokens/<split>/       token stores: train, heldout
 metrics.jsonl, ledger.jsonl, tensorboard/<stage>/, wandb/, wandb.json, *.png, result.json
@@ -22,45 +22,13 @@ from rar_jax.parallel.processes import from_main
 from rar_jax.parallel.storage import check_shared
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.object_store import Mirror, is_url
-from rar_jax.sections import Recipe
 
-# What may differ between the starts of one run: where it runs, what is done with the finished weights, and who is told.
+FORMAT = "0.2"  # the version of rar_jax that introduced this layout
+# Sections that may change when a run is resumed: mesh, sampling, evaluation, logging.
 FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
-# What came later than work directories, and what it is where config.json does not say it: a directory that was made before is
-# still its run's. A key that is added to a section of an experiment goes in here.
-_RECIPE = {
-    key: getattr(Recipe, key) for key in ("spike_sigmas", "max_consecutive_skips", "max_rollbacks", "verify_saves")
-}
-ADDED: dict[str, dict[str, Any]] = {
-    "data": {"crop": None, "on_the_fly": False, "tokens": None, "tokens_heldout": None, "mix": []},
-    "evaluate": {"live_grid": 4},
-    "generator": {"unroll": 1},
-    **dict.fromkeys(("tokenizer_train", "classifier_train", "train"), _RECIPE),
-}
 SHOWN = 12  # differences of two configs in one message
 # What config.data says of its source, which may be counted there.
 _COUNTED = ("num_classes", "train_records", "class_names")
-
-
-def without_added(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved experiment without the keys of ADDED that are at their defaults."""
-    out = dict(config)
-    for name, added in ADDED.items():
-        if isinstance(section := out.get(name), dict):
-            out[name] = {key: x for key, x in section.items() if key not in added or x != added[key]}
-    return out
-
-
-def with_added(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved experiment with the keys of ADDED at their defaults where it does not have them."""
-    out = dict(config)
-    for name, added in ADDED.items():
-        if not isinstance(section := out.get(name), dict):
-            continue
-        if name == "generator" and section.get("name") != "rar":  # whose they are
-            continue
-        out[name] = section | {key: x for key, x in added.items() if key not in section}
-    return out
 
 
 class Workdir:
@@ -139,7 +107,11 @@ class Workdir:
             raise ConfigError(
                 f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: {told}"
             )
-        write_json(self.config, config)
+        self.write_config(config)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write config.json."""
+        write_json(self.config, {"version": FORMAT, **config})
 
     def _refuse_other_images(self, config: dict[str, Any]) -> None:
         """Says it plainly where the images changed and not the config: durations in epochs differ with them."""
@@ -156,19 +128,23 @@ class Workdir:
             )
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved experiment. Raises ConfigError if this is not a work directory or config.json is damaged."""
+        """Return the resolved experiment. Raises: ConfigError if it is missing, damaged or of another version."""
         try:
             config = json.loads(self.config.read_text())
-            if not isinstance(config, dict):
-                raise ValueError("it holds no mapping")
-            return config
+            version = config.pop("version", "0.1")
         except FileNotFoundError:
             raise ConfigError(
                 f"{self.path} is not a work directory: it has no config.json. Give the --workdir of rar-jax run"
             ) from None
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise ConfigError(f"{self.config} is damaged ({error}): restore it or choose another --workdir") from None
+        if version != FORMAT:
+            raise ConfigError(
+                f"{self.path} was made by rar_jax {version}, and this version reads {FORMAT}: choose another --workdir, "
+                f"or install rar_jax {version}"
+            )
+        return config
 
 
 def _bound(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: section for name, section in without_added(config).items() if name not in FREE_SECTIONS}
+    return {name: section for name, section in config.items() if name not in FREE_SECTIONS}

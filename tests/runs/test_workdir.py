@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rar_jax.errors import ConfigError
-from rar_jax.runs.workdir import FREE_SECTIONS, SHOWN, Workdir, with_added
+from rar_jax.runs.workdir import FREE_SECTIONS, SHOWN, Workdir
 
 CONFIG: dict[str, Any] = {
     "name": "digits",
@@ -58,7 +58,8 @@ def test_claim_makes_the_folder_and_writes_the_config(tmp_path: pathlib.Path) ->
     workdir = Workdir(tmp_path / "a" / "b")
     workdir.claim(CONFIG)
     expected = changed(tokenizer={"width_multipliers": [1, 2]})
-    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text()) == expected == workdir.read_config()
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text()) == {"version": "0.2", **expected}
+    assert workdir.read_config() == expected
     assert [p.name for p in workdir.path.iterdir()] == ["config.json"]
 
 
@@ -101,14 +102,11 @@ def test_of_long_values_the_difference_is_told(tmp_path: pathlib.Path) -> None:
         assert len(told) < 700 and "class 900" in before and "another" in after and "class 901" in after
 
 
-def test_what_came_later_is_shown_of_those_that_have_it() -> None:
-    config = {"generator": {"name": "rar"}, "evaluate": {"live_grid": 2}, "data": {}}
-    assert with_added(config) == {
-        "generator": {"name": "rar", "unroll": 1},
-        "evaluate": {"live_grid": 2},
-        "data": {"crop": None, "on_the_fly": False, "tokens": None, "tokens_heldout": None, "mix": []},
-    }
-    assert with_added({"generator": {"name": "other"}}) == {"generator": {"name": "other"}}
+def test_an_older_work_directory_names_its_version(tmp_path: pathlib.Path) -> None:
+    for config, version in (({"name": "digits"}, "0.1"), ({"version": "0.9", "name": "digits"}, "0.9")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=rf"was made by rar_jax {version}, and this version reads 0\.2"):
+            Workdir(tmp_path).read_config()
 
 
 def test_other_images_of_the_same_source_are_named(tmp_path: pathlib.Path) -> None:

@@ -24,7 +24,6 @@ from rar_jax.metrics.features import extract_features
 from rar_jax.models import Model
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
-from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import prefetch_batches
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
@@ -235,7 +234,6 @@ def _compile(mesh: Mesh, batch_size: int, jitted: Any, *args: Any) -> tuple[Any,
         traced = jitted.trace(*args)
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - began
-    memory.check(compiled, batch_size, divisor=batch_divisor(mesh), where="--batch-size")
     try:
         return compiled, seconds, count_costs(traced.jaxpr)
     except TripCountError:
@@ -259,7 +257,6 @@ def _draw_inception(mesh: Mesh) -> Any:
 
 def _draw_state(abstract: Any) -> Any:
     at = jax.tree.map(lambda s: s.sharding, abstract)
-    memory.check_arrays(abstract, at, "random weights and the optimizer's state")
     params = _draw(abstract["params"], at.pop("params"))
     rest = {name: abstract[name] for name in at}
     zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest), out_shardings=at)
@@ -276,7 +273,6 @@ def _draw(shapes: Any, at: Any) -> Any:
         noise = [(x.astype(jnp.float32) * 2**-31 - 1) * (0.02 * 3**0.5) for x in bits]
         return tree.unflatten([x.astype(leaf.dtype) for x, leaf in zip(noise, leaves, strict=True)])
 
-    memory.check_arrays(shapes, at, "random weights")
     return jax.jit(draw, out_shardings=at)(jax.random.key(0))
 
 
