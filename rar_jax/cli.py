@@ -1,379 +1,381 @@
-"""The command line: from the flags of a verb (flags.py) to its file in programs/, no logic."""
+"""The command line: one table of verbs, each with its arguments and its function.
+
+Only the verb that runs is imported, so that `rar-jax --help` is instant.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
 import logging
 import pathlib
 import sys
 import warnings
-from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from rar_jax.flags import MANY, parser
+from rar_jax.errors import PREEMPTED, Preempted, RarJaxError, describe_import_error, describe_os_error
+
+DESCRIPTION = """\
+Train and sample autoregressive image generators in JAX.
+
+  rar-jax run --config experiments/digits.py --workdir runs/digits     train, sample and score
+  rar-jax sample --weights runs/digits --classes 3,7 --out pictures    images of the classes 3 and 7
+  rar-jax sample --weights rar_b --download --classes "golden retriever" --out pictures    released weights
+"""
+OVERRIDES = """
+Change any setting of the experiment:
+  --config.train.steps=10 --config.mesh.fsdp=4 --config.generator.dropout=0.0
+Durations are steps (1000), a share of the training ('50%') or epochs ('200ep').
+An experiment file is code: only use files that you trust.
+"""
+
+Argument = tuple[str, dict[str, Any]]  # name and keywords of `add_argument`
+
+
+def arg(name: str, help: str, **options: Any) -> Argument:
+    return name, {"help": help, **options}
+
+
+def flag(name: str, help: str) -> Argument:
+    return arg(name, help, action="store_true")
+
+
+def location(text: str) -> pathlib.Path | str:
+    """A folder, or a bucket URL as it is: a Path would drop one of its slashes."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a folder")
+    return text if "://" in text else pathlib.Path(text)
+
+
+class Verb(NamedTuple):
+    """A verb. Its arguments are the keywords of its function, which gets --config as `experiment`."""
+
+    function: str  # "module:function" of rar_jax
+    summary: str
+    arguments: Sequence[Argument]
+    text: str = ""
+    processes: bool = False  # runs as one or many processes
+
+    @property
+    def has_config(self) -> bool:
+        return "--config" in dict(self.arguments)
+
+
+FILE = {"type": pathlib.Path}
+CONFIG = arg("--config", "experiment file, or its bare name (digits)", required=True)
+WORKDIR = arg("--workdir", "where to write and resume: a folder, gs:// or s3://", required=True, type=location)
+WEIGHTS = "directory of run or convert, generator file, or released name (rar_b)"
+DOWNLOAD = flag("--download", "download released files that are missing, and check them")
+TOKENIZER = (arg("--tokenizer", "the tokenizer's file, with a generator file"), DOWNLOAD)
+SPLIT = arg("--split", "of a source (default train)", default="train", choices=("train", "heldout"))
+JSON = flag("--json", "print JSON")
+SAMPLING = (
+    arg("--seed", "same seed, same images (default 0)", type=int, default=0),
+    arg("--guidance", "SCALE[,POWER[,TEMPERATURE]] (default: the model's)"),
+    arg("--dtype", "of the generator's matmuls: float32 (default) or bfloat16"),
+    arg("--tensor", "devices that share one copy of the generator (default 1)", type=int, default=1),
+)
+PROCESSES = (
+    arg("--coordinator-address", "address of process 0", metavar="HOST:PORT"),
+    arg("--process-count", "number of processes; 1: do not look for a cluster", type=int, metavar="N"),
+    arg("--process-index", "index of this process, 0..N-1", type=int, metavar="K"),
+)
+PROCESSES_HELP = """Run the same command on every host, on shared storage. TPU pods, GKE and Slurm are detected.
+Otherwise give all three, or RAR_JAX_COORDINATOR_ADDRESS, RAR_JAX_PROCESS_COUNT and RAR_JAX_PROCESS_INDEX."""
+
+
+VERBS = {
+    "run": Verb(
+        "programs.run:run_experiment",
+        "Run all stages of an experiment, or resume it.",
+        (CONFIG, WORKDIR),
+        """Trains the tokenizer and the classifier, tokenizes, trains the generator, samples, scores and draws pictures.
+Finished stages are skipped: rerun the same command to resume.""",
+        processes=True,
+    ),
+    "train": Verb(
+        "programs.train:train_stage",
+        "Train one stage of an experiment, or resume it.",
+        (CONFIG, WORKDIR, arg("--stage", "tokenizer, classifier or generator (default)", default="generator")),
+        "Train the tokenizer first, then tokenize, then train the generator. Its live distance needs the classifier.",
+        processes=True,
+    ),
+    "tokenize": Verb(
+        "programs.tokenize:make_tokens",
+        "Turn images into token stores; check, import and export stores.",
+        (
+            arg("--config", "experiment file, or its bare name: what the images and the tokenizer are"),
+            arg("--workdir", "tokenize the experiment's splits with its trained tokenizer", type=location),
+            arg("--source", "tokenize these images: digits, idx:, tfds:, folder:, parquet:, ... (docs/data.md)"),
+            arg("--weights", "the tokenizer: file, directory or released name"),
+            arg("--out", "folder of the store; with --verify a PNG, with --export the file", **FILE),
+            arg("--crops", "pad, center or ten (default: the source's own)"),
+            SPLIT,
+            arg("--shard-records", "records per shard; an interruption loses one shard (default 65536)", type=int),
+            arg("--batch-size", "images at a time over all devices (default 256)", type=int, default=256),
+            DOWNLOAD,
+            arg("--verify", "check a store; with --weights also draw it", metavar="DIR", **FILE),
+            arg("--import", "make a store of a JSONL file", metavar="FILE", dest="import_", **FILE),
+            arg("--export", "write a store as a JSONL file", metavar="DIR", **FILE),
+            arg("--codebook-size", "of --import (default: of --config, or 1024)", type=int),
+            arg("--num-classes", "of --import (default: of --config, or 1000)", type=int),
+        ),
+        """  rar-jax tokenize --config rar_b --source tfds:imagenet2012 --weights TOKENIZER.bin --out tokens
+  rar-jax tokenize --verify tokens --weights TOKENIZER.bin         checksums, counts, and a picture of a sample
+  rar-jax tokenize --import maskgitvq.jsonl --out tokens           the authors' file; --export does the reverse
+Rerun the same command after an interruption. Train on a store with --config.data.tokens=DIR.""",
+        processes=True,
+    ),
+    "sample": Verb(
+        "programs.sample:sample_classes",
+        "Sample images of given classes into PNG files.",
+        (
+            arg("--weights", WEIGHTS, required=True),
+            *TOKENIZER,
+            arg("--out", "folder for the images", required=True, **FILE),
+            arg("--classes", "numbers, ranges or names: 3,7-9,sneaker (default: all)"),
+            arg("--per-class", "images per class (default 4)", type=int, default=4),
+            *SAMPLING,
+            arg("--batch-size", "images at a time (default: all, at most 64)", type=int),
+        ),
+        """  rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
+  rar-jax sample --weights rar_b --download --classes "golden retriever,tench" --out pictures""",
+        processes=True,
+    ),
+    "evaluate": Verb(
+        "programs.evaluate:print_scores",
+        "Score samples, or images made elsewhere.",
+        (
+            arg("--weights", WEIGHTS),
+            *TOKENIZER,
+            arg("--config", "with --workdir, without --inception: fd_classifier of this experiment"),
+            arg("--workdir", "work directory to score", type=location),
+            arg("--inception", "Inception's weights (pt_inception-2015-12-05-6726825d.pth)", **FILE),
+            arg("--reference", "statistics to compare with: ADM's .npz or --make-reference's", **FILE),
+            arg("--samples", "images to draw (default 50000)", type=int, default=50_000),
+            arg("--images", "score these images: a folder, an .npz with arr_0, or a source (folder:PATH)"),
+            arg("--make-reference", "write statistics of these images to --out FILE.npz"),
+            arg("--out", "folder for result.json (default: WORKDIR/evaluation)", **FILE),
+            SPLIT,
+            arg("--image-size", "of a source: crop images to this size, as ADM does", type=int),
+            arg("--steps", "with --workdir: score these checkpoints (1000,2000 or all) and mark the best"),
+            flag("--reconstruction", "score the tokenizer's reconstructions of --images (rFID, PSNR, SSIM)"),
+            flag("--samples-npz", "also write the samples for ADM's evaluator"),
+            arg("--protocol", "how images are resized: adm (default) or pytorch_fid", default="adm"),
+            arg("--rounding", "of samples to uint8: truncate (default) or round", default="truncate"),
+            arg("--batch-size", "images at a time over all devices (default 64)", type=int, default=64),
+            arg("--features", "Inception's dtype: float32 (default) or float64", default="float32"),
+            arg("--chunk", "images between two saves (default 1000)", type=int, default=1000),
+            arg("--no-neighbours", "skip precision, recall and KID", dest="neighbours", action="store_false"),
+            *SAMPLING,
+        ),
+        """  rar-jax evaluate --weights rar_b --inception INCEPTION.pth --reference imagenet256.npz --out scores
+  rar-jax evaluate --images FOLDER --inception INCEPTION.pth --reference mine.npz --out scores
+  rar-jax evaluate --make-reference folder:PATH --image-size 256 --inception INCEPTION.pth --out mine.npz
+  rar-jax evaluate --workdir runs/mine --steps all --inception INCEPTION.pth --reference mine.npz --samples 5000
+  rar-jax evaluate --reconstruction --tokenizer TOKENIZER.bin --images FOLDER --inception INCEPTION.pth --out scores
+FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. Rerun to resume.
+  rar-jax evaluate --config digits --workdir runs/digits      fd_classifier: Frechet distance on classifier features""",
+        processes=True,
+    ),
+    "convert": Verb(
+        "programs.convert:convert_weights",
+        "Convert weights: released files to a directory, and back.",
+        (
+            arg("--weights", WEIGHTS, required=True),
+            *TOKENIZER,
+            arg("--out", "new directory, or FILE.safetensors", required=True, **FILE),
+            arg("--part", "model to take out of a directory (default generator)", choices=("generator", "tokenizer")),
+        ),
+        """  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b
+  rar-jax convert --weights runs/imagenet --out mine.safetensors          a file with the released names
+Records the sha256 of what was read and written.""",
+    ),
+    "bench": Verb(
+        "tools.verbs:print_bench",
+        "Time a part of an experiment against what this machine can do.",
+        (
+            arg("what", "what to time", choices=("sample", "train", "evaluate", "loader", "tokenize")),
+            CONFIG,
+            arg("--batch-size", "N[,N...]: images at a time over all devices (default: the experiment's)"),
+            arg("--repeats", "timed runs after a warm-up (default 5)", type=int, default=5),
+            arg("--dtype", "of matmuls: float32 or bfloat16 (default: what the verb computes in)"),
+            flag("--decode", "sample: to images; tokenize: decode instead of encoding"),
+            flag("--whole", "evaluate: sampling, decoding and Inception in one program"),
+            arg("--records", "loader: of the store it reads (default 1000000)", type=int, default=1_000_000),
+            flag("--json", "JSON on stdout, the table on stderr"),
+            arg("--profile", "also write a profiler trace of one run", metavar="DIR", **FILE),
+        ),
+        "Weights are random; no files are needed. The ceilings (a large matmul, memory) are measured in the same run.",
+    ),
+    "plan": Verb(
+        "tools.verbs:print_plan",
+        "Plan an experiment for accelerators that are not here.",
+        (
+            CONFIG,
+            arg("--topology", "v5e:4x4, v6e:8x8, v5p:4x4x4", required=True),
+            arg("--slices", "number of slices, joined by the data centre's network", type=int, default=1),
+            arg("--only", "compile only this step", choices=("train", "tokenize", "sample")),
+            arg("--sample-rows", "images per chip when sampling (default 16)", type=int, default=16),
+            flag("--as-is", "do not search for a configuration that fits"),
+            flag("--search", "compile the training step on every suitable mesh; rank them"),
+            JSON,
+        ),
+        """  rar-jax plan --config rar_xxl --topology v5p:4x4x4
+Compiles training, tokenizing and sampling with the TPU compiler, on a machine without a TPU (pip install -e '.[tpu]';
+takes minutes). Reports memory, communication, and estimated time and chip-hours.""",
+    ),
+    "inspect": Verb(
+        "tools.verbs:print_inspect",
+        "Summarize a work directory, token store or image source, and its problems.",
+        (
+            arg("what", "work directory, token store, source, or folder of images", metavar="WHAT"),
+            arg("--split", "of a source (default train)", choices=("train", "heldout")),
+            arg("--image-size", "count the images that are smaller (default 256)", type=int),
+            arg("--limit", "look at this many images, spread evenly (default: all)", type=int),
+            arg("--problems", "how many to list (default 20)", type=int),
+            arg("--out", "picture of some images of each class (default inspect.png)", **FILE),
+            JSON,
+        ),
+        "The exit code is 1 if there are problems. All images of a source are decoded, unless --limit is given.",
+    ),
+    "report": Verb(
+        "tools.verbs:print_report",
+        "Write a work directory as one HTML file.",
+        (
+            arg("workdirs", "work directory; two are compared side by side", metavar="WORKDIR", nargs="+"),
+            arg("--out", "the file (default: report.html in the first work directory)", **FILE),
+        ),
+        "Curves, samples over time, reconstructions, scores, config and ledger. The page needs no network.",
+    ),
+    "doctor": Verb(
+        "tools.verbs:print_doctor",
+        "Check versions, devices, memory and disk. The exit code is 1 if there is a problem.",
+        (arg("--workdir", "where to try making, renaming and locking files (default: here)", type=location), JSON),
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of all verbs."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="rar-jax", description=DESCRIPTION, formatter_class=formatter)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        text = f"{verb.summary}\n\n{verb.text}\n{OVERRIDES if verb.has_config else ''}"
+        sub = verbs.add_parser(name, help=verb.summary, description=text, formatter_class=formatter)
+        sub.add_argument("--quiet", action="store_true", help="print only results and errors")
+        sub.add_argument("--progress", action="store_true", help="print progress every 10 s even without a terminal")
+        for flag_name, options in verb.arguments:
+            sub.add_argument(flag_name, **options)
+        if verb.processes:
+            group = sub.add_argument_group("several processes", PROCESSES_HELP)
+            for flag_name, options in PROCESSES:
+                group.add_argument(flag_name, **options)
+    return parser
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate `--config.a.b=5` and `--config.a.b 5` from the other words, as "a.b=5"."""
+    rest, overrides, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        if "=" not in word and queue and not queue[0].startswith("--"):
+            word = f"{word}={queue.pop(0)}"
+        overrides.append(word.removeprefix("--config."))
+    return rest, overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `rar-jax`. Returns the exit code: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted."""
-    flags = parser()
-    args, rest = flags.parse_known_args(argv)
+    """Run `rar-jax`. Exit codes: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted, 130 interrupted."""
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        word, dot, key = unknown[0].partition(".")
+        hint = f" Did you mean --config.{key}?" if dot and difflib.get_close_matches(word, ["--config"]) else ""
+        parser.error(f"unknown argument {unknown[0]}; see rar-jax {args.verb} --help.{hint}")
+    keywords = dict(vars(args))
+    name, progress = keywords.pop("verb"), keywords.pop("progress")
+    place = [keywords.pop(key, None) for key in ("coordinator_address", "process_count", "process_index")]
+    if overrides and not keywords.get("config"):
+        return _fail(name, f"there is no --config that --config.{overrides[0]} could change", 2)
     try:
-        return _run(args, rest, flags)
+        if name == "doctor":  # checks what the other verbs import
+            return import_function(name)(**keywords)
+        _set_up_logging(progress)
+        return (
+            _run_processes(name, keywords, overrides, place)
+            if VERBS[name].processes
+            else _run(name, keywords, overrides)
+        )
     except ImportError as error:
-        from rar_jax.programs.refusals import of_import
-
-        print(f"rar-jax {args.verb}: {of_import(error)}", file=sys.stderr)
-        return 1
+        return _fail(name, describe_import_error(error), 1)
 
 
-def _run(args: argparse.Namespace, rest: list[str], flags: argparse.ArgumentParser) -> int:
-    overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
-    if wrong := [word for word in rest if not word.startswith("--config.")]:
-        word, dot, key = wrong[0].partition(".")
-        meant = f" Did you mean --config.{key}?" if dot and get_close_matches(word, ["--config"]) else ""
-        flags.error(f"unknown argument {wrong[0]}; see rar-jax {args.verb} --help.{meant}")
-    if args.verb == "doctor":  # before anything is imported that an old version may break
-        return _doctor(args, overrides)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    # Images that large are refused and listed by name (data/decode.py): Pillow's own warning has none.
-    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
-
-    # Imported here so that --help is instant.
-    from rar_jax.errors import ConfigError, ProcessError
-    from rar_jax.parallel import mesh, processes
-
-    if args.verb not in MANY:
-        return _guarded(args, overrides)
-    try:
-        processes.start(args.coordinator_address, args.process_count, args.process_index)
-        mesh.find_devices()
-    except (ConfigError, ProcessError) as error:
-        print(f"rar-jax {args.verb}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return processes.together(args.verb, lambda: _guarded(args, overrides))
-
-
-def _guarded(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Does the verb; errors that people can mend are one line."""
-    from rar_jax.errors import (
-        PREEMPTED,
-        CheckpointError,
-        ConfigError,
-        DeviceMemoryError,
-        LeaseError,
-        Preempted,
-        ProcessError,
-        ReferenceFileError,
-        StorageError,
-        StoreError,
-        TrainingError,
-        WeightsError,
-    )
-    from rar_jax.parallel import mesh
-    from rar_jax.parallel.memory import exhaustion
-    from rar_jax.programs import refusals
-    from rar_jax.runs.object_store import ObjectStoreError
+def _set_up_logging(progress: bool) -> None:
     from rar_jax.runs.progress import show_progress_in_files
 
-    def fail(problem: object, code: int = 1) -> int:
-        print(f"rar-jax {args.verb}: {' '.join(str(problem).split())}", file=sys.stderr)
-        return code
+    show_progress_in_files(progress)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")  # data/decode.py names them
 
-    show_progress_in_files(args.progress)
-    ours = ConfigError, StoreError, ReferenceFileError, WeightsError, TrainingError, CheckpointError, LeaseError
+
+def _run_processes(name: str, keywords: dict[str, Any], overrides: list[str], place: list[Any]) -> int:
+    """Run a verb as one of several processes, or alone. The processes end together."""
+    from rar_jax.parallel import mesh, processes
+
     try:
-        if args.verb == "inspect":
-            return _inspect(args, overrides)
-        if args.verb == "report":
-            return _report(args, overrides)
-        if args.verb != "plan":  # whose devices are elsewhere
-            mesh.find_devices()
-        rows = f"--batch-size {args.batch_size or ''}" if "batch_size" in args else "config.evaluate.batch_size"
-        with exhaustion(rows.strip(), "make it smaller, or take more devices"):  # where the work itself says no more
-            _dispatch(args, overrides)
-    except Preempted:
-        print(f"\nrar-jax {args.verb}: preempted; the same command resumes", file=sys.stderr)
-        return PREEMPTED
-    except (*ours, ProcessError, StorageError, ObjectStoreError, DeviceMemoryError) as error:
-        return fail(error, 2 if isinstance(error, ConfigError) else 1)
-    except OSError as error:  # a full disk, a file where a folder should be, no permission
-        return fail(refusals.of_system(error, getattr(args, "out", None) or getattr(args, "workdir", None)))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from the last checkpoint, if there is one yet", file=sys.stderr)
-        return 130
-    return 0
+        processes.start(*place)
+        mesh.find_devices()
+    except RarJaxError as error:
+        return _fail(name, error, error.exit_code)
+    return processes.together(name, lambda: _run(name, keywords, overrides))
 
 
-def _fetched(path: Any) -> Any:
-    """The folder of a work directory that is in a bucket, brought here; anything else as it is."""
+def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
+    """Open the experiment and the work directory, and call the verb. Actionable errors are one line on stderr."""
+    from rar_jax.experiment import open_experiment
+    from rar_jax.parallel.memory import exhaustion
     from rar_jax.runs.object_store import is_url
     from rar_jax.runs.workdir import Workdir
 
-    return str(Workdir(path).fetch().path) if path and is_url(path) else path
-
-
-def _dispatch(args: argparse.Namespace, overrides: list[str]) -> None:
-    from rar_jax.config import load_experiment
-    from rar_jax.errors import ConfigError
-
-    if hasattr(args, "weights"):
-        args.weights = _fetched(args.weights)
-    if args.verb in ("sample", "convert") and overrides:
-        raise ConfigError(f"{args.verb} takes no --config.* arguments: the experiment is the work directory's")
-    if args.verb == "convert":
-        from rar_jax.programs.convert import convert
-
-        keywords = {name: getattr(args, name) for name in ("tokenizer", "part", "download", "quiet")}
-        convert(args.weights, args.out, **keywords)
-        return
-    if args.verb == "sample":
-        from rar_jax.cli_evaluate import parse_guidance
-        from rar_jax.programs.sample import sample
-
-        sample(
-            args.weights,
-            args.out,
-            classes=args.classes,
-            per_class=args.per_class,
-            seed=args.seed,
-            guidance=parse_guidance(args.guidance),
-            tokenizer=args.tokenizer,
-            dtype=args.dtype,
-            tensor=args.tensor,
-            batch_size=args.batch_size,
-            download=args.download,
-            quiet=args.quiet,
-        )
-        return
-
-    if args.verb == "bench":
-        _bench(args, overrides)
-        return
-
-    if args.verb == "plan":
-        _plan(args, overrides)
-        return
-
-    elsewhere = ("source", "verify", "import_", "export", "weights", "out")
-    if args.verb == "tokenize" and (not args.workdir or any(getattr(args, name) for name in elsewhere)):
-        _tokenize(args, overrides)
-        return
-
-    if args.verb == "evaluate" and (args.inception or args.images or args.make_reference or args.steps):
-        from rar_jax.cli_evaluate import evaluate as score
-
-        _say(score(args, overrides))
-        return
-
-    from rar_jax.experiment import resolve
-    from rar_jax.runs.workdir import Workdir
-
-    if args.verb == "tokenize" and not args.config:
-        raise ConfigError("tokenize --workdir needs --config: the experiment that the directory belongs to")
-    if not args.config or not args.workdir:
-        raise ConfigError("evaluate needs --inception (FID), or --config and --workdir (fd_classifier): see --help")
-
-    experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    workdir = Workdir(args.workdir).fetch()
-    if args.verb == "run":
-        from rar_jax.programs.run import run
-
-        run(experiment, workdir, quiet=args.quiet)
-        return
-
-    from rar_jax.parallel.mesh import make_mesh
-    from rar_jax.weights.stages import check_start
-
-    mesh = make_mesh(experiment.mesh)
-    experiment.check_mesh(mesh)
-    if args.verb != "train":
-        workdir.read_config()  # tokenize and evaluate need what another verb has made; they start nothing
-    if args.verb == "train":
-        check_start(experiment, workdir)
-    from rar_jax.runs.session import open_session
-
-    with open_session(workdir, args.verb, lambda: workdir.claim(experiment.resolved())) as around:
-        if args.verb == "train":
-            from rar_jax.programs.run import headline
-            from rar_jax.training.loop import train
-
-            if not args.quiet:
-                _say(headline(experiment, workdir, mesh))
-            train(experiment, args.stage, workdir, mesh, quiet=args.quiet, session=around)
-        elif args.verb == "tokenize":
-            from rar_jax.tokens.tokenize import tokenize
-
-            for split in ("train", "heldout"):
-                tokenize(experiment, workdir, mesh, split, quiet=args.quiet)
-                around.ledger.lap("tokenizing")
-                around.ledger.row("tokenized", split=split)
-        else:
-            import json
-
-            from rar_jax.evaluation.fd_classifier import score_with_classifier
-
-            _say(json.dumps(score_with_classifier(experiment, workdir, mesh, quiet=args.quiet), indent=1))
-            around.ledger.lap("evaluating")
-
-
-def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    import json
-
-    import jax
-
-    from rar_jax.config import load_experiment
-    from rar_jax.experiment import resolve
-    from rar_jax.tools.plan.plan import list_parts, plan_experiment, search_meshes
-    from rar_jax.tools.plan.text import format_plan, format_search
-    from rar_jax.tools.plan.topology import parse_topology
-
-    def say(text: str) -> None:
-        if not args.quiet:
-            print(text, file=sys.stderr, flush=True)
-
-    jax.config.update("jax_platforms", "cpu")  # whatever is here: the chips are elsewhere
-    topology = parse_topology(args.topology, args.slices)
-    experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    if args.search:
-        found = search_meshes(experiment, topology, say=say)
-        print(json.dumps(found, indent=1) if args.json else format_search(found))
-        return
-    report: dict[str, Any] = {}
-    for part in (
-        (args.only,) if args.only else list_parts(experiment)
-    ):  # each is told when it is there: they take minutes
-        found = plan_experiment(
-            experiment, topology, sample_rows=args.sample_rows, parts=(part,), remedies=not args.as_is, say=say
-        )
-        if not args.json:
-            print(format_plan(found, heading=not report), flush=True)
-        report |= found
-    if args.json:
-        print(json.dumps(report, indent=1))
-
-
-def _say(text: str) -> None:
-    """Prints once, however many processes there are."""
-    from rar_jax.parallel.processes import is_main
-
-    if is_main():
-        print(text, flush=True)
-
-
-def _tokenize(args: argparse.Namespace, overrides: list[str]) -> None:
-    from rar_jax.config import load_experiment
-    from rar_jax.errors import ConfigError
-    from rar_jax.experiment import resolve
-    from rar_jax.parallel.processes import is_main
-    from rar_jax.tokens.writer import SHARD_RECORDS
-
-    if args.workdir or sum(x is not None for x in (args.verify, args.import_, args.export, args.source)) != 1:
-        raise ConfigError("give one of --workdir (alone), --source, --verify, --import and --export: see --help")
-    if not args.source and not is_main():
-        return  # files in and out: process 0's work
-    if args.verify:
-        from rar_jax.tokens.verify import verify_tokens
-
-        keywords = {name: getattr(args, name) for name in ("weights", "out", "download", "quiet")}
-        print(verify_tokens(args.verify, **keywords))
-        return
-    if args.out is None:
-        raise ConfigError("give --out: where the store or file shall be written")
-    experiment = None
-    if args.config:
-        # In the place of the experiment's own: what is not written there is counted here.
-        instead = [f"data.source={args.source}"] if args.source else []
-        experiment = resolve(load_experiment(args.config, [*overrides, *instead]), pathlib.Path(args.config).stem)
-    common = {"shard_records": SHARD_RECORDS if args.shard_records is None else args.shard_records, "quiet": args.quiet}
-    if args.export:
-        from rar_jax.tokens.verify import export_tokens
-
-        export_tokens(args.export, args.out, quiet=args.quiet)
-    elif args.import_:
-        from rar_jax.tokens.verify import import_tokens
-
-        sizes = {"codebook_size": args.codebook_size, "num_classes": args.num_classes}
-        import_tokens(args.import_, args.out, experiment=experiment, **sizes, **common)
-    else:
-        from rar_jax.parallel.mesh import make_mesh
-        from rar_jax.tokens.tokenize import tokenize_source
-
-        if experiment is None or not args.weights:
-            raise ConfigError("tokenize --source needs --config (what the images are) and --weights (the tokenizer)")
-        keywords = {name: getattr(args, name) for name in ("source", "weights", "out", "crops", "split", "batch_size")}
-        tokenize_source(experiment, make_mesh(experiment.mesh), **keywords, download=args.download, **common)
-
-
-def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
-    import json
-
-    import jax
-
-    from rar_jax.errors import ConfigError
-    from rar_jax.tools.inspect.inspect import inspect_target
-    from rar_jax.tools.inspect.layout import print_summary
-
-    if overrides:
-        raise ConfigError("inspect takes no --config.* arguments")
-    # It reads files; the accelerator may be another program's, the training's that one asks after, or not there.
-    jax.config.update("jax_platforms", "cpu")
-    names = ("split", "image_size", "limit", "problems", "out", "quiet")
-    summary = inspect_target(args.what, **{name: getattr(args, name) for name in names})
-    if args.json:
-        print(json.dumps(summary, indent=1))
-    else:
-        print_summary(summary)
-    return 1 if summary["num_problems"] else 0
-
-
-def _report(args: argparse.Namespace, overrides: list[str]) -> int:
-    from rar_jax.errors import ConfigError
-    from rar_jax.tools.report.report import write_report
-
-    if overrides:
-        raise ConfigError("report takes no --config.* arguments: the experiment is the work directory's")
-    print(write_report([_fetched(workdir) for workdir in args.workdirs], args.out))
-    return 0
-
-
-def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
-    import json
-
-    from rar_jax.tools.doctor import check_machine, format_checkup
-
-    if overrides:
-        print("rar-jax doctor: it takes no --config.* arguments", file=sys.stderr)
-        return 2
-    if isinstance(args.workdir, str):
-        told = "is a bucket, whose work is done in a folder here: give that, RAR_JAX_SCRATCH (default ~/.cache/rar_jax)"
-        print(f"rar-jax doctor: {args.workdir} {told}", file=sys.stderr)
-        return 2
-    checkup = check_machine(args.workdir)
-    if args.json or not args.quiet or checkup["problems"]:
-        print(json.dumps(checkup, indent=1) if args.json else format_checkup(checkup))
-    return 1 if checkup["problems"] else 0
-
-
-def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
-    import json
-
-    from rar_jax.config import load_experiment
-    from rar_jax.errors import ConfigError
-    from rar_jax.experiment import resolve
-    from rar_jax.tools.bench.bench import bench_experiment, format_bench
-    from rar_jax.tools.bench.cases import Options
-
+    written = keywords.get("out") or keywords.get("workdir")
+    size = "--batch-size" if "batch_size" in keywords else "config.evaluate.batch_size"
     try:
-        sizes = tuple(int(x) for x in args.batch_size.split(",")) if args.batch_size else ()
-    except ValueError:
-        raise ConfigError(f"--batch-size {args.batch_size}: give a number, or several as 1,8,64") from None
-    keywords = {name: getattr(args, name) for name in ("what", "repeats", "dtype", "decode", "whole", "records")}
-    options = Options(batch_sizes=sizes, **keywords)
-    experiment = resolve(load_experiment(args.config, overrides), pathlib.Path(args.config).stem)
-    report = bench_experiment(experiment, options, profile=args.profile, quiet=args.quiet)
-    if not (args.json and args.quiet):
-        print(format_bench(report), file=sys.stderr if args.json else sys.stdout)
-    if args.json:
-        print(json.dumps(report, indent=1))
+        if VERBS[name].has_config:
+            config, source = keywords.pop("config"), keywords.get("source")
+            if source:  # tokenize counts the classes and images of this source
+                overrides = [*overrides, f"data.source={source}"]
+            keywords["experiment"] = open_experiment(config, overrides) if config else None
+        if keywords.get("workdir") is not None:
+            keywords["workdir"] = Workdir(keywords["workdir"]).fetch()
+        if is_url(keywords.get("weights") or ""):
+            keywords["weights"] = str(Workdir(keywords["weights"]).fetch().path)
+        with exhaustion(size, "make it smaller, or use more devices"):  # where the verb has no better advice
+            return import_function(name)(**keywords) or 0
+    except Preempted:
+        return _fail(name, "preempted and saved; rerun the same command to resume", PREEMPTED)
+    except RarJaxError as error:
+        return _fail(name, error, error.exit_code)
+    except OSError as error:
+        return _fail(name, describe_os_error(error, written), 1)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted; rerun the same command to resume", 130)
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """Import the function of a verb."""
+    module, _, function = VERBS[name].function.partition(":")
+    return getattr(importlib.import_module(f"rar_jax.{module}"), function)
+
+
+def _fail(name: str, problem: object, code: int) -> int:
+    print(f"rar-jax {name}: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code

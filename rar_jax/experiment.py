@@ -1,38 +1,40 @@
-"""An experiment file, resolved: every section a frozen dataclass, and the sections checked against each other."""
+"""A resolved experiment: frozen dataclasses, checked against each other. The one list of stages."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from rar_jax.config import build, nearest, require, resolve_steps, steps_fields, to_dict
+from rar_jax.config import build, load_experiment, nearest, require, resolve_steps, steps_fields, to_dict
 from rar_jax.data import imagenet
 from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.data.loader import steps_per_epoch
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
-from rar_jax.models import Model, check_pair, find_module
+from rar_jax.models import Model, check_pair, find_module, load_model
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
 from rar_jax.parallel.rules import param_shardings
-from rar_jax.runs.workdir import without_added
 from rar_jax.sampling import Guidance
 from rar_jax.sections import Data, Evaluate, Recipe
 
 log: logging.Logger = logging.getLogger(__name__)
 
+STAGES = ("tokenizer", "classifier", "generator")
+RECIPES = {"tokenizer": "tokenizer_train", "classifier": "classifier_train", "generator": "train"}
 SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "guidance", "evaluate", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Globals:
-    """What stands beside the sections."""
+    """The values beside the sections."""
 
     seed: int = 0
     precision: str = "float32"
@@ -41,201 +43,238 @@ class _Globals:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}: it must be in 0..4294967295 (uint32)")
-        require(self.init_from != "", "init_from is empty: give a file, a directory or None")
-        require(self.wandb != "", "wandb is empty: give the name of a project of Weights & Biases, or None")
         require(self.precision in ("float32", "bfloat16"), f"precision is '{self.precision}': float32 or bfloat16")
+        require(self.init_from != "", "init_from is empty: give a file, a directory or None")
+        require(self.wandb != "", "wandb is empty: give a project of Weights & Biases, or None")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """All of an experiment, checked.
+    """A checked experiment.
 
-    tokenizer_weights: file of a finished tokenizer, instead of a recipe to train one. classifier: None where none is
-    trained; there is then no fd_classifier. init_from: weights that the generator starts from (fine-tuning). wandb: a project.
+    Attributes:
+      tokenizer_weights: file of a finished tokenizer; then tokenizer_train is None.
+      classifier: None if none is trained; there is then no fd_classifier.
+      init_from: weights that the generator starts from (fine-tuning). wandb: a project.
     """
 
     name: str
     data: Data
     tokenizer: Model
-    tokenizer_train: Recipe | None
-    tokenizer_weights: str | None
     generator: Model
     train: Recipe
-    init_from: str | None
-    classifier: classifier.Config | None
-    classifier_train: Recipe | None
     guidance: Guidance
     evaluate: Evaluate
     mesh: MeshConfig
     seed: int
-    wandb: str | None
+    tokenizer_train: Recipe | None = None
+    tokenizer_weights: str | None = None
+    classifier: classifier.Config | None = None
+    classifier_train: Recipe | None = None
+    init_from: str | None = None
+    wandb: str | None = None
 
     def resolved(self) -> dict[str, Any]:
-        """Plain nested dict with every default and duration filled in, as config.json holds it; without what is None, or came later."""
+        """Return the content of config.json: plain nested dicts with every default and duration filled in."""
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
             out[kind] = {"name": model.module.__name__.rpartition(".")[2], **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
-        return without_added({key: value for key, value in out.items() if value is not None})
+        return {key: value for key, value in out.items() if value is not None}
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """What is trained, or taken over, in this order."""
-        return ("tokenizer", "classifier", "generator") if self.classifier else ("tokenizer", "generator")
+        """The stages of this experiment, in the order of training."""
+        return tuple(stage for stage in STAGES if stage != "classifier" or self.classifier)
 
     def recipe(self, stage: str) -> Recipe | None:
-        """The recipe of a stage: "tokenizer", "classifier" or "generator"; None if its weights are given."""
-        return {"tokenizer": self.tokenizer_train, "classifier": self.classifier_train, "generator": self.train}[stage]
+        """Return the recipe of a stage, None if its weights are given."""
+        return getattr(self, RECIPES[stage])
 
     def last_step(self, stage: str) -> int:
-        """The step at which a stage is finished: 0 if its weights are given."""
+        """Return the step at which a stage is finished, 0 if its weights are given."""
         recipe = self.recipe(stage)
         return recipe.steps if recipe else 0
 
     def model(self, stage: str) -> Model:
-        """The module and Config of a stage. Raises: ConfigError for a classifier where there is none."""
-        models = {"tokenizer": self.tokenizer, "generator": self.generator}
-        if stage in models:
-            return models[stage]
-        if self.classifier is None:
-            raise ConfigError(f"{self.name} has no classifier section: there is no classifier to train or to judge by")
-        return Model(classifier, self.classifier)
+        """Return the module and Config of a stage. Raises: ConfigError if there is no classifier."""
+        if stage == "classifier":
+            if self.classifier is None:
+                raise ConfigError(f"{self.name} has no classifier section: add one to train or use a classifier")
+            return Model(classifier, self.classifier)
+        return getattr(self, stage)
+
+    def describe(self, workdir: pathlib.Path, mesh: Mesh) -> str:
+        """Return the text at the start of a run, with every duration in steps."""
+        axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
+        names = [name.split(",")[0] for name in self.data.class_names]
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        lines = [
+            f"{self.name} in {workdir} on {mesh.size} {jax.default_backend()} device(s): {axes}",
+            f"  {'data':10} {self.data.train_records} training images in {len(names)} class(es): {shown}",
+        ]
+        for stage in self.stages:
+            recipe, model = self.recipe(stage), self.model(stage)
+            millions = sum(x.size for x in jax.tree.leaves(model.param_shapes())) / 1e6
+            text = f"from {self.tokenizer_weights}"
+            if recipe:
+                durations = {f: getattr(recipe, f) for f in ("warmup", "eval_every", "checkpoint_every")}
+                durations |= {f: getattr(model.config, f) for f in steps_fields(type(model.config))}
+                listed = ", ".join(f"{name} {value}" for name, value in durations.items())
+                text = f"{recipe.steps} steps of {recipe.batch_size}; {listed}"
+            lines.append(f"  {stage:10} {millions:.2f} M parameters, {text}")
+        return "\n".join(lines)
 
     def check_mesh(self, mesh: Mesh) -> None:
-        """Raises ConfigError unless every batch and every parameter of every stage divides over the mesh."""
+        """Raise ConfigError unless every batch and parameter of every stage divides over the mesh."""
         parts = batch_divisor(mesh)
         for stage in self.stages:
-            module, config = self.model(stage).module, self.model(stage).config
-            shapes = jax.eval_shape(functools.partial(module.init, config), jax.random.key(0))
+            model, recipe = self.model(stage), self.recipe(stage)
             try:
-                param_shardings(module.axes(config), shapes, mesh)
+                param_shardings(model.module.axes(model.config), model.param_shapes(), mesh)
             except ConfigError as error:
                 raise ConfigError(f"{stage}: {error}") from None
-        for name in ("tokenizer_train", "train", "classifier_train"):
-            recipe: Recipe | None = getattr(self, name)
-            if recipe is None:
-                continue
-            rows = recipe.batch_size // recipe.accumulation
-            require(
-                rows % parts == 0,
-                f"{name}.batch_size {recipe.batch_size}"
-                + (f" in {recipe.accumulation} parts" if recipe.accumulation > 1 else "")
-                + f" is not divisible by the {parts} devices of mesh axes data x fsdp: change one of them",
-            )
+            if recipe and recipe.batch_size // recipe.accumulation % parts:
+                name, size = f"{RECIPES[stage]}.batch_size", recipe.batch_size
+                split = f" in {recipe.accumulation} parts" if recipe.accumulation > 1 else ""
+                raise ConfigError(
+                    f"{name} {size}{split} is not divisible by the {parts} devices of mesh axes data x fsdp: "
+                    "change one of them"
+                )
+
+
+# ---------------------------------------------------------------- from config.json
+
+
+def rebuild(config: Mapping[str, Any]) -> Experiment:
+    """Make the experiment of a config.json. Fields that it lacks take their defaults.
+
+    Raises: ConfigError for a key that does not exist, as in a directory of another version.
+    """
+    types = {
+        "data": Data,
+        "guidance": Guidance,
+        "evaluate": Evaluate,
+        "mesh": MeshConfig,
+        "classifier": classifier.Config,
+    }
+    types |= dict.fromkeys(RECIPES.values(), Recipe)
+    made: dict[str, Any] = {
+        name: build(types[name], value, where=f"config.{name}") if name in types else value
+        for name, value in config.items()
+        if name not in ("tokenizer", "generator")
+    }
+    made |= {kind[:-1]: load_model(config, kind) for kind in ("tokenizers", "generators")}
+    known = [f.name for f in dataclasses.fields(Experiment)]
+    if wrong := made.keys() - known:
+        raise ConfigError(f"config has no section '{min(wrong)}'.{nearest(min(wrong), known)}")
+    return Experiment(**made, tokenizer_weights=config["tokenizer"].get("weights"))
+
+
+def fill_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the fields that were added since at their defaults."""
+    return rebuild(config).resolved()
+
+
+# ---------------------------------------------------------------- from an experiment file
+
+
+def open_experiment(name: str, overrides: list[str]) -> Experiment:
+    """Load and resolve an experiment, given the path or bare name of its file."""
+    return resolve(load_experiment(name, overrides), pathlib.Path(name).stem)
 
 
 def resolve(config: Any, name: str) -> Experiment:
-    """Checks an experiment's ConfigDict and fills in its defaults; the source is opened only for what is left out.
+    """Check an experiment's ConfigDict and fill in its defaults.
 
-    Raises: ConfigError, one line, for a wrong key, type or combination.
+    The image source is opened only to count what config.data omits.
+
+    Raises: ConfigError for a wrong key, type or combination.
     """
-    known = [*SECTIONS, *(f.name for f in dataclasses.fields(_Globals))]
+    global_names = [f.name for f in dataclasses.fields(_Globals)]
     for key in config:
+        known = (*SECTIONS, *global_names)
         require(key in known, f"config has no section '{key}'.{nearest(key, known)}")
     for key in ("data", "tokenizer", "generator", "train"):
         require(key in config, f"config lacks the section '{key}'")
     for key in SECTIONS:
-        require(
-            isinstance(config.get(key, config), ml_collections.ConfigDict),
-            f"config.{key} is a value: it must be a section",
-        )
-    globals_of = {f.name: config[f.name] for f in dataclasses.fields(_Globals) if f.name in config}
-    everywhere = build(_Globals, globals_of, where="config")
-    data_section = dict(config.data)
-    if data_section.get("class_names") == "imagenet":
-        data_section["class_names"] = imagenet.class_names()
-    data = _data(data_section)
-    train = _recipe(config.train, "config.train", data)
-    tokenizer_train, tokenizer_weights = _of_tokenizer(config, data)
-    tokenizer = _model(config.tokenizer, "tokenizers", everywhere.precision, tokenizer_train or train, data)
-    generator = _model(config.generator, "generators", everywhere.precision, train, data)
-    check_pair(generator, tokenizer)
-    judge, judge_train = _of_classifier(config, data) if "classifier" in config else (None, None)
-    _check_shapes(data, tokenizer, generator, judge)
-    if everywhere.init_from is not None and not hasattr(generator.module, "adapt"):
-        raise ConfigError(
-            f"init_from: generator '{config.generator.name}' has no adapt(), so it cannot start from weights"
-        )
-    return Experiment(
+        is_section = isinstance(config.get(key, config), ml_collections.ConfigDict)
+        require(is_section, f"config.{key} is a value: it must be a section")
+    values = build(_Globals, {key: config[key] for key in global_names if key in config}, where="config")
+    data = _resolve_data(dict(config.data))
+    train = _resolve_recipe(config.train, "config.train", data)
+    weights, tokenizer_train = config.tokenizer.get("weights"), None
+    if weights is None:
+        lacks = "config lacks the section 'tokenizer_train', or tokenizer.weights = the file of a finished tokenizer"
+        require("tokenizer_train" in config, lacks)
+        tokenizer_train = _resolve_recipe(config.tokenizer_train, "config.tokenizer_train", data)
+    is_path = weights is None or (isinstance(weights, str) and weights != "")
+    require(is_path, f"config.tokenizer.weights is {weights!r}: it must be a path")
+    judge = judge_train = None
+    if "classifier" in config:
+        shape = {"image_size": data.image_size, "channels": data.channels, "num_classes": data.num_classes}
+        section = {**shape, **config.classifier}
+        judge = build(classifier.Config, section, where="config.classifier", ignore=("train",))
+        judge_train = _resolve_recipe(config.classifier.get("train"), "config.classifier.train", data)
+    experiment = Experiment(
         name=name,
         data=data,
-        tokenizer=tokenizer,
-        tokenizer_train=tokenizer_train,
-        tokenizer_weights=tokenizer_weights,
-        generator=generator,
+        tokenizer=_resolve_model(config.tokenizer, "tokenizers", values.precision, tokenizer_train or train, data),
+        generator=_resolve_model(config.generator, "generators", values.precision, train, data),
         train=train,
-        init_from=everywhere.init_from,
-        classifier=judge,
-        classifier_train=judge_train,
         guidance=build(Guidance, {"scale": 0.0, **config.get("guidance", {})}, where="config.guidance"),
         evaluate=build(Evaluate, config.get("evaluate", {}), where="config.evaluate"),
         mesh=build(MeshConfig, config.get("mesh", {}), where="config.mesh"),
-        seed=everywhere.seed,
-        wandb=everywhere.wandb,
+        seed=values.seed,
+        tokenizer_train=tokenizer_train,
+        tokenizer_weights=weights,
+        classifier=judge,
+        classifier_train=judge_train,
+        init_from=values.init_from,
+        wandb=values.wandb,
     )
+    _check_together(experiment)
+    return experiment
 
 
-def _data(section: dict[str, Any]) -> Data:
-    """The section with what is left out counted in the source, before anything that is measured in epochs or classes."""
+def _resolve_data(section: dict[str, Any]) -> Data:
+    """Count what the section omits in the source, before durations in epochs are resolved."""
+    if section.get("class_names") == "imagenet":
+        section["class_names"] = imagenet.class_names()
     counted = ("num_classes", "train_records")
-    given = {key: value for key, value in section.items() if key not in (*counted, "class_names") or value is not None}
+    given = {key: value for key, value in section.items() if value is not None or key not in (*counted, "class_names")}
     if all(key in given for key in counted):
         return build(Data, given, where="config.data")
-    known = {**given, **dict.fromkeys(counted, 1), "class_names": ()}
-    checked = build(Data, known, where="config.data")  # so that the source is asked for nothing wrong
+    # Checked before the source is opened.
+    checked = build(Data, {**given, **dict.fromkeys(counted, 1), "class_names": ()}, where="config.data")
     source = load_source(
         checked.source, "train", image_size=checked.image_size, crop=checked.crop, channels=checked.channels
     )
-    listed = getattr(source, "listed", ())
-    if listed:
-        log.warning("%s: %d thing(s) passed over, the first: %s: %s", checked.source, len(listed), *listed[0])
-    has: dict[str, Any] = {"num_classes": source.num_classes, "train_records": source.num_images}
+    if listed := getattr(source, "listed", ()):
+        log.warning("%s: %d file(s) skipped, the first: %s: %s", checked.source, len(listed), *listed[0])
+    found: dict[str, Any] = {"num_classes": source.num_classes, "train_records": source.num_images}
     if "num_classes" not in given:
-        has["class_names"] = source.class_names
-    return build(Data, {**has, **given}, where="config.data")
+        found["class_names"] = source.class_names
+    return build(Data, {**found, **given}, where="config.data")
 
 
-def _of_tokenizer(config: Any, data: Data) -> tuple[Recipe | None, str | None]:
-    """Its recipe, or the file of its weights, which goes before a recipe."""
-    weights = config.tokenizer.get("weights")
-    require(
-        weights is None or (isinstance(weights, str) and weights != ""),
-        f"config.tokenizer.weights is {weights!r}: it must be a path",
-    )
-    require(
-        weights is not None or "tokenizer_train" in config,
-        "config lacks the section 'tokenizer_train', or tokenizer.weights = the file of a finished tokenizer",
-    )
-    if weights is not None:
-        return None, weights
-    return _recipe(config.tokenizer_train, "config.tokenizer_train", data), None
-
-
-def _of_classifier(config: Any, data: Data) -> tuple[classifier.Config, Recipe]:
-    shape = {"image_size": data.image_size, "channels": data.channels, "num_classes": data.num_classes}
-    judge = build(classifier.Config, {**shape, **config.classifier}, where="config.classifier", ignore=("train",))
-    return judge, _recipe(config.classifier.get("train"), "config.classifier.train", data)
-
-
-def _recipe(section: Any, where: str, data: Data) -> Recipe:
+def _resolve_recipe(section: Any, where: str, data: Data) -> Recipe:
     require(isinstance(section, ml_collections.ConfigDict), f"{where} is missing or a value: it must be a section")
     for key in ("steps", "batch_size"):
         require(key in section, f"{where} lacks {key}: set {where}.{key} in the experiment file")
-    batch_size = section.batch_size
-    require(
-        isinstance(batch_size, int) and batch_size >= 1,
-        f"{where}.batch_size is {batch_size!r}: it must be a whole number of at least 1",
-    )
-    epoch = steps_per_epoch(data.train_records, batch_size)
+    size = section.batch_size
+    is_size = type(size) is int and size >= 1
+    require(is_size, f"{where}.batch_size is {size!r}: it must be a whole number of at least 1")
+    epoch = steps_per_epoch(data.train_records, size)
     steps = resolve_steps(section.steps, f"{where}.steps", None, epoch)
     return build(Recipe, {**section, "steps": steps}, where=where, total_steps=steps, steps_per_epoch=epoch)
 
 
-def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) -> Model:
+def _resolve_model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) -> Model:
     where = f"config.{kind[:-1]}"
-    require("name" in section, f"{where} lacks name: it is the file in rar_jax/{kind}/ to use")
+    require("name" in section, f"{where} lacks name: the file in rar_jax/{kind}/ to use")
     module = find_module(kind, section.name)
     classes = {"num_classes": data.num_classes} if kind == "generators" else {}
     config = build(
@@ -247,60 +286,57 @@ def _model(section: Any, kind: str, precision: str, recipe: Recipe, data: Data) 
         ignore=("name", "weights"),
     )
     for field in steps_fields(module.Config):
-        # A period may be longer than the training; a moment may not lie after it.
-        if not field.endswith("_every") and getattr(config, field) > recipe.steps:
-            raise ConfigError(
-                f"{where}.{field} is step {getattr(config, field)}, after the training's end at {recipe.steps}: "
-                "shorten it, or give it as a share ('75%')"
-            )
+        step = getattr(config, field)
+        # A period may be longer than the training; a moment must lie within it.
+        require(
+            field.endswith("_every") or step <= recipe.steps,
+            f"{where}.{field} is step {step}, after the training's end at {recipe.steps}: give a share ('75%')",
+        )
     return Model(module, config)
 
 
-def _check_shapes(data: Data, tokenizer: Model, generator: Model, judge: classifier.Config | None) -> None:
+def _check_together(experiment: Experiment) -> None:
+    data, tokenizer, generator, judge = (
+        experiment.data, experiment.tokenizer, experiment.generator, experiment.classifier
+    )  # fmt: skip
+    check_pair(generator, tokenizer)
     image = (data.image_size, data.image_size, data.channels)
     images = {"tokenizer": tokenizer.module.image_spec(tokenizer.config).shape}
-    classes_of = {"generator": generator.config.num_classes}
+    classes = {"generator": generator.config.num_classes}
     if judge is not None:
         images["classifier"] = (judge.image_size, judge.image_size, judge.channels)
-        classes_of["classifier"] = judge.num_classes
-    for name, takes in images.items():
-        require(takes == image, f"data gives images {list(image)}, the {name} takes {list(takes)}: make them equal")
-    for name, classes in classes_of.items():
-        require(
-            classes == data.num_classes,
-            f"{name}.num_classes is {classes}, data.num_classes is {data.num_classes}: make them equal",
-        )
+        classes["classifier"] = judge.num_classes
+    for name, shape in images.items():
+        require(shape == image, f"data gives images {list(image)}, the {name} takes {list(shape)}: make them equal")
+    for name, count in classes.items():
+        both = f"{name}.num_classes is {count}, data.num_classes is {data.num_classes}"
+        require(count == data.num_classes, f"{both}: make them equal")
+    can_adapt = experiment.init_from is None or hasattr(generator.module, "adapt")
+    require(
+        can_adapt, f"init_from: generator {generator.module.__name__} has no adapt(), so it cannot start from weights"
+    )
+
+
+# ---------------------------------------------------------------- images
 
 
 def open_source(experiment: Experiment, split: Split) -> ImageSource:
-    """The images of a split, checked against config.data.
-
-    Raises: ConfigError where the source is not what config.data says.
-    """
+    """Open the images of a split. Raises: ConfigError if they are not what config.data says."""
     data = experiment.data
-    crop = "center" if split == "heldout" and data.crop == "random" else data.crop
-    source = open_images(data, data.source, split, crop=crop)
-    require(
-        split != "train" or source.num_images == data.train_records,
-        f"{data.source} has {source.num_images} training images, config.data.train_records is {data.train_records}: "
-        "set it to that number, epochs are counted by it",
+    source = open_images(
+        data, data.source, split, crop="center" if split == "heldout" and data.crop == "random" else data.crop
     )
+    found, counted = source.num_images, data.train_records
+    message = f"{data.source} has {found} training images, config.data.train_records is {counted}: set it to {found}"
+    require(split != "train" or found == counted, message)
     return source
 
 
 def open_images(data: Data, spec: str, split: Split, *, crop: str | None) -> ImageSource:
-    """A source of any images that are made to look as those of config.data do.
-
-    Raises: ConfigError where they cannot be, or are of other classes.
-    """
+    """Open any image source in the shape of config.data. Raises: ConfigError if shape or classes differ."""
     source = load_source(spec, split, image_size=data.image_size, crop=crop, channels=data.channels)
-    shape = (data.image_size, data.image_size, data.channels)
-    require(
-        source.image_shape == shape,
-        f"{spec} has images {list(source.image_shape)}, config.data says {list(shape)}: make them equal",
-    )
-    require(
-        source.num_classes == data.num_classes,
-        f"{spec} has {source.num_classes} classes, config.data.num_classes is {data.num_classes}: make them equal",
-    )
+    ours, shape = (data.image_size, data.image_size, data.channels), source.image_shape
+    require(shape == ours, f"{spec} has images {list(shape)}, config.data says {list(ours)}: make them equal")
+    found, classes = source.num_classes, data.num_classes
+    require(found == classes, f"{spec} has {found} classes, config.data.num_classes is {classes}: make them equal")
     return source

@@ -1,4 +1,4 @@
-"""`rar_jax.load(...)`: weights, tokenizer and jitted sampler in one object, for notebooks and other programs."""
+"""`rar_jax.load(...)`: weights, tokenizer and jitted sampler in one object."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from rar_jax.runs.object_store import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance, sample_images, sample_keys, to_uint8
 from rar_jax.weights import registry as released
-from rar_jax.weights.loading import open_weights, read_directory
+from rar_jax.weights.loading import Weights, open_weights, read_directory
+
+# What `load` finds: generator, tokenizer, guidance, class names.
+_Found = tuple[Weights, Weights, Guidance | None, Sequence[str]]
 
 
 class Pipeline:
@@ -32,8 +35,8 @@ class Pipeline:
 
     Attributes:
       params: {"generator": decoding parameters, "tokenizer": parameters}, an argument of `sample_fn`.
-      guidance: what `sample` uses unless told otherwise.
-      class_names: one a class with its synonyms, "tench, Tinca tinca", or numbers where there are no names.
+      guidance: the default of `sample`.
+      class_names: one per class with its synonyms, "tench, Tinca tinca", or numbers if there are no names.
     """
 
     def __init__(
@@ -48,22 +51,20 @@ class Pipeline:
         mesh: Mesh | None = None,
         dtype: Any = None,
     ) -> None:
-        """The parameters are jax.Arrays that lie where they shall (on the mesh); see `load`."""
+        """Build from parameters that are on the devices (of the mesh) already; see `load`."""
         check_pair(generator, tokenizer)
         self.generator: Model = generator
         self.tokenizer: Model = tokenizer
         self.mesh: Mesh | None = mesh
         self.guidance: Guidance = guidance or Guidance(0.0)
-        self.class_names: tuple[str, ...] = tuple(class_names) or tuple(
-            str(i) for i in range(generator.config.num_classes)
-        )
+        numbers = tuple(str(i) for i in range(generator.config.num_classes))
+        self.class_names: tuple[str, ...] = tuple(class_names) or numbers
         prepared = generator.module.prepare(generator.config, generator_params, dtype=dtype)
         self.params: dict[str, Any] = {"generator": prepared, "tokenizer": tokenizer_params}
-        # On a mesh every process gets all images.
-        self._at = replicated(mesh) if mesh is not None else None
-        self._jitted = jax.jit(self.sample_fn, out_shardings=self._at)
+        everywhere = None if mesh is None else replicated(mesh)  # every process gets all images
+        self._sample = jax.jit(self.sample_fn, out_shardings=everywhere)
+        self._reconstruct = jax.jit(self._reconstruct_fn, out_shardings=everywhere)
         self._keys = jax.jit(sample_keys)
-        self._programs: dict[Any, Any] = {}
 
     @property
     def generator_params(self) -> Any:
@@ -76,14 +77,12 @@ class Pipeline:
         return self.params["tokenizer"]
 
     def sample_fn(self, params: Any, labels: jax.Array, keys: jax.Array, guidance: Guidance) -> jax.Array:
-        """uint8 images (b, y, x, c); pure and jittable, for use inside a program of one's own.
+        """Return uint8 images (b, y, x, c). Pure and jittable, for your own programs.
 
         Args:
-          params: `pipeline.params`, passed as an argument so that a jit does not bake the weights in.
-          labels: int (b,). keys: typed PRNG keys (b,), one a sample.
-          guidance: traced; changing its numbers does not compile again.
-
-        Labels are traced, so they are not checked here (`sample` checks them).
+          params: `pipeline.params`, an argument so that jit does not bake the weights in.
+          labels: int (b,), not checked. keys: typed PRNG keys (b,), one per sample.
+          guidance: traced; changing its numbers does not recompile.
         """
         return sample_images(self.generator, self.tokenizer, params, labels, keys, guidance)
 
@@ -95,17 +94,15 @@ class Pipeline:
         guidance: Guidance | None = None,
         batch_size: int | None = None,
     ) -> np.ndarray:
-        """Draws one image a label.
+        """Draw one image per label: uint8 (b, y, x, c).
 
         Args:
           labels: class numbers, (b,).
-          seed: image i is a function of (seed, i, its label), whatever the batch size and the mesh.
+          seed: image i is a function of (seed, i, its label), for any batch size and mesh.
           guidance: default `self.guidance`.
           batch_size: images at a time; default all, at most 64.
 
-        Returns: uint8 (b, y, x, c).
-        Raises: ConfigError for a label that is no class, or a batch that memory will not hold; DeviceMemoryError where it
-          turns out so.
+        Raises: ConfigError for a label that is no class; DeviceMemoryError if memory runs out.
         """
         return np.concatenate(list(self.sample_batches(labels, seed=seed, guidance=guidance, batch_size=batch_size)))
 
@@ -117,35 +114,26 @@ class Pipeline:
         guidance: Guidance | None = None,
         batch_size: int | None = None,
     ) -> Iterator[np.ndarray]:
-        """As `sample`, one batch after the other as soon as it is drawn. Its length is known: `batch_count`."""
+        """Draw as `sample` does, and yield each of the `batch_count` batches as soon as it is drawn."""
         labels_b = np.asarray(labels).reshape(-1)
         self._check(labels_b, seed, guidance, batch_size)
         return self._batches(labels_b, seed, guidance or self.guidance, self._batch(len(labels_b), batch_size))
 
     def _batches(self, labels_b: np.ndarray, seed: int, guidance: Guidance, size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(labels_b), size):
-            ids_b = np.arange(start, start + size) % len(labels_b)  # the last batch is filled up, and cut again
+            ids_b = np.arange(start, start + size) % len(labels_b)  # pads the last batch
             rows: Any = labels_b[ids_b].astype(np.int32), ids_b.astype(np.int32)
             if self.mesh is not None:
                 rows = put_on_mesh(rows, batch_sharding(self.mesh))
             labels, ids = rows
-            args = (self.params, labels, self._keys(np.uint32(seed), ids), guidance)
-            with memory.exhaustion(f"sampling, batch_size {size}", "give a smaller batch_size, or dtype='bfloat16'"):
-                images = np.asarray(self._program(size, args)(*args))
+            advice = "give a smaller batch_size, or dtype='bfloat16'"
+            on_mesh = contextlib.nullcontext() if self.mesh is None else sharded(self.mesh)
+            with memory.exhaustion(f"sampling, batch_size {size}", advice), on_mesh:
+                images = np.asarray(self._sample(self.params, labels, self._keys(np.uint32(seed), ids), guidance))
             yield images[: len(labels_b) - start]
 
-    def _program(self, size: int, args: tuple[Any, ...]) -> Any:
-        """The sampler compiled for such arguments. Raises: ConfigError if it would not fit in memory."""
-        key = jax.tree.structure(args), *(jax.typeof(x) for x in jax.tree.leaves(args))
-        if key not in self._programs:
-            with contextlib.nullcontext() if self.mesh is None else sharded(self.mesh):
-                compiled = self._jitted.lower(*args).compile()
-            memory.check(compiled, size, divisor=1 if self.mesh is None else batch_divisor(self.mesh))
-            self._programs[key] = compiled
-        return self._programs[key]
-
     def batch_count(self, images: int, batch_size: int | None = None) -> int:
-        """How many batches `sample_batches` takes for so many images."""
+        """Return the number of batches of `sample_batches`."""
         return -(-images // self._batch(images, batch_size))
 
     def _batch(self, images: int, batch_size: int | None) -> int:
@@ -153,34 +141,25 @@ class Pipeline:
         return -(-(batch_size or min(images, 64)) // divisor) * divisor
 
     def _check(self, labels_b: np.ndarray, seed: int, guidance: Guidance | None, batch_size: int | None) -> None:
-        require(
-            labels_b.dtype.kind in "iu" or not labels_b.size, f"labels are {labels_b.dtype}: give class numbers (ints)"
-        )
-        require(
-            isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32,
-            f"seed is {seed}: it must be in 0..4294967295 (uint32)",
-        )
-        require(
-            batch_size is None or (isinstance(batch_size, int) and batch_size >= 1),
-            f"batch_size is {batch_size}: it must be at least 1, a whole number",
-        )
-        require(
-            guidance is None or isinstance(guidance, Guidance),
-            f"guidance is {guidance!r}: give rar_jax.Guidance(scale, power, temperature)",
-        )
+        require(labels_b.size > 0, "no labels: give at least one class to sample")
+        require(labels_b.dtype.kind in "iu", f"labels are {labels_b.dtype}: give class numbers (ints)")
         classes = self.generator.config.num_classes
         if bad := [int(label) for label in labels_b if not 0 <= label < classes]:
             raise ConfigError(f"label {bad[0]} is outside the classes 0..{classes - 1}")
-        require(labels_b.size > 0, "no labels: give at least one class to sample")
+        is_seed = isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32
+        require(is_seed, f"seed is {seed}: it must be in 0..4294967295 (uint32)")
+        is_size = batch_size is None or (isinstance(batch_size, int) and batch_size >= 1)
+        require(is_size, f"batch_size is {batch_size}: it must be a whole number of at least 1")
+        is_guidance = guidance is None or isinstance(guidance, Guidance)
+        require(is_guidance, f"guidance is {guidance!r}: give rar_jax.Guidance(scale, power, temperature)")
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (b, y, x, c), of the tokenizer's size, as it keeps them: encoded, decoded, rounded; uint8, the same shape."""
+        """Encode and decode uint8 images (b, y, x, c) of the tokenizer's size; the same shape and dtype."""
+        return np.asarray(self._reconstruct(self.tokenizer_params, np.asarray(images)))
+
+    def _reconstruct_fn(self, params: Any, images: jax.Array) -> jax.Array:
         module, config = self.tokenizer.module, self.tokenizer.config
-
-        def through(params: Any, images_byxc: jax.Array) -> jax.Array:
-            return to_uint8(module.decode(config, params, module.encode(config, params, images_byxc)))
-
-        return np.asarray(jax.jit(through, out_shardings=self._at)(self.tokenizer_params, np.asarray(images)))
+        return to_uint8(module.decode(config, params, module.encode(config, params, images)))
 
 
 def load(
@@ -192,57 +171,43 @@ def load(
     download: bool = False,
     step: int | None = None,
 ) -> Pipeline:
-    """Loads a work directory, a converted directory, or a released generator file with its tokenizer's.
+    """Load a work directory, a converted directory, or released files.
 
-    A released file of RAR-B, L, XL or XXL brings the guidance that the authors sample it with, and ImageNet's class names.
+    A released file of RAR-B, L, XL or XXL comes with the authors' guidance and ImageNet's class names.
 
     Args:
-      path_or_name: directory of `rar-jax run`, also gs:// or s3://, or of `rar-jax convert`; a RAR file (.bin, .pth, .safetensors); or the name of
-        a released one ("rar_b"), which is looked up in the Hugging Face cache.
-      tokenizer: MaskGIT-VQ file; needed with a generator file, and the released one with a released name.
-      mesh: devices to spread over (default: one).
-      dtype: what the generator multiplies in: "float32", or "bfloat16", which halves its parameters once they are loaded
-        (not the peak of loading) and changes about one greedy choice in a hundred (docs/measurements/bfloat16.md). A GPU that has no bfloat16 takes
-        float32 instead, with a warning.
+      path_or_name: directory of `rar-jax run` (also gs:// or s3://) or `convert`; a RAR file (.bin, .pth,
+        .safetensors); or a released name ("rar_b"), looked up in the Hugging Face cache.
+      tokenizer: MaskGIT-VQ file, needed with a generator file; a released name has its own.
+      mesh: devices to shard over; default one device.
+      dtype: of the generator's matmuls: "float32", or "bfloat16", which halves its parameters and may change
+        individual tokens. A GPU without bfloat16 uses float32, with a warning.
       step: of the generator's checkpoints in a work directory; default the newest good one.
-      download: fetch released files that are not there, and check their sha256.
+      download: fetch released files that are not cached, and check their sha256.
 
     Raises: ConfigError, WeightsError or CheckpointError that say what is missing or wrong.
     """
-    if dtype is not None:
-        try:
-            known = jnp.dtype(dtype).name in ("float32", "bfloat16")
-        except TypeError:
-            known = False
-        require(known, f"dtype is {dtype!r}: it must be 'float32' or 'bfloat16'")
-    find_devices()
-    dtype = None if dtype is None else matmul_dtype(jnp.dtype(dtype).name)
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in ("float32", "bfloat16")
+    except TypeError:
+        known = False
+    require(known, f"dtype is {dtype!r}: it must be 'float32' or 'bfloat16'")
     require(mesh is None or isinstance(mesh, Mesh), f"mesh is {mesh!r}: give a jax.sharding.Mesh, as make_mesh does")
+    find_devices()
     if is_url(path_or_name):
         path_or_name = Workdir(path_or_name).fetch().path
     path = released.locate(path_or_name, download=download)
     if path.is_dir():
         require(tokenizer is None, f"{path} is a directory, which has its own tokenizer: leave tokenizer out")
-        config = read_directory(path)
-        guidance = build(Guidance, config["guidance"], where="config.guidance")
-        class_names = config["data"].get("class_names", ())
-        tokenizer = path
+        found = _find_directory(path, step)
     else:
-        by_name = path != pathlib.Path(path_or_name)
-        if tokenizer is None and by_name:
+        if tokenizer is None and path != pathlib.Path(path_or_name):
             tokenizer = released.TOKENIZER
-        if tokenizer is None:
-            raise ConfigError(
-                f"{path} is a generator's file: give its tokenizer's too (--tokenizer, load(..., tokenizer=...))"
-            )
-        tokenizer = released.locate(tokenizer, download=download)
-        guidance, class_names = None, ()
-    generator = open_weights(path, "generators", step=step)
-    num_tokens = generator.model.module.token_spec(generator.model.config).shape[0]
-    of_images = open_weights(tokenizer, "tokenizers", num_tokens=num_tokens)
+        missing = f"{path} is a generator's file: give its tokenizer's too (--tokenizer, load(..., tokenizer=...))"
+        require(tokenizer is not None, missing)
+        found = _find_files(path, released.locate(str(tokenizer), download=download), step)
+    generator, of_images, guidance, class_names = found
     check_pair(generator.model, of_images.model)
-    if path.is_file() and (known := released.preset(generator.model.config)):
-        guidance, class_names = known.guidance, imagenet.class_names()
     return Pipeline(
         generator.model,
         Model(of_images.model.module, with_device_dtype(of_images.model.config)),
@@ -251,5 +216,25 @@ def load(
         guidance=guidance,
         class_names=class_names,
         mesh=mesh,
-        dtype=dtype,
+        dtype=None if dtype is None else matmul_dtype(jnp.dtype(dtype).name),
     )
+
+
+def _find_directory(path: pathlib.Path, step: int | None) -> _Found:
+    config = read_directory(path)
+    guidance = build(Guidance, config["guidance"], where="config.guidance")
+    weights = open_weights(path, "generators", step=step), open_weights(path, "tokenizers")
+    return *weights, guidance, config["data"].get("class_names", ())
+
+
+def _find_files(path: pathlib.Path, tokenizer: pathlib.Path, step: int | None) -> _Found:
+    generator, of_images = open_pair(path, tokenizer, step=step)
+    known = released.preset(generator.model.config)
+    return generator, of_images, known and known.guidance, imagenet.class_names() if known else ()
+
+
+def open_pair(generator: pathlib.Path, tokenizer: pathlib.Path, *, step: int | None = None) -> tuple[Weights, Weights]:
+    """Open a generator file and its tokenizer's, whose number of tokens the generator knows."""
+    weights = open_weights(generator, "generators", step=step)
+    num_tokens = weights.model.module.token_spec(weights.model.config).shape[0]
+    return weights, open_weights(tokenizer, "tokenizers", num_tokens=num_tokens)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rar_jax.config import require
+from rar_jax.errors import ConfigError
 from rar_jax.models import Model
 
 
@@ -102,3 +103,11 @@ class Guidance:
             object.__setattr__(guidance, name, value)
         object.__setattr__(guidance, "_enabled", aux[0])
         return guidance
+
+
+def parse_guidance(text: str | None) -> Guidance | None:
+    """Return the Guidance of "SCALE[,POWER[,TEMPERATURE]]", None of None."""
+    try:
+        return Guidance(*(float(x) for x in text.split(","))) if text else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--guidance {text}: give SCALE[,POWER[,TEMPERATURE]] ({error})") from None

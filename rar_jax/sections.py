@@ -1,29 +1,28 @@
-"""The sections of an experiment file that belong to no model: data, training recipes and evaluation."""
+"""The sections of an experiment that belong to no model: data, training recipes, evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from rar_jax.config import Steps, require
+from rar_jax.config import Steps, require, require_at_least
 from rar_jax.data.image_source import Split, View
 from rar_jax.data.mixing import period_shares
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where images come from and what they are.
+    """Images or tokens to train on.
 
-    source: as `data.sources.load_source` takes it: "digits", "tfds:NAME", "folder:PATH", ... image_size: what images
-    are padded or cropped to; channels: 1 (grey) or 3. workers: processes that decode images or read tokens, 0 is a thread. crop: "pad", "center", "ten" or "random"; default, the source's own. What is held out is
-    cropped at the centre where training images are at random.
-    num_classes, train_records: left out or None, as many as the source has (`resolve` counts them). train_records:
-    images of an epoch (with ten crops, too); checked against the source. class_names: default, the source's if
-    num_classes is left out, else the numbers; "imagenet" stands for its 1000 names.
-    on_the_fly: the generator is trained on images, which the training step encodes, and not on tokens that were made
-    before: slower steps, but nothing to store, and crops may be "random". Otherwise the same training, but for images
-    that cannot be decoded: those are replaced by others of their class, where a token store leaves them out.
-    tokens, tokens_heldout: token stores made elsewhere, used instead of the work directory's; mix: several for training,
-    each with its weight (("DIR1", 0.7), ("DIR2", 0.3)).
+    Attributes:
+      source: images, as `data.sources.load_source` takes them: "digits", "tfds:NAME", "folder:PATH", ...
+      image_size, channels: images are padded or cropped to this size; 1 (grey) or 3 channels.
+      num_classes, train_records: counted in the source if omitted. Epochs are counted in train_records.
+      class_names: default, the source's names if num_classes is omitted, else numbers; "imagenet" gives its 1000 names.
+      workers: processes that decode images or read tokens; 0 is a thread.
+      crop: "pad", "center", "ten" or "random"; default, the source's own. Validation replaces "random" by "center".
+      on_the_fly: encode images in the training step instead of storing tokens. Slower, but "random" crops are possible.
+      tokens, tokens_heldout: token stores to use instead of the work directory's.
+      mix: several stores for training with weights, (("DIR1", 0.7), ("DIR2", 0.3)).
     """
 
     source: str
@@ -41,26 +40,20 @@ class Data:
 
     def __post_init__(self) -> None:
         View(crop=self.crop)
-        for name in ("image_size", "num_classes", "train_records"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(self.workers >= 0, f"workers is {self.workers}: it must be 0 (a thread) or more (processes)")
+        require_at_least(self, 1, "image_size", "num_classes", "train_records")
+        require_at_least(self, 0, "workers")
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.num_classes)))
-        require(
-            len(self.class_names) == self.num_classes,
-            f"class_names has {len(self.class_names)} names for {self.num_classes} classes",
-        )
-        require(not (self.tokens and self.mix), "tokens and mix both say what to train on: give one of them")
-        for name in ("tokens", "tokens_heldout", "mix"):
-            require(
-                not (self.on_the_fly and getattr(self, name)),
-                f"on_the_fly trains on images, {name} on tokens: give one of them",
-            )
+        names, classes = len(self.class_names), self.num_classes
+        require(names == classes, f"class_names has {names} names for {classes} classes")
+        require(not (self.tokens and self.mix), "tokens and mix exclude each other: give one of them")
+        stores = [name for name in ("tokens", "tokens_heldout", "mix") if getattr(self, name)]
+        require(not (self.on_the_fly and stores), f"on_the_fly and {', '.join(stores)} exclude each other: give one")
         if self.mix:
             period_shares([weight for _, weight in self.mix])
 
     def given_tokens(self, split: Split) -> tuple[tuple[str, float], ...]:
-        """The token stores that are given for a split, with their weights; none where the images are tokenized."""
+        """Return the configured token stores of a split with their weights; empty if images are tokenized."""
         if split == "train" and self.mix:
             return self.mix
         folder = self.tokens if split == "train" else self.tokens_heldout
@@ -69,11 +62,16 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """samples: images of the final report. live_samples: of the distance while training; 0 is none.
-    live_grid: pictures a class drawn at each evaluation while training, for `rar-jax report`; 0 is none.
-    batch_size: images at a time. grid_per_class: pictures a class in samples.png, of grid_classes classes.
-    inception: file of Inception's weights, for curves of the Inception Score and, against the statistics in `reference`,
-    of the FID; they also give the final report."""
+    """Evaluation during and after training.
+
+    Attributes:
+      samples: images of the final report. live_samples: images of the distance while training; 0 is off.
+      live_grid: images per class drawn at each evaluation while training; 0 is off.
+      batch_size: images at a time.
+      grid_per_class, grid_classes: size of samples.png.
+      inception: file of Inception's weights, for Inception Score and FID.
+      reference: file of statistics that the FID compares with.
+    """
 
     samples: int = 1000
     live_samples: int = 200
@@ -85,16 +83,15 @@ class Evaluate:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grid_per_class", "grid_classes"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require_at_least(self, 1, "batch_size", "grid_per_class", "grid_classes")
+        require_at_least(self, 2, "samples")  # a distance needs a covariance
+        require_at_least(self, 0, "live_grid")
         require(
-            self.reference is None or self.inception is not None,
-            "reference needs inception: the weights whose features it holds statistics of",
+            self.live_samples == 0 or self.live_samples >= 2,
+            f"live_samples is {self.live_samples}: give 0, or at least 2",
         )
-        require(self.live_grid >= 0, f"live_grid is {self.live_grid}: it must be at least 0 (none)")
-        require(self.samples >= 2, f"samples is {self.samples}: a distance needs at least 2")
         require(
-            self.live_samples == 0 or self.live_samples >= 2, f"live_samples is {self.live_samples}: 0, or at least 2"
+            self.reference is None or self.inception is not None, "reference needs inception, the network's weights"
         )
 
 
@@ -102,21 +99,23 @@ class Evaluate:
 class Recipe:
     """One training. The defaults are RAR's (arXiv 2411.00776, section 4.1) where it has one.
 
-    Durations are whole numbers of updates, or in an experiment epochs ("400ep") or a share of the training ("5%").
+    Durations are numbers of updates; an experiment may write epochs ("400ep") or a share of the training ("5%").
 
-    steps: updates. batch_size: global. accumulation: each batch is computed in so many parts.
-    learning_rate, end_learning_rate: reached after `warmup` updates from 0, and at the end of a cosine (`schedule`). beta1, beta2, eps,
-    weight_decay: AdamW's (decay is learning_rate * weight_decay * parameter where the model's mask says so). clip_norm: the
-    largest global norm of a gradient. log_every, eval_every, checkpoint_every: updates between two rows, validations, saves.
-    ema_decay: of the parameters that are evaluated and sampled; 0 is none. After k updates at most (1 + k) / (10 + k), so that a
-    short training does not average over its random start. eval_records: held-out records a validation. keep_checkpoints: the newest
-    ones. verify_saves: each is read again from the disk, and a difference stops the training. keep_best: also the
-    one with the best live distance (where none is measured, the lowest held-out loss).
-    spike_sigmas: an update is left out if its loss or gradient norm is so many standard deviations above the mean of the last 128
-    (guard.py), 0: only if it is not finite. max_consecutive_skips: after so many, training rolls back to its last good
-    checkpoint and skips the batches in between. max_rollbacks: after so many, it stops with a dump.
-
-    Raises: ConfigError for numbers that cannot be.
+    Attributes:
+      steps, batch_size: updates, and global batch size. accumulation: microbatches per update.
+      learning_rate: reached after `warmup` updates. end_learning_rate: at the end of the cosine schedule.
+      beta1, beta2, eps, weight_decay: of AdamW. The model's mask says which parameters decay.
+      clip_norm: largest global norm of a gradient.
+      ema_decay: of the parameters that are evaluated and sampled, at most (1 + k) / (10 + k) after k updates; 0 is off.
+      log_every, eval_every, checkpoint_every: updates between log rows, validations, checkpoints.
+      eval_records: records per validation.
+      keep_checkpoints: number of newest checkpoints to keep.
+      keep_best: also keep the one with the best live distance (else the lowest validation loss).
+      verify_saves: read each checkpoint back; stop the training if it differs.
+      spike_sigmas: skip updates whose loss or gradient norm exceeds the mean of the last 128 by so many standard
+        deviations. 0: skip only non-finite updates.
+      max_consecutive_skips: roll back to the last good checkpoint, and skip the batches since, after so many.
+      max_rollbacks: stop with a debug dump after so many.
     """
 
     steps: int
@@ -143,33 +142,14 @@ class Recipe:
     max_rollbacks: int = 2
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "eval_records",
-            "max_consecutive_skips",
-        ):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(
-            self.batch_size % self.accumulation == 0,
-            f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}",
-        )
-        require(
-            self.warmup < self.steps, f"warmup is {self.warmup} steps, not shorter than the training of {self.steps}"
-        )
-        for name in ("end_learning_rate", "weight_decay", "spike_sigmas", "max_rollbacks"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it cannot be negative")
-        for name in ("beta1", "beta2"):
+        require_at_least(self, 1, "steps", "batch_size", "accumulation", "log_every", "eval_every", "checkpoint_every")
+        require_at_least(self, 1, "eval_records", "max_consecutive_skips")
+        require_at_least(self, 0, "end_learning_rate", "weight_decay", "spike_sigmas", "max_rollbacks")
+        require_at_least(self, 2, "keep_checkpoints")  # one stays while another is written
+        for name in ("eps", "learning_rate", "clip_norm"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("beta1", "beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        require(self.eps > 0, f"eps is {self.eps}: it must be above 0")
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be above 0")
-        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}: it must be above 0")
-        require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}: it must be in [0, 1)")
-        require(
-            self.keep_checkpoints >= 2,
-            f"keep_checkpoints is {self.keep_checkpoints}: at least 2, so that one good step stays while another is written",
-        )
+        parts, size = self.accumulation, self.batch_size
+        require(size % parts == 0, f"batch_size {size} is not divisible by accumulation {parts}")
+        require(self.warmup < self.steps, f"warmup is {self.warmup}: it must be shorter than the {self.steps} steps")

@@ -1,7 +1,10 @@
 """The command line: help worth reading, one line for every mistake, no traceback, no import before it is needed."""
 
+import inspect
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -9,57 +12,6 @@ import pytest
 
 from rar_jax import cli
 
-FLAGS = {
-    "run": ("--config", "--workdir", "--quiet"),
-    "train": ("--config", "--workdir", "--quiet", "--stage", "tokenizer", "classifier", "generator"),
-    "tokenize": ("--config", "--workdir", "--quiet"),
-    "evaluate": ("--config", "--workdir", "--quiet"),
-    "sample": (
-        "--weights",
-        "--tokenizer",
-        "--download",
-        "--out",
-        "--classes",
-        "--per-class",
-        "--seed",
-        "--guidance",
-        "--dtype",
-        "--batch-size",
-        "--quiet",
-    ),
-    "bench": (
-        "--config",
-        "--batch-size",
-        "--repeats",
-        "--dtype",
-        "--decode",
-        "--whole",
-        "--records",
-        "--json",
-        "--profile",
-        "--quiet",
-        "sample",
-        "train",
-        "evaluate",
-        "loader",
-        "tokenize",
-    ),
-    "convert": ("--weights", "--tokenizer", "--download", "--out", "--part", "--quiet"),
-    "plan": (
-        "--config",
-        "--topology",
-        "--slices",
-        "--only",
-        "{train,tokenize,sample}",
-        "--sample-rows",
-        "--as-is",
-        "--json",
-        "--quiet",
-    ),
-    "report": ("WORKDIR", "--out", "--quiet"),
-    "doctor": ("--workdir", "--json", "--quiet"),
-    "inspect": ("--split", "--image-size", "--limit", "--problems", "--out", "--json", "--quiet"),
-}
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -87,36 +39,42 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--help") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for verb in FLAGS:
-        assert f"  {verb}" in out
+    for verb in [
+        "run",
+        "train",
+        "tokenize",
+        "sample",
+        "evaluate",
+        "convert",
+        "bench",
+        "plan",
+        "inspect",
+        "report",
+        "doctor",
+    ]:
+        assert f"  {verb} " in out
     assert "rar-jax run --config experiments/digits.py --workdir runs/digits" in out
 
 
-@pytest.mark.parametrize("verb", FLAGS)
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(verb, "--help") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for flag in (*FLAGS[verb], "--progress"):
-        assert flag in out, flag
+    for flag, options in (*cli.VERBS[verb].arguments, ("--progress", {}), ("--quiet", {})):
+        assert options.get("metavar", flag) in out, flag
+    assert ("--coordinator-address" in out) == (verb in ("run", "train", "tokenize", "sample", "evaluate"))
     assert ("--config.train.steps=10" in out) == (verb not in ("sample", "convert", "inspect", "report", "doctor"))
 
 
-def test_every_verb_is_listed_here() -> None:
-    design = {
-        "run",
-        "tokenize",
-        "train",
-        "sample",
-        "evaluate",
-        "convert",
-        "plan",
-        "bench",
-        "inspect",
-        "report",
-        "doctor",
-    }
-    assert set(FLAGS) == design
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_a_verb_takes_its_arguments(name: str) -> None:
+    """The function of each verb has the arguments of the table as keywords."""
+    verb = cli.VERBS[name]
+    keywords = {options.get("dest", flag.lstrip("-").replace("-", "_")) for flag, options in verb.arguments} | {"quiet"}
+    if verb.has_config:
+        keywords = keywords - {"config"} | {"experiment"}
+    inspect.signature(cli.import_function(name)).bind(**dict.fromkeys(keywords))
 
 
 # ---------------------------------------------------------------- mistakes
@@ -135,11 +93,9 @@ def test_every_verb_is_listed_here() -> None:
         (("run", "--config", "digits", "--workdir", "x", "--confg.seed=1"), "--help. Did you mean --config.seed=1?"),
         (("run", "--config", "digits", "--workdir", ""), "argument --workdir: it is empty: give a folder"),
         (("run", "--config", "digits", "--workdir", "x", "y"), "unknown argument y; see rar-jax run --help"),
-        (("train", "--config", "digits", "--workdir", "x", "--config.train.steps", "5"), "unknown argument 5"),
-        (
-            ("train", "--config", "digits", "--workdir", "x", "--stage", "all"),
-            "argument --stage: invalid choice: 'all'",
-        ),
+        (("train", "--config", "digits", "--workdir", "x", "--stage", "decoder"), "no stage 'decoder'"),
+        (("sample", "--weights", "x", "--out", "y", "--config.guidance.scale=3"), "--config.guidance.scale=3"),
+        (("evaluate", "--workdir", "x", "--config.seed=3"), "no --config"),
         (("sample", "--weights", "x", "--out", "y", "--seed", "z"), "argument --seed: invalid int value: 'z'"),
     ],
 )
@@ -174,6 +130,22 @@ def test_wrong_experiments(
     assert not (tmp_path / "w").exists(), "nothing is written before the experiment is known to be sound"
 
 
+def test_overrides_are_written_with_an_equals_sign_or_a_space() -> None:
+    words = [
+        "train",
+        "--config.train.steps=5",
+        "--config",
+        "digits",
+        "--config.train.warmup",
+        "-1",
+        "--config.x",
+        "--quiet",
+    ]
+    rest, overrides = cli.split_overrides(words)
+    assert rest == ["train", "--config", "digits", "--quiet"]
+    assert overrides == ["train.steps=5", "train.warmup=-1", "x"]
+
+
 def test_no_such_experiment(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(capsys, "run", "--config", "digist", "--workdir", str(tmp_path / "w"))
     assert line.startswith("rar-jax run: no experiment 'digist'") and line.endswith("Did you mean 'digits'?")
@@ -198,7 +170,6 @@ def test_a_folder_of_someone_else(tmp_path: pathlib.Path, capsys: pytest.Capture
         (["--guidance", "strong"], "--guidance strong: give SCALE[,POWER[,TEMPERATURE]]"),
         (["--guidance", "1,2,3,4"], "--guidance 1,2,3,4: give SCALE[,POWER[,TEMPERATURE]]"),
         (["--guidance", "-1"], "--guidance -1: give SCALE[,POWER[,TEMPERATURE]] (scale is -1.0: "),
-        (["--config.guidance.scale=3"], "sample takes no --config.* arguments: the experiment is the work directory's"),
     ],
 )
 def test_wrong_sampling(
@@ -227,4 +198,29 @@ def test_the_command_line_does_not_import_jax() -> None:
 
 def test_the_module_is_the_program() -> None:
     done = python("-m", "rar_jax", "doctor", "--config.seed=1")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "rar-jax doctor: it takes no --config.* arguments\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "rar-jax doctor: there is no --config that --config.seed=1 could change\n",
+    )
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    (page.name, command.replace("\\\n", " ").strip())
+    for page in PAGES
+    for command in re.findall(r"^(?:    |```bash\n|)(rar-jax (?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE)
+]
+
+
+def test_commands_are_found_in_the_documentation() -> None:
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_of_the_documentation_parse(page: str, command: str) -> None:
+    text = re.split(r" {2,}(?=\S)", command)[0]  # without the remark behind it
+    for placeholder, value in (("...", "FILE"), (" N ", " 2 "), (" K", " 1")):
+        text = text.replace(placeholder, value)
+    words, _ = cli.split_overrides(shlex.split(text)[1:])
+    assert cli.make_parser().parse_args(words).verb in cli.VERBS

@@ -127,8 +127,7 @@ def test_wrong_types_say_where_and_what(section: dict[str, Any], problem: str) -
 def test_missing_keys() -> None:
     text = message_of(build, Section, {"rate": 1.0}, where="config.train")
     assert text == (
-        "config.train lacks steps: set config.train.steps in the experiment file, or with --config.train.steps=... "
-        "on the command line"
+        "config.train lacks steps: set it in the experiment file, or --config.train.steps=... on the command line"
     )
 
 

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
-from rar_jax.config import build, load_experiment
+from rar_jax.config import build, differences, load_experiment
 from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.errors import ConfigError
-from rar_jax.experiment import Experiment, open_source, resolve
+from rar_jax.experiment import Experiment, fill_defaults, open_source, rebuild, resolve
 from rar_jax.models import load_model
 from rar_jax.parallel.mesh import make_mesh
+from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import sample_images, sample_keys
 from rar_jax.sections import Data, Recipe
 from rar_jax.weights.registry import GENERATORS, preset
@@ -78,6 +79,46 @@ def test_a_resolved_config_has_nothing_left_to_resolve(name: str) -> None:
     assert (
         resolved["train"]["steps"] >= resolved["generator"]["anneal_end"] >= resolved["generator"]["anneal_start"] >= 0
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_config_gives_the_same_experiment_again(name: str) -> None:
+    experiment = experiment_of(name)
+    saved = json.loads(json.dumps(experiment.resolved()))
+    assert rebuild(saved) == experiment and fill_defaults(saved) == experiment.resolved()
+
+
+def test_fields_added_later_take_their_defaults() -> None:
+    """A new Config field with a default does not break a work directory of before."""
+    experiment = experiment_of("digits")
+    saved = experiment.resolved()
+    assert saved["generator"].pop("remat") is False and saved["train"].pop("max_rollbacks") == 2
+    assert saved["data"].pop("crop") is None and saved["tokenizer"].pop("dtype") == "float32"
+    assert rebuild(saved) == experiment
+    assert saved["train"].pop("warmup") == 80
+    assert differences(fill_defaults(saved), experiment.resolved()) == ["train.warmup: 0 -> 80"]
+
+
+def test_a_work_directory_of_before_a_field_was_added_is_still_its_runs(tmp_path: pathlib.Path) -> None:
+    experiment, workdir = experiment_of("digits"), Workdir(tmp_path)
+    saved = experiment.resolved()
+    del saved["generator"]["remat"]
+    workdir.claim(saved)
+    workdir.checkpoints("tokenizer").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="remat"):
+        workdir.claim(experiment.resolved())
+    workdir.claim(experiment.resolved(), fill_defaults)
+    changed = replace(experiment, seed=3).resolved()
+    with pytest.raises(ConfigError, match="seed: 0 -> 3"):
+        workdir.claim(changed, fill_defaults)
+
+
+def test_a_saved_config_of_another_version_names_its_unknown_key() -> None:
+    saved = experiment_of("digits").resolved()
+    with pytest.raises(ConfigError, match=r"config\.train has no key 'most_skips'"):
+        rebuild(saved | {"train": saved["train"] | {"most_skips": 3}})
+    with pytest.raises(ConfigError, match="config has no section 'gidance'"):
+        rebuild(saved | {"gidance": {}})
 
 
 # ---------------------------------------------------------------- tracing
@@ -154,13 +195,11 @@ def test_batches_divide_over_four_devices(name: str) -> None:
         (["generator.num_heads=5"], "config.generator: width 96 is not divisible by num_heads 5: change one of them"),
         (
             ["train.steps=500", "generator.anneal_end=600", "generator.anneal_start=100"],
-            "config.generator.anneal_end is step 600, after the training's end at 500: "
-            "shorten it, or give it as a share ('75%')",
+            "config.generator.anneal_end is step 600, after the training's end at 500: give a share ('75%')",
         ),
         (
             ["tokenizer_train.steps=100", "tokenizer.restart_until=101"],
-            "config.tokenizer.restart_until is step 101, after the training's end at 100: "
-            "shorten it, or give it as a share ('75%')",
+            "config.tokenizer.restart_until is step 101, after the training's end at 100: give a share ('75%')",
         ),
         (
             ["train.batch_size=30"],
@@ -176,7 +215,7 @@ def test_batches_divide_over_four_devices(name: str) -> None:
         ),
         (
             ["generator.num_tokens=25"],
-            "the generator makes int32[25] an image, the tokenizer takes int32[16]: "
+            "the generator makes int32[25] tokens, the tokenizer takes int32[16]: "
             "set generator.num_tokens to the tokenizer's grid",
         ),
         (
@@ -196,7 +235,7 @@ def test_batches_divide_over_four_devices(name: str) -> None:
             "the sizes must multiply to that number; set one of them to -1 to let it be found"),
         (["guidance.scale=-1"], "config.guidance: scale is -1.0: it must be 0 (no guidance) or more"),
         (["generator.name=raar"], "no generator 'raar'. Did you mean 'rar'?"),
-        (["train.warmup=100%"], "config.train: warmup is 800 steps, not shorter than the training of 800"),
+        (["train.warmup=100%"], "config.train: warmup is 800: it must be shorter than the 800 steps"),
         (["train.steps=50%"], "config.train.steps is '50%': this duration needs steps or epochs"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
@@ -264,7 +303,7 @@ def test_a_tokenizer_has_a_recipe_or_weights() -> None:
     assert (
         resolve(load_experiment("digits", ["wandb=mine"]), "digits").wandb == "mine" and "wandb" not in given.resolved()
     )
-    assert refusal("wandb=") == "config: wandb is empty: give the name of a project of Weights & Biases, or None"
+    assert refusal("wandb=") == "config: wandb is empty: give a project of Weights & Biases, or None"
     assert refusal("init_from=") == "config: init_from is empty: give a file, a directory or None"
     assert refusal("tokenizer.weights=3") == "config.tokenizer.weights is 3: it must be a path"
 
@@ -312,7 +351,7 @@ def test_the_crop_reaches_the_source(tmp_path: pathlib.Path) -> None:
         opened("ten", "train", train_records=40)
     assert "no crop 'tenn': one of pad, center, ten, random. Did you mean 'ten'" in refusal("data.crop=tenn")
     kept = resolve(load_experiment("digits", ["data.crop=pad"]), "digits").resolved()["data"]
-    assert kept["crop"] == "pad" and "crop" not in experiment_of("digits").resolved()["data"]
+    assert kept["crop"] == "pad" and experiment_of("digits").resolved()["data"]["crop"] is None
 
 
 def test_a_misspelt_section() -> None:

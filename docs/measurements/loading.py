@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from rar_jax.generators.rar import Config, init
-from rar_jax.programs.convert import convert
+from rar_jax.programs.convert import convert_weights
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.weights import maskgit_vq, rar
 from rar_jax.weights.mapping import param_shapes, released_shapes, write_safetensors
@@ -48,7 +48,9 @@ with tempfile.TemporaryDirectory() as name:
     del state
     small = tokenizer.Config(image_size=32, base_width=32, width_multipliers=(1, 2), latent_width=8)
     maskgit_vq.save(folder / "vq.safetensors", small, tokenizer.init(small, jax.random.key(0)))
-    convert(str(folder / "rar.safetensors"), folder / "converted", tokenizer=str(folder / "vq.safetensors"), quiet=True)
+    convert_weights(
+        str(folder / "rar.safetensors"), folder / "converted", tokenizer=str(folder / "vq.safetensors"), quiet=True
+    )
     print(f"| RAR-{args.size.upper()} | parameters | peak | peak over parameters, without the process | time |")
     print("|---|---|---|---|---|")
     for what, path, how in (

@@ -1,4 +1,4 @@
-"""Crop images of any size to squares: ADM's centre crop, ten crops, random-resized crops.
+"""Square crops of images: ADM's centre crop, ten crops, random-resized crops.
 
 Inputs are Pillow images of mode "L" or "RGB" (`decode_image`), outputs are uint8 (size, size, c).
 """
@@ -16,14 +16,14 @@ _MAX_ASPECT = 64
 
 
 def center_crop(image: Image.Image, *, size: int) -> np.ndarray:
-    """Crop the centre as ADM does (`center_crop_arr` of openai/guided-diffusion), for FID references."""
+    """Crop the centre as ADM's `center_crop_arr` does, for FID references."""
     pixels_yxc = _resize_shorter(image, size)
     y, x = ((n - size) // 2 for n in pixels_yxc.shape[:2])
     return pixels_yxc[y : y + size, x : x + size]
 
 
 def resize_for_ten(image: Image.Image, *, size: int) -> np.ndarray:
-    """Prepare for `cut_one_of_ten`: the centre crop of m = int(1.1 * size), uint8 (m, m, c)."""
+    """Crop the centre of int(1.1 * size), for `cut_one_of_ten`; uint8 (m, m, c)."""
     return center_crop(image, size=int(1.1 * size))
 
 
@@ -42,7 +42,7 @@ def cut_one_of_ten(resized_yxc: np.ndarray, *, size: int, crop: int) -> np.ndarr
 
 
 def mirror(image_yxc: np.ndarray) -> np.ndarray:
-    """Mirror left to right. Copies channel by channel, which is four times as fast in NumPy."""
+    """Mirror left to right. Copying by channel is four times as fast in NumPy."""
     out = np.empty(image_yxc.shape, image_yxc.dtype)
     for channel in range(image_yxc.shape[-1]):
         out[..., channel] = image_yxc[:, ::-1, channel]
@@ -50,7 +50,7 @@ def mirror(image_yxc: np.ndarray) -> np.ndarray:
 
 
 def random_resized_crop(image: Image.Image, rng: np.random.Generator, *, size: int) -> np.ndarray:
-    """Crop as torchvision's RandomResizedCrop: a box of random area and aspect, resized (bilinear) to a square."""
+    """Crop as torchvision's RandomResizedCrop (bilinear) to (size, size, c)."""
     x, y, width, height = draw_box(image.width, image.height, rng)
     # Cropped first: resize(box=...) lets the filter see the pixels around the box.
     part = image.crop((x, y, x + width, y + height))
@@ -90,7 +90,7 @@ def draw_box(
 
 
 def _resize_shorter(image: Image.Image, size: int) -> np.ndarray:
-    """Resize as ADM does: 2x2 boxes while the shorter side stays at least `size`, then bicubic."""
+    """Resize as ADM: 2x2 boxes while the shorter side allows it, then bicubic."""
     image = _cut_long(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -1,4 +1,4 @@
-"""Decode images of any kind that web data sets hold, or raise an error of one line."""
+"""Decode images of any kind that web data sets hold."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UPRIGHT = {
 
 
 def decode_image(data: bytes, *, channels: int = 3) -> Image.Image:
-    """Decode the first frame of an image, upright, to mode "RGB" (channels=3) or "L" (1).
+    """Decode an image's first frame, upright, to "RGB" (channels=3) or "L" (1).
 
     16-bit samples become round(value / 257). Transparent pixels are blended with white. Grey is ITU-R 601.
     JPEGs are decoded at full size: libjpeg's scaled decoding gives other pixels than ADM's arithmetic.
@@ -57,7 +57,7 @@ def decode_image(data: bytes, *, channels: int = 3) -> Image.Image:
 
 
 class Header(NamedTuple):
-    """Pillow's kind ("JPEG") and mode ("RGB") of an image, its stored size, and whether EXIF turns it."""
+    """Pillow's kind and mode, the stored size, and whether EXIF turns the image."""
 
     kind: str
     mode: str
@@ -67,7 +67,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """Read the header of an image that `decode_image` accepts. PNGs are decoded: EXIF may follow the pixels."""
+    """Read the header of an image. PNGs are decoded: EXIF may follow the pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -96,7 +96,7 @@ def _open(data: bytes, channels: int) -> Image.Image:
 
 
 def _low_bytes(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """Return the low bytes of a 16-bit colour PNG, uint8 (y, x, c); None for other images.
+    """Return the low bytes of a 16-bit colour PNG, uint8 (y, x, c), else None.
 
     Pillow keeps only the high bytes of the big-endian samples. Read as little-endian, those are the low bytes.
     """
@@ -114,7 +114,7 @@ def _low_bytes(data: bytes, image: Image.Image) -> np.ndarray | None:
 
 
 def _opaque(image: Image.Image, low: np.ndarray | None) -> Image.Image:
-    """Return an 8-bit image without transparency, in a mode that converts to L and RGB."""
+    """Return an 8-bit image without transparency that converts to L and RGB."""
     if low is not None:
         return _from_16_bits(np.asarray(image).astype(np.uint32) * 256 + low, image.info.get("transparency"))
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
@@ -131,7 +131,7 @@ def _opaque(image: Image.Image, low: np.ndarray | None) -> Image.Image:
 
 
 def _from_16_bits(pixels: np.ndarray, transparent: Any) -> Image.Image:
-    """pixels: uint32 (y, x, 1, 3 or 4); 4 has alpha. transparent: the colour of a PNG's tRNS, or None."""
+    """Round uint32 (y, x, 1, 3 or 4) to 8 bits. transparent: a PNG's tRNS, or None."""
     if pixels.shape[-1] == 4:
         return _over_white(pixels, white=65535)
     if transparent is not None:
@@ -140,7 +140,7 @@ def _from_16_bits(pixels: np.ndarray, transparent: Any) -> Image.Image:
 
 
 def _over_white(pixels: np.ndarray, *, white: int) -> Image.Image:
-    """Blend unsigned (y, x, c + alpha) with white, as web pages do, and round to 8 bits."""
+    """Blend unsigned (y, x, c + alpha) with white, and round to 8 bits."""
     colour, alpha = pixels[..., :-1].astype(np.uint64), pixels[..., -1:].astype(np.uint64)
     whole = white * white
     blended = colour * alpha + white * (white - alpha)

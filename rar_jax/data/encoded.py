@@ -1,4 +1,4 @@
-"""Base class of sources of encoded images: read bytes by index, decode, crop, and replace bad images.
+"""Base class of encoded images: read, decode, crop, and replace bad images.
 
 A container format is a subclass with `_record` (bytes and label of a row) and `_name`.
 """
@@ -26,7 +26,7 @@ Prepared = tuple[Any, int]
 
 
 class Problems:
-    """Problems of a source's data: `total` counts all, the first 1000 are kept as (record name, reason)."""
+    """Problems of a source: `total` counts all, 1000 are kept as (name, reason)."""
 
     KEPT = 1000
 
@@ -111,7 +111,7 @@ class EncodedSource(ImageSource):
     # ---- for subclasses
 
     def _record(self, row: int) -> tuple[bytes, int | None]:
-        """Encoded bytes and label of a row; None if `labels` has it. OSError and ValueError make the image bad."""
+        """Return bytes and label (None if in `labels`). Raises: OSError, ValueError."""
         raise NotImplementedError
 
     def _name(self, row: int) -> str:
@@ -235,7 +235,7 @@ class EncodedSource(ImageSource):
             raise ConfigError(f"{self.spec}: {share}: {self.problems}; repair or remove them")
 
     def _others(self, image: int) -> Iterator[int]:
-        """Replacements of an image in order: some of its class that follow, then all that follow."""
+        """Yield replacements of an image: those of its class, then all that follow."""
         if self._labels is not None:
             members = np.flatnonzero(self._labels == self._labels[image])
             at = np.searchsorted(members, image, side="right")

@@ -20,7 +20,7 @@ _SKIPPED = ("thumbs.db", "desktop.ini", "__macosx")
 
 
 class FolderSource(EncodedSource):
-    """PATH/CLASS/.../IMAGE, classes sorted by the bytes of their names, which is ImageNet's label order.
+    """PATH/CLASS/.../IMAGE, classes sorted by bytes, which is ImageNet's order.
 
     If PATH/train holds folders, it is the training split, and the first of PATH/val, validation, valid, heldout, test
     is held out. This also holds if PATH is that train folder. Otherwise 5 % of each class is held out.
@@ -92,7 +92,7 @@ def _find_split_folder(path: pathlib.Path, split: Split) -> tuple[pathlib.Path, 
 
 
 def _list_classes(root: pathlib.Path, problems: Problems) -> list[bytes]:
-    """List the class folders, sorted; the empty name if the folder holds images and no folders."""
+    """List the class folders, sorted; [b""] if there are images and no folders."""
     names, files = [], []
     for entry in os.scandir(root):
         if not _hidden(entry.name):

@@ -1,4 +1,4 @@
-"""Sources of labelled images: the base class, one in memory, and the view that gives images one size."""
+"""The base class of image sources, one in memory, and the view they share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CROPS = ("pad", "center", "ten", "random")
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How images are brought to one size: arguments of `load_source`. None is the source's default."""
+    """Arguments of `load_source` on size and crop. None is the source's default."""
 
     image_size: int | None = None
     crop: str | None = None
@@ -33,7 +33,7 @@ class View:
         require(self.channels in (None, 1, 3), f"channels is {self.channels}: images are decoded to 1 or 3")
 
     def only_pad(self, spec: str) -> int | None:
-        """Return image_size, for a source whose images have one size. Raises: ConfigError for a crop."""
+        """Return image_size, for images of one size. Raises: ConfigError for a crop."""
         padded = f"{spec} has images of one size, which are padded and not cropped: leave crop='{self.crop}' out"
         require(self.crop in (None, "pad"), padded)
         return self.image_size
@@ -69,7 +69,7 @@ class ImageSource:
         return {key: array[0] for key, array in self.gather(np.array([index])).items()}
 
     def gather(self, indices: np.ndarray) -> Batch:
-        """Gather records at `indices` (int64 (b,)): "images", "labels" and "ids" with a leading axis."""
+        """Gather records at `indices` (int64 (b,)), with a leading axis."""
         raise NotImplementedError
 
 
@@ -112,14 +112,14 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
 
 
 def pad_images(images: np.ndarray, image_size: int | None) -> np.ndarray:
-    """Zero-pad uint8 (n, h, w, c) to (n, image_size, image_size, c); an odd rest goes below and right."""
+    """Zero-pad uint8 (n, h, w, c) to image_size; an odd rest goes below and right."""
     target = padded_shape(images.shape[1:], image_size)
     rest = [0, *(t - n for t, n in zip(target, images.shape[1:], strict=True))]
     return np.pad(images, [(r // 2, r - r // 2) for r in rest]) if any(rest) else images
 
 
 def padded_shape(shape: Sequence[int], image_size: int | None) -> tuple[int, int, int]:
-    """Return (h, w, c) after `pad_images`. Raises: ConfigError if image_size is too small."""
+    """Return (h, w, c) after `pad_images`. Raises: ConfigError if too large."""
     height, width, channels = shape
     if image_size is None:
         return height, width, channels

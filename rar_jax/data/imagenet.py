@@ -1,4 +1,4 @@
-"""The names of ImageNet's 1000 classes, in the order of their labels (WNIDs sorted)."""
+"""The names of ImageNet's 1000 classes, in the order of their labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-    """Return the 1000 names with their synonyms ("tench, Tinca tinca"), from tensorflow_datasets' SI-Score.
+    """Return the names with synonyms ("tench, Tinca tinca"), of TFDS's SI-Score.
 
     Some synonyms are not unique: "cardigan" is a dog (264) and a garment (474).
     """

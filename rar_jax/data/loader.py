@@ -36,7 +36,7 @@ class OrderedSource(Source, Protocol):
     """A source that defines its own endless shuffled stream, such as a mix of several."""
 
     def order_records(self, position: np.ndarray, *, seed: int) -> np.ndarray:
-        """Return the record, int64 (b,), at each position of the stream; as `shuffle_positions`."""
+        """Return the record at each position of the stream, int64 (b,)."""
         ...
 
 
@@ -106,7 +106,7 @@ def steps_per_epoch(num_records: int, global_batch: int) -> float:
 
 
 def shuffle_positions(position: np.ndarray, *, size: int, seed: int) -> np.ndarray:
-    """Return the record, int64 (b,) in [0, size), at each position of the endless shuffled stream.
+    """Return the record, int64 (b,), at each position of the shuffled stream.
 
     Each epoch is a permutation keyed by (seed, epoch): a Feistel network on the next power of two, iterated until it
     falls within the size (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). No table is kept, and
@@ -121,7 +121,7 @@ def shuffle_positions(position: np.ndarray, *, size: int, seed: int) -> np.ndarr
 
 
 def draw_bits(position: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return random bits, uint64 (b,), for the random view at each position of the endless stream.
+    """Return random bits, uint64 (b,), for the view at each position.
 
     A function of seed and position alone; no two positions have the same bits. Frozen, as `shuffle_positions`.
     """
@@ -134,7 +134,7 @@ _ROUNDS = 8
 
 
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    """uint64 (_ROUNDS,), a hash of both: with seed + epoch, seed 1's epoch 0 would be seed 0's epoch 1."""
+    """uint64 (_ROUNDS,): a hash of both, so that no two epochs of two seeds agree."""
     return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest(), "<u8")
 
 
@@ -149,7 +149,7 @@ def _permute(place: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(value: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of [0, 2**bits): each half is changed in turn by a hash of the other."""
+    """Permute [0, 2**bits): each half is changed in turn by a hash of the other."""
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
     low, high = value & low_mask, value >> low_bits

@@ -39,7 +39,7 @@ class MixedSource:
         return int(self._ends[-1])
 
     def gather(self, indices: np.ndarray) -> Batch:
-        """Records at `indices`, ints (b,) in [0, len); keys that only some sources have are left out."""
+        """Records at `indices`, ints (b,); keys that only some sources have are dropped."""
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"indices {indices.min()}..{indices.max()}, the mix has 0..{len(self) - 1}")
@@ -69,7 +69,7 @@ class MixedSource:
 
 
 def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return each data set's positions in a period of sum(shares): (0.7, 0.3) gives (7, 3). Raises: ConfigError."""
+    """Return positions per period: (0.7, 0.3) gives (7, 3). Raises: ConfigError."""
     require(all(w > 0 and math.isfinite(w) for w in weights), f"weights are {list(weights)}: each must be positive")
     # As text, so that 0.7 is seven tenths.
     exact = [fractions.Fraction(str(w)) for w in weights]
@@ -85,7 +85,7 @@ def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def assign_sources(position: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the data set of each position, and how many draws it had before; both int64 (b,).
+    """Return each position's data set, and its draws before; both int64 (b,).
 
     The first data set takes the positions at which floor(position * share / period) increases; the others share the
     rest in the same way.

@@ -62,7 +62,7 @@ def _open_digits(_: str, split: Split, view: View) -> ImageSource:
 
 
 def split_digits(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndarray]:
-    """Return the fixed stratified split: ids in load_digits of "train" (1437) and "heldout" (360), ascending.
+    """Return the fixed stratified split: ascending ids of "train" and "heldout".
 
     Each class contributes its share of the 360, rounded by largest remainder (ties to the smaller class): its first
     images in the order of `np.random.RandomState(0).permutation(1797)`, a stream that NumPy has frozen.

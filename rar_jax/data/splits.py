@@ -1,4 +1,4 @@
-"""Which images of a data set are held out: by the names of its files, else a fixed share of each class."""
+"""Validation splits: by the names of files, else a fixed share of each class."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def find_data_files(spec: str, argument: str, suffixes: Sequence[str]) -> tuple[
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand "a-{08..10}.tar" and "{a,b}.tar" as a shell does; several braces multiply."""
+    """Expand "a-{08..10}.tar" and "{a,b}.tar" as a shell does."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -77,7 +77,7 @@ def expand_braces(pattern: str) -> list[str]:
 def split_files(
     spec: str, files: Sequence[pathlib.Path], split: Split
 ) -> tuple[tuple[pathlib.Path, ...], tuple[pathlib.Path, ...], Split | None]:
-    """Return the files of a split, those of the training split, and `split` if a share must be held out.
+    """Return a split's files, the training files, and `split` if a share is held out.
 
     A file's split is in its name ("train-00000-of-00010.parquet", "imagenet-validation-03.tar") or its folder's. If no
     name says so, or only "train", a share is held out (`heldout_mask`).
@@ -107,7 +107,7 @@ def _names_split(file: pathlib.Path, pattern: re.Pattern[str]) -> bool:
 
 
 def read_class_names(folder: pathlib.Path) -> tuple[str, ...] | None:
-    """Read class names from a folder's classes.txt, one per line; None if there is none."""
+    """Read class names from a folder's classes.txt, one per line, or None."""
     file = folder / "classes.txt"
     if not file.is_file():
         return None
@@ -115,5 +115,5 @@ def read_class_names(folder: pathlib.Path) -> tuple[str, ...] | None:
 
 
 def number_classes(train_labels: np.ndarray) -> tuple[str, ...]:
-    """Name classes by their numbers. Give the training labels: validation files may lack the last class."""
+    """Name classes by numbers: of training labels, as others may lack the last."""
     return tuple(str(c) for c in range(int(train_labels.max(initial=-1)) + 1))

@@ -29,7 +29,7 @@ def put_on_mesh(tree: Any, sharding: Sharding) -> Any:
 
 
 def local_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
-    """Return the rows of a global batch, int64 ascending, that this process's devices hold.
+    """Return the rows of a global batch on this process's devices, int64 ascending.
 
     By the mesh and not by the process index: processes along a tensor axis hold the same rows, and on a TPU the devices
     of a process need not be neighbours in the mesh.
@@ -40,7 +40,7 @@ def local_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
 
 
 def make_global_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays (b, ...), sharded along (data, fsdp), from this process's `local_rows` of each."""
+    """Make arrays (b, ...), sharded along (data, fsdp), of each `local_rows`."""
     sharding, parts = batch_sharding(mesh), batch_divisor(mesh)
     here = local_rows(mesh, parts)  # parts of the batch, as if each had one row
 
@@ -67,7 +67,7 @@ def drop_metadata(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def prefetch_batches(
     stream: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, *, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yield `make_global_batch` of each batch, with `ahead` more being copied to the devices meanwhile."""
+    """Yield `make_global_batch` of each batch; `ahead` more are being copied."""
     batches = (make_global_batch(drop_metadata(rows), mesh) for rows in stream)
     waiting = collections.deque(itertools.islice(batches, ahead))
     for batch in batches:

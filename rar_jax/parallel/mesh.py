@@ -39,7 +39,7 @@ def find_devices() -> list[Any]:
 
 
 def matmul_dtype(dtype: str, device: Any = None) -> str:
-    """Return `dtype`, or float32 with a warning if the device (default: the first) has no bfloat16.
+    """Return `dtype`, or float32 with a warning if the device has no bfloat16.
 
     GPUs have it since Ampere (compute capability 8.0); before, XLA emulates it more slowly than float32.
     """
@@ -75,7 +75,7 @@ class MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> list[int]:
-    """Return the sizes of (data, fsdp, tensor). Raises: ConfigError if they do not multiply to `devices`."""
+    """Return the sizes of (data, fsdp, tensor). Raises: ConfigError."""
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ConfigError(f"mesh {_describe(sizes)}: sizes are positive, and at most one is -1")
@@ -120,7 +120,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
-    """Return the mesh if it is of this process alone, else a mesh of this process's devices along data.
+    """Return the mesh, or one of this process's devices if it spans several.
 
     For work that processes divide among themselves and do at their own pace.
     """
@@ -128,5 +128,5 @@ def own_mesh(mesh: Mesh) -> Mesh:
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """Return what must divide the global batch: the number of devices it is sharded over."""
+    """Return the number of devices over which a batch is sharded."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

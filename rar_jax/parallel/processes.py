@@ -53,7 +53,7 @@ class ProcessSettings:
 def read_settings(
     coordinator: str | None, count: int | None, index: int | None, environ: Mapping[str, str]
 ) -> ProcessSettings | int | None:
-    """Read flags, else the environment: settings, 1 for a single process, None if unspecified. Raises: ConfigError."""
+    """Read flags, else the environment: settings, 1 (single) or None (unset)."""
     coordinator = coordinator or environ.get(COORDINATOR)
     count = _read_number(environ, COUNT) if count is None and COUNT in environ else count
     index = _read_number(environ, INDEX) if index is None and INDEX in environ else index
@@ -93,7 +93,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         options |= {"coordinator_address": settings.coordinator, "num_processes": settings.count}
         # Otherwise JAX looks for a cluster anyway, and on Slurm takes one local device per process.
         options |= {"process_id": settings.index, "cluster_detection_method": "deactivate"}
-    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training loop.
+    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training
+    # loop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPUs
     name = f"process {settings.index} of {settings.count} at {settings.coordinator}" if manual else "this process"
@@ -120,8 +121,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
 def together(verb: str, function: Callable[[], int]) -> int:
     """Run a program of one or many processes, which exit together, and return its exit code.
 
-    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait for
-    the others, which wait for this one.
+    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait
+    for the others, which wait for this one.
     """
     if jax.process_count() == 1:
         return function()
@@ -167,7 +168,7 @@ def barrier(name: str) -> None:
 
 
 def from_main(function: Callable[[], Any]) -> Any:
-    """Call `function` on process 0 and return its result on every process. All processes call this.
+    """Call `function` on process 0, return its result on all; all call this.
 
     function: returns a JSON value; must not wait for other processes. Tuples become lists.
 
@@ -201,7 +202,7 @@ def _broadcast(text: str) -> str:
 
 
 def gather_strings(text: str) -> list[str]:
-    """Return the first 1,000 bytes of each process's text, on every process. All processes call this."""
+    """Return each process's text, up to 1,000 bytes; all processes call this."""
     if jax.process_count() == 1:
         return [text]
     padded = np.zeros(1000, np.uint8)

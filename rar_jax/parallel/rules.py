@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 
 def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
-    """Return the PartitionSpec of an array with these logical axes. Raises: ConfigError for an unknown name."""
+    """Return a PartitionSpec of logical axes. Raises: ConfigError if unknown."""
     rules = dict(RULES)
     if unknown := [name for name in names if name is not None and name not in rules]:
         raise ConfigError(f"unknown logical axis '{unknown[0]}'.{nearest(unknown[0], rules)} Add new names to RULES")

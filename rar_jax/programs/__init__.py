@@ -1,1 +1,1 @@
-"""One file a verb of the command line, each read from top to bottom like a page."""
+"""One file per verb of the command line, imported by nothing else in the package."""

@@ -2,8 +2,9 @@
 
     <workdir>/ledger.jsonl     rows {"time", "run", "event", "seconds": {kind: ...}, ...}
 
-Events: start (verb, command, host, pid, processes, last_sign of the previous run), tokenized, stage (the step it resumes from), saved,
-save_failed, skipped, rollback (to), stop (reason). "seconds" is the time since the previous row, by kind (KINDS). Process 0 writes each
+Events: start (verb, command, host, pid, processes, last_sign of the previous run), tokenized, stage (the step it
+resumes from), saved, save_failed, skipped, rollback (to), stop (reason). "seconds" is the time since the previous row,
+by kind (KINDS). Process 0 writes each
 row to disk at once: a killed run lacks only its last.
 """
 
@@ -70,7 +71,8 @@ def read(folder: pathlib.Path) -> list[Row]:
 def goodput(rows: Sequence[Row], *, signs: Sequence[float] = (), now: float | None = None) -> dict[str, float]:
     """Compute where the time went, in seconds by kind.
 
-    The kinds are KINDS, "lost" (work that a kill, an error or a rollback undid), "stopped" (between runs) and "wall", their sum.
+    The kinds are KINDS, "lost" (work that a kill, an error or a rollback undid), "stopped" (between runs) and "wall",
+    their sum.
 
     Args:
       signs: other times at which a run was alive, those of its metrics. now: the present, if the last run still runs.

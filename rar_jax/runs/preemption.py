@@ -1,6 +1,7 @@
 """Preemption: a signal to any process makes every process save the same step and exit with code PREEMPTED.
 
-Only a training loop holds results that no file has, so only there, within `PreemptionMonitor.listening`, signals are handled. Elsewhere
+Only a training loop holds results that no file has, so only there, within `PreemptionMonitor.listening`, signals are
+handled. Elsewhere
 they keep their default action: finished shards and chunks are on disk, and the same command continues after them.
 """
 
@@ -19,12 +20,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# A shutdown may signal a process twice, through the system and through its launch script. Later signals have the default action.
+# A shutdown may signal a process twice, through the system and through its launch script. Later signals have the
+# default action.
 REPEAT_SECONDS = 2.0
 
 
 class PreemptionMonitor:
-    """Agrees on preemption across processes. Handlers only set a flag: every program of the loop is compiled before `listening`."""
+    """Agrees on preemption across processes.
+
+    Handlers only set a flag: every program of the loop is compiled before `listening`.
+    """
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None  # the first signal to this process, and its time
@@ -34,7 +39,8 @@ class PreemptionMonitor:
 
     @contextlib.contextmanager
     def listening(self, mesh: Mesh) -> Iterator[None]:
-        """Handle SIGNALS, except those that are ignored (nohup). Only the main thread can: elsewhere nothing is handled.
+        """Handle SIGNALS, except those that are ignored (nohup). Only the main thread can: elsewhere nothing is
+        handled.
 
         Args:
           mesh: all devices of all processes.
@@ -56,9 +62,11 @@ class PreemptionMonitor:
             signal.raise_signal(self._first[0])
 
     def poll(self) -> bool:
-        """Whether any process had received a signal by the previous call. Every process calls it equally often, and gets one answer.
+        """Whether any process had received a signal by the previous call. Every process calls it equally often, and
+        gets one answer.
 
-        A single process needs no agreement: it learns of its signal at once. Among several, the devices never wait for the host.
+        A single process needs no agreement: it learns of its signal at once. Among several, the devices never wait for
+        the host.
         """
         answer, self._in_flight = self._in_flight, self._any_process()
         return bool(self._in_flight if jax.process_count() == 1 else answer)

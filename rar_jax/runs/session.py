@@ -35,7 +35,10 @@ class Session:
     locks: Sequence[Lease] = ()
 
     def poll(self) -> None:
-        """Raise LeaseError if the lock was lost, Preempted if it is time to save and exit. Long loops of all processes call it."""
+        """Raise LeaseError if the lock was lost, Preempted if it is time to save and exit.
+
+        Long loops of all processes call it.
+        """
         for lock in self.locks:
             lock.check()
         if self.preemption.poll():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from rar_jax.config import differences, shortened
@@ -94,13 +95,13 @@ class Workdir:
         if self.mirror is not None:
             from_main(self.mirror.add)
 
-    def claim(self, config: dict[str, Any]) -> None:
+    def claim(self, config: dict[str, Any], fill_defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
         """Makes the directory this experiment's, or checks that it is. Until something was made, it can change hands.
 
         Raises: ConfigError with the differences if it belongs to another experiment; what `make` raises.
         """
         self.make()
-        from_main(lambda: self._claim(json.loads(json.dumps(config))))
+        from_main(lambda: self._claim(json.loads(json.dumps(config)), fill_defaults))
 
     def make(self) -> None:
         """Makes the folder. All processes call this: it is where they find out whether they share it.
@@ -118,7 +119,7 @@ class Workdir:
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be made ({error.strerror}): choose another --workdir") from None
 
-    def _claim(self, config: dict[str, Any]) -> None:
+    def _claim(self, config: dict[str, Any], fill_defaults: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         made = sorted(
             p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json", "ledger.jsonl"))
         )
@@ -126,7 +127,9 @@ class Workdir:
             raise ConfigError(
                 f"{self.path} has no config.json but is not empty (it holds {made[0]}): choose another --workdir"
             )
-        if made and (lines := differences(_bound(self.read_config()), _bound(config))):
+        if made and (
+            lines := differences(_bound(json.loads(json.dumps(fill_defaults(self.read_config())))), _bound(config))
+        ):
             self._refuse_other_images(config)
             told = "; ".join(lines[:SHOWN]) + (f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else "")
             if (theirs := self.read_config().get("name")) != (ours := config.get("name")):

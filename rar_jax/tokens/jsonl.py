@@ -1,4 +1,4 @@
-"""The authors' token file (maskgitvq.jsonl): per line {"class_id": int, "tokens": [256 ints]}.
+"""The authors' token file: lines of {"class_id": int, "tokens": [256 ints]}.
 
 Read and written line by line: theirs has about 15 GB.
 """
@@ -30,7 +30,7 @@ def import_jsonl(
     shard_records: int = SHARD_RECORDS,
     seen: Any = iter,
 ) -> TokenStore:
-    """Make a token store of a JSONL file, or resume an interrupted import. Source ids are line numbers from 0.
+    """Make or resume a store of a JSONL file. Source ids are line numbers from 0.
 
     seen: the shards are passed through it, to show progress.
 
@@ -69,7 +69,7 @@ def import_jsonl(
 def _parse_lines(
     file: Any, path: pathlib.Path, begin: int, end: int, card: Mapping[str, Any]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Parse the lines [begin, end), from the file's position: blocks of tokens int64 (b, n), labels int64 (b,)."""
+    """Parse lines [begin, end) to blocks of tokens (b, n), labels (b,), int64."""
     (num_tokens,), codebook_size = card["grid"], card["codebook_size"]
     for start in range(begin, end, _ROWS):
         count = min(_ROWS, end - start)
@@ -109,7 +109,7 @@ def _parse_line(line: bytes, num_tokens: int, num_classes: int) -> tuple[int, li
 
 
 def export_jsonl(store: TokenStore, out: pathlib.Path, *, seen: Any = iter) -> None:
-    """Write a store as the authors' code reads it, atomically. Crop and image ids are lost."""
+    """Write a store as JSONL, atomically. Crop and image ids are lost."""
     temporary = out.with_name(f"{out.name}.tmp")
     try:
         with open(temporary, "w", encoding="ascii") as file:

@@ -1,4 +1,4 @@
-"""Open the tokens that a generator is trained on, and check them against the config."""
+"""Open the tokens a generator is trained on, and check them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 
 def open_tokens(experiment: Experiment, workdir: Workdir, split: Split) -> Source:
-    """Open config.data.tokens, tokens_heldout or mix if configured, else workdir/tokens/<split>.
+    """Open the configured tokens or mix, else workdir/tokens/<split>.
 
     Raises: CheckpointError if the work directory has no finished tokenizer or no valid tokens of it; StoreError for a
       configured folder that is no store; ConfigError for one that does not fit the config.
@@ -43,7 +43,7 @@ def open_tokens(experiment: Experiment, workdir: Workdir, split: Split) -> Sourc
 
 
 def check_store(store: TokenStore, experiment: Experiment, hashes: Sequence[str]) -> None:
-    """Raise ConfigError if a store does not fit the config; warn if its tokenizer is unknown.
+    """Raise ConfigError if a store does not fit; warn of an unknown tokenizer.
 
     hashes: sha256s of the experiment's tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Tokens on disk: fixed-width records in memory-mapped .npy files, and their metadata.
+"""Token stores: memory-mapped .npy files of records, and their metadata.
 
     DIR/card.json                     written last: a folder without it is not a store
     DIR/shard-00000-of-00004.npy      structured array: tokens <u2 or <u4 (n,), label <i4, source_id <i8, crop <i2
@@ -35,7 +35,7 @@ _CARD: dict[str, Any] = {
 
 
 def record_dtype(*, num_tokens: int, codebook_size: int) -> np.dtype:
-    """Return the structured dtype of a record: 2 bytes per token if the codebook fits, else 4."""
+    """Return the dtype of a record: 2 bytes per token if the codebook fits, else 4."""
     token = "<u2" if codebook_size <= 65_536 else "<u4"
     return np.dtype([("tokens", token, (num_tokens,)), ("label", "<i4"), ("source_id", "<i8"), ("crop", "<i2")])
 
@@ -72,7 +72,7 @@ class TokenStore:
         return {key: array[0] for key, array in self.gather(np.array([index])).items()}
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Gather records at `indices`, ints (b,): "tokens" int32 (b, n), "labels" int32 (b,), "ids" int64 (b,).
+        """Gather "tokens" int32 (b, n), "labels" int32 (b,), "ids" int64 (b,).
 
         Raises: IndexError for an index outside [0, len); StoreError naming file and record of a value out of range.
         """
@@ -102,7 +102,7 @@ class TokenStore:
         return {"tokens": tokens, "labels": labels, "ids": records["source_id"].astype(np.int64)}
 
     def verify(self, *, seen: Any = iter) -> None:
-        """Read the whole store and check checksums, ranges and counts. Raises: StoreError naming file and record.
+        """Check checksums, ranges and counts. Raises: StoreError naming the record.
 
         seen: the list of shards is passed through it, to show progress.
         """
@@ -146,7 +146,7 @@ def npy_header(records: int, dtype: np.dtype) -> bytes:
 
 
 def card_sha256(card: Mapping[str, Any]) -> str:
-    """Hex sha256 of a card without its own "sha256"; it identifies the store, since it covers the shards' hashes."""
+    """Hex sha256 of a card without its "sha256"; it covers the shards' hashes."""
     rest = {key: value for key, value in card.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -154,7 +154,7 @@ def card_sha256(card: Mapping[str, Any]) -> str:
 def check_ranges(
     tokens: np.ndarray, labels: np.ndarray, crops: np.ndarray, card: Mapping[str, Any], where: str, first: int
 ) -> None:
-    """Raise StoreError naming the first record whose tokens (b, n), label (b,) or crop (b,) is out of range."""
+    """Raise StoreError naming the first record with a value out of range."""
     limits = (("token", tokens, card["codebook_size"]), ("label", labels, card["num_classes"]))
     for name, values, limit in (*limits, ("crop", crops, len(card["crops"]))):
         if not np.issubdtype(values.dtype, np.integer):

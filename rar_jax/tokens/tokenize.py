@@ -1,4 +1,4 @@
-"""Tokenize images into a token store: of an experiment's work directory, or of any source into a folder.
+"""Tokenize images into a token store, of a work directory or any source.
 
 Each shard is made independently from its records of the source, so an interrupted run resumes with the first missing
 shard. Each process makes its own shards on its own devices, at its own pace.
@@ -55,7 +55,7 @@ CROPS: dict[str, tuple[str, ...]] = {
 
 
 def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split, *, quiet: bool = False) -> None:
-    """Write workdir/tokens/<split>: each image of the split once, in the source's order.
+    """Write workdir/tokens/<split>: each image once, in the source's order.
 
     A valid store is kept, an interrupted one is resumed, and one of another tokenizer or source is recreated. A split
     whose tokens are configured (config.data.tokens) is skipped. Raises: CheckpointError, ConfigError.
@@ -101,7 +101,7 @@ def tokenize_source(
     download: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Write a store of the images of `source` into the folder `out`, or resume an interrupted one.
+    """Write a store of the images of `source` into `out`, or resume one.
 
     Args:
       experiment: defines images and tokenizer; its own source and tokenizer weights are not used.
@@ -124,7 +124,7 @@ def tokenize_source(
 
 
 def has_tokens(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
-    """Return whether the split's store is valid and its tokenizer has one of these sha256s. All processes call this."""
+    """Return whether a valid store is of these tokenizer hashes; all processes call."""
 
     def check() -> bool:
         try:
@@ -146,8 +146,7 @@ def has_tokens(workdir: Workdir, split: Split, hashes: Sequence[str]) -> bool:
 
 
 class Written(NamedTuple):
-    """Result of `write_store`. records: of the source, encoded or left out as bad. seconds: including compilation.
-    waited: seconds spent waiting for the loader."""
+    """Result of `write_store`. seconds: with compilation. waited: for the loader."""
 
     records: int
     seconds: float
@@ -166,7 +165,7 @@ def write_store(
     name: str = "tokenize",
     quiet: bool = False,
 ) -> Written:
-    """Encode the records of the writer's missing shards, and finish the store if all shards exist.
+    """Encode the records of the writer's missing shards and finish the store.
 
     Batches do not cross the end of a shard, so a record's batch, and every bit of its tokens, does not depend on where
     a run was interrupted.
@@ -220,7 +219,7 @@ def jit_encode(tokenizer: Model, mesh: Mesh) -> Any:
 
 
 def _encode_batches(stream: Iterator[Batch], encode: Any, waits: list[float]) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield each batch with its tokens while the device encodes the next one; append seconds waited to `waits`."""
+    """Yield batches with tokens while the next is encoded; time waits."""
     queue: list[tuple[Batch, jax.Array]] = []
     while True:
         began = time.perf_counter()
@@ -277,7 +276,7 @@ def _make_card(experiment: Experiment, source: ImageSource, what: str, tokenizer
 
 
 def _check_finished(out: pathlib.Path, card: dict[str, Any], source_records: int) -> bool:
-    """Return whether `out` is finished. Raises: StoreError if it is damaged, or not what would be made now."""
+    """Return whether `out` is finished. Raises: StoreError if it is another store."""
     if not (out / "card.json").exists():
         return False
     store = TokenStore(out)

@@ -1,4 +1,4 @@
-"""Check a token store, decode a sample of it into a picture, and convert it from and to JSONL."""
+"""Verify token stores, draw a sample of one, convert from and to JSONL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def verify_tokens(
     download: bool = False,
     quiet: bool = False,
 ) -> str:
-    """Verify a whole store; with the tokenizer's weights, decode a sample of it into a PNG.
+    """Verify a store; with the tokenizer's weights, decode a sample into a PNG.
 
     Args:
       weights: the tokenizer's file, directory or released name. out: the PNG, default folder/verify.png.
@@ -69,7 +69,7 @@ def summarize_store(store: TokenStore) -> str:
 
 
 def select_sample(store: TokenStore, rows: int = ROWS, columns: int = COLUMNS) -> tuple[np.ndarray, list[int]]:
-    """Select the first `columns` records of each of `rows` evenly spaced classes that have records.
+    """Select the first `columns` records of each of `rows` evenly spaced classes.
 
     Returns: indices int64 (classes * columns,), class after class, and the classes. All have as many as the smallest.
     """
@@ -124,7 +124,7 @@ def import_tokens(
     shard_records: int = SHARD_RECORDS,
     quiet: bool = False,
 ) -> TokenStore:
-    """Make a token store of the authors' maskgitvq.jsonl. Raises: StoreError naming file and line; ConfigError.
+    """Make a token store of the authors' maskgitvq.jsonl.
 
     Sizes default to the experiment's, without one to 1024 codes, 1000 classes and 256 tokens.
     """
@@ -156,7 +156,7 @@ def import_tokens(
 
 
 def export_tokens(folder: pathlib.Path, out: pathlib.Path, *, quiet: bool = False) -> None:
-    """Write a token store as the authors' maskgitvq.jsonl. Raises: StoreError, ConfigError."""
+    """Write a store as the authors' JSONL. Raises: StoreError, ConfigError."""
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     store = TokenStore(folder)

@@ -1,4 +1,4 @@
-"""Write a token store shard by shard, so that an interrupted run resumes with the first missing shard.
+"""Write a token store shard by shard; an interrupted one is resumed.
 
 An unfinished store also holds making.json, which says what is being made, and a sidecar per finished shard,
 shard-00000-of-00004.json, with its counts and sha256. Shard j is made from records [j*S, (j+1)*S) of the *source*;
@@ -84,13 +84,13 @@ class TokenStoreWriter:
         return j * self.shard_records, min((j + 1) * self.shard_records, self.source_records)
 
     def missing(self) -> list[int]:
-        """Unfinished shards of this process, ascending. Each finished one is read and verified once."""
+        """Unfinished shards of this process, ascending. Finished ones are verified."""
         index, count = self._process
         return [j for j in range(index, self.num_shards, count) if self._read_sidecar(j) is None]
 
     @contextlib.contextmanager
     def shard(self, j: int) -> Iterator[Shard]:
-        """Context that takes exactly the records of a shard's span, and writes it on exit. Raises: StoreError."""
+        """Take exactly the records of a shard's span, write it on exit."""
         (begin, end), path = self.span(j), self.folder / self.name(j)
         shard = Shard(self.card, self.dtype, begin, end, str(path))
         yield shard
@@ -112,7 +112,7 @@ class TokenStoreWriter:
         _write_file(self.folder / self.name(j, "json"), json.dumps(self._written[j]).encode())
 
     def finish(self) -> bool:
-        """Write the card on process 0 if all shards exist; return whether the store is finished."""
+        """Write the card on process 0 if all shards exist; return if it is finished."""
         if self._process[0] != 0:
             return self.card_file.is_file()
         sidecars = [self._read_sidecar(j) for j in range(self.num_shards)]
@@ -193,7 +193,7 @@ class Shard:
         crops: np.ndarray,
         bad: np.ndarray | None = None,
     ) -> None:
-        """Append the next records of the source: tokens ints (b, n), labels, source_ids and crops ints (b,).
+        """Append the next records: tokens ints (b, n), the others ints (b,).
 
         bad: bool (b,), records whose image could not be decoded: they are counted and left out.
 
@@ -225,7 +225,7 @@ def find_difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
 
 
 def remove_leftovers(folder: pathlib.Path, card: Mapping[str, Any]) -> None:
-    """Remove from a finished store the files that were needed to make it, and shards of an earlier one."""
+    """Remove from a finished store what was needed to make it, and old shards."""
     keep = {"card.json", *(shard["name"] for shard in card["shards"])}
     for path in [*folder.glob("shard-*"), folder / "making.json", *folder.glob("*.tmp")]:
         if path.name not in keep:

@@ -3,8 +3,10 @@
 FLOPs are those of matmuls, convolutions and fused attention. A multiply-add is two. Masked attention scores and
 recomputation count; products with the padding of a convolution do not.
 
-Bytes are a lower bound. Inputs and outputs of the program count once. In each turn of a loop, the operands of its matmuls
-count that are parameters or that a loop carries; a buffer that the loop fills is half full on average. If the turns of a
+Bytes are a lower bound. Inputs and outputs of the program count once. In each turn of a loop, the operands of its
+matmuls
+count that are parameters or that a loop carries; a buffer that the loop fills is half full on average. If the turns of
+a
 loop do not depend on each other, as in `lax.map`, parameters count once. Other activations do not count.
 """
 
@@ -35,7 +37,7 @@ class Cost(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """What is known of a variable: its number, and the bytes to read if it is stored in memory (0: an activation)."""
+    """A variable's number, and its bytes in memory (0: an activation)."""
 
     number: Any = None
     stored: float = 0.0
@@ -55,7 +57,7 @@ def count_costs(closed: Any) -> Cost:
 
 
 def _count(jaxpr: Any, values: Sequence[_Value], *, in_loop: bool) -> tuple[Cost, list[_Value]]:
-    """Cost of a jaxpr whose constvars and invars have these values, and the values of its outvars."""
+    """Cost of a jaxpr with these constvars and invars, and values of its outvars."""
     env, flops, moved = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True)), 0.0, 0.0
 
     def read(var: Any) -> _Value:
@@ -85,14 +87,17 @@ def _count(jaxpr: Any, values: Sequence[_Value], *, in_loop: bool) -> tuple[Cost
 
 
 def _count_call(inner: Any, given: Sequence[_Value], in_loop: bool) -> tuple[Cost, list[_Value]]:
-    """Of jit, custom_vjp and remat, whose operands are those of the jaxpr that they call."""
+    """Of jit, custom_vjp and remat: operands are those of the called jaxpr."""
     jaxpr = getattr(inner, "jaxpr", inner)
     given = given if len(given) == len(jaxpr.invars) else [_Value()] * len(jaxpr.invars)
     return _count(jaxpr, [*[_Value()] * len(jaxpr.constvars), *given], in_loop=in_loop)
 
 
 def _count_loop(eqn: Any, given: Sequence[_Value], in_loop: bool) -> tuple[Cost, list[_Value]]:
-    """Of a scan or a `fori_loop`. Turns are counted one by one if the trip count of an inner loop may depend on them."""
+    """Of a scan or a `fori_loop`.
+
+    Turns are counted one by one if the trip count of an inner loop may depend on them.
+    """
     params, slices = eqn.params, []
     if eqn.primitive.name == "scan":
         body, trips, start = params["jaxpr"].jaxpr, params["length"], params["num_consts"]
@@ -135,7 +140,7 @@ def _has_while(jaxpr: Any) -> bool:
 
 
 def _is_map(body: Any, carried: Sequence[Any]) -> bool:
-    """Whether the turns of a loop are independent: what it carries is counted, unchanged, or filled part by part."""
+    """Whether a loop only counts, and fills arrays part by part."""
     for given, made in zip(carried, body.outvars, strict=False):
         users = [eqn for eqn in body.eqns if any(var is given for var in eqn.invars)]
         fills = len(users) == 1 and users[0].primitive.name == "dynamic_update_slice" and users[0].outvars[0] is made
@@ -145,7 +150,10 @@ def _is_map(body: Any, carried: Sequence[Any]) -> bool:
 
 
 def _evaluate(eqn: Any, numbers: list[Any]) -> Any:
-    """The integer or bool that an operation makes, None if it is unknown. A minimum is at most what is known of it."""
+    """The integer or bool that an operation makes, None if it is unknown.
+
+    A minimum is at most what is known of it.
+    """
     known, out = [x for x in numbers if x is not None], eqn.outvars[0].aval
     if out.shape != () or out.dtype not in (np.int32, np.bool_) or not known:
         return None

@@ -21,7 +21,8 @@ def oom_hint(experiment: Experiment, stage: str) -> tuple[str, str]:
     recipe = experiment.recipe(stage)
     assert recipe is not None
     sizes = f"config.{section}.batch_size {recipe.batch_size}, accumulation {recipe.accumulation}"
-    advice = f"increase config.{section}.accumulation (same training, smaller parts), decrease batch_size, or shard over more devices"
+    advice = f"increase config.{section}.accumulation (same training, smaller parts), decrease batch_size, or shard over more "
+    advice += "devices"
     remat = f", or set config.{stage}.remat=True" if hasattr(experiment.model(stage).config, "remat") else ""
     return f"training the {stage}, {sizes}", f"{advice} with config.mesh.fsdp{remat}"
 
@@ -29,8 +30,8 @@ def oom_hint(experiment: Experiment, stage: str) -> tuple[str, str]:
 def dump_failure(workdir: Workdir, stage: str, state: State, batch: Batch) -> str:
     """Write state and batch for debugging, and return the error message.
 
-    WORKDIR/dump/<stage>/<step>/ is a checkpoint of the state, which bad updates did not change. batch.<process>.npz holds this process's
-    rows of the last batch.
+    WORKDIR/dump/<stage>/<step>/ is a checkpoint of the state, which bad updates did not change. batch.<process>.npz
+    holds this process's rows of the last batch.
     """
     folder, step = workdir.path / "dump" / stage, int(state["step"])
     from_main(lambda: shutil.rmtree(folder / str(step), ignore_errors=True))  # of an earlier attempt

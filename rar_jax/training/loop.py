@@ -1,7 +1,7 @@
 """Train one stage: the tokenizer, the classifier or the generator. objective.py says what differs between them.
 
-The position in the data is the step plus the batches that rollbacks skipped, and the randomness of a step comes from (seed, step):
-a run that was killed and resumed is bitwise identical to one that was not.
+The position in the data is the step plus the batches that rollbacks skipped, and the randomness of a step comes from
+(seed, step): a run that was killed and resumed is bitwise identical to one that was not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rar_jax.data.loader import batches
 from rar_jax.errors import Preempted, TrainingError
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import STAGES, Experiment
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import local_rows, prefetch_batches, put_on_mesh
 from rar_jax.parallel.processes import from_main, is_main
@@ -32,7 +32,7 @@ from rar_jax.training.failures import dump_failure, oom_hint
 from rar_jax.training.live import Evaluator, Validator, make_live_evaluators, select_score
 from rar_jax.training.objective import Objective, make_objective, start_from
 from rar_jax.training.step import Batch, State, compile_training, evaluated_params
-from rar_jax.weights.stages import STAGES, evaluated, take_over_tokenizer, trained_params
+from rar_jax.weights.stages import evaluated, take_over_tokenizer, trained_params
 
 
 class Rollback(Exception):
@@ -56,7 +56,8 @@ def train(
 
     A tokenizer whose weights are given is copied instead.
 
-    Raises: TrainingError if bad updates persist (guard.py); CheckpointError if an earlier stage is missing, or saves keep failing;
+    Raises: TrainingError if bad updates persist (guard.py); CheckpointError if an earlier stage is missing, or saves
+    keep failing;
       Preempted after a save.
     """
     session, recipe = session or Session(), experiment.recipe(stage)
@@ -89,8 +90,9 @@ class Trainer:
     """The training of one stage.
 
     frozen: the encoder's parameters, an argument of the step that is neither donated nor saved.
-    state, step: the current ones. saved_step: the newest step on disk. in_flight: a step that the devices may still compute, and its
-    metrics. skipped, consecutive_bad: the guard's counts after the last logged step. shown: metrics of the progress line.
+    state, step: the current ones. saved_step: the newest step on disk. in_flight: a step that the devices may still
+    compute, and its metrics. skipped, consecutive_bad: the guard's counts after the last logged step. shown: metrics
+    of the progress line.
     """
 
     experiment: Experiment
@@ -222,7 +224,10 @@ class Trainer:
         self.ledger.lap("saving")
 
     def save_preempted(self) -> None:
-        """Save the current step off schedule. After bad updates nothing is saved: they are re-run from an earlier step."""
+        """Save the current step off schedule.
+
+        After bad updates nothing is saved: they are re-run from an earlier step.
+        """
         with contextlib.suppress(Rollback):
             self.log_step_in_flight()
         if self.step == self.saved_step or self.consecutive_bad:

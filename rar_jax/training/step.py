@@ -1,6 +1,7 @@
 """The train state, a plain pytree of arrays, and the step that advances it.
 
-    state = {"step": int32, "params": tree, "opt_state": optax state, "extra": {"ema": tree} or {}, "guard": see guard.py}
+    state = {"step": int32, "params": tree, "opt_state": optax state, "extra": {"ema": tree} or {},
+             "guard": see guard.py}
 
 A plain pytree, so that checkpoints can be opened without this package. The step also counts skipped updates.
 """
@@ -31,8 +32,8 @@ LossFn = Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, *, key, ste
 class Setup(NamedTuple):
     """The jitted functions of a training, sharded over a mesh.
 
-    abstract_state: shapes and shardings. init: key -> state. step: (state, batch, root key, frozen) -> (state, metrics); it donates the
-    state, and frozen are the encoder's parameters, if there is one.
+    abstract_state: shapes and shardings. init: key -> state. step: (state, batch, root key, frozen) -> (state,
+    metrics); it donates the state, and frozen are the encoder's parameters, if there is one.
     """
 
     abstract_state: State
@@ -92,7 +93,10 @@ def make_init(
 
 
 def state_shardings(shapes: State, params: Any, replicated: Any, optimizer: optax.GradientTransformation) -> State:
-    """Shardings of a state from those of its parameters: Adam's moments and the EMA are sharded as the parameters are."""
+    """Shardings of a state from those of its parameters.
+
+    Adam's moments and the EMA are sharded as the parameters are.
+    """
     opt_state = optax.tree.map_params(
         optimizer, lambda _, at: at, shapes["opt_state"], params, transform_non_params=lambda _: replicated
     )
@@ -118,8 +122,8 @@ def make_train_step(
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """Make the function (state, batch, root key) -> (state, metrics), to be jitted with the state donated.
 
-    All randomness of step k comes from fold_in(root, k). A bad update (guard.py) leaves parameters, optimizer state and extra bitwise
-    unchanged.
+    All randomness of step k comes from fold_in(root, k). A bad update (guard.py) leaves parameters, optimizer state
+    and extra bitwise unchanged.
     """
     learning_rate, gradients = make_schedule(recipe), jax.grad(loss, has_aux=True)
 

@@ -1,4 +1,4 @@
-"""The stages of a run and what each has left behind: tokenizer, classifier, generator."""
+"""The finished stages of a work directory, and the weights that a stage may start from."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from rar_jax.runs.writers import import_wandb
 from rar_jax.weights.loading import Weights, open_weights
 from rar_jax.weights.registry import locate
 
-STAGES = ("tokenizer", "classifier", "generator")
+# ---------------------------------------------------------------- finished stages
 
 
 def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None:
-    """The hash of the stage's last checkpoint if it is trained to the end and evaluated, and verifies, else None.
+    """Return the hash of a finished stage's last checkpoint, None if it is not finished.
 
-    A generator counts only with the tokenizer whose tokens it was trained on.
+    A stage is finished if its last checkpoint verifies and was evaluated. A generator also needs the tokenizer
+    whose tokens it was trained on.
     """
     folder = workdir.checkpoints(stage)
     good = good_step(folder)
@@ -44,43 +45,46 @@ def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None
 
 
 def evaluated(workdir: Workdir, stage: str, step: int) -> dict[str, float] | None:
-    """The numbers that the evaluation of a step told, as process 0 sees them; None if a preemption came before it."""
+    """Return the metrics of the evaluation at a step, None if a preemption came before it."""
 
-    def told() -> dict[str, float] | None:
+    def find() -> dict[str, float] | None:
         for row in read_metrics(workdir.path, stage):
             if row["step"] == step and any(name.startswith("validation/") for name in row):
                 numbers = {name: math.nan if value is None else value for name, value in row.items()}
                 return {name: value for name, value in numbers.items() if isinstance(value, float)}
         return None
 
-    return from_main(told)
+    return from_main(find)
 
 
 def trained_params(experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh) -> tuple[Any, str]:
-    """Parameters of a finished stage, placed as rules.py says, and the hash of their checkpoint.
+    """Load the sharded parameters of a finished stage, and the hash of their checkpoint.
 
-    Raises: CheckpointError if the stage is not trained to its end.
+    Raises: CheckpointError if the stage is not finished.
     """
+    sha256 = _require_finished(experiment, stage, workdir)
+    shardings = model_shardings(experiment.model(stage), mesh)
+    return load_params(workdir.checkpoints(stage), experiment.last_step(stage), shardings), sha256
+
+
+def _require_finished(experiment: Experiment, stage: str, workdir: Workdir) -> str:
     if (sha256 := finished(experiment, stage, workdir)) is None:
-        raise CheckpointError(
-            f"{workdir.path} has no finished {stage}: run `rar-jax train --stage {stage}` with this config and work directory"
-        )
-    params = load_params(
-        workdir.checkpoints(stage), experiment.last_step(stage), model_shardings(experiment.model(stage), mesh)
-    )
-    return params, sha256
+        raise CheckpointError(f"{workdir.path} has no finished {stage}: run `rar-jax train --stage {stage}` first")
+    return sha256
 
 
 def model_shardings(model: Model, mesh: Mesh) -> Any:
-    """Where a model's parameters lie on a mesh. Raises: ConfigError if one does not divide."""
-    shapes = jax.eval_shape(functools.partial(model.module.init, model.config), jax.random.key(0))
-    return param_shardings(model.module.axes(model.config), shapes, mesh)
+    """Return the shardings of a model's parameters. Raises: ConfigError if one does not divide over the mesh."""
+    return param_shardings(model.module.axes(model.config), model.param_shapes(), mesh)
+
+
+# ---------------------------------------------------------------- weights to start from
 
 
 def check_start(experiment: Experiment, workdir: Workdir) -> None:
-    """Looks at names and shapes of the weights that a run starts from, and for whom it shall tell, before it makes anything.
+    """Check the weights that a run starts from, and its logging, before anything is written.
 
-    Raises: ConfigError if they cannot be made to fit, or a package is missing; what `open_weights` raises.
+    Raises: ConfigError if weights do not fit or a package is missing; what `open_weights` raises.
     """
     if experiment.wandb is not None and is_main():
         import_wandb()
@@ -91,45 +95,20 @@ def check_start(experiment: Experiment, workdir: Workdir) -> None:
 
 
 def given_generator(experiment: Experiment) -> Weights:
-    """What `init_from` names. Raises: ConfigError if it cannot be made to fit."""
+    """Open the weights of config.init_from. Raises: ConfigError if they cannot be adapted."""
     weights, module = open_weights(locate(str(experiment.init_from)), "generators"), experiment.generator.module
     other = weights.model
     require(other.module is module, f"init_from {weights.path} is a {other.module.__name__}, not a {module.__name__}")
     adapt = functools.partial(module.adapt, experiment.generator.config, other_config=other.config)
-    shapes = [
-        jax.eval_shape(functools.partial(module.init, m.config), jax.random.key(0))
-        for m in (experiment.generator, other)
-    ]
+    shapes = experiment.generator.param_shapes(), other.param_shapes()
     jax.eval_shape(lambda ours, theirs: adapt(ours, other_params=theirs), *shapes)
     return weights
 
 
-def origin_sha256(weights: Weights) -> str:
-    """The sha256 by which weights are known wherever they lie: of the file they were taken over or converted from, or
-    else their own."""
-    if weights.path.is_dir():
-        folder = Workdir(weights.path).checkpoints("tokenizer")
-        if (good := good_step(folder)) is not None:
-            return _origin(folder, good)
-    return weights.sha256()
-
-
-def stage_origin_sha256(experiment: Experiment, workdir: Workdir) -> str:
-    """`origin_sha256` of a work directory's finished tokenizer. Raises: CheckpointError if it is not finished."""
-    folder = workdir.checkpoints("tokenizer")
-    if finished(experiment, "tokenizer", workdir) is None or (good := good_step(folder)) is None:
-        raise CheckpointError(f"{workdir.path} has no finished tokenizer: run `rar-jax train --stage tokenizer`")
-    return _origin(folder, good)
-
-
-def _origin(folder: pathlib.Path, good: tuple[int, str]) -> str:
-    return from_main(lambda: read_meta(folder, good[0])).get("made_from", {}).get("sha256", good[1])
-
-
 def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
-    """Makes the weights that `tokenizer.weights` names the finished tokenizer stage of a work directory.
+    """Copy the weights of config.tokenizer.weights into a work directory, as its finished tokenizer.
 
-    Raises: ConfigError if they are not of the experiment's architecture; what `open_weights` raises.
+    Raises: ConfigError if they do not fit config.tokenizer; what `open_weights` raises.
     """
     if finished(experiment, "tokenizer", workdir):
         return
@@ -147,16 +126,32 @@ def _given_tokenizer(experiment: Experiment) -> Weights:
 
 
 def check_tokenizer(experiment: Experiment, weights: Weights, name: str) -> None:
-    """Raises ConfigError unless weights, called `name`, are of the architecture in config.tokenizer."""
-    for what, ours, theirs in zip(
-        ("images", "tokens", "parameters"), _specs(experiment.tokenizer), _specs(weights.model), strict=True
-    ):
-        if ours != theirs:
-            lines = differences(to_dict(weights.model.config), to_dict(experiment.tokenizer.config))
-            raise ConfigError(f"{name} has other {what} than config.tokenizer: {'; '.join(lines)}")
+    """Raise ConfigError unless the weights called `name` have the architecture of config.tokenizer."""
+    ours, theirs = experiment.tokenizer, weights.model
+    for kind, specs in {
+        "images": [model.module.image_spec(model.config) for model in (ours, theirs)],
+        "tokens": [model.module.token_spec(model.config) for model in (ours, theirs)],
+        "parameters": [model.param_shapes() for model in (ours, theirs)],
+    }.items():
+        if specs[0] != specs[1]:
+            lines = differences(to_dict(theirs.config), to_dict(ours.config))
+            raise ConfigError(f"{name} has other {kind} than config.tokenizer: {'; '.join(lines)}")
 
 
-def _specs(model: Model) -> tuple[Any, Any, Any]:
-    module, config = model.module, model.config
-    params = jax.eval_shape(functools.partial(module.init, config), jax.random.key(0))
-    return module.image_spec(config), module.token_spec(config), params
+def origin_sha256(weights: Weights) -> str:
+    """Return the sha256 that identifies a tokenizer: of the file it was copied or converted from, or its own."""
+    if weights.path.is_dir():
+        folder = Workdir(weights.path).checkpoints("tokenizer")
+        if (good := good_step(folder)) is not None:
+            return _read_origin(folder, good)
+    return weights.sha256()
+
+
+def stage_origin_sha256(experiment: Experiment, workdir: Workdir) -> str:
+    """Return `origin_sha256` of a work directory's tokenizer. Raises: CheckpointError if it is not finished."""
+    sha256 = _require_finished(experiment, "tokenizer", workdir)
+    return _read_origin(workdir.checkpoints("tokenizer"), (experiment.last_step("tokenizer"), sha256))
+
+
+def _read_origin(folder: pathlib.Path, good: tuple[int, str]) -> str:
+    return from_main(lambda: read_meta(folder, good[0])).get("made_from", {}).get("sha256", good[1])

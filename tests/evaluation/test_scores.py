@@ -350,7 +350,7 @@ def test_the_commands_from_images_to_numbers(
     text = run(*argv)
     for name in ("fid ", "sfid", "inception_score", "precision", "recall", "kid"):
         assert name in text
-    assert "note: n is 15, below 2048" in text and "no multiple of the 10 classes" in text
+    assert "note: n is 15, below 2048" in text and "not a multiple of the 10 classes" in text
     assert {p.name for p in out.iterdir()} == {"result.json", "grid.png", "chunks"}
     alone = run("--images", tmp_path / "x.npz", "--out", tmp_path / "alone", "--no-neighbours")
     assert "inception_score" in alone and "fid" not in alone and "kid" not in alone

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rar_jax.metrics import kid as module
-from rar_jax.metrics.kid import kid, kid_subsets
+from rar_jax.metrics.kid import kid
 
 
 def _brute(x: np.ndarray, y: np.ndarray) -> float:
@@ -51,28 +51,6 @@ def test_unbiased_at_few_samples() -> None:
     assert 4 * error < 0.5
 
 
-def test_subsets_are_a_function_of_the_seed() -> None:
-    sets = _sets(200, 150)
-    first = kid_subsets(*sets, subsets=7, size=40, seed=3)
-    assert first == kid_subsets(*sets, subsets=7, size=40, seed=3)
-    assert first != kid_subsets(*sets, subsets=7, size=40, seed=4)
-    assert first._fields == ("mean", "std") and first.std > 0
-
-
-def test_subsets_estimate_the_whole() -> None:
-    sets = _sets(400, 400)
-    estimate = kid_subsets(*sets, subsets=60, size=100)
-    assert estimate.mean == pytest.approx(kid(*sets), abs=4 * estimate.std / np.sqrt(60))
-
-
-def test_subsets_of_everything_are_the_whole() -> None:
-    # Drawn without replacement: every subset holds each row once.
-    reference, samples = _sets(20, 20)
-    estimate = kid_subsets(reference, samples, subsets=3, size=20)
-    assert estimate.mean == pytest.approx(kid(reference, samples), abs=1e-12)
-    assert estimate.std == pytest.approx(0, abs=1e-12)
-
-
 def test_bad_arguments_are_named() -> None:
     reference, samples = _sets()
     with pytest.raises(ValueError, match=r"samples has shape \(1, 5\)"):
@@ -81,7 +59,3 @@ def test_bad_arguments_are_named() -> None:
         kid(reference, samples[:, :4])
     with pytest.raises(ValueError, match="reference holds 1 numbers that are not finite"):
         kid(np.where(reference == reference[3, 3], np.nan, reference), samples)
-    with pytest.raises(ValueError, match=r"samples has shape \(23, 5\): it must be \(n, d\) with at least 24 rows"):
-        kid_subsets(reference, samples, size=24)
-    with pytest.raises(ValueError, match="subsets is 0 and size 1000"):
-        kid_subsets(reference, samples, subsets=0)

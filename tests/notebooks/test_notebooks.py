@@ -24,7 +24,7 @@ from PIL import Image
 
 from rar_jax.data import imagenet
 from rar_jax.generators import rar
-from rar_jax.programs.convert import convert
+from rar_jax.programs.convert import convert_weights
 from rar_jax.runs import ledger
 from rar_jax.runs.logging import read_metrics
 from rar_jax.weights import rar as interop_rar
@@ -83,7 +83,7 @@ def _text(notebook: Any) -> str:
 def _pictures(notebook: Any) -> list[np.ndarray]:
     shown = [*_outputs(notebook, "display_data"), *_outputs(notebook, "execute_result")]
     pngs = [out.data["image/png"] for out in shown if "image/png" in out.data]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L")) for png in pngs]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert_weights("L")) for png in pngs]
 
 
 # ---------------------------------------------------------------- what a reader sees
@@ -155,7 +155,7 @@ def test_sampling_from_given_weights(folder: pathlib.Path, environment: dict[str
     """A directory of ImageNet's 1000 classes, as `rar-jax convert` makes it of released files."""
     config, weights = dataclasses.replace(rar.TINY, num_tokens=64, num_classes=1000), folder / "rar_1000"
     interop_rar.save(folder / "rar_1000.safetensors", config, rar.init(config, jax.random.key(0)))
-    convert(str(folder / "rar_1000.safetensors"), weights, tokenizer=str(released_pair.tokenizer), quiet=True)
+    convert_weights(str(folder / "rar_1000.safetensors"), weights, tokenizer=str(released_pair.tokenizer), quiet=True)
     told = json.loads((weights / "config.json").read_text())
     told["data"]["class_names"] = list(imagenet.class_names())  # convert knows them of the released sizes
     (weights / "config.json").write_text(json.dumps(told))

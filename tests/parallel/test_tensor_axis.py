@@ -75,5 +75,5 @@ def test_evaluate_scores_the_same_samples(
 
 
 def test_an_axis_that_does_not_fit() -> None:
-    with pytest.raises(ConfigError, match="'tensor': 3} does not fit 4 devices"):
+    with pytest.raises(ConfigError, match="'tensor': 3} does not multiply to 4 devices"):
         make_mesh(MeshConfig(tensor=3))

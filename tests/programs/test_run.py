@@ -144,7 +144,7 @@ def test_the_same_command_does_nothing(workdir: pathlib.Path, capsys: pytest.Cap
     assert main(["run", "--config", TINY, "--workdir", str(workdir)]) == 0
     assert state() == before
     out = capsys.readouterr().out
-    assert "generator: done before" in out and "fd_classifier" in out and "Try next" in out
+    assert "generator: up to date, skipped" in out and "fd_classifier" in out and "Try next" in out
 
 
 def test_new_guidance_scores_again_without_training(workdir: pathlib.Path) -> None:

@@ -252,7 +252,7 @@ def test_what_is_not_known_and_flags_that_mean_nothing(
         assert f"{flag} does not apply to {straight}" in failure(capsys, str(straight), flag, value)
     for flag in ("--limit", "--image-size", "--problems"):
         assert f"{flag} is 0: at least 1" in failure(capsys, "digits", flag, "0")
-    assert "inspect takes no --config.* arguments" in failure(capsys, "digits", "--config.seed=1")
+    assert "there is no --config" in failure(capsys, "digits", "--config.seed=1")
 
 
 def test_the_picture_does_not_fall_among_the_images(

@@ -16,7 +16,7 @@ from PIL import Image
 from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.run import run
+from rar_jax.programs.run import run_experiment
 from rar_jax.runs.checkpoint import load_params, read_meta
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
@@ -99,22 +99,21 @@ def test_resumed_is_the_same_to_the_bit(tiny: Any, pictures: str, tmp_path: path
 
 def test_the_whole_run(tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = tiny.experiment(on_the_fly=True)
-    run(experiment, Workdir(tmp_path / "w"))
+    run_experiment(experiment, Workdir(tmp_path / "w"))
     out = capsys.readouterr().out
     assert "tokens: encoded on the fly, none are stored" in out and "generator: trained" in out
     assert f"  {tmp_path / 'w' / 'checkpoints'}\n" in out  # and no folder of tokens
     assert "1437 training images in 10 class(es): 0, 1, 2, 3, 4, ..." in out
     assert not (tmp_path / "w" / "tokens").exists()
     assert json.loads((tmp_path / "w" / "config.json").read_text())["data"]["on_the_fly"] is True
-    assert "on_the_fly" not in tiny.experiment().resolved()["data"]  # directories of earlier versions are not refused
-    run(experiment, Workdir(tmp_path / "w"))
-    assert "generator: done before" in capsys.readouterr().out
+    run_experiment(experiment, Workdir(tmp_path / "w"))
+    assert "generator: up to date, skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", [{"tokens": "a"}, {"tokens_heldout": "a"}, {"mix": (("a", 0.5), ("b", 0.5))}])
 def test_images_and_tokens_exclude_each_other(tiny: Any, given: dict[str, Any]) -> None:
     (name,) = given
-    with pytest.raises(ConfigError, match=rf"config\.data: on_the_fly trains on images, {name} on tokens: give one"):
+    with pytest.raises(ConfigError, match=rf"config\.data: on_the_fly and {name} exclude each other: give one"):
         tiny.experiment(on_the_fly=True, **given)
 
 
@@ -126,7 +125,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_made(
     with pytest.raises(ConfigError, match=r"data\.on_the_fly is set: .* there are no tokens"):
         tokenize(experiment, workdir, mesh, "train", quiet=True)
     with pytest.raises(ConfigError, match=r"crop is 'random', but tokens are made once: set data\.on_the_fly=True"):
-        run(tiny.experiment(**counted(pictures, "random")), workdir, quiet=True)
+        run_experiment(tiny.experiment(**counted(pictures, "random")), workdir, quiet=True)
     with pytest.raises(CheckpointError, match="has no finished tokenizer"):
         train(experiment, "generator", workdir, mesh, quiet=True)
     assert not (tmp_path / "w").exists()

@@ -179,14 +179,14 @@ def test_four_training_steps(tiny: Any, four: FourSteps, golden: pathlib.Path, p
         ({"eval_every": 0}, "eval_every is 0: it must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0: it must be at least 1"),
         ({"accumulation": 3}, "batch_size 8 is not divisible by accumulation 3"),
-        ({"warmup": 11}, "warmup is 11 steps, not shorter than the training of 10"),
-        ({"warmup": 10}, "warmup is 10 steps, not shorter than the training of 10"),
+        ({"warmup": 11}, "warmup is 11: it must be shorter than the 10 steps"),
+        ({"warmup": 10}, "warmup is 10: it must be shorter than the 10 steps"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0: it must be above 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0: it must be in [0, 1)"),
         (
             {"keep_checkpoints": 1},
-            "keep_checkpoints is 1: at least 2, so that one good step stays while another is written",
+            "keep_checkpoints is 1: it must be at least 2",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.generators import rar as generator
 from rar_jax.parallel.mesh import make_mesh
-from rar_jax.programs.run import run
+from rar_jax.programs.run import run_experiment
 from rar_jax.runs.checkpoint import load_params, read_meta
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.workdir import Workdir
@@ -54,9 +54,9 @@ def test_the_whole_run(
     files: dict[str, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     experiment, workdir = experiment_from(files), Workdir(tmp_path / "w")
-    run(experiment, workdir)
+    run_experiment(experiment, workdir)
     out = capsys.readouterr().out
-    assert f"M parameters, from {files['tokenizer']}" in out and "tokenizer: taken over from" in out
+    assert f"M parameters, from {files['tokenizer']}" in out and "tokenizer: copied from" in out
     assert "fd_classifier" not in out and "classifier" not in out
     _, expected = maskgit_vq.load(files["tokenizer"], image_size=8)
     assert jax.tree.all(jax.tree.map(np.array_equal, load_params(workdir.checkpoints("tokenizer"), 0), expected))
@@ -67,15 +67,15 @@ def test_the_whole_run(
     assert json.loads(workdir.result.read_text())["last_validation"]["generator"]["validation/raster_bits"] > 0
     assert (workdir.path / "samples.png").is_file()
     assert rar_jax.load(workdir.path).sample([1, 2]).shape == (2, 8, 8, 1)
-    run(experiment, workdir)  # again: nothing to do
-    assert "tokenizer: done before" in capsys.readouterr().out
+    run_experiment(experiment, workdir)  # again: nothing to do
+    assert "tokenizer: up to date, skipped" in capsys.readouterr().out
 
 
 def test_the_first_step_starts_from_the_weights(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """The learning rate of update 0 is 0, so that what step 1 saved are the weights themselves, made to fit."""
     workdir = Workdir(tmp_path / "w")
     experiment = experiment_from(files, "train.keep_checkpoints=5")
-    run(experiment, workdir, quiet=True)
+    run_experiment(experiment, workdir, quiet=True)
     other_config, other = rar.load(files["generator"])
     ours = load_params(workdir.checkpoints("generator"), 1)
     assert jax.tree.all(jax.tree.map(np.array_equal, ours["transformer"], other["transformer"]))
@@ -116,7 +116,7 @@ def test_a_tokenizer_of_another_size(files: dict[str, pathlib.Path], tmp_path: p
 def test_weights_of_another_width(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     experiment = experiment_from(files, "generator.width=64")
     with pytest.raises(ConfigError, match=r"init_from has width 32, config\.generator\.width is 64"):
-        run(experiment, Workdir(tmp_path / "w"), quiet=True)
+        run_experiment(experiment, Workdir(tmp_path / "w"), quiet=True)
     assert not (tmp_path / "w").exists(), "found before anything is made"
 
 
@@ -130,5 +130,5 @@ def test_there_is_no_classifier_to_train(files: dict[str, pathlib.Path], tmp_pat
 def test_a_tokenizer_where_a_generator_should_be(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     experiment = dataclasses.replace(experiment_from(files), init_from=str(files["tokenizer"]))
     with pytest.raises(ValueError, match="is a tokenizer: it has no 'pos_embed'"):
-        run(experiment, Workdir(tmp_path / "w"), quiet=True)
+        run_experiment(experiment, Workdir(tmp_path / "w"), quiet=True)
     assert not (tmp_path / "w").exists()

@@ -63,7 +63,7 @@ class ArrayRecordSource(EncodedSource):
 def write_array_record(
     path: str | pathlib.Path, images: Iterable[tuple[bytes, int]], *, class_names: Sequence[str]
 ) -> int:
-    """Write (encoded image, label) pairs into a file, classes.txt beside it; return how many.
+    """Write (encoded image, label) pairs and classes.txt; return how many.
 
     Raises: ConfigError if a label has no class, a name is not one line, or array_record is not installed.
     """

@@ -1,4 +1,4 @@
-"""parquet:PATH, the Hugging Face hub's layout: columns image {bytes, path} and label."""
+"""parquet:PATH, the Hugging Face hub's layout: image {bytes, path} and label."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ParquetSource(EncodedSource):
         return data, None
 
     def _read_group(self, index: int) -> Any:
-        """Image column of a row group; the least recently used groups leave the cache first."""
+        """Return the image column of a row group, through the cache."""
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
@@ -106,7 +106,7 @@ def _read_labels(spec: str, path: pathlib.Path, file: Any) -> np.ndarray:
 
 
 def _read_feature_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
-    """Class names in the features that the datasets library writes into the schema, or None."""
+    """Read class names that the datasets library wrote into the schema, or None."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features["label"]["names"])

@@ -15,7 +15,7 @@ _HELDOUT_OF_MANY_SIZES = ("validation", "test")
 
 
 class TfdsSource(EncodedSource):
-    """A prepared dataset of labelled images, decoded by us. Labels are known only by reading.
+    """A prepared dataset of labelled images. Labels are known only by reading.
 
     The validation split is TFDS's "test", or "validation" where images are cropped and there is one. Images of one size
     are padded by default.

@@ -1,4 +1,4 @@
-"""webdataset:PATH, samples in tar files: NAME.jpg beside NAME.cls (or NAME.json with "label")."""
+"""webdataset:PATH, tar files of NAME.jpg beside NAME.cls (or NAME.json)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class WebDatasetSource(EncodedSource):
 
 
 def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[_Sample]:
-    """List the samples of a tar file in its order; what is not part of one is a problem."""
+    """List the samples of a tar file; what is not part of one is a problem."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Time a part of an experiment with random weights, against what this machine can do.
+"""Time a part of an experiment against what this machine can do.
 
 The parts are sampling, the training step, tokenizing, evaluating and the loader. No files are needed, and none are left
 but the trace that --profile writes.
@@ -32,8 +32,10 @@ def bench_experiment(
     Args:
       profile: folder for a jax.profiler trace of one more run, in batch_<size>.
 
-    Returns: what --json prints. {"bench", "config", "platform", "device_kind", "devices", "jax_version", "dtype" (None for
-      the loader), "guided", "ceilings": {"flops_per_second", "bytes_per_second"}, "results": see `describe_case` and `compare_to_ceilings`}.
+    Returns: what --json prints. {"bench", "config", "platform", "device_kind", "devices", "jax_version", "dtype" (None
+    for
+      the loader), "guided", "ceilings": {"flops_per_second", "bytes_per_second"}, "results": see `describe_case` and
+      `compare_to_ceilings`}.
     Raises: ConfigError for sizes that do not divide over the mesh, or a `profile` that is not a folder.
     """
     require(profile is None or profile.is_dir() or not profile.exists(), f"--profile {profile} is not a folder")
@@ -84,7 +86,7 @@ def time_case(case: Case, options: Options, quiet: bool) -> list[float]:
 
 
 def describe_case(case: Case, seconds: list[float]) -> dict[str, Any]:
-    """Results of one batch size: "rate" in "unit" per second and "seconds" of one step; rates are of the median step.
+    """Results of one batch size. Rates are per second of the median step.
 
     "flops" to "bytes_per_second" are None if the cost is unknown.
     """
@@ -103,7 +105,9 @@ def describe_case(case: Case, seconds: list[float]) -> dict[str, Any]:
 
 
 def compare_to_ceilings(result: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
-    """{"share_of_ceiling", "limited_by"}: the least possible time over the measured one, and what it is spent on, "flops" or "bytes".
+    """Divide the least possible time by the measured one.
+
+    Returns: {"share_of_ceiling", "limited_by"}, the latter "flops" or "bytes".
 
     None if the cost is unknown.
     """
@@ -121,7 +125,8 @@ def format_bench(report: Mapping[str, Any]) -> str:
     """The report of `bench_experiment` as a table."""
     ceilings, guidance = report["ceilings"], ", guided" if report["guided"] else ", without guidance"
     lines = [
-        f"bench {report['bench']} of {report['config']}, random weights: {report['devices']} {report['device_kind']} device(s), "
+        f"bench {report['bench']} of {report['config']}, random weights: "
+        f"{report['devices']} {report['device_kind']} device(s), "
         f"jax {report['jax_version']}{', ' + report['dtype'] if report['dtype'] else ''}"
         f"{guidance if report['bench'] in ('sample', 'evaluate') else ''}",
         f"this machine, measured: {_format_si(ceilings['flops_per_second'])}FLOP/s in a large matmul, "

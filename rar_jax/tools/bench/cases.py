@@ -1,4 +1,4 @@
-"""The cases that `rar-jax bench` times: one function per part of an experiment, which yields a Case per batch size."""
+"""Make the cases that `rar-jax bench` times, one per batch size."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ LOADER_STEPS = 100  # batches in one repeat: a single batch is too short to time
 class Options:
     """What to time, and how.
 
-    what: a key of OPTIONS. batch_sizes: default, the experiment's own. dtype: of the matmuls; default, that of the verb.
-    decode: for sample, decode the tokens; for tokenize, decode instead of encoding. whole: for evaluate, also sample and
+    what: a key of OPTIONS. batch_sizes: default, the experiment's own. dtype: of the matmuls; default, that of the
+    verb.
+    decode: for sample, decode the tokens; for tokenize, decode instead of encoding. whole: for evaluate, also sample
+    and
     decode. records: size of the store that the loader reads.
     """
 
@@ -95,7 +97,10 @@ class Case:
 
 
 def select_batch_sizes(experiment: Experiment, mesh: Mesh, options: Options) -> tuple[int, ...]:
-    """The requested batch sizes, or the experiment's. Raises: ConfigError for one that does not divide over the mesh."""
+    """The requested batch sizes, or the experiment's.
+
+    Raises: ConfigError for one that does not divide over the mesh.
+    """
     own = experiment.train.batch_size if options.what in ("train", "loader") else experiment.evaluate.batch_size
     parts = batch_divisor(mesh)
     for size in options.batch_sizes or (own,):
@@ -104,7 +109,7 @@ def select_batch_sizes(experiment: Experiment, mesh: Mesh, options: Options) -> 
 
 
 def select_dtype(experiment: Experiment, options: Options) -> str:
-    """The requested matmul dtype, or that of the verb; float32 on devices without bfloat16."""
+    """The requested matmul dtype or the verb's; float32 on devices without bfloat16."""
     own = {"train": experiment.generator, "tokenize": experiment.tokenizer}.get(options.what)
     return matmul_dtype(options.dtype or (own.config.dtype if own else "float32"))
 
@@ -160,7 +165,10 @@ def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> It
 
 
 def make_image_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """For "tokenize", images to tokens, with `decode` tokens to images. For "evaluate", images to Inception features."""
+    """For "tokenize", images to tokens, with `decode` tokens to images.
+
+    For "evaluate", images to Inception features.
+    """
     if options.what == "evaluate":
         function, params = extract_features, _draw_inception(mesh)
     else:
@@ -194,7 +202,10 @@ def make_loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> I
 
 
 def make_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """The cases of `options.what`. Raises: ConfigError for a case that does not fit in memory."""
+    """The cases of `options.what`.
+
+    Raises: ConfigError for a case that does not fit in memory.
+    """
     makers = {"train": make_train_cases, "loader": make_loader_cases, "sample": make_sample_cases}
     make = make_sample_cases if options.whole else makers.get(options.what, make_image_cases)
     return make(experiment, mesh, options)
@@ -213,7 +224,9 @@ def _make_network_case(mesh: Mesh, size: int, function: Callable[..., Any], *arg
 
 
 def _compile(mesh: Mesh, batch_size: int, jitted: Any, *args: Any) -> tuple[Any, float, Cost | None]:
-    """Compile a program. Returns: it, the seconds of tracing and compiling, and its cost, None if that depends on data.
+    """Compile a program.
+
+    Returns: it, the seconds of tracing and compiling, and its cost, None if that depends on data.
 
     Raises: ConfigError if it does not fit in memory.
     """
@@ -254,7 +267,7 @@ def _draw_state(abstract: Any) -> Any:
 
 
 def _draw(shapes: Any, at: Any) -> Any:
-    """Draw uniform noise of standard deviation 0.02, by the hash of dropout: threefry takes 14 s for RAR-B on two cores."""
+    """Draw uniform noise by the hash of dropout, which is faster than threefry."""
 
     def draw(key: jax.Array) -> Any:
         leaves, tree = jax.tree.flatten(shapes)

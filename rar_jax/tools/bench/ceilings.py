@@ -1,4 +1,4 @@
-"""Measure the ceilings of a machine: the rate of a large matmul and the bandwidth of memory."""
+"""Measure the ceilings of a machine: matmul rate and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(mesh: Mesh, dtype: Any) -> Ceilings:
-    """Measure both rates on all devices at once, in a few seconds. dtype: of the matmul, float32 (not TF32) or bfloat16."""
+    """Measure both rates on all devices at once, in a few seconds.
+
+    dtype: of the matmul, float32 (not TF32) or bfloat16.
+    """
     time_matmul = functools.partial(_time_matmul, mesh, jnp.dtype(dtype))
     flops = _find_best_rate(time_matmul, MATMUL_SIZES, MATMUL_SECONDS)
     return Ceilings(flops, _find_best_rate(functools.partial(_time_memory, mesh), MEMORY_SIZES, MEMORY_SECONDS))
 
 
 def _find_best_rate(measure: Callable[[int], tuple[float, float]], sizes: tuple[int, int], enough: float) -> float:
-    """The best rate of growing sizes. measure: gives the seconds and the rate of a size."""
+    """The best rate of growing sizes.
+
+    measure: gives the seconds and the rate of a size.
+    """
     best, (size, largest) = 0.0, sizes
     while True:
         seconds, rate = measure(size)
@@ -61,7 +67,7 @@ def _time_memory(mesh: Mesh, size: int) -> tuple[float, float]:
 
 
 def _on_each(mesh: Mesh, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Run a function on every device, each with its own arrays, stacked along the first dimension."""
+    """Run a function on every device, each with its part of the first dimension."""
     spec = PartitionSpec(mesh.axis_names)
     # check_vma does not accept a constant that differs from device to device.
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from rar_jax.errors import CheckpointError
+from rar_jax.experiment import STAGES
 from rar_jax.runs import ledger
 from rar_jax.runs import lock as lease
 from rar_jax.runs.checkpoint import best_steps
@@ -16,7 +17,6 @@ from rar_jax.runs.object_store import is_url
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.layout import LISTED, Summary
-from rar_jax.weights.stages import STAGES
 
 Problem = dict[str, str]
 

@@ -1,1 +1,1 @@
-"""Compile an experiment for accelerators that are not here, and report memory, FLOPs and communication."""
+"""Compile an experiment for TPUs that are not attached."""

@@ -1,4 +1,4 @@
-"""Read the collectives and the compiler's cycle estimates of one device off the HLO text of a compiled program.
+"""Read collectives and the compiler's cycle estimates from HLO text.
 
 The text of TPU programs has no trip counts. Loops count as often as they run, because the scalar integers of each
 computation are evaluated. The minimum of a known number and of one that depends on data counts as the known number.
@@ -30,7 +30,8 @@ _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 class Collective:
     """One collective of the text.
 
-    size: bytes of the larger of its operands and results on one device. groups: the devices that each unites, positions in
+    size: bytes of the larger of its operands and results on one device. groups: the devices that each unites, positions
+    in
     the order of the mesh; None where the text names none. asynchronous: it overlaps with other work. slices: that it
     joins over the data centre's network; 1 within a slice.
     """
@@ -44,7 +45,10 @@ class Collective:
 
 @dataclasses.dataclass
 class Totals:
-    """Of one run on one device. cycles: the compiler's own estimates. collectives: how often each runs."""
+    """Of one run on one device.
+
+    cycles: the compiler's own estimates. collectives: how often each runs.
+    """
 
     cycles: float = 0.0
     collectives: collections.Counter[Collective] = dataclasses.field(default_factory=collections.Counter)
@@ -57,7 +61,10 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line. result: its type as written. inside: between the parentheses. rest: the attributes after them."""
+    """One line.
+
+    result: its type as written. inside: between the parentheses. rest: the attributes after them.
+    """
 
     name: str
     result: str
@@ -81,7 +88,7 @@ class Instruction:
         return re.match(r"([su]\d+|pred)\[(1,?)*\]", self.result) is not None
 
     def find_called(self, attribute: str) -> str:
-        """The computation that an attribute ("calls", "body", "condition", "to_apply") names; "" if there is none."""
+        """The computation that an attribute such as "body" names, "" if there is none."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
@@ -119,7 +126,7 @@ def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def count_program(text: str) -> Totals:
-    """Count what one device does in one run of a compiled program (`jax.stages.Compiled.as_text`).
+    """Count what one device does in one run, from the text of a compiled program.
 
     Raises: TripCountError for a loop whose bounds depend on data.
     """
@@ -133,7 +140,10 @@ class _Counter:
         self._without_loops: dict[str, Totals] = {}
 
     def count(self, name: str, arguments: Sequence[Any], *, fused: bool = False) -> Totals:
-        """Count one run of a computation. arguments: integers, tuples of them, or None for what is unknown."""
+        """Count one run of a computation.
+
+        arguments: integers, tuples of them, or None for what is unknown.
+        """
         if name in self._without_loops:
             return self._without_loops[name]
         total, value, loops = Totals(), self._make_scope(name, arguments), False
@@ -169,7 +179,7 @@ class _Counter:
         return self._make_scope(name, arguments)(self._computations[name].root)
 
     def _make_scope(self, name: str, arguments: Sequence[Any]) -> Callable[[str], Any]:
-        """Function from the name of an instruction to its integer, or tuple of them; None if that is unknown."""
+        """Function from the name of an instruction to its value, see `_evaluate`."""
 
         @functools.cache
         def value(name: str) -> Any:
@@ -201,7 +211,7 @@ _UNCHANGED = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done"
 
 
 def _evaluate(instruction: Instruction, value: Callable[[str], Any]) -> Any:
-    """The integer, bool or tuple of them that an instruction makes, None if it is unknown."""
+    """The integer, bool or tuple that an instruction makes, None if unknown."""
     opcode = instruction.opcode
     if opcode == "tuple":
         return tuple(map(value, instruction.operands))
@@ -251,7 +261,8 @@ def _find_collective(instruction: Instruction, computation: dict[str, Instructio
         return None
     overlaps = instruction.opcode.endswith("-start")
     if fused:
-        # The TPU compiler splits an overlapping collective over fusions, of which the first says AsyncCollectiveStart. An
+        # The TPU compiler splits an overlapping collective over fusions, of which the first says AsyncCollectiveStart.
+        # An
         # all-reduce that is fused with a slice of its result is a reduce-scatter.
         overlaps = any("AsyncCollectiveStart" in other.rest for other in computation.values())
         scatters = kind == "all-reduce" and any(other.opcode == "dynamic-slice" for other in computation.values())
@@ -266,7 +277,10 @@ def _find_collective(instruction: Instruction, computation: dict[str, Instructio
 
 
 def _find_send(instruction: Instruction, computation: dict[str, Instruction]) -> Collective | None:
-    """A collective between slices: the TPU compiler makes it a send of a chip's share. Its overlap is not analysed."""
+    """A collective between slices: the TPU compiler makes it a send of a chip's share.
+
+    Its overlap is not analysed.
+    """
     kind = _search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
     target = _search(r'_xla_megascale_target="{([\d,:]+)}', instruction.rest)
     if not (kind and target):  # to the host
@@ -278,7 +292,7 @@ def _find_send(instruction: Instruction, computation: dict[str, Instruction]) ->
 
 
 def parse_replica_groups(text: str) -> tuple[tuple[int, ...], ...] | None:
-    """Parse the devices that a collective unites, positions in mesh order; None where it names none, as permutes do.
+    """Parse the devices that a collective unites, positions in mesh order, or None.
 
     They are written as lists {{0,1},{2,3}}, as an arrangement [2,2]<=[4] or [2,2]<=[2,2]T(1,0), or as axes of a mesh.
     """

@@ -1,4 +1,4 @@
-"""Rehearse an experiment on TPUs that are not attached: does it fit in memory, and how long does it take.
+"""Estimate memory and time of an experiment on TPUs that are not attached.
 
 libtpu compiles the real programs for a slice.
 """
@@ -44,7 +44,7 @@ def plan_experiment(
     remedies: bool = True,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Compile the programs of training, of tokenizing, and of sampling with FID for a topology.
+    """Compile training, tokenizing, and sampling with FID for a topology.
 
     Args:
       sample_rows: images per chip in the sampling program. parts: what to compile, by default `list_parts(experiment)`.
@@ -52,7 +52,8 @@ def plan_experiment(
 
     Returns: what --json prints: {"config", "topology", "chips", "versions"} and, for each part, "fits", and "why" if it
       does not fit, else `measure_program` with rates; for training also "mesh" and "remedy".
-    Raises: ConfigError without libtpu, for an unknown slice, if batch or parameters do not divide over it, or for the part
+    Raises: ConfigError without libtpu, for an unknown slice, if batch or parameters do not divide over it, or for the
+    part
       "tokenize" of an experiment that stores no tokens.
     """
     require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
@@ -112,7 +113,7 @@ def _plan_training(experiment: Experiment, topology: Topology, devices: Any, say
 
 
 def _plan_tokenizing(experiment: Experiment, topology: Topology, devices: Any, say: Say) -> dict[str, Any]:
-    """One chip's share of a batch; all chips encode at a time, those of one tensor group the same images."""
+    """One chip's share of a batch. Chips of one tensor group encode the same images."""
     data, mesh = experiment.data, make_mesh(MeshConfig(), devices[:1])
     require(not data.on_the_fly, "data.on_the_fly is set: images are encoded in training, see --only train")
     require(not data.given_tokens("train"), "data.tokens or data.mix is set: there are no images to encode")
@@ -125,7 +126,7 @@ def _plan_tokenizing(experiment: Experiment, topology: Topology, devices: Any, s
 
 
 def _plan_sampling(experiment: Experiment, topology: Topology, devices: Any, rows: int, say: Say) -> dict[str, Any]:
-    """As `evaluate` samples: copies of the model, sharded over the experiment's tensor axis."""
+    """As `evaluate` samples: copies of the model, sharded along the tensor axis."""
     mesh = make_mesh(MeshConfig(tensor=experiment.mesh.tensor), devices)
     size = rows * mesh.shape["data"]
     say(f"compiling sampling and FID of {size} images for {topology}")
@@ -153,7 +154,7 @@ def _add_duration(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_remedies(experiment: Experiment, chips: int) -> Iterator[tuple[list[str], Experiment]]:
-    """Changes that do not change what is learned, the cheapest first: flags, and the experiment with them."""
+    """Flags that do not change what is learned, and the experiment with them."""
     flags, changed, mesh = [], experiment, experiment.mesh
     if (rematerialized := _rematerialize(experiment)) is not None:
         flags, changed = ["--config.generator.remat=True"], rematerialized
@@ -172,7 +173,7 @@ def list_remedies(experiment: Experiment, chips: int) -> Iterator[tuple[list[str
 
 
 def _rematerialize(experiment: Experiment) -> Experiment | None:
-    """The experiment with the generator's `remat` set; None if it is set already, or the generator has no such option."""
+    """Set the generator's `remat`. None if it is set, or there is no such option."""
     generator = experiment.generator
     try:
         config = dataclasses.replace(generator.config, remat=True)
@@ -183,7 +184,10 @@ def _rematerialize(experiment: Experiment) -> Experiment | None:
 
 
 def _find_remedy(experiment: Experiment, topology: Topology, devices: Any, say: Say) -> dict[str, Any] | None:
-    """The first remedy that fits: its "flags" and the training with them. None if none does."""
+    """The first remedy that fits: its "flags" and the training with them.
+
+    None if none does.
+    """
     for flags, changed in list_remedies(experiment, topology.chips):
         try:
             planned = _plan_training(changed, topology, devices, say)
@@ -198,7 +202,7 @@ def _find_remedy(experiment: Experiment, topology: Topology, devices: Any, say: 
 
 
 def list_candidates(experiment: Experiment, topology: Topology) -> Iterator[tuple[Experiment, int]]:
-    """The experiment on each mesh that divides it and holds its state, and the bytes of state per chip.
+    """Meshes that divide the experiment and hold its state, with its bytes per chip.
 
     fsdp and tensor are powers of two and lie within a slice.
     """
@@ -220,15 +224,16 @@ def list_candidates(experiment: Experiment, topology: Topology) -> Iterator[tupl
 def search_meshes(experiment: Experiment, topology: Topology, *, say: Say = lambda text: None) -> dict[str, Any]:
     """Plan the training on every candidate mesh, without other changes.
 
-    Returns: {"config", "topology", "chips", "versions", "meshes"}: meshes are {"mesh", "state", "train"}, the fastest first,
+    Returns: {"config", "topology", "chips", "versions", "meshes"}: meshes are {"mesh", "state", "train"}, the fastest
+    first,
       those that do not fit last.
     Raises: ConfigError if no mesh of so many chips holds the experiment; what `plan_experiment` raises.
     """
     candidates = list(list_candidates(experiment, topology))
     require(
         bool(candidates),
-        f"no mesh of {topology.chips} chips holds {experiment.name}: its batch or widths do not divide, or its state is "
-        "larger than a chip; choose another --topology",
+        f"no mesh of {topology.chips} chips holds {experiment.name}: its batch or widths do not divide, or its state "
+        "is larger than a chip; choose another --topology",
     )
     say(f"compiling for {len(candidates)} meshes")
     reports = [plan_experiment(x, topology, parts=("train",), remedies=False, say=say) for x, _ in candidates]

@@ -1,4 +1,4 @@
-"""The programs that `rar-jax plan` compiles for chips that are not attached, and what the compiler reports about them."""
+"""Lower, compile and measure the programs of `rar-jax plan`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from rar_jax.weights.stages import model_shardings
 
 
 class DoesNotFitError(RuntimeError):
-    """The program does not fit in the memory of a chip. The message is the first line of the compiler's."""
+    """The program does not fit in the memory of a chip.
+
+    The message is the first line of the compiler's.
+    """
 
 
 # ---------------------------------------------------------------- programs
@@ -41,7 +44,10 @@ def set_up_training(experiment: Experiment, mesh: Any) -> Setup:
 
 
 def lower_training(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
-    """The generator's training step for one batch. Raises: ConfigError if the experiment does not divide over the mesh."""
+    """The generator's training step for one batch.
+
+    Raises: ConfigError if the experiment does not divide over the mesh.
+    """
     experiment.check_mesh(mesh)
     batch, frozen = _shape_tokens(experiment), None
     if experiment.data.on_the_fly:
@@ -56,7 +62,9 @@ def lower_training(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
-    """One batch of labels to sums of Inception features, as `evaluate` jits it. The mesh has no fsdp.
+    """One batch of labels to sums of Inception features, as `evaluate` jits it.
+
+    The mesh has no fsdp.
 
     Raises: DoesNotFitError.
     """
@@ -78,8 +86,9 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
 def lower_tokenizing(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
     """One batch of images to tokens, as `tokenize` jits it."""
     images = _place(_shape_images(experiment, batch_size), batch_sharding(mesh))
+    params = shape_params(experiment.tokenizer, mesh)  # not under the mesh, whose devices cannot run anything
     with sharded(mesh):
-        return jit_encode(experiment.tokenizer, mesh).lower(shape_params(experiment.tokenizer, mesh), images)
+        return jit_encode(experiment.tokenizer, mesh).lower(params, images)
 
 
 def shape_params(model: Model, mesh: Any) -> Any:
@@ -110,7 +119,10 @@ def _place(shapes: Any, at: Any) -> Any:
 
 
 def count_model_flops(experiment: Experiment) -> float | None:
-    """FLOPs of a training step without recomputation, three forward passes. None if a loop of the loss depends on data."""
+    """FLOPs of a training step without recomputation, three forward passes.
+
+    None if a loop of the loss depends on data.
+    """
     generator, key = experiment.generator, jax.random.key(0)
     loss = functools.partial(generator.module.loss, generator.config, key=key, step=0)
     params = jax.eval_shape(functools.partial(generator.module.init, generator.config), key)
@@ -121,7 +133,7 @@ def count_model_flops(experiment: Experiment) -> float | None:
 
 
 def count_state_bytes(experiment: Experiment, mesh: Any) -> int:
-    """Bytes of parameters, moments and EMA on one device of a mesh, which may be abstract."""
+    """Bytes of the training state on one device of a mesh, which may be abstract."""
     state = set_up_training(experiment, mesh).abstract_state
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
@@ -140,7 +152,9 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def measure_program(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh) -> dict[str, Any]:
-    """Compile a program. Returns: "compile_seconds", "memory" of a chip, "collectives", and estimated "seconds" of a run.
+    """Compile a program.
+
+    Returns: "compile_seconds", "memory" of a chip, "collectives", and estimated "seconds" of a run.
 
     Computing is the compiler's own estimate in cycles. Communication is exposed unless the compiler overlaps it.
     Raises: DoesNotFitError.

@@ -1,4 +1,4 @@
-"""TPU slices that need not be attached: the data sheets of their chips, their devices, and the time of a collective."""
+"""TPU slices: data sheets of chips, devices to compile for, time of a collective."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ COMPILER_STACK = "--fibers_default_thread_stack_size=1048576"
 class Chip:
     """Data sheet of a chip.
 
-    flops: peak per second, bfloat16. memory: bytes that a program can have. link: bytes/s of one link to a neighbour, one
-    way. network: bytes/s per chip between slices. clock: Hz of the matmul units. wraps: an axis of so many chips is a ring
+    flops: peak per second, bfloat16. memory: bytes that a program can have. link: bytes/s of one link to a neighbour,
+    one
+    way. network: bytes/s per chip between slices. clock: Hz of the matmul units. wraps: an axis of so many chips is a
+    ring
     (on v5p, of a multiple). dimensions: of the torus.
     """
 
@@ -40,8 +42,10 @@ class Chip:
     dimensions: int
 
 
-# cloud.google.com/tpu/docs/v5e, v5p, v6e: interconnect of 1600, 4800 and 3200 Gbit/s per chip over 4, 6 and 4 links. Between
-# slices: the network of a pod over its chips; on v5p the network card of a host over 4. Memory: as the compiler reports it.
+# cloud.google.com/tpu/docs/v5e, v5p, v6e: interconnect of 1600, 4800 and 3200 Gbit/s per chip over 4, 6 and 4 links.
+# Between
+# slices: the network of a pod over its chips; on v5p the network card of a host over 4. Memory: as the compiler reports
+# it.
 # The clock is the peak over the FLOPs per cycle of all matmul units.
 CHIPS = {
     "v5e": Chip(197e12, 15.75 * GIB, 50e9, 3.125e9, 197e12 / (4 * 128**2 * 2), 16, 2),
@@ -52,7 +56,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of one kind of chip. shape: of one slice, (4, 4, 4). slices: joined by the data centre's network."""
+    """Slices of one kind of chip.
+
+    shape: of one slice, (4, 4, 4). slices: joined by the data centre's network.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -77,7 +84,10 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """Parse "v5p:4x4x4", "v5e:4x4" or "v6e:8x8". Raises: ConfigError for anything else."""
+    """Parse "v5p:4x4x4", "v5e:4x4" or "v6e:8x8".
+
+    Raises: ConfigError for anything else.
+    """
     require(slices >= 1, f"--slices is {slices}: it must be at least 1")
     kind, _, sizes = text.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sizes):
@@ -119,7 +129,7 @@ def find_topology_devices(topology: Topology) -> Sequence[Any]:
 
 
 def estimate_traffic(topology: Topology, collective: Collective, coordinates: np.ndarray) -> dict[str, float]:
-    """What one chip sends in a collective, by bandwidth alone: every link along the axes of a group is in use.
+    """Estimate what one chip sends in a collective, using all links of its group.
 
     Args:
       coordinates: int (chips, 1 + dimensions), slice and position of the chips in mesh order, see `list_coordinates`.

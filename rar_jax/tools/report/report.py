@@ -15,13 +15,13 @@ from typing import Any
 import rar_jax
 from rar_jax.config import flatten, require
 from rar_jax.errors import ConfigError
+from rar_jax.experiment import STAGES
 from rar_jax.runs import grids, ledger
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.workdir import inspect_workdir
 from rar_jax.tools.report.curves import draw_curves
 from rar_jax.tools.report.tags import Tag, make_table, make_tag
-from rar_jax.weights.stages import STAGES
 
 LEDGER_ROWS = 500  # the last ones
 CELL = 52  # pixels; smaller images of a grid are enlarged
