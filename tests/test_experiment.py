@@ -390,9 +390,8 @@ def test_durations_are_resolved_by_their_own_recipe() -> None:
     resolved = resolve(load_experiment("digits", overrides), "digits").resolved()
     epoch = 1437 / 100
     assert resolved["train"]["steps"] == round(40 * epoch) == 575 and resolved["train"]["warmup"] == round(2 * epoch)
-    assert resolved["generator"]["anneal_end"] == round(575 / 2) and resolved["generator"]["anneal_start"] == round(
-        10 * epoch
-    )
+    generator = resolved["generator"]
+    assert (generator["anneal_end"], generator["anneal_start"]) == (round(575 / 2), round(10 * epoch))
 
 
 def test_precision_reaches_both_networks_and_a_section_may_differ() -> None:

@@ -54,7 +54,7 @@ class Lease:
     def release(self) -> None:
         """Lets others in. Safe to call twice, and from another thread."""
         self._released.set()
-        if read(self.path).get("nonce") == self._nonce:
+        if read_holder(self.path).get("nonce") == self._nonce:
             self.path.unlink(missing_ok=True)
 
     def _take(self) -> None:
@@ -64,7 +64,7 @@ class Lease:
                     file.write(self._text)
                 return
             except FileExistsError:
-                holder = read(self.path)
+                holder = read_holder(self.path)
             who = f"process {holder.get('pid')} on {holder.get('host')} (rar-jax {holder.get('verb')}, since {holder.get('since')})"
             if alive(self.path, holder) and (_is_here(holder) or _beats(self.path, holder, who)):
                 raise LeaseError(f"{self.path.parent} is being written to by {who}: wait for it or stop it")
@@ -76,14 +76,14 @@ class Lease:
         aside = self.path.with_name(f"{NAME}.{self._nonce}")
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(aside)
-            if read(aside) != stale:
+            if read_holder(aside) != stale:
                 with contextlib.suppress(FileExistsError):
                     os.link(aside, self.path)
             aside.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            holder = read(self.path)
+            holder = read_holder(self.path)
             if holder and holder.get("nonce") != self._nonce:
                 self._lost = (
                     f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}, since this one gave "
@@ -94,7 +94,7 @@ class Lease:
                 os.utime(self.path)
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read_holder(path: pathlib.Path) -> dict[str, Any]:
     """Who holds a lease; {} if none does, or the file is being written."""
     try:
         holder = json.loads(path.read_text())
@@ -134,7 +134,7 @@ def _beats(path: pathlib.Path, holder: dict[str, Any], who: str) -> bool:
         first = _last_beat(path)
         while alive(path, holder):
             if _last_beat(path) != first:
-                return read(path) == holder  # or else it is another's
+                return read_holder(path) == holder  # or else it is another's
             time.sleep(LOOK_SECONDS)
     except FileNotFoundError:
         pass

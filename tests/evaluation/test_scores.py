@@ -82,7 +82,6 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
 # ---------------------------------------------------------------- killed, resumed, damaged
 
 
-@pytest.mark.promise(12, "evaluation killed at any write: same numbers to the bit")
 @pytest.mark.usefixtures("cheap")
 def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bits(
     tmp_path: pathlib.Path, computed: list[Any], monkeypatch: pytest.MonkeyPatch

@@ -79,9 +79,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.promise(
-    1, "40 steps straight against 13 + kill -9 + 27: parameters, moments, losses, batch digests of every step"
-)
 def test_killed_and_resumed_is_the_same_to_the_bit(straight: pathlib.Path, tmp_path: pathlib.Path) -> None:
     killed = tmp_path / "run"
     shutil.copytree(straight, killed)  # the stages before the generator are done

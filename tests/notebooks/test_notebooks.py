@@ -137,12 +137,12 @@ def test_interrupted_training_goes_on(folder: pathlib.Path, environment: dict[st
                 client.execute_cell(notebook.cells[place], place)
         finally:
             ended.set()
-        assert not (workdir / "result.json").exists() and ledger.read(workdir)[-1]["reason"] in (
+        assert not (workdir / "result.json").exists() and ledger.read_ledger(workdir)[-1]["reason"] in (
             "interrupted",
             "preempted",
         )
         client.execute_cell(notebook.cells[place], place)
-    assert (workdir / "result.json").is_file() and ledger.read(workdir)[-1]["reason"] == "done"
+    assert (workdir / "result.json").is_file() and ledger.read_ledger(workdir)[-1]["reason"] == "done"
 
 
 def test_sampling_says_which_weights(executed: dict[str, Any]) -> None:

@@ -105,7 +105,6 @@ def two(one: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.
     return workdir
 
 
-@pytest.mark.promise(3, "saved by 1 process, gone on with by 2: every loss within 1e-5 of 1 process")
 def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) -> None:
     check_store(two, one)
     check_rows(two, one, "generator")
@@ -121,7 +120,6 @@ def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) ->
     assert written == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
-@pytest.mark.promise(3, "saved by 2 processes, gone on with by 1 on another mesh")
 def test_one_process_goes_on_from_what_two_saved(one: pathlib.Path, two: pathlib.Path, tmp_path: pathlib.Path) -> None:
     workdir = cut_back(two, tmp_path / "run", 16)
     out = rar_jax(1, "train", workdir, *FSDP, "--config.mesh.fsdp=4")

@@ -160,7 +160,7 @@ def test_a_bucket_does_not_hold_up_who_is_asked_to_leave(
         write(workdir.path, {"config.json": "{}"})
         threading.Thread(target=listen, daemon=True).start()
         assert left.acquire(timeout=10)
-        stops = [row for row in ledger.read(workdir.path) if row["event"] == "stop"]
+        stops = [row for row in ledger.read_ledger(workdir.path) if row["event"] == "stop"]
         back.set()
         assert signals == 1 or left.acquire(
             timeout=10
@@ -283,7 +283,7 @@ def test_who_was_taken_for_dead_stops_whatever_it_does(
             time.sleep(0.01)
     time.sleep(1.5)
     assert codes == ([] if polls else [1])
-    stops = [row["reason"] for row in ledger.read(workdir.path) if row["event"] == "stop"]
+    stops = [row["reason"] for row in ledger.read_ledger(workdir.path) if row["event"] == "stop"]
     assert stops[0].startswith("LeaseError: gs://bucket/stops")
     assert ("rar-jax tokenize: gs://bucket/stops/False was taken over" in capsys.readouterr().err) is not polls
 

@@ -71,7 +71,6 @@ def test_the_same_config_again(begun: Workdir) -> None:
     assert begun.read_config() == before
 
 
-@pytest.mark.promise(11, "the work directory of another run, with the differences")
 def test_another_config_is_refused_with_the_differences(begun: Workdir) -> None:
     other = changed(train={"steps": 200, "extra": "x"}, seed=1, tokenizer={"width_multipliers": (1, 4)})
     assert refusal(begun, other) == (

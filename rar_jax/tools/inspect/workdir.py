@@ -35,7 +35,7 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
     Raises: ConfigError if config.json is damaged.
     """
     workdir = Workdir(target).fetch()
-    config, rows, writer = workdir.read_config(), ledger.read(workdir.path), _read_writer(workdir)
+    config, rows, writer = workdir.read_config(), ledger.read_ledger(workdir.path), _read_writer(workdir)
     damaged: list[str] = []
     metrics = read_metrics(workdir.path, problems=damaged)
     problems: list[Problem] = [{"name": "metrics", "reason": reason} for reason in damaged]
@@ -78,7 +78,7 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
 def _read_writer(workdir: Workdir) -> dict[str, Any] | None:
     """Who writes to the folder, or else who wrote to the bucket last, with its "beat"."""
     path = workdir.path / lease.NAME
-    if (holder := lease.read(path)) and lease.alive(path, holder):
+    if (holder := lease.read_holder(path)) and lease.alive(path, holder):
         return holder
     return workdir.mirror.writer() if workdir.mirror else None
 
