@@ -395,7 +395,6 @@ def test_durations_are_resolved_by_their_own_recipe() -> None:
 
 
 def test_precision_reaches_both_networks_and_a_section_may_differ() -> None:
-    resolved = resolve(
-        load_experiment("digits", ["precision=bfloat16", "tokenizer.dtype=float32"]), "digits"
-    ).resolved()
+    overrides = ["precision=bfloat16", "tokenizer.dtype=float32"]
+    resolved = resolve(load_experiment("digits", overrides), "digits").resolved()
     assert (resolved["generator"]["dtype"], resolved["tokenizer"]["dtype"]) == ("bfloat16", "float32")
