@@ -284,7 +284,7 @@ def kill(
             newest = max(good, default=0)
             moments.append(newest)
         out = finish(start(url, "elsewhere"))
-        assert not newest or f"classifier: goes on from step {newest} of {last}" in out
+        assert not newest or f"classifier: resuming from step {newest} of {last}" in out
         final = tmp_path / "elsewhere" / scheme / "bucket" / "killed"
         ours, straight = ((state_of(w, last), told(w)) for w in (final, tmp_path / "straight"))
         mirror = look.mirror(url)

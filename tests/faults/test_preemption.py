@@ -69,7 +69,7 @@ def test_a_step(tmp_path: pathlib.Path) -> None:
         running = start("train", tmp_path / "run", *CLASSIFIER, *LONG, never)
         wait_for(lambda at=at: step_of(tmp_path / "run") >= at, running)
         assert terminate(running) < 10
-        assert "preempted; the same command resumes" in finish(running, PREEMPTED)
+        assert "preempted and saved; rerun the same command to resume" in finish(running, PREEMPTED)
         # The step that ran is saved and told; of steps every one is there once.
         assert at <= saved(tmp_path / "run") == step_of(tmp_path / "run") <= at + 2000
         steps = [row["step"] for row in read_metrics(tmp_path / "run", "classifier")]

@@ -83,7 +83,7 @@ def _text(notebook: Any) -> str:
 def _pictures(notebook: Any) -> list[np.ndarray]:
     shown = [*_outputs(notebook, "display_data"), *_outputs(notebook, "execute_result")]
     pngs = [out.data["image/png"] for out in shown if "image/png" in out.data]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert_weights("L")) for png in pngs]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L")) for png in pngs]
 
 
 # ---------------------------------------------------------------- what a reader sees

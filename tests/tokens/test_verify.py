@@ -217,7 +217,7 @@ def test_import_of_the_authors_layout_needs_no_more(tmp_path: pathlib.Path) -> N
     [
         ((), "give one of --workdir, --source, --verify, --import and --export"),
         (("--verify", "a", "--export", "b"), "give one of --workdir"),
-        (("--workdir", "w", "--config", TINY, "--weights", "x"), "give one of --workdir"),
+        (("--workdir", "w", "--config", TINY, "--weights", "x"), "--workdir has its own tokenizer"),
         (("--import", "a"), "give --out"),
         (("--import", "a", "--out", "b"), "--import a: no such file"),
         (("--export", "nowhere", "--out", "b"), "nowhere is not a token store"),

@@ -122,7 +122,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_made(
 ) -> None:
     experiment, workdir = tiny.experiment(on_the_fly=True), Workdir(tmp_path / "w")
     mesh = make_mesh(experiment.mesh)
-    with pytest.raises(ConfigError, match=r"data\.on_the_fly is set: .* there are no tokens"):
+    with pytest.raises(ConfigError, match=r"data\.on_the_fly is set"):
         tokenize(experiment, workdir, mesh, "train", quiet=True)
     with pytest.raises(ConfigError, match=r"crop is 'random', but tokens are made once: set data\.on_the_fly=True"):
         run_experiment(tiny.experiment(**counted(pictures, "random")), workdir, quiet=True)
