@@ -29,7 +29,7 @@ from rar_jax.training.failures import dump_failure
 
 
 def events(workdir: pathlib.Path, *names: str) -> list[tuple[Any, ...]]:
-    rows = [row for row in ledgers.read(workdir) if row["event"] in names]
+    rows = [row for row in ledgers.read_ledger(workdir) if row["event"] in names]
     return [(row["event"], row.get("step"), row.get("to")) for row in rows]
 
 
