@@ -74,7 +74,8 @@ def test_a_verb_takes_its_arguments(name: str) -> None:
     keywords = {options.get("dest", flag.lstrip("-").replace("-", "_")) for flag, options in verb.arguments} | {"quiet"}
     if verb.has_config:
         keywords = keywords - {"config"} | {"experiment"}
-    inspect.signature(cli.import_function(name)).bind(**dict.fromkeys(keywords))
+    bound = inspect.signature(cli.import_function(name)).bind(**dict.fromkeys(keywords))
+    assert keywords <= bound.arguments.keys() | set(bound.arguments.get("options", bound.arguments.get("settings", {})))
 
 
 # ---------------------------------------------------------------- mistakes

@@ -1,4 +1,7 @@
-"""The manifest of a folder: checksums of all its files, written last. Without one that verifies, a saved step does not count."""
+"""The manifest of a folder: checksums of all its files, written last.
+
+A saved step counts only if its manifest verifies.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,10 @@ _COUNTED = ("num_classes", "train_records", "class_names")
 
 
 class Workdir:
-    """Paths of one work directory. mirror: of one in a bucket (object_store.py), whose `path` is the folder where the work is done."""
+    """Paths of one work directory.
+
+    mirror: of a directory in a bucket (object_store.py). Its `path` is a local folder.
+    """
 
     def __init__(self, path: str | pathlib.Path) -> None:
         """Raises: ConfigError for a URL of no bucket."""
