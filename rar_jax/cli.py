@@ -35,10 +35,12 @@ Argument = tuple[str, dict[str, Any]]  # name and keywords of `add_argument`
 
 
 def arg(name: str, help: str, **options: Any) -> Argument:
+    """Declare an argument of a verb."""
     return name, {"help": help, **options}
 
 
 def flag(name: str, help: str) -> Argument:
+    """Declare an argument that is on or off."""
     return arg(name, help, action="store_true")
 
 

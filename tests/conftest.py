@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from promises import Promises
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", "RAR_JAX_TESTS_AS_SHIPPED" not in os.environ)
@@ -36,11 +35,6 @@ KEPT = "RAR_JAX_TEST_CACHE" in os.environ
 CACHE = os.environ.setdefault("RAR_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="rar_jax_tests_"))
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Tests that prove a promise of docs/reliability.md are collected."""
-    config.pluginmanager.register(Promises())
 
 
 def pytest_unconfigure() -> None:

@@ -43,7 +43,7 @@ def give(command: str, project: pathlib.Path) -> str:
     """A line of the page in a process of its own."""
     program, *argv = shlex.split(command)
     # Of a person, and not of this run of the tests: the end of that pytest would remove this one's cache, or write its table.
-    ours = ("RAR_JAX_TEST_CACHE", "PYTEST_", "PROMISES_TABLE")
+    ours = ("RAR_JAX_TEST_CACHE", "PYTEST_")
     env = {name: value for name, value in environment().items() if not name.startswith(ours)}
     env["PYTHONPATH"] = str(project)
     done = subprocess.run(

@@ -74,7 +74,8 @@ def test_a_verb_takes_its_arguments(name: str) -> None:
     keywords = {options.get("dest", flag.lstrip("-").replace("-", "_")) for flag, options in verb.arguments} | {"quiet"}
     if verb.has_config:
         keywords = keywords - {"config"} | {"experiment"}
-    inspect.signature(cli.import_function(name)).bind(**dict.fromkeys(keywords))
+    bound = inspect.signature(cli.import_function(name)).bind(**dict.fromkeys(keywords))
+    assert keywords <= bound.arguments.keys() | set(bound.arguments.get("options", bound.arguments.get("settings", {})))
 
 
 # ---------------------------------------------------------------- mistakes
@@ -117,7 +118,7 @@ def test_wrong_arguments(argv: tuple[str, ...], problem: str, capsys: pytest.Cap
         (["--config.train.steps"], "override 'train.steps' is not of the form section.key=value"),
         (["--config.train.steps=soon"], "config.train.steps is 'soon': write steps (1000), a share of training"),
         (["--config.generator.num_heads=7"], "config.generator: width 96 is not divisible by num_heads 7"),
-        (["--config.mesh.data=3"], "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not fit 4 devices"),
+        (["--config.mesh.data=3"], "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not multiply to 4 devices"),
         (["--config.train.batch_size=126"], "train.batch_size 126 is not divisible by the 4 devices"),
     ],
 )

@@ -85,7 +85,6 @@ def test_tuples_optionals_and_numbers_are_converted() -> None:
     assert none.limit is None and none.share is None and none.names is None
 
 
-@pytest.mark.promise(11, "unknown key, with the nearest name")
 @pytest.mark.parametrize(
     ("key", "hint"),
     [("stesp", " Did you mean 'steps'?"), ("warm_up", " Did you mean 'warmup'?"), ("rates", " Did you mean 'rate'?")],

@@ -55,7 +55,6 @@ def test_a_missing_package_is_named() -> None:
     assert "symbol" in describe_import_error(ImportError("undefined symbol"))
 
 
-@pytest.mark.promise(11, "a second writer in the same work directory is refused by the command, which names the first")
 def test_a_second_writer(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     held = Lock(tmp_path, "run")
     try:

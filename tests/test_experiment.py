@@ -231,8 +231,10 @@ def test_batches_divide_over_four_devices(name: str) -> None:
         (["classifier.image_size=16"], "data gives images [8, 8, 1], the classifier takes [16, 16, 1]: make them equal"),
         (["data.num_classes=0"], "config.data: num_classes is 0: it must be at least 1"),
         (["data.class_names=('a',)"], "config.data: class_names has 1 names for 10 classes"),
-        (["mesh.data=3"], "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not fit 4 devices: "
-            "the sizes must multiply to that number; set one of them to -1 to let it be found"),
+        (
+            ["mesh.data=3"],
+            "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not multiply to 4 devices: set one size to -1",
+        ),
         (["guidance.scale=-1"], "config.guidance: scale is -1.0: it must be 0 (no guidance) or more"),
         (["generator.name=raar"], "no generator 'raar'. Did you mean 'rar'?"),
         (["train.warmup=100%"], "config.train: warmup is 800: it must be shorter than the 800 steps"),
@@ -388,13 +390,11 @@ def test_durations_are_resolved_by_their_own_recipe() -> None:
     resolved = resolve(load_experiment("digits", overrides), "digits").resolved()
     epoch = 1437 / 100
     assert resolved["train"]["steps"] == round(40 * epoch) == 575 and resolved["train"]["warmup"] == round(2 * epoch)
-    assert resolved["generator"]["anneal_end"] == round(575 / 2) and resolved["generator"]["anneal_start"] == round(
-        10 * epoch
-    )
+    generator = resolved["generator"]
+    assert (generator["anneal_end"], generator["anneal_start"]) == (round(575 / 2), round(10 * epoch))
 
 
 def test_precision_reaches_both_networks_and_a_section_may_differ() -> None:
-    resolved = resolve(
-        load_experiment("digits", ["precision=bfloat16", "tokenizer.dtype=float32"]), "digits"
-    ).resolved()
+    overrides = ["precision=bfloat16", "tokenizer.dtype=float32"]
+    resolved = resolve(load_experiment("digits", overrides), "digits").resolved()
     assert (resolved["generator"]["dtype"], resolved["tokenizer"]["dtype"]) == ("bfloat16", "float32")

@@ -43,7 +43,6 @@ def test_a_converted_directory_gives_the_same(released_pair: Any, tmp_path: path
         rar_jax.load(tmp_path / "d", tokenizer=released_pair.tokenizer)
 
 
-@pytest.mark.promise(10, "same images on 1, 2 and 4 devices")
 @pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
 def test_a_mesh_gives_the_same(released_pair: Any, images: np.ndarray, mesh: tuple[int, int, int]) -> None:
     devices = make_mesh(MeshConfig(*mesh))
@@ -53,7 +52,6 @@ def test_a_mesh_gives_the_same(released_pair: Any, images: np.ndarray, mesh: tup
     assert np.abs(again.astype(int) - images).max() <= 1 and np.mean(again != images) < 0.01
 
 
-@pytest.mark.promise(10, "any batch split")
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_batches_do_not_matter(released_pair: Any, images: np.ndarray, batch_size: int) -> None:
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)

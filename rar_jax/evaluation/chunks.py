@@ -97,7 +97,7 @@ class ChunkStore:
         os.replace(partial, self.folder / name)
 
 
-def accumulate(
+def accumulate_chunks(
     store: ChunkStore,
     compute: Callable[[int, int], Chunk],
     *,

@@ -52,7 +52,8 @@ class ClassifierScorer:
         self.mean: np.ndarray = np.zeros(self._config.features)
         _, kept = self.score(batch_source(self.train), range(len(self.train)), keep=("features",))
         train_nf = np.concatenate(kept["features"]).astype(np.float64)
-        self.mean, self.cov = train_nf.mean(axis=0), np.cov(train_nf, rowvar=False)
+        self.mean = train_nf.mean(axis=0)
+        self.cov: np.ndarray = np.cov(train_nf, rowvar=False)
 
     def _scan(self, params: Any, rows: Any, weights_sb: Any, *, make: Any, keep: tuple[str, ...]) -> Any:
         def add_batch(total: ClassifierSums, batch: Any) -> tuple[ClassifierSums, Any]:

@@ -110,7 +110,8 @@ class NpzImages:
         self.path = path
         self.name: str = str(path)
         with npz.open_npz(path) as archive, npz.open_array(archive, npz.IMAGES) as member:
-            shape = self.shape = member.shape
+            self.shape: tuple[int, ...] = member.shape
+            shape = self.shape
             if member.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or member.fortran_order:
                 raise ReferenceFileError(
                     f"{path}, key '{npz.IMAGES}' is {member.dtype} {shape}, expected uint8 (n, y, x, 3) in C order"

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from rar_jax.config import require
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
+from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
 from rar_jax.evaluation.image_batches import ImageBatches, row_sharding
 from rar_jax.evaluation.reference import Reference, read_reference
 from rar_jax.metrics import sums
@@ -163,7 +163,7 @@ class Program:
         shift = hashlib.sha256(b"".join(x.tobytes() for x in self.shift)).hexdigest()
         made_from = {**self.describe_inputs(batches), **self.describe_execution(), "shift_sha256": shift}
         store, settings = ChunkStore(out, made_from, keep), self.settings
-        totals = accumulate(
+        totals = accumulate_chunks(
             store, lambda start, count: self.score(batches, start, count, keep), images=batches.num,
             chunk=settings.chunk, split_size=settings.split_size, description=description, quiet=quiet,
         )  # fmt: skip

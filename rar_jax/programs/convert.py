@@ -45,6 +45,8 @@ def convert_weights(
 
     Raises: ConfigError, WeightsError or CheckpointError; `out` then does not exist.
     """
+    torch = out.suffix.lower() in (".bin", ".pt", ".pth")
+    require(not torch, f"--out {out}: give FILE{SUFFIX}; docs/released_weights.md makes a torch file of it")
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
     path = released.locate(weights, download=download)

@@ -1,12 +1,12 @@
-"""Checkpoints: TensorStore writes the arrays in the background, and a manifest of checksums, written last, commits the step.
+"""Checkpoints: the arrays are written in the background, and a manifest of checksums, written last, commits the step.
 
-    <folder>/<step>/state-1a2b3c4d/ the train state: zarr arrays in an OCDBT store, named "params/blocks/kernel"
+    <folder>/<step>/state-1a2b3c4d/ the arrays of the train state (arrays.py)
     <folder>/<step>/meta.json       facts about the step
     <folder>/<step>/manifest.json   sha256 of every file above, and of itself
     <folder>/best.json              the best steps by some metrics: retention keeps them
 
-A step without a manifest does not count, and is deleted after the next commit. On a disk and in a bucket alike, every process writes
-its own shards directly to their place.
+A step without a manifest does not count, and is deleted after the next commit. (Orbax alone restores a file with a flipped bit
+without an error, and its retention counts steps that do not verify.)
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
-import tensorstore
-from jax.experimental.array_serialization.serialization import GlobalAsyncCheckpointManager
 
 from rar_jax.errors import CheckpointError
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.runs.bucket import BucketPath, Path, kvstore_spec, remove_tree
+from rar_jax.runs.arrays import load_state, load_tree, make_writer, read_array_names
+from rar_jax.runs.bucket import BucketPath, Path, remove_tree
 from rar_jax.runs.disk import is_full
 from rar_jax.runs.manifest import MANIFEST, verify_from_disk, verify_manifest, write_json, write_manifest
 
-BEST, META, DISCARDED = "best.json", "meta.json", "discarded.json"
+BEST, META, DISCARDED, ARRAYS = "best.json", "meta.json", "discarded.json", "state-"
+EMA = "extra.ema."
 MAX_FAILURES = 3  # saves in a row that may fail because the disk is full or the bucket unreachable
-FILE_BYTES = 2**28  # of arrays, at most: a file in a bucket is verified in memory
 log: logging.Logger = logging.getLogger(__name__)
 
 
@@ -116,52 +114,9 @@ def best_steps(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-# ---------------------------------------------------------------- arrays
-
-
-def _array_spec(state: Path, name: str, process: int | None = None) -> dict[str, Any]:
-    base = kvstore_spec(state if process is None else state / f"process_{process}")
-    store = {"driver": "ocdbt", "base": base, "path": f"{name}/", "target_data_file_size": FILE_BYTES}
-    return {"driver": "zarr", "kvstore": store}
-
-
-def _find_state(folder: Path, step: int) -> Path:
-    return next(path for path in (folder / str(step)).iterdir() if path.name.startswith("state-"))
-
-
-def _names(tree: Any) -> list[str]:
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
-def _merge_processes(state: Path) -> None:
-    """Make one OCDBT store of those of all processes, by reference."""
-    context, transaction = tensorstore.Context(), tensorstore.Transaction()  # copies need a common context
-    merged, *parts = (
-        tensorstore.KvStore.open(_array_spec(state, "", process)["kvstore"] | {"path": ""}, context=context).result()
-        for process in (None, *range(jax.process_count()))
-    )
-    for part in parts:
-        part.experimental_copy_range_to(merged.with_transaction(transaction)).result()
-    transaction.commit_async().result()
-
-
-def list_arrays(folder: Path, step: int) -> list[str]:
-    """Return the names of a step's arrays."""
-    store = _array_spec(_find_state(folder, step), "")["kvstore"] | {"path": ""}
-    keys = tensorstore.KvStore.open(store).result().list().result()
-    return sorted(key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray"))
-
-
-def load_arrays(folder: Path, step: int, names: list[str], shardings: list[Any] | None = None) -> list[Any]:
-    """Read arrays of a step: NumPy arrays, or with shardings jax.Arrays, of which each process reads its own shards."""
-    state = _find_state(folder, step)
-    specs = [_array_spec(state, name) for name in names]
-    if shardings is not None:
-        return GlobalAsyncCheckpointManager().deserialize(shardings, specs)
-    opened = [tensorstore.open(spec, open=True) for spec in specs]
-    return [np.asarray(read.result()) for read in [array.result().read() for array in opened]]
+def find_arrays(folder: Path, step: int) -> Path:
+    """Return the folder of a step's arrays."""
+    return next(path for path in (folder / str(step)).iterdir() if path.name.startswith(ARRAYS))
 
 
 def load_params(folder: Path, step: int, shardings: Any = None) -> Any:
@@ -170,19 +125,9 @@ def load_params(folder: Path, step: int, shardings: Any = None) -> Any:
     Args:
       shardings: tree of shardings, or None for NumPy arrays.
     """
-    prefix, known = "extra/ema/", list_arrays(folder, step)
-    if not any(name.startswith(prefix) for name in known):
-        prefix = "params/"
-    if shardings is not None:
-        names = [prefix + name for name in _names(shardings)]
-        arrays = load_arrays(folder, step, names, jax.tree.leaves(shardings))
-        return jax.tree.unflatten(jax.tree.structure(shardings), arrays)
-    params: dict[str, Any] = {}
-    names = [name for name in known if name.startswith(prefix)]
-    for name, array in zip(names, load_arrays(folder, step, names), strict=True):
-        *parents, last = name.removeprefix(prefix).split("/")
-        functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)[last] = array
-    return params
+    arrays = find_arrays(folder, step)
+    has_ema = any(name.startswith(EMA) for name in read_array_names(arrays))
+    return load_tree(arrays, EMA if has_ema else "params.", shardings)
 
 
 # ---------------------------------------------------------------- saving and restoring
@@ -215,7 +160,7 @@ class Checkpointer:
         self._keep, self._every, self._verify = keep, every, verify
         self._before_commit, self._on_full_disk, self._on_saved = before_commit, on_full_disk, on_saved
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._manager = GlobalAsyncCheckpointManager()
+        self._writer = make_writer(self.folder)
         self._step, self._failures, self._reason, self._saving = 0, 0, "", False
         self._committed = threading.Event()
         self._commit_error: BaseException | None = None
@@ -241,11 +186,9 @@ class Checkpointer:
         self._step = step
         with self._tolerate_failures():
             name = from_main(lambda: self._prepare(step, sum(x.nbytes for x in jax.tree.leaves(state))))
-            at, process = self.folder / str(step) / name, jax.process_index() if jax.process_count() > 1 else None
-            specs = [_array_spec(at, name, process) for name in _names(state)]
-            commit = functools.partial(self._commit, at, meta, score, retain)
+            arrays = self.folder / str(step) / name
             self._committed.clear()
-            self._manager.serialize(jax.tree.leaves(state), specs, on_commit_callback=commit)
+            self._writer.start(state, arrays, functools.partial(self._commit, arrays, meta, score, retain))
             self._saving = True
 
     def _prepare(self, step: int, size: int) -> str:
@@ -255,14 +198,12 @@ class Checkpointer:
         if isinstance(self.folder, pathlib.Path) and (free := shutil.disk_usage(self.folder).free) < size:
             why = f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free of {size:,}"
             raise OSError(errno.ENOSPC, why, str(self.folder))
-        return f"state-{secrets.token_hex(4)}"
+        return ARRAYS + secrets.token_hex(4)
 
-    def _commit(self, state: Path, meta: dict[str, Any], score: tuple[str, float] | None, retain: bool) -> None:
-        """Run on process 0 in the manager's thread, once every process has written its shards."""
-        folder, step = state.parent, int(state.parent.name)
+    def _commit(self, arrays: Path, meta: dict[str, Any], score: tuple[str, float] | None, retain: bool) -> None:
+        """Run on process 0 in the writer's thread, once every process has written its shards."""
+        folder, step = arrays.parent, int(arrays.parent.name)
         try:
-            if jax.process_count() > 1:
-                _merge_processes(state)
             write_json(folder / META, meta)
             self._before_commit()
             if score is not None:  # the mark counts as soon as the step does
@@ -295,7 +236,7 @@ class Checkpointer:
     def poll(self) -> None:
         """Notice a finished save. Cheap: call it every step."""
         with self._tolerate_failures():
-            self._manager.check_for_errors()
+            self._writer.check()
             if self._saving and self._committed.is_set():
                 self._finish()
 
@@ -303,7 +244,7 @@ class Checkpointer:
         """Return once the last save is committed."""
         with self._tolerate_failures():
             if self._saving:
-                self._manager.wait_until_finished()
+                self._writer.wait()
                 self._finish()
 
     def _finish(self) -> None:
@@ -325,7 +266,7 @@ class Checkpointer:
                 raise
             self._saving, self._commit_error = False, None
             self._failures += 1
-            self._manager = GlobalAsyncCheckpointManager()
+            self._writer = make_writer(self.folder)
             if is_main():  # make room
                 for step in list_steps(self.folder):
                     if not _is_committed(self.folder, step):
@@ -353,9 +294,7 @@ class Checkpointer:
         from_main(lambda: self._discard_newer(-1 if good is None else good[0], before))
         if good is None:
             return None
-        leaves, tree = jax.tree.flatten(abstract_state)
-        arrays = load_arrays(self.folder, good[0], _names(abstract_state), [leaf.sharding for leaf in leaves])
-        return jax.tree.unflatten(tree, arrays)
+        return load_state(find_arrays(self.folder, good[0]), abstract_state)
 
     def _discard_newer(self, good: int, before: int | None) -> None:
         newer = [step for step in list_steps(self.folder) if step > good]

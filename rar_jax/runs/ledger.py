@@ -55,7 +55,7 @@ class Ledger:
             append(self._path, row)
 
 
-def read(folder: pathlib.Path) -> list[Row]:
+def read_ledger(folder: pathlib.Path) -> list[Row]:
     """Read the rows of a work directory in the order written, without lines that a crash truncated."""
     try:
         lines = (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines()

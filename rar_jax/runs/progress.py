@@ -19,7 +19,7 @@ from rar_jax.parallel.processes import is_main
 T = TypeVar("T")
 
 PLAIN_SECONDS = 10.0  # between plain lines
-RATE_WINDOW = 30  # updates that the rate is taken over, so that it follows a change of speed
+RATE_WINDOW = 30  # updates in the moving average of the rate
 log: logging.Logger = logging.getLogger(__name__)
 
 

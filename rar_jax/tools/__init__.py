@@ -1,1 +1,4 @@
-"""Tools around the work: bench, plan, inspect, report, doctor. They may import everything; only the command line imports them."""
+"""The tools bench, plan, inspect, report and doctor.
+
+They may import everything; only the command line imports them.
+"""

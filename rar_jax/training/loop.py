@@ -23,6 +23,7 @@ from rar_jax.parallel.arrays import local_rows, prefetch_batches, put_on_mesh
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
 from rar_jax.runs.checkpoint import Checkpointer, good_step, mark_if_best
+from rar_jax.runs.ledger import Ledger
 from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.session import Session
 from rar_jax.runs.workdir import Workdir
@@ -31,7 +32,7 @@ from rar_jax.training import guard
 from rar_jax.training.failures import dump_failure, oom_hint
 from rar_jax.training.live import Evaluator, Validator, make_live_evaluators, select_score
 from rar_jax.training.objective import Objective, make_objective, start_from
-from rar_jax.training.step import Batch, State, compile_training, evaluated_params
+from rar_jax.training.step import Batch, Setup, State, compile_training, evaluated_params
 from rar_jax.weights.stages import evaluated, take_over_tokenizer, trained_params
 
 
@@ -106,14 +107,18 @@ class Trainer:
 
     def __post_init__(self) -> None:
         experiment, objective, recipe = self.experiment, self.objective, self.recipe
-        workdir, mesh, self.ledger = self.workdir, self.mesh, self.session.ledger
-        self.stage = stage = str(objective.meta["stage"])
+        workdir, mesh = self.workdir, self.mesh
+        self.ledger: Ledger = self.session.ledger
+        self.stage: str = objective.meta["stage"]
+        stage = self.stage
         root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
+        self.init_key: Any
+        self.step_key: Any
         self.init_key, self.step_key = jax.random.split(root)
-        self.setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
+        self.setup: Setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
         self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)
-        self.checkpointer = Checkpointer(
+        self.checkpointer: Checkpointer = Checkpointer(
             workdir.checkpoints(stage),
             before_commit=workdir.send,
             keep=recipe.keep_checkpoints,
@@ -122,7 +127,10 @@ class Trainer:
             on_saved=lambda step: self.ledger.row("saved", stage=stage, step=step),
             on_full_disk=lambda step: self.ledger.row("save_failed", stage=stage, step=step, reason="the disk is full"),
         )
-        self.step = self.saved_step = self.skipped = self.consecutive_bad = 0
+        self.step: int = 0
+        self.saved_step: int = 0
+        self.skipped: int = 0
+        self.consecutive_bad: int = 0
         self.state: State = {}
         self.batch: Batch = {}
         self.batches: Iterator[Batch] = iter(())

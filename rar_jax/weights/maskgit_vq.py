@@ -90,6 +90,7 @@ def _read_config(
 
 
 def make_table(shapes: Any) -> dict[str, Mapped]:
+    """Map released names to paths of parameters with these shapes."""
     return {
         _released_name(path): Mapped(path, "yxio -> o i y x" if leaf.ndim == 4 else "")
         for path, leaf in flatten_params(shapes).items()

@@ -115,5 +115,5 @@ def _check_sha256(path: pathlib.Path, expected: str | None) -> None:
             bad.unlink(missing_ok=True)
         raise WeightsError(
             f"{path} had sha256 {found}, the hub says {expected}: it has been removed, give the command again to "
-            "download it anew"
+            "download it again"
         )

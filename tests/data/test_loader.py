@@ -45,7 +45,6 @@ def ids(stream: list[Batch]) -> np.ndarray:
     return np.concatenate([batch["ids"] for batch in stream])
 
 
-@pytest.mark.promise(4, "digest of each global batch for 1, 2 and 4 hosts")
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_global_batch_is_the_same_for_any_number_of_processes(source: ImageSource, process_count: int) -> None:
     parts = [stream(source, 10, rows=rows) for rows in shares(process_count)]
@@ -62,7 +61,6 @@ def test_any_rows_of_the_batch(source: ImageSource) -> None:
         assert batch_digest(part) == batch_digest({key: value[rows] for key, value in whole.items()})
 
 
-@pytest.mark.promise(4, "the same for 0 and 2 workers")
 def test_global_batch_is_the_same_for_any_number_of_workers(source: ImageSource) -> None:
     here, there = stream(source, 7, start_step=5), stream(source, 7, start_step=5, num_workers=2)
     assert [batch_digest(b) for b in here] == [batch_digest(b) for b in there]
@@ -111,7 +109,6 @@ def test_resume_equals_a_straight_run(source: ImageSource, start_step: int) -> N
     assert [batch_digest(b) for b in stream(source, 18 - start_step, start_step=start_step)] == straight[start_step:]
 
 
-@pytest.mark.promise(4, "every record once an epoch")
 def test_every_record_once_an_epoch_in_another_order(source: ImageSource) -> None:
     epochs = ids(stream(source, 30)).reshape(4, 360)
     for epoch in epochs:

@@ -1,17 +1,18 @@
 """Sums of chunks: added up, split, kept on disk, taken up again."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate
+from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
 from rar_jax.evaluation.program import Settings
 from rar_jax.metrics.inception_score import SplitSums
 from rar_jax.metrics.moments import Moments
 from rar_jax.metrics.sums import ScoreTotals, Sums
-from rar_jax.runs import logging as report
+from rar_jax.runs.progress import show_progress_in_files
 
 SETTINGS = Settings(seed=3, batch_size=8, chunk=20)  # 20 is 8 + 8 + 4: the last batch of a chunk is filled up
 NUM, REFERENCE_NUM = 40, 30
@@ -53,10 +54,16 @@ def test_totals_there_and_back_and_splits_are_counted() -> None:
     assert equal(straight, totals)
 
 
-def test_accumulate_goes_on_behind_the_last_chunk(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "_in_files", True)
+@pytest.fixture
+def shown() -> Iterator[None]:
+    """Progress lines are printed, although stderr is no terminal."""
+    show_progress_in_files(True)
+    yield
+    show_progress_in_files(False)
+
+
+@pytest.mark.usefixtures("shown")
+def test_accumulate_goes_on_behind_the_last_chunk(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[int, int]] = []
 
     def compute(start: int, count: int) -> Chunk:
@@ -65,7 +72,7 @@ def test_accumulate_goes_on_behind_the_last_chunk(
 
     def run(folder: str, images: int, **keywords: Any) -> ScoreTotals:
         store = ChunkStore(tmp_path / folder, {"a": 1})
-        return accumulate(store, compute, images=images, chunk=10, split_size=20, description="d", **keywords)
+        return accumulate_chunks(store, compute, images=images, chunk=10, split_size=20, description="d", **keywords)
 
     straight = run("straight", 25)
     assert calls == [(0, 10), (10, 10), (20, 5)]
@@ -79,7 +86,7 @@ def test_accumulate_goes_on_behind_the_last_chunk(
     assert "20/25 images" in err and "25/25 images" in err
     store = ChunkStore(tmp_path / "resumed", {"a": 1})
     (store.folder / "pool3_00000099.npy").write_text("of nobody")  # by the totals, and not by what a folder shows
-    accumulate(store, compute, images=25, chunk=10, split_size=20, description="d", quiet=True)
+    accumulate_chunks(store, compute, images=25, chunk=10, split_size=20, description="d", quiet=True)
     assert [len(x) for x in store.load_kept("pool3")] == [10, 10, 5]
     assert ChunkStore(tmp_path / "resumed", {"a": 2}).load_totals(20).done == 0, "something else is measured"
     calls.clear()

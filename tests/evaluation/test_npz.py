@@ -60,7 +60,6 @@ def _check_refused(path: pathlib.Path, message: str) -> None:
     assert peak < 4e6
 
 
-@pytest.mark.promise(9, "pickled objects in npz files")
 @pytest.mark.parametrize("key", ["mu", "sigma", "meta", "arr_0"])
 def test_pickled_objects_are_refused_and_not_run(tmp_path: pathlib.Path, key: str) -> None:
     ran = tmp_path / "ran"
@@ -164,7 +163,6 @@ def test_a_file_that_changed_since_it_was_opened(tmp_path: pathlib.Path) -> None
         file.read(0, 2)
 
 
-@pytest.mark.promise(9, "zip bombs")
 def test_a_bomb_of_zeros_is_never_inflated(tmp_path: pathlib.Path) -> None:
     # 64 MB of zeros in 64 KB, as a mu of its size and as one that lies about its shape.
     zeros = bytes(8 << 23)
@@ -197,7 +195,7 @@ def test_declared_sizes_that_no_compression_reaches(tmp_path: pathlib.Path) -> N
     ("header", "message"),
     [
         (_header((1 << 40, 1 << 40), "<f8"), "takes 9671406556917033397649502"),
-        (_header((), "<U999999999"), "takes 40000000"),
+        (_header((), "<U1000000"), "but <U1000000 .* takes 40000"),
         (_header((-4,), "<f8"), "'mu'"),
         (_header((-2, -2), "<f8"), "'mu'"),
         (_header((4,), "<f8", version=(2, 0)), r"version \(2, 0\) of NumPy's format, expected \(1, 0\)"),

@@ -98,9 +98,6 @@ def test_curves_retention_and_steps(
             score_steps(program, trained, tmp_path / "no", steps=steps, samples=40)
 
 
-@pytest.mark.promise(
-    7, "live scores ask for a signal before each batch; their FID, of batches that do not divide, is NumPy's"
-)
 def test_live_scores_ask_before_each_batch(
     tmp_path: pathlib.Path, reference: pathlib.Path, cheap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,25 +56,17 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(workdir, "classifier")]
 
 
-@pytest.mark.promise(2, WHAT.format("Google's"))
 @pytest.mark.parametrize("kills", [2, pytest.param(25, marks=SLOW)])
-def test_killed_and_resumed_from_google(
-    kills: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
-) -> None:
+def test_killed_and_resumed_from_google(kills: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, straight, killed = kill("gs", kills, tmp_path, monkeypatch)
     assert ours == straight and killed == kills
-    record_property("count", f"{killed} of {kills} kills")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.promise(2, WHAT.format("Amazon's"))
-def test_killed_and_resumed_from_amazon(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
-) -> None:
+def test_killed_and_resumed_from_amazon(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, straight, killed = kill("s3", 10, tmp_path, monkeypatch)
     assert ours == straight and killed == 10
-    record_property("count", f"{killed} of 10 kills")
 
 
 def kill(
@@ -115,7 +107,6 @@ def steps_in(folder: BucketPath) -> list[str]:
     return [name.split("/")[0] for name in folder.names() if name.endswith(MANIFEST)]
 
 
-@pytest.mark.promise(2, "two processes that share no folder, both killed: they resume from the bucket's newest step")
 def test_two_processes_without_a_shared_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def free_port() -> int:
         with socket.socket() as free:

@@ -36,9 +36,6 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.promise(
-    6, "no room before, during or after a save: older steps stay, nothing is left, the next save succeeds"
-)
 @pytest.mark.parametrize("where", ["before", "during", "manifest"])
 def test_the_disk_is_full_for_a_while(
     tmp_path: pathlib.Path, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -74,7 +71,6 @@ class _Usage:
         self.free = free
 
 
-@pytest.mark.promise(6, "a named error after 3 saves in a row, and at the end if the last one failed")
 def test_an_error_in_the_end(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "write_manifest", full)
     checkpointer = Checkpointer(tmp_path, keep=2)
@@ -127,9 +123,6 @@ print("room", names(folder), [s for s, _ in good_steps(folder)])
 """
 
 
-@pytest.mark.promise(
-    6, "the same on a real disk (tmpfs of 1 MB) that is full when the save begins, or fills up during it"
-)
 @pytest.mark.parametrize("blind", [False, True])
 def test_a_small_disk(tmp_path: pathlib.Path, blind: bool) -> None:
     done = on_a_small_disk(tmp_path, SCRIPT, blind=blind)
@@ -144,7 +137,7 @@ sys.path[:0] = [{root!r}]
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from rar_jax.runs.grids import Grid
-from rar_jax.runs.ledger import Ledger, read
+from rar_jax.runs.ledger import Ledger, read_ledger
 from rar_jax.runs.logging import RunLogger, read_metrics
 folder = pathlib.Path({folder!r})
 
@@ -164,19 +157,17 @@ with RunLogger(folder, "generator", total_steps=80, quiet=True) as reporter:
         reporter.write_metrics(step, {{"loss": 1.0, "a" * 500: 0.0}})
         reporter.write_grid(step, "samples", grid)
         ledger.row("saved", step=step)
-rows, saved = ([row["step"] for row in rows] for rows in (read_metrics(folder), read(folder)))
+rows, saved = ([row["step"] for row in rows] for rows in (read_metrics(folder), read_ledger(folder)))
 print(rows[:10] == saved[:10] == list(range(1, 11)), rows[-10:] == saved[-10:] == list(range(71, 81)), len(rows) < 80)
 """
 
 
-@pytest.mark.promise(6, "no room for rows and pictures on a real disk: left out, and told again once there is room")
 def test_what_is_told_on_a_small_disk(tmp_path: pathlib.Path) -> None:
     done = on_a_small_disk(tmp_path, TELLING)
     assert done.stdout == "True True True\n", done.stdout + done.stderr
     assert done.stderr.count("is full") == 1, done.stderr
 
 
-@pytest.mark.promise(5, "an older step goes only when a newer one has its manifest, however the one between rots")
 def test_retention_keeps_the_newest_good_step(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpointer = Checkpointer(tmp_path, keep=2)
     for step in (8, 16):
@@ -198,7 +189,6 @@ def test_retention_keeps_the_newest_good_step(tmp_path: pathlib.Path, monkeypatc
     assert names(tmp_path) == ["16", "24"]
 
 
-@pytest.mark.promise(5, "the newest step that verifies stays, however many newer ones a disk did not keep as they were")
 @pytest.mark.parametrize("keep", [1, 2])
 def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
     real = checkpoint.write_manifest
@@ -223,9 +213,6 @@ def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: 
     assert names(tmp_path) == sorted(map(str, [16, 24, 32, 40][-keep:]))
 
 
-@pytest.mark.promise(
-    5, "the same of steps that preemptions saved: the newest that verifies stays, and the newest that is gone back to"
-)
 @pytest.mark.parametrize(
     ("saved", "preempted", "rotten", "left"),
     [

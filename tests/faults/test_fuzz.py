@@ -62,7 +62,6 @@ def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
 SAFETENSORS = safetensors.numpy.save({"w": np.arange(6, dtype=np.float32).reshape(2, 3)})
 
 
-@pytest.mark.promise(9, "fuzz of torch's zip and stream, and of safetensors: weights or WeightsError")
 @quick
 @given(
     data=st.one_of(st.binary(max_size=200).map(lambda b: b"\x80\x02" + b), damaged(torch_zip()), damaged(SAFETENSORS))
@@ -79,7 +78,6 @@ def test_weights(data: bytes, tmp_path: pathlib.Path) -> None:
             assert all(isinstance(x, np.ndarray) for x in found.values())
 
 
-@pytest.mark.promise(9, "truncated and oversized safetensors headers: refused")
 @pytest.mark.parametrize("size", [0, 1, 2**20, 2**40, 2**63, 2**64 - 1])
 def test_safetensors_headers(tmp_path: pathlib.Path, size: int) -> None:
     path = tmp_path / "w.safetensors"
@@ -89,7 +87,6 @@ def test_safetensors_headers(tmp_path: pathlib.Path, size: int) -> None:
             read_tensors(path)
 
 
-@pytest.mark.promise(9, "fuzz of npz files: arrays or ReferenceFileError")
 @quick
 @given(data=st.one_of(st.binary(max_size=300), damaged(npz())))
 def test_npz(data: bytes, tmp_path: pathlib.Path) -> None:
@@ -143,7 +140,6 @@ CARD_KEYS += ("num_records", "num_tokens", "num_images", "records_per_class", "r
 SHARD_KEYS = ("name", "records", "sha256", "span", "bad_records")
 
 
-@pytest.mark.promise(9, "fuzz of the dataset card, its own sha256 made to fit: a store or StoreError")
 @settings(quick, max_examples=4 * EXAMPLES)
 @given(
     key=st.sampled_from(CARD_KEYS) | st.sampled_from(SHARD_KEYS).map(lambda key: ("shards", key)),
@@ -171,7 +167,6 @@ def test_the_whole_card_is_a_store(tmp_path: pathlib.Path) -> None:
     assert len(store) == 3
 
 
-@pytest.mark.promise(9, "fuzz of what should be a dataset card: StoreError")
 @quick
 @given(content=JSON.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=60) | st.just(b"[" * 200_000))
 def test_no_card(content: bytes, tmp_path: pathlib.Path) -> None:
@@ -194,7 +189,6 @@ KEYS = [
 ]
 
 
-@pytest.mark.promise(11, "fuzz of config overrides: an experiment or a ConfigError of one line")
 @quick
 @given(
     override=st.one_of(
@@ -209,7 +203,6 @@ def test_overrides(override: str) -> None:
         assert str(error) and "\n" not in str(error)
 
 
-@pytest.mark.promise(11, "overrides nested deeper than Python reads: a ConfigError of one line")
 @pytest.mark.parametrize("text", ["-" * 20_000 + "1", "1" + "+1" * 5_000, "[" * 5_000, "{}", "{'a': {}}", "'a\nb'"])
 def test_nested_overrides(text: str) -> None:
     with pytest.raises(ConfigError) as caught:

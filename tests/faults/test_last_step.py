@@ -35,9 +35,6 @@ def stopped(workdir: pathlib.Path, *polls: int) -> None:
             stage(workdir, StopAt(workdir, poll), eval_every=8, checkpoint_every=8, keep_best=True)
 
 
-@pytest.mark.promise(
-    7, "stopped at the last step or in its evaluation: saved, not counted as finished, evaluated by the next start"
-)
 @pytest.mark.parametrize("into", [0, 1])
 def test_the_last_step(tmp_path: pathlib.Path, straight: pathlib.Path, into: int) -> None:
     folder = tmp_path / "checkpoints" / "classifier"
@@ -78,7 +75,6 @@ def test_there_is_no_time_for_retention(tmp_path: pathlib.Path, monkeypatch: pyt
     assert retained == {8: True, 10: False}
 
 
-@pytest.mark.promise(7, "stopped in the evaluation of a step that is the best: it is kept as the best")
 def test_the_best_step(tmp_path: pathlib.Path, straight: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints" / "classifier"
     stopped(tmp_path, 9)

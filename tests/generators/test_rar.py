@@ -248,7 +248,6 @@ def keys_of(n: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(jnp.arange(n))
 
 
-@pytest.mark.promise(10, "with and without the cache")
 @pytest.mark.parametrize("guidance", [Guidance(0.0, temperature=1.3), Guidance(3.0, 1.5, 0.9)])
 def test_cached_is_uncached(guidance: Guidance) -> None:
     """Draw by draw: the uncached network, the schedule in NumPy float64 and the same noise give the same tokens."""

@@ -16,8 +16,9 @@ import jax
 
 from rar_jax.cli import main
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX
+from rar_jax.runs.arrays import load_arrays, read_array_names
 from rar_jax.runs.bucket import Path
-from rar_jax.runs.checkpoint import list_arrays, load_arrays
+from rar_jax.runs.checkpoint import find_arrays
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "tests" / "experiments" / "tiny.py"
@@ -146,5 +147,6 @@ def terminate(running: list[Command], which: int = 0, number: int = signal.SIGTE
 
 def state_of(workdir: Path, step: int, folder: str = "checkpoints/classifier") -> dict[str, bytes]:
     """The bytes of every array of a saved step."""
-    names = list_arrays(workdir / folder, step)
-    return {name: x.tobytes() for name, x in zip(names, load_arrays(workdir / folder, step, names), strict=True)}
+    arrays = find_arrays(workdir / folder, step)
+    names = read_array_names(arrays)
+    return {name: x.tobytes() for name, x in zip(names, load_arrays(arrays, names), strict=True)}

@@ -83,7 +83,7 @@ def _text(notebook: Any) -> str:
 def _pictures(notebook: Any) -> list[np.ndarray]:
     shown = [*_outputs(notebook, "display_data"), *_outputs(notebook, "execute_result")]
     pngs = [out.data["image/png"] for out in shown if "image/png" in out.data]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert_weights("L")) for png in pngs]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L")) for png in pngs]
 
 
 # ---------------------------------------------------------------- what a reader sees
@@ -137,12 +137,12 @@ def test_interrupted_training_goes_on(folder: pathlib.Path, environment: dict[st
                 client.execute_cell(notebook.cells[place], place)
         finally:
             ended.set()
-        assert not (workdir / "result.json").exists() and ledger.read(workdir)[-1]["reason"] in (
+        assert not (workdir / "result.json").exists() and ledger.read_ledger(workdir)[-1]["reason"] in (
             "interrupted",
             "preempted",
         )
         client.execute_cell(notebook.cells[place], place)
-    assert (workdir / "result.json").is_file() and ledger.read(workdir)[-1]["reason"] == "done"
+    assert (workdir / "result.json").is_file() and ledger.read_ledger(workdir)[-1]["reason"] == "done"
 
 
 def test_sampling_says_which_weights(executed: dict[str, Any]) -> None:

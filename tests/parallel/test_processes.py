@@ -101,11 +101,10 @@ def two(one: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.
     workdir = cut_back(one, tmp_path_factory.mktemp("two") / "run", 8, tokens=False)
     out = rar_jax(2, "run", workdir, *FSDP)
     # Told once, and by process 0.
-    assert out.count("tokenizer: done before") == out.count("generator: resuming from step 8 of 24") == 1
+    assert out.count("tokenizer: up to date, skipped") == out.count("generator: resuming from step 8 of 24") == 1
     return workdir
 
 
-@pytest.mark.promise(3, "saved by 1 process, gone on with by 2: every loss within 1e-5 of 1 process")
 def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) -> None:
     check_store(two, one)
     check_rows(two, one, "generator")
@@ -117,11 +116,12 @@ def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) ->
         assert (two / name).is_file()
     assert not list(two.glob(".preflight*")) and not list(two.rglob("*.tmp"))
     # Written by both, each its own part.
-    written = {path.parent.name for path in (two / "checkpoints/generator/24").glob("state-*/process_*/manifest.ocdbt")}
+    written = {
+        path.parent.name for path in (two / "checkpoints/generator/24").glob("state-*/ocdbt.process_*/manifest.ocdbt")
+    }
     assert written == {"process_0", "process_1"}
 
 
-@pytest.mark.promise(3, "saved by 2 processes, gone on with by 1 on another mesh")
 def test_one_process_goes_on_from_what_two_saved(one: pathlib.Path, two: pathlib.Path, tmp_path: pathlib.Path) -> None:
     workdir = cut_back(two, tmp_path / "run", 16)
     out = rar_jax(1, "train", workdir, *FSDP, "--config.mesh.fsdp=4")
@@ -216,8 +216,8 @@ def test_processes_that_do_not_share_the_directory(tmp_path: pathlib.Path) -> No
     (tmp_path / "b").mkdir()
     command = ["train", "--config", str(TINY), "--workdir"]
     for code, out in pair([*command, str(tmp_path / "a")], [*command, str(tmp_path / "b")]):
-        assert code == 1 and "is not the same directory for all processes: process 1 on" in out
-        assert "does not see the file that process 0 wrote there" in out and "Traceback" not in out
+        assert code == 1 and "is not shared: process 1 on" in out
+        assert "does not see a file that process 0 wrote there" in out and "Traceback" not in out
     assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
 
 

@@ -83,11 +83,9 @@ def test_what_cannot_be_done(released_pair: Any, tmp_path: pathlib.Path, capsys:
     assert "exists: choose another" in problem(capsys, "--weights", generator, "--out", tmp_path / "there.safetensors")
     (tmp_path / "o2.safetensors.json").write_text("precious")
     assert "o2.safetensors.json exists" in problem(capsys, "--weights", generator, "--out", tmp_path / "o2.safetensors")
-    (tmp_path / "text.safetensors").write_text("hello")
-    assert "no weights file" in problem(
-        capsys, "--weights", tmp_path / "text.safetensors", "--out", tmp_path / "o.safetensors"
-    )
-    assert {p.name for p in tmp_path.iterdir()} == {"there.safetensors", "text.safetensors", "o2.safetensors.json"}, (
+    (tmp_path / "text.bin").write_text("hello")
+    assert "no weights file" in problem(capsys, "--weights", tmp_path / "text.bin", "--out", tmp_path / "o.safetensors")
+    assert {p.name for p in tmp_path.iterdir()} == {"there.safetensors", "text.bin", "o2.safetensors.json"}, (
         "a failure leaves nothing"
     )
 

@@ -28,7 +28,7 @@ def test_from_released_files_to_pictures(
     assert cli.main([*shared, "2"]) == 0
     for name in names:
         assert (tmp_path / "shared" / f"{name}.png").read_bytes() == (tmp_path / "out" / f"{name}.png").read_bytes()
-    assert cli.main([*shared, "3"]) == 2 and "'tensor': 3} does not fit 4 devices" in capsys.readouterr().err
+    assert cli.main([*shared, "3"]) == 2 and "'tensor': 3} does not multiply to 4 devices" in capsys.readouterr().err
 
 
 def test_every_class_is_drawn_the_last_one_too(released_pair: Any, tmp_path: pathlib.Path) -> None:

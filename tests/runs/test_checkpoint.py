@@ -92,7 +92,6 @@ def folder(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 # ---------------------------------------------------------------- to the bit
 
 
-@pytest.mark.promise(3, "saved on 4 devices, restored on 1 and two meshes of 4: bitwise")
 @pytest.mark.parametrize("config", [None, MeshConfig(2, 1, 2), MeshConfig(1, 2, 2)], ids=str)
 def test_saved_on_four_devices_and_restored_on_other_meshes(saved: pathlib.Path, config: MeshConfig | None) -> None:
     mesh = make_mesh(config) if config else one()
@@ -103,7 +102,6 @@ def test_saved_on_four_devices_and_restored_on_other_meshes(saved: pathlib.Path,
         assert x.sharding.is_equivalent_to(at, x.ndim)
 
 
-@pytest.mark.promise(3, "saved on 1 device, restored on 4: bitwise")
 def test_saved_on_one_device_and_restored_on_four(tmp_path: pathlib.Path) -> None:
     save(tmp_path, range(5, 6))
     state = restore(tmp_path, make_mesh(MeshConfig(1, 4, 1)))
@@ -206,7 +204,6 @@ def test_a_flipped_bit_in_any_file(folder: pathlib.Path, caplog: pytest.LogCaptu
     assert good is not None and good[0] == 2
 
 
-@pytest.mark.promise(5, "each file of a checkpoint deleted or cut: named, the step before used")
 def test_any_file_deleted_or_cut(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in files_of(folder / "2"):
         whole = path.read_bytes()
@@ -278,7 +275,6 @@ def damage_ocdbt(step: pathlib.Path) -> None:
     overwrite(largest, content)
 
 
-@pytest.mark.promise(5, "training resumes from the step before and writes the bad one again")
 @pytest.mark.parametrize(
     ("damage", "stays"),
     [

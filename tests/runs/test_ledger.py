@@ -19,15 +19,15 @@ def test_rows_and_laps(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
         book.lap(kind)
     book.row("saved", stage="generator", step=8)
     book.row("stop", reason="done")
-    rows = ledger.read(tmp_path)
+    rows = ledger.read_ledger(tmp_path)
     assert [row["event"] for row in rows] == ["saved", "stop"] and rows[0]["step"] == 8
     assert rows[0]["seconds"] == {"starting": 3.0, "training": 6.5, "evaluating": 2.0} and rows[1]["seconds"] == {}
     assert rows[0]["run"] == rows[1]["run"] != Ledger(tmp_path)._run
     with (tmp_path / ledger.NAME).open("a") as file:
         file.write('[1]\n{"time": 1}\n{"half')
-    assert ledger.read(tmp_path) == rows and ledger.read(tmp_path / "none") == []
+    assert ledger.read_ledger(tmp_path) == rows and ledger.read_ledger(tmp_path / "none") == []
     Ledger(tmp_path).row("start")  # of the run after the crash, on a line of its own
-    assert [row["event"] for row in ledger.read(tmp_path)] == ["saved", "stop", "start"]
+    assert [row["event"] for row in ledger.read_ledger(tmp_path)] == ["saved", "stop", "start"]
     Ledger().row("start")  # nowhere
 
 

@@ -49,7 +49,6 @@ def files(folder: Path) -> list[str]:
     return [name for name in list_files(folder) if not name.endswith(".__lock")]
 
 
-@pytest.mark.promise(11, "a second writer in the same work directory is refused, by name, and takes over what is stale")
 def test_refused_while_the_other_lives(folder: Path) -> None:
     first = Lock(folder, "train")
     with pytest.raises(LockError, match=rf"is being written to by process {os.getpid()} on .* \(rar-jax train, since "):

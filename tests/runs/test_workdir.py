@@ -71,7 +71,6 @@ def test_the_same_config_again(begun: Workdir) -> None:
     assert begun.read_config() == before
 
 
-@pytest.mark.promise(11, "the work directory of another run, with the differences")
 def test_another_config_is_refused_with_the_differences(begun: Workdir) -> None:
     other = changed(train={"steps": 200, "extra": "x"}, seed=1, tokenizer={"width_multipliers": (1, 4)})
     assert refusal(begun, other) == (
@@ -102,7 +101,6 @@ def test_of_long_values_the_difference_is_told(tmp_path: pathlib.Path) -> None:
         assert len(told) < 700 and "class 900" in before and "another" in after and "class 901" in after
 
 
-@pytest.mark.promise(13, "a Config field that was added since, at its default, does not break a work directory")
 def test_configs_are_compared_after_defaults_are_filled_in(begun: Workdir) -> None:
     def fill_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config | {"train": {"dropout": 0.0, **config["train"]}}

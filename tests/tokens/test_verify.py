@@ -81,7 +81,6 @@ def check_fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 # ---------------------------------------------------------------- verify
 
 
-@pytest.mark.promise(11, "a token, label or crop out of range in a batch of training: file and record named")
 @pytest.mark.parametrize(("field", "value"), [("tokens", 32), ("label", 5), ("label", -1), ("crop", 1)])
 def test_a_batch_with_a_record_out_of_range(store: pathlib.Path, field: str, value: int) -> None:
     """Opening a store does not read it: a shard may have rotted, or been made by another program."""
@@ -112,7 +111,6 @@ def test_summary(store: pathlib.Path, weights: pathlib.Path, capsys: pytest.Capt
     assert sorted(p.suffix for p in store.iterdir()) == [".json", ".npy", ".npy", ".npy"]
 
 
-@pytest.mark.promise(11, "a broken shard of tokens is named, whatever byte of it is flipped")
 def test_a_flipped_byte_is_found_wherever_it_is(store: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first and last token, a label, an image id, a crop and the header of each shard; and the card."""
     dtype = np.dtype([("tokens", "<u2", (16,)), ("label", "<i4"), ("source_id", "<i8"), ("crop", "<i2")])
@@ -219,7 +217,7 @@ def test_import_of_the_authors_layout_needs_no_more(tmp_path: pathlib.Path) -> N
     [
         ((), "give one of --workdir, --source, --verify, --import and --export"),
         (("--verify", "a", "--export", "b"), "give one of --workdir"),
-        (("--workdir", "w", "--config", TINY, "--weights", "x"), "give one of --workdir"),
+        (("--workdir", "w", "--config", TINY, "--weights", "x"), "--workdir has its own tokenizer"),
         (("--import", "a"), "give --out"),
         (("--import", "a", "--out", "b"), "--import a: no such file"),
         (("--export", "nowhere", "--out", "b"), "nowhere is not a token store"),

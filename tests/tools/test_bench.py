@@ -18,13 +18,12 @@ from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, resolve
 from rar_jax.generators import rar
 from rar_jax.metrics import sums
-from rar_jax.parallel import memory
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tools.bench import bench as bench_program
 from rar_jax.tools.bench import cases as bench_cases
 from rar_jax.tools.bench import ceilings
 from rar_jax.tools.bench.bench import bench_experiment, compare_to_ceilings, describe_case, format_bench, time_case
-from rar_jax.tools.bench.cases import Case, Options, make_cases
+from rar_jax.tools.bench.cases import Case, Options
 from rar_jax.tools.bench.ceilings import Ceilings
 from rar_jax.tools.costs import Cost
 
@@ -271,21 +270,6 @@ def test_what_cannot_be(argv: list[str], problem: str, capsys: pytest.CaptureFix
     assert cli.main(["bench", *argv, "--config", str(TINY)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"rar-jax bench: {problem}") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("what", ["sample", "train", "tokenize"])
-def test_a_batch_that_memory_does_not_hold(what: str, monkeypatch: pytest.MonkeyPatch, tiny: Experiment) -> None:
-    """It is refused before it is run, and so are weights that are too large, before they are drawn."""
-    left = iter([2**40] * (2 if what == "train" else 1) + [2**10])  # room for weights, and none for a batch
-    monkeypatch.setattr(memory, "free", lambda device: next(left))
-    with pytest.raises(ConfigError, match=r"--batch-size 4 takes .* GiB on each device, .* are free"):
-        next(make_cases(tiny, make_mesh(tiny.mesh), Options(what, batch_sizes=(4,))))
-    monkeypatch.setattr(memory, "free", lambda device: 2**10)
-    monkeypatch.setattr(bench_cases, "dropout_bits", None)
-    with pytest.raises(
-        ConfigError, match=r"random weights.*: .* GiB on each device, .* are free: choose a smaller model"
-    ):
-        next(make_cases(tiny, make_mesh(tiny.mesh), Options(what, batch_sizes=(4,))))
 
 
 def test_the_loader_reads_codes_only(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,8 @@ def test_of_many_classes_the_smallest_median_and_largest_are_printed(
     lines = [line.lstrip("│├└─ ").split() for line in text(capsys, 1, "folder:data").splitlines()]
     begin = next(i for i, line in enumerate(lines) if line[:3] == ["the", "18", "smallest"])
     shown = lines[begin + 2 : begin + 22]
-    assert [count for count, _ in shown] == sorted(count for count, _ in shown)
+    smallest = [count for count, _ in shown[:18]]
+    assert smallest == sorted(smallest)
     assert [name for _, name in shown[:5]] == ["c00", "c05", "c10", "c15", "c20"]
     assert shown[-2:] == [["2", "c12"], ["6", "c09"]]
     assert len(report(capsys, 1, "folder:data")["classes"]) == 25

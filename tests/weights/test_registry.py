@@ -73,7 +73,6 @@ def test_what_is_in_the_cache_needs_no_network(hub: type[Hub], monkeypatch: pyte
         released.locate("rar_b", download=True)
 
 
-@pytest.mark.promise(9, "a download whose sha256 is not the hub's: refused and removed")
 def test_a_wrong_sha256(hub: type[Hub]) -> None:
     """And what the message says to do gives the right file."""
     hub.content = CONTENT[:-1] + b"X"

@@ -35,7 +35,7 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
     Raises: ConfigError if config.json is damaged.
     """
     workdir = Workdir(target).fetch()
-    config, rows, writer = workdir.read_config(), ledger.read(workdir.path), read_holder(workdir.root)
+    config, rows, writer = workdir.read_config(), ledger.read_ledger(workdir.path), read_holder(workdir.root)
     damaged: list[str] = []
     metrics = read_metrics(workdir.path, problems=damaged)
     problems: list[Problem] = [{"name": "metrics", "reason": reason} for reason in damaged]

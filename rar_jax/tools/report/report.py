@@ -21,7 +21,7 @@ from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.workdir import inspect_workdir
 from rar_jax.tools.report.curves import draw_curves
-from rar_jax.tools.report.tags import Tag, make_table, make_tag
+from rar_jax.tools.report.tags import Tag, make_html_table, make_tag
 
 LEDGER_ROWS = 500  # the last ones
 CELL = 52  # pixels; smaller images of a grid are enlarged
@@ -72,7 +72,7 @@ def read_run(path: pathlib.Path, name: str) -> Run:
     config = Workdir(path).read_config()
     summary = inspect_workdir(str(path), max_problems=100, verify=False, quiet=True)
     problems = [f"{row['name']}: {row['reason']}" for row in summary["problems"]]
-    return Run(name, path, config, summary, read_metrics(path), ledger.read(path), problems)
+    return Run(name, path, config, summary, read_metrics(path), ledger.read_ledger(path), problems)
 
 
 def make_body(runs: Sequence[Run]) -> Tag:
@@ -119,9 +119,9 @@ def _make_overview(run: Run) -> list[Tag]:
         [kind, f"{s:,.0f} s", make_tag("progress", value=s, max=wall)] for kind, s in spent.items() if kind != "wall"
     ]
     goodput = [["total", f"{wall:,.0f} s", f"goodput {summary['goodput']:.1%}"]] if wall else []
-    tables = [make_table(["stage", "", ""], stages), make_table(["time spent", "", ""], [*kinds, *goodput])]
+    tables = [make_html_table(["stage", "", ""], stages), make_html_table(["time spent", "", ""], [*kinds, *goodput])]
     problems = [make_tag("p", text, class_="problem") for text in run.problems]
-    return [*problems, make_tag("div", make_table(["run", ""], facts), make_tag("div", *tables), class_="side")]
+    return [*problems, make_tag("div", make_html_table(["run", ""], facts), make_tag("div", *tables), class_="side")]
 
 
 def _make_curves(runs: Sequence[Run]) -> Iterator[Tag]:
@@ -191,7 +191,7 @@ def _make_scores(runs: Sequence[Run]) -> Iterator[Tag]:
         repeated = [row for row in rows if file == "result.json" and "_n" in row[0] and "." not in row[0]]
         scores = [row for row in rows if row not in facts and row not in repeated]
         names = [run.name for run in runs] if len(runs) > 1 else [""]
-        tables = make_table(["score", *names], scores), make_table(["depends on", *names], facts, mark=True)
+        tables = make_html_table(["score", *names], scores), make_html_table(["depends on", *names], facts, mark=True)
         yield make_tag("div", make_tag("h3", file), make_tag("div", *tables, class_="side"), class_="card")
 
 
@@ -201,15 +201,17 @@ def _make_config(runs: Sequence[Run]) -> Iterator[Tag]:
     head = ["key", *(run.name for run in runs)] if len(runs) > 1 else ["key", ""]
     if len(runs) > 1:
         yield make_tag(
-            "div", make_table(head, [row for row in rows if row[1] != row[2]]), class_="card", id="differences"
+            "div", make_html_table(head, [row for row in rows if row[1] != row[2]]), class_="card", id="differences"
         )
-    yield make_tag("details", make_tag("summary", "resolved config"), make_table(head, rows, mark=True), class_="card")
+    yield make_tag(
+        "details", make_tag("summary", "resolved config"), make_html_table(head, rows, mark=True), class_="card"
+    )
 
 
 def _make_environment(run: Run) -> list[Tag]:
     keys = ("device", "devices", "processes", "host", "versions")
     starts = [flatten({key: row[key] for key in keys if key in row}) for row in run.rows if row["event"] == "start"]
-    return [make_table(["", ""], facts.items()) for i, facts in enumerate(starts) if facts not in starts[:i]]
+    return [make_html_table(["", ""], facts.items()) for i, facts in enumerate(starts) if facts not in starts[:i]]
 
 
 def _make_ledger(run: Run) -> list[Tag]:
@@ -220,4 +222,6 @@ def _make_ledger(run: Run) -> list[Tag]:
         spent = ", ".join(f"{kind} {s:g} s" for kind, s in row.get("seconds", {}).items())
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
         rows.append([at, row["run"], row["event"], details, spent])
-    return [make_table(["time (UTC)", "run", "event", "details", "time since the row before"], rows)] if rows else []
+    return (
+        [make_html_table(["time (UTC)", "run", "event", "details", "time since the row before"], rows)] if rows else []
+    )

@@ -20,7 +20,7 @@ def make_tag(name: str, /, *children: Any, **attributes: Any) -> Tag:
     return Tag(f"<{opening}>" if name in ("img", "input") else f"<{opening}>{inner}</{name}>")
 
 
-def make_table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, mark: bool = False) -> Tag:
+def make_html_table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, mark: bool = False) -> Tag:
     """Make a table. mark: highlight rows whose values after the first differ."""
     lines = [make_tag("tr", *(make_tag("th", name) for name in head))]
     for row in rows:
