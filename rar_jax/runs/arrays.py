@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import tensorstore
 from etils import epath
 from jax.experimental.array_serialization.serialization import GlobalAsyncCheckpointManager
 
+from rar_jax.parallel.processes import is_main
 from rar_jax.runs.bucket import BucketPath, Path, kvstore_spec
 
 FILE_BYTES = 2**28  # of a file in a bucket, at most: it is verified in memory
@@ -26,22 +28,28 @@ class DiskWriter:
     """Writes states to a disk in the background, by Orbax."""
 
     def __init__(self) -> None:
-        self._commit: Callable[[], None] = lambda: None
-        options = ocp.options.AsyncOptions(post_finalization_callback=lambda: self._commit())
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._threads = ThreadPoolExecutor(1)
+        self._saving: Future[None] = self._threads.submit(lambda: None)
 
     def start(self, state: Any, folder: Path, commit: Callable[[], None]) -> None:
         """Start writing. Once every process has written, process 0 calls `commit` in a background thread."""
-        self._commit = commit
         self._checkpointer.save(epath.Path(folder), args=ocp.args.PyTreeSave(state))
+        self._saving = self._threads.submit(self._finish, commit)
+
+    def _finish(self, commit: Callable[[], None]) -> None:
+        self._checkpointer.wait_until_finished()
+        if is_main():
+            commit()
 
     def check(self) -> None:
         """Raise an error of the background thread."""
-        self._checkpointer.check_for_errors()
+        if self._saving.done():
+            self._saving.result()
 
     def wait(self) -> None:
         """Return once `commit` has returned. Raises: errors of the background thread."""
-        self._checkpointer.wait_until_finished()
+        self._saving.result()
 
 
 class BucketWriter:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from commands import TINY
 
@@ -22,10 +23,18 @@ from rar_jax.config import load_experiment
 from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import resolve
 from rar_jax.runs import checkpoint, manifest
-from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step, load_params, read_meta, save_params
+from rar_jax.runs.checkpoint import (
+    Checkpointer,
+    best_steps,
+    find_arrays,
+    good_step,
+    load_params,
+    read_meta,
+    save_params,
+)
 from rar_jax.runs.workdir import Workdir
 
-OLD = pathlib.Path(__file__).parents[1] / "golden" / "checkpoints" / "0.2.tar.gz"
+OLD = pathlib.Path(__file__).parents[1] / "golden" / "checkpoints" / "version_0_2.tar.gz"
 
 
 @pytest.fixture
@@ -157,7 +166,7 @@ def test_unfinished_saves_do_not_pile_up(tmp_path: pathlib.Path) -> None:
 
 
 def kept_state() -> dict[str, Any]:
-    """The state in 0.2.tar.gz: arrays of every kind that a train state has, their values known."""
+    """The state in version_0_2.tar.gz: arrays of every kind that a train state has, their values known."""
 
     def tree(first: int) -> dict[str, Any]:
         values = jax.numpy.arange(first, first + 32, dtype=jax.numpy.float32) / 64
@@ -175,6 +184,12 @@ def test_a_checkpoint_of_version_0_2_opens(two_steps: pathlib.Path) -> None:
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True):
         assert ours.dtype == theirs.dtype and np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    with ocp.PyTreeCheckpointer() as orbax:  # as other programs do
+        at = find_arrays(two_steps, 12)
+        tree: Any = orbax.metadata(at).item_metadata.tree  # pyright: ignore
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        read = orbax.restore(at, restore_args=as_numpy)
+    assert np.array_equal(read["params"]["blocks"]["kernel"], expected["params"]["blocks"]["kernel"])
     kernel = load_params(two_steps, 12)["blocks"]["kernel"]
     assert np.array_equal(kernel, expected["extra"]["ema"]["blocks"]["kernel"])
     assert read_meta(two_steps, 12) == {"stage": "test", "step": 12}

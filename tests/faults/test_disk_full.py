@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rar_jax.errors import CheckpointError
-from rar_jax.runs import checkpoint
+from rar_jax.runs import arrays, checkpoint
 from rar_jax.runs.checkpoint import Checkpointer, good_step, good_steps
 from rar_jax.runs.manifest import verify_from_disk
 
@@ -49,7 +49,7 @@ def test_the_disk_is_full_for_a_while(
         if where == "before":
             patch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Usage(0))
         elif where == "during":
-            patch.setattr(checkpoint.GlobalAsyncCheckpointManager, "serialize", full)
+            patch.setattr(arrays.ocp.AsyncCheckpointer, "save", full)
         else:
             patch.setattr(checkpoint, "write_manifest", full)
         for step in (3, 4):
@@ -104,7 +104,7 @@ import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from test_disk_full import state, names
 from rar_jax.runs.checkpoint import Checkpointer, good_steps
-from rar_jax.runs import checkpoint
+from rar_jax.runs import arrays, checkpoint
 folder = pathlib.Path({folder!r})
 checkpointer = Checkpointer(folder, keep=2)
 checkpointer.save(1, state(1), {{}})
