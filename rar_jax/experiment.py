@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from rar_jax.config import build, load_experiment, nearest, require, resolve_steps, steps_fields, to_dict
 from rar_jax.data import imagenet
 from rar_jax.data.image_source import ImageSource, Split
-from rar_jax.data.loader import steps_per_epoch
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
 from rar_jax.models import Model, check_pair, find_module, load_model
@@ -267,7 +266,7 @@ def _resolve_recipe(section: Any, where: str, data: Data) -> Recipe:
     size = section.batch_size
     is_size = type(size) is int and size >= 1
     require(is_size, f"{where}.batch_size is {size!r}: it must be a whole number of at least 1")
-    epoch = steps_per_epoch(data.train_records, size)
+    epoch = data.train_records / size
     steps = resolve_steps(section.steps, f"{where}.steps", None, epoch)
     return build(Recipe, {**section, "steps": steps}, where=where, total_steps=steps, steps_per_epoch=epoch)
 
@@ -282,7 +281,7 @@ def _resolve_model(section: Any, kind: str, precision: str, recipe: Recipe, data
         {"dtype": precision, **classes, **section},
         where=where,
         total_steps=recipe.steps,
-        steps_per_epoch=steps_per_epoch(data.train_records, recipe.batch_size),
+        steps_per_epoch=data.train_records / recipe.batch_size,
         ignore=("name", "weights"),
     )
     for field in steps_fields(module.Config):

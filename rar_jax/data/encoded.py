@@ -21,32 +21,21 @@ from rar_jax.errors import ConfigError, DecodeError
 
 # More bad images than both point to a broken disk, mount or copy.
 MOST_BAD, MOST_BAD_SHARE = 100, 0.01
-# What all views of an image share (a Pillow image, or pixels), and its label.
-Prepared = tuple[Any, int]
 
 
-class Problems:
-    """Problems of a source: `total` counts all, 1000 are kept as (name, reason)."""
+class Problems(list[tuple[str, str]]):
+    """The first 1000 problems of a source as (name, reason), and the number of all."""
 
     KEPT = 1000
-
-    def __init__(self) -> None:
-        self.total: int = 0
-        self.kept: list[tuple[str, str]] = []
+    total = 0
 
     def add(self, name: str, reason: str) -> None:
         self.total += 1
-        if len(self.kept) < self.KEPT:
-            self.kept.append((printable(name), reason))
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(self.kept)
+        if len(self) < self.KEPT:
+            self.append((printable(name), reason))
 
     def __str__(self) -> str:
-        return "; ".join(f"{name}: {reason}" for name, reason in self.kept[:5]) or "none"
+        return "; ".join(f"{name}: {reason}" for name, reason in self[:5]) or "none"
 
 
 class EncodedSource(ImageSource):
@@ -80,9 +69,9 @@ class EncodedSource(ImageSource):
         problems: Problems | None = None,
         hold_out: Split | None = None,
     ) -> None:
-        self.problems: Problems = Problems() if problems is None else problems
+        self.problems: Problems = problems or Problems()
         self.listed: tuple[tuple[str, str], ...] = tuple(self.problems)
-        listed = f" ({len(self.problems)} problems, the first: {self.problems})" if self.problems else ""
+        listed = f" ({self.problems.total} problems, the first: {self.problems})" if self.problems else ""
         require(length > 0, f"{spec} holds no images{listed}")
         if view.image_size is None:
             raise ConfigError(f"{spec} has images of many sizes: give image_size (--image-size N)")
@@ -99,16 +88,15 @@ class EncodedSource(ImageSource):
             mask = heldout_mask(np.zeros(length, int) if labels is None else labels, names)
             self._rows = np.flatnonzero(mask == (hold_out == "heldout"))
             require(len(self._rows) > 0, f"{spec}: no class has two images to hold one out: add images or a val split")
-        self._labels = None if labels is None else labels[self._rows].astype(np.int32)
+        # int32 (num_images,), or None if only reading an image tells its class.
+        self.labels: np.ndarray | None = None if labels is None else labels[self._rows].astype(np.int32)
         self.crop: str = view.crop or "center"
         self.random_views: bool = self.crop == "random"
         self._views = crops.NUM_CROPS if self.crop == "ten" else 1
         self._read = 0
         self._bad: set[int] = set()
-        # The last image resized for ten crops: its crops mostly follow one another.
-        self._last: tuple[int, Prepared] | None = None
-
-    # ---- for subclasses
+        # The last image and its `_read_good`: ten crops mostly follow one another.
+        self._last: tuple[int, tuple[int, Any, int]] | None = None
 
     def _record(self, row: int) -> tuple[bytes, int | None]:
         """Return bytes and label (None if in `labels`). Raises: OSError, ValueError."""
@@ -117,8 +105,6 @@ class EncodedSource(ImageSource):
     def _name(self, row: int) -> str:
         raise NotImplementedError
 
-    # ---- images
-
     @property
     def num_images(self) -> int:
         return len(self._rows)
@@ -126,30 +112,14 @@ class EncodedSource(ImageSource):
     def read_image(self, image: int) -> tuple[bytes, int]:
         """Encoded bytes and label of image 0..num_images-1. Raises: OSError, ValueError."""
         data, label = self._record(int(self._rows[image]))
-        return data, self.label(image) if label is None else label
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """int32 (num_images,), or None if only reading an image tells its class."""
-        return self._labels
-
-    def label(self, image: int) -> int:
-        """Class of an image. Raises: OSError, ValueError if it must be read for that."""
-        return int(self._labels[image]) if self._labels is not None else self.read_image(image)[1]
+        if label is None:
+            assert self.labels is not None
+            label = int(self.labels[image])
+        return data, label
 
     def name(self, image: int) -> str:
         """Printable name of an image."""
         return printable(self._name(int(self._rows[image])))
-
-    def problem(self, image: int) -> str | None:
-        """Read and decode an image; return why it is bad, or None."""
-        try:
-            self._prepare(image)
-        except (OSError, ValueError) as error:
-            return reason_of(error)
-        return None
-
-    # ---- records
 
     def __len__(self) -> int:
         return self.num_images * self._views
@@ -175,7 +145,9 @@ class EncodedSource(ImageSource):
         # In storage order: crops of one image share a decode, rows of one chunk of a file share a read.
         for row in np.argsort(images_b, kind="stable"):
             image = int(images_b[row])
-            used, (pixels, label) = self._good(image)
+            if self._last is None or self._last[0] != image:
+                self._last = image, self._read_good(image)
+            used, pixels, label = self._last[1]
             out["images"][row] = self._cut(pixels, int(crops_b[row]), int(draws[row]))
             out["labels"][row], out["bad"][row] = label, used != image
         return out if self._views == 1 else {**out, "crops": crops_b.astype(np.int16)}
@@ -188,10 +160,10 @@ class EncodedSource(ImageSource):
         rng = np.random.Generator(np.random.Philox(key=draw))
         mirrored = rng.random() < 0.5
         out = crops.random_resized_crop(pixels, rng, size=self.image_shape[0])
-        return crops.mirror(out) if mirrored else out
+        return out[:, ::-1] if mirrored else out
 
-    def _prepare(self, image: int) -> Prepared:
-        """Read and decode an image. Raises: OSError, ValueError."""
+    def prepare(self, image: int) -> tuple[Any, int]:
+        """Return what all views of an image share (a Pillow image, or pixels), and its label. Raises: OSError, ValueError."""
         data, label = self.read_image(image)
         if not 0 <= label < self.num_classes:
             raise DecodeError(f"label {label} is outside the {self.num_classes} classes")
@@ -202,44 +174,28 @@ class EncodedSource(ImageSource):
             return pad_images(crops.to_pixels(decoded)[None], size)[0], label
         return (crops.resize_for_ten if self.crop == "ten" else crops.center_crop)(decoded, size=size), label
 
-    # ---- bad images
-
-    def _good(self, image: int) -> tuple[int, Prepared]:
-        """The image, or its replacement, and what `_prepare` returns for it."""
-        for candidate in itertools.chain([image], self._others(image)):
-            if candidate not in self._bad and (prepared := self._try(candidate)) is not None:
-                return candidate, prepared
+    def _read_good(self, image: int) -> tuple[int, Any, int]:
+        """Return the image or its replacement, and what `prepare` returns for it."""
+        for candidate in itertools.chain([image], self._list_replacements(image)):
+            if candidate in self._bad:
+                continue
+            self._read += 1
+            try:
+                return candidate, *self.prepare(candidate)
+            except (OSError, ValueError) as error:
+                self._bad.add(candidate)
+                self.problems.add(self.name(candidate), reason_of(error))
+            read, bad = min(self._read, self.num_images), len(self._bad)
+            if bad > max(MOST_BAD, MOST_BAD_SHARE * read):
+                share = f"{bad} of {read} images read are bad, more than {MOST_BAD_SHARE:.0%}"
+                raise ConfigError(f"{self.spec}: {share}: {self.problems}; repair or remove them")
         raise ConfigError(f"{self.spec}: no image of {self.num_images} is good; the first: {self.problems}")
 
-    def _try(self, image: int) -> Prepared | None:
-        """`_prepare`, or None for a bad image, which is recorded."""
-        last = self._last
-        if last is not None and last[0] == image:
-            return last[1]
-        self._read += 1
-        try:
-            prepared = self._prepare(image)
-        except (OSError, ValueError) as error:
-            self._bad.add(image)
-            self.problems.add(self.name(image), reason_of(error))
-            self._refuse_many()
-            return None
-        if self.crop == "ten":
-            self._last = (image, prepared)
-        return prepared
-
-    def _refuse_many(self) -> None:
-        read, bad = min(self._read, self.num_images), len(self._bad)
-        if bad > MOST_BAD and bad > MOST_BAD_SHARE * read:
-            share = f"{bad} of {read} images read are bad, more than {MOST_BAD_SHARE:.0%}"
-            raise ConfigError(f"{self.spec}: {share}: {self.problems}; repair or remove them")
-
-    def _others(self, image: int) -> Iterator[int]:
-        """Yield replacements of an image: those of its class, then all that follow."""
-        if self._labels is not None:
-            members = np.flatnonzero(self._labels == self._labels[image])
-            at = np.searchsorted(members, image, side="right")
-            yield from np.roll(members, -at).tolist()
+    def _list_replacements(self, image: int) -> Iterator[int]:
+        """Yield the images of its class, then all that follow."""
+        if self.labels is not None:
+            members = np.flatnonzero(self.labels == self.labels[image])
+            yield from np.roll(members, -np.searchsorted(members, image, side="right")).tolist()
         for step in range(1, self.num_images):
             yield (image + step) % self.num_images
 

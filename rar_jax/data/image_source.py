@@ -32,12 +32,6 @@ class View:
         require(self.crop in (None, *CROPS), f"no crop '{self.crop}': {known}")
         require(self.channels in (None, 1, 3), f"channels is {self.channels}: images are decoded to 1 or 3")
 
-    def only_pad(self, spec: str) -> int | None:
-        """Return image_size, for images of one size. Raises: ConfigError for a crop."""
-        padded = f"{spec} has images of one size, which are padded and not cropped: leave crop='{self.crop}' out"
-        require(self.crop in (None, "pad"), padded)
-        return self.image_size
-
 
 class ImageSource:
     """Random access to labelled images; also a source for `grain.MapDataset.source`.
@@ -113,16 +107,10 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
 
 def pad_images(images: np.ndarray, image_size: int | None) -> np.ndarray:
     """Zero-pad uint8 (n, h, w, c) to image_size; an odd rest goes below and right."""
-    target = padded_shape(images.shape[1:], image_size)
-    rest = [0, *(t - n for t, n in zip(target, images.shape[1:], strict=True))]
-    return np.pad(images, [(r // 2, r - r // 2) for r in rest]) if any(rest) else images
-
-
-def padded_shape(shape: Sequence[int], image_size: int | None) -> tuple[int, int, int]:
-    """Return (h, w, c) after `pad_images`. Raises: ConfigError if too large."""
-    height, width, channels = shape
     if image_size is None:
-        return height, width, channels
-    if max(height, width) > image_size:
-        raise ConfigError(f"images are {height}x{width}, larger than image_size={image_size}: raise image_size")
-    return image_size, image_size, channels
+        return images
+    height, width = images.shape[1:3]
+    too_large = f"images are {height}x{width}, larger than image_size={image_size}: raise image_size"
+    require(max(height, width) <= image_size, too_large)
+    margins = [((image_size - n) // 2, (image_size - n + 1) // 2) for n in (height, width)]
+    return np.pad(images, [(0, 0), *margins, (0, 0)])

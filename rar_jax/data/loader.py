@@ -7,10 +7,11 @@ permutation of a whole batch: Grain's own is called record by record (docs/measu
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import grain
 import numpy as np
@@ -22,21 +23,16 @@ Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """What the loader needs of an ImageSource, a TokenStore or anything like them."""
+    """What the loader needs of an ImageSource, a TokenStore or anything like them.
+
+    Optional: `order_records(position, *, seed)` for a stream of the source's own (see `MixedSource`), and `random_views`
+    if `gather` takes `draws`.
+    """
 
     def __len__(self) -> int: ...
 
     def gather(self, indices: np.ndarray) -> Batch:
         """Records at `indices` (int64 (b,)), each array with leading axis b."""
-        ...
-
-
-@runtime_checkable
-class OrderedSource(Source, Protocol):
-    """A source that defines its own endless shuffled stream, such as a mix of several."""
-
-    def order_records(self, position: np.ndarray, *, seed: int) -> np.ndarray:
-        """Return the record at each position of the stream, int64 (b,)."""
         ...
 
 
@@ -64,14 +60,12 @@ def batches(
     fits = rows.size > 0 and rows.min() >= 0 and rows.max() < global_batch
     require(fits, f"rows {rows} are not in a global batch of {global_batch}")
     require(seed >= 0 and start_step >= 0, f"seed ({seed}) and start_step ({start_step}) must not be negative")
+    order = getattr(source, "order_records", functools.partial(shuffle_positions, size=size))
     random_views, gather = getattr(source, "random_views", False), cast(Any, source.gather)
 
     def batch(step: int) -> Batch:
         position = step * global_batch + rows
-        if isinstance(source, OrderedSource):
-            records = source.order_records(position, seed=seed)
-        else:
-            records = shuffle_positions(position, size=size, seed=seed)
+        records = order(position, seed=seed)
         return gather(records, draws=draw_bits(position, seed=seed)) if random_views else gather(records)
 
     # As many steps as keep a position within int64.
@@ -98,11 +92,6 @@ def sequential_batches(
         return {**source.gather(np.where(real, position, 0)), "weights": real.astype(np.float32)}
 
     return _stream(grain.MapDataset.range(int(first_steps[-1])).map(batch), num_workers)
-
-
-def steps_per_epoch(num_records: int, global_batch: int) -> float:
-    """Batches per epoch; not whole in general, since batches straddle epochs."""
-    return num_records / global_batch
 
 
 def shuffle_positions(position: np.ndarray, *, size: int, seed: int) -> np.ndarray:

@@ -45,7 +45,9 @@ def load_source(
     if kind not in _KINDS:
         raise ConfigError(f"Unknown data source '{spec}'.{nearest(kind, _KINDS)}")
     require(bool(argument) == (kind != "digits"), f"source '{spec}': write one of {', '.join(SPECS)}")
-    return _KINDS[kind](argument, split, View(image_size, crop, channels))
+    view, padded = View(image_size, crop, channels), "has images of one size, which are padded and not cropped"
+    require(kind not in ARRAYS or crop in (None, "pad"), f"{spec} {padded}: leave crop='{crop}' out")
+    return _KINDS[kind](argument, split, view)
 
 
 # ---------------------------------------------------------------- digits
@@ -58,7 +60,7 @@ def _open_digits(_: str, split: Split, view: View) -> ImageSource:
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     ids = split_digits(bunch.target)[split]
     names = [str(name) for name in bunch.target_names]
-    return ArraySource(pad_images(images[ids], view.only_pad("digits")), bunch.target[ids], class_names=names, ids=ids)
+    return ArraySource(pad_images(images[ids], view.image_size), bunch.target[ids], class_names=names, ids=ids)
 
 
 def split_digits(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndarray]:
@@ -81,7 +83,7 @@ def split_digits(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndar
 
 
 def _open_idx(argument: str, split: Split, view: View) -> ImageSource:
-    image_size, folder = view.only_pad(f"idx:{argument}"), pathlib.Path(argument).expanduser()
+    folder = pathlib.Path(argument).expanduser()
     if not folder.is_dir():
         raise ConfigError(
             f"idx:{argument}: no such folder. Fashion-MNIST is Debian's dataset-fashion-mnist or tfds:fashion_mnist"
@@ -93,7 +95,7 @@ def _open_idx(argument: str, split: Split, view: View) -> ImageSource:
         every = labels if split == "train" else read_idx(_find_idx(folder, "train-labels-idx1-ubyte"), ndim=1)
         names = number_classes(every.astype(np.int64))
     try:
-        return ArraySource(pad_images(images, image_size), labels, class_names=names)
+        return ArraySource(pad_images(images, view.image_size), labels, class_names=names)
     except ConfigError as error:
         raise ConfigError(f"idx:{argument}: {error}") from None
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -114,6 +114,6 @@ def read_class_names(folder: pathlib.Path) -> tuple[str, ...] | None:
     return tuple(line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip())
 
 
-def number_classes(train_labels: np.ndarray) -> tuple[str, ...]:
+def number_classes(train_labels: Iterable[int]) -> tuple[str, ...]:
     """Name classes by numbers: of training labels, as others may lack the last."""
-    return tuple(str(c) for c in range(int(train_labels.max(initial=-1)) + 1))
+    return tuple(str(c) for c in range(max(train_labels, default=-1) + 1))

@@ -120,11 +120,7 @@ def _attend_fused(q_rk: jax.Array, stage: KeysValues, filled: jax.Array) -> jax.
 
 
 def block(
-    params: Params,
-    x_dbg: jax.Array,
-    modulation_6dbg: jax.Array,
-    cache: Sequence[KeysValues],
-    place: jax.Array,
+    params: Params, x_dbg: jax.Array, modulation_6dbg: jax.Array, cache: Sequence[KeysValues], place: jax.Array
 ) -> tuple[jax.Array, KeysValues]:
     """Apply transformer.Block at position `place` of the last stage; return the output and the updated stage."""
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.unstack(modulation_6dbg)

@@ -192,7 +192,7 @@ def test_padded_view(files: Any, tmp_path: pathlib.Path) -> None:
 def test_heldout_share_is_of_each_class_and_by_name(files: Any, tmp_path: pathlib.Path) -> None:
     files.write_folder(tmp_path, files.image_set((40, 1, 2)))
     train, heldout = open_folder(tmp_path), open_folder(tmp_path, "heldout")
-    labels = [np.array([s.label(i) for i in range(len(s))]) for s in (train, heldout)]
+    labels = [s.labels for s in (train, heldout)]
     assert [np.bincount(part, minlength=3).tolist() for part in labels] == [[38, 1, 1], [2, 0, 1]]
     assert not set(names(train)) & set(names(heldout)) and train.class_names == heldout.class_names == CLASSES
     everything = sorted(names(train) + names(heldout))
@@ -246,7 +246,7 @@ def test_many_bad_images_end_the_run(files: Any, tmp_path: pathlib.Path, monkeyp
     monkeypatch.setattr(encoded.Problems, "KEPT", 7)
     source = open_folder(tmp_path)
     source.gather(np.arange(400))
-    assert (source.problems.total, len(source.problems.kept)) == (100, 7)
+    assert (source.problems.total, len(source.problems)) == (100, 7)
 
 
 def test_no_good_image_at_all(files: Any, tmp_path: pathlib.Path) -> None:

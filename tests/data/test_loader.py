@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from digests import batch_digest
 
-from rar_jax.data import loader
 from rar_jax.data.loader import Batch, batches, draw_bits, sequential_batches, shuffle_positions
 from rar_jax.data.sources import ImageSource, load_source
 from rar_jax.errors import ConfigError
@@ -193,10 +192,6 @@ def test_wrong_sizes_are_refused(source: ImageSource) -> None:
         sequential_batches(source, global_batch=0)
     with pytest.raises(ConfigError, match="negative"):
         batches(source, global_batch=48, seed=0, start_step=-1)
-
-
-def test_steps_per_epoch() -> None:
-    assert loader.steps_per_epoch(360, 48) == 7.5
 
 
 class Draws(ImageSource):

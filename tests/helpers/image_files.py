@@ -9,13 +9,18 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from rar_jax.data.encoded import EncodedSource
+from rar_jax.data.encoded import EncodedSource, reason_of
 
 
 def find_problems(source: EncodedSource) -> dict[str, str]:
     """Decode every image; the reasons by name, those of listing the source first."""
-    reasons = {source.name(image): source.problem(image) for image in range(source.num_images)}
-    return {**dict(source.listed), **{name: reason for name, reason in reasons.items() if reason is not None}}
+    problems = dict(source.listed)
+    for image in range(source.num_images):
+        try:
+            source.prepare(image)
+        except (OSError, ValueError) as error:
+            problems[source.name(image)] = reason_of(error)
+    return problems
 
 
 class ImageFiles:

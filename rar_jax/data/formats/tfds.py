@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from rar_jax.config import nearest
 from rar_jax.data.encoded import EncodedSource
-from rar_jax.data.image_source import Split, View, padded_shape
+from rar_jax.data.image_source import Split, View, pad_images
 from rar_jax.errors import ConfigError
 
 # Validation splits of images of many sizes, in this order: the labels of a "test" may be withheld (-1).
@@ -40,7 +42,7 @@ class TfdsSource(EncodedSource):
         shape, tfds_split = features["image"].shape, {"train": "train", "heldout": "test"}[split]
         if None not in shape and view.crop in (None, "pad"):
             size = view.image_size or max(shape[:2])
-            padded_shape(shape, size)
+            pad_images(np.empty((0, *shape), np.uint8), size)  # raises if they are larger
             view = dataclasses.replace(view, crop="pad", image_size=size)
         elif split == "heldout":
             tfds_split = next((s for s in _HELDOUT_OF_MANY_SIZES if s in builder.info.splits), "test")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 import tarfile
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from rar_jax.config import require
 from rar_jax.data.encoded import EncodedSource, Problems
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.image_source import Split, View
@@ -39,14 +39,12 @@ class WebDatasetSource(EncodedSource):
         found = find_data_files(spec, argument, (".tar",))
         self._paths, train, hold_out = split_files(spec, found, split)
         problems = Problems()
-        shards = [list(_list_samples(spec, path, problems)) for path in self._paths]
+        shards = [_list_samples(spec, path, problems) for path in self._paths]
         samples = [sample for shard in shards for sample in shard]
         labels = np.array([sample.label for sample in samples], np.int64)
         if (names := read_class_names(self._paths[0].parent)) is None:
-            every = labels
-            if self._paths != train:
-                every = np.array([s.label for path in train for s in _list_samples(spec, path, Problems())], np.int64)
-            names = number_classes(every)
+            every = samples if self._paths == train else [s for p in train for s in _list_samples(spec, p, Problems())]
+            names = number_classes(s.label for s in every)
         self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard) for shard in shards])
         self._bytes = np.array([(s.offset, s.size) for s in samples], np.int64).reshape(-1, 2)
         self._keys = [s.key for s in samples]
@@ -65,64 +63,54 @@ class WebDatasetSource(EncodedSource):
             return file.read(size), None
 
 
-def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[_Sample]:
-    """List the samples of a tar file; what is not part of one is a problem."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    with path.open("rb") as file:
-        for member in _list_members(spec, path, problems):
-            folder, _, base = member.name.rpartition("/")
-            key, _, extension = base.partition(".")
-            key, extension = f"{folder}/{key}".removeprefix("/"), f".{extension.lower()}"
-            name = f"{path.name}:{member.name}"
-            if base.startswith("."):
-                continue
-            if extension in SUFFIXES:
-                if key in images:
-                    problems.add(name, "a second image of its sample")
-                images.setdefault(key, (member.offset_data, member.size))
-            elif extension in (".cls", ".json"):
-                file.seek(member.offset_data)
-                try:
-                    content = file.read(member.size).decode("utf-8")
-                    labels.setdefault(key, int(content if extension == ".cls" else json.loads(content)["label"]))
-                except (ValueError, KeyError, TypeError):
-                    problems.add(name, "no class in it: .cls holds a number, .json a number named 'label'")
-            elif extension not in (".txt", ".index"):
-                problems.add(name, "neither an image nor a class by its suffix")
-    for key, (offset, size) in images.items():
-        if key in labels:
-            yield _Sample(key, labels[key], offset, size)
-        else:
-            problems.add(f"{path.name}:{key}", "no .cls or .json with its class")
-    for key in labels.keys() - images.keys():
-        problems.add(f"{path.name}:{key}", "a class without its image")
-
-
-def _list_members(spec: str, path: pathlib.Path, problems: Problems) -> Iterator[tarfile.TarInfo]:
-    """List the regular files of a tar.
+def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> list[_Sample]:
+    """List the samples of a tar file; what is not part of one is a problem.
 
     Raises: ConfigError if it is not whole. tarfile stops silently at a damaged header, so the end is checked.
     """
-    size = path.stat().st_size
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
     try:
-        with tarfile.open(path, "r:") as opened:
-            tar: Any = opened
-            while (member := tar.next()) is not None:
-                tar.members = []  # or it keeps every one
-                if member.offset_data + member.size > size:
-                    raise ConfigError(f"{spec}: {path.name} ends within {member.name}: fetch it again")
-                if member.isreg():
-                    yield member
-                elif not member.isdir():
-                    problems.add(f"{path.name}:{member.name}", "not a file: links in a tar are not followed")
-            end = tar.offset
+        with path.open("rb") as file, tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if reason := _add_member(member, file, images, labels):
+                    problems.add(f"{path.name}:{member.name}", reason)
+            end = int(tar.offset)
+            file.seek(end)
+            rest = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, EOFError) as error:
         raise ConfigError(f"{spec}: {path.name} is no plain, whole .tar ({error}): fetch or decompress it") from None
-    with path.open("rb") as file:
-        file.seek(end)
-        rest = file.read(tarfile.BLOCKSIZE)
-    if any(rest):
-        raise ConfigError(f"{spec}: {path.name} has a damaged header at byte {end}: fetch it again")
+    require(not any(rest), f"{spec}: {path.name} has a damaged header at byte {end}: fetch it again")
     if not rest:
         problems.add(path.name, "no end marker: the file may have been cut short between two members")
+    for key in images.keys() ^ labels.keys():
+        reason = "no .cls or .json with its class" if key in images else "a class without its image"
+        problems.add(f"{path.name}:{key}", reason)
+    return [_Sample(key, labels[key], *images[key]) for key in images if key in labels]
+
+
+def _add_member(
+    member: tarfile.TarInfo, file: BinaryIO, images: dict[str, tuple[int, int]], labels: dict[str, int]
+) -> str | None:
+    """Add a member to its sample: an image's offset and size, or a label. Return what is wrong with it, or None."""
+    folder, _, base = member.name.rpartition("/")
+    key, _, extension = base.partition(".")
+    key, extension = f"{folder}/{key}".removeprefix("/"), f".{extension.lower()}"
+    if member.isdir() or base.startswith("."):
+        return None
+    if not member.isreg():
+        return "not a file: links in a tar are not followed"
+    if extension in SUFFIXES:
+        if key in images:
+            return "a second image of its sample"
+        images[key] = member.offset_data, member.size
+    elif extension in (".cls", ".json"):
+        file.seek(member.offset_data)
+        try:
+            content = file.read(member.size).decode("utf-8")
+            labels.setdefault(key, int(content if extension == ".cls" else json.loads(content)["label"]))
+        except (ValueError, KeyError, TypeError):
+            return "no class in it: .cls holds a number, .json a number named 'label'"
+    elif extension not in (".txt", ".index"):
+        return "neither an image nor a class by its suffix"
+    return None

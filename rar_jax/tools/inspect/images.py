@@ -13,7 +13,6 @@ from rar_jax.data.decode import read_header
 from rar_jax.data.encoded import EncodedSource, reason_of
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.sources import ARRAYS, SPECS, ImageSource, Split, load_source
-from rar_jax.errors import DecodeError
 from rar_jax.runs.pictures import save_image_grid
 from rar_jax.runs.progress import track_progress
 from rar_jax.tools.inspect.layout import LISTED, Summary
@@ -69,7 +68,7 @@ def inspect_source(
     source = load_source(spec, split) if kind in ARRAYS else load_source(spec, split, image_size=CELL, crop="center")
     encoded = source if isinstance(source, EncodedSource) else None
     problems = list(encoded.listed) if encoded else []
-    unlisted = len(encoded.problems) - len(problems) if encoded else 0  # the source keeps the first problems only
+    unlisted = encoded.problems.total - len(problems) if encoded else 0  # the source keeps the first problems only
     good, indices = [], _space_evenly(source.num_images, limit)
     for index in track_progress(indices, description=f"inspect {spec}", unit="images", quiet=quiet):
         try:
@@ -117,14 +116,13 @@ def _has_class_folders(target: str) -> bool:
 
 
 def _read_image(source: ImageSource, index: int) -> GoodImage:
-    """Decode an image. Raises: DecodeError or OSError if it cannot be used."""
+    """Decode an image. Raises: OSError, ValueError if it cannot be used."""
     if not isinstance(source, EncodedSource):
         height, width, channels = source.image_shape
         label = int(source.gather(np.array([index]))["labels"][0])
         mode = "L" if channels == 1 else "RGB"
         return GoodImage(index, label, width, height, "array", mode, False, height * width * channels)
-    if reason := source.problem(index):
-        raise DecodeError(reason)
+    source.prepare(index)
     data, label = source.read_image(index)
     header = read_header(data)
     return GoodImage(index, label, header.width, header.height, header.kind, header.mode, header.turned, len(data))
