@@ -38,10 +38,6 @@ def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
         elif found:
             numbers = " or ".join(f"{label} ({class_names[label]})" for label in found)
             raise ConfigError(f"'{part}' is {len(found)} classes: give {numbers}")
-        elif re.fullmatch("-[0-9]+", part):
-            raise ConfigError(f"class {part} is outside 0..{last}")
-        elif re.fullmatch("[0-9]+-", part):
-            raise ConfigError(f"classes {part}: a range is LOW-HIGH, as in 0-{last}")
         else:
             raise ConfigError(f"no class '{part}'.{_suggest(part.lower(), synonyms)}")
     return labels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
@@ -44,23 +43,13 @@ def decode_image(data: bytes, *, channels: int = 3) -> Image.Image:
         raise DecodeError(f"damaged image: {reason}") from error
 
 
-class Header(NamedTuple):
-    """Pillow's kind and mode, the stored size, and whether EXIF turns the image."""
-
-    kind: str
-    mode: str
-    width: int
-    height: int
-    turned: bool
-
-
-def read_header(data: bytes) -> Header:
-    """Read the header of an image. PNGs are decoded: EXIF may follow the pixels."""
+def read_header(data: bytes) -> tuple[int, int, str, str, bool]:
+    """Return the stored width and height, Pillow's format and mode, and whether EXIF turns the image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        kind, mode = str(image.format), image.mode
-        return Header(kind, mode, image.width, image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+        size, kind, mode = image.size, str(image.format), image.mode  # PNGs are decoded now: EXIF may follow the pixels
+        return *size, kind, mode, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def _open(data: bytes, channels: int) -> Image.Image:

@@ -45,9 +45,8 @@ class EncodedSource(ImageSource):
     a flip with probability 1/2; "pad" pads images of at most image_size. With "ten", record i is crop i % 10 of image
     i // 10, "crops" int16 (b,) holds the crop and "ids" the image.
 
-    A record that cannot be decoded is added to `problems` and replaced: by the next good image of its class if labels
-    are known without reading, else by the next good image, with its label. "bad" bool (b,) marks such rows. Each worker
-    process has its own `problems`.
+    A record that cannot be decoded is added to `problems` (each worker process has its own) and replaced by the next
+    good image, of its class if labels are known without reading. "bad" bool (b,) marks such rows.
 
     Args:
       length: number of rows in the container.
@@ -98,8 +97,8 @@ class EncodedSource(ImageSource):
         # The last image and its `_read_good`: ten crops mostly follow one another.
         self._last: tuple[int, tuple[int, Any, int]] | None = None
 
-    def _record(self, row: int) -> tuple[bytes, int | None]:
-        """Return bytes and label (None if in `labels`). Raises: OSError, ValueError."""
+    def _record(self, row: int) -> tuple[bytes, int]:
+        """Return bytes and label (any if in `labels`). Raises: OSError, ValueError."""
         raise NotImplementedError
 
     def _name(self, row: int) -> str:
@@ -112,10 +111,7 @@ class EncodedSource(ImageSource):
     def read_image(self, image: int) -> tuple[bytes, int]:
         """Encoded bytes and label of image 0..num_images-1. Raises: OSError, ValueError."""
         data, label = self._record(int(self._rows[image]))
-        if label is None:
-            assert self.labels is not None
-            label = int(self.labels[image])
-        return data, label
+        return data, int(self.labels[image]) if self.labels is not None else label
 
     def name(self, image: int) -> str:
         """Printable name of an image."""
@@ -145,9 +141,9 @@ class EncodedSource(ImageSource):
         # In storage order: crops of one image share a decode, rows of one chunk of a file share a read.
         for row in np.argsort(images_b, kind="stable"):
             image = int(images_b[row])
-            if self._last is None or self._last[0] != image:
-                self._last = image, self._read_good(image)
-            used, pixels, label = self._last[1]
+            if (last := self._last) is None or last[0] != image:
+                self._last = last = image, self._read_good(image)
+            used, pixels, label = last[1]
             out["images"][row] = self._cut(pixels, int(crops_b[row]), int(draws[row]))
             out["labels"][row], out["bad"][row] = label, used != image
         return out if self._views == 1 else {**out, "crops": crops_b.astype(np.int16)}
@@ -163,7 +159,7 @@ class EncodedSource(ImageSource):
         return out[:, ::-1] if mirrored else out
 
     def prepare(self, image: int) -> tuple[Any, int]:
-        """Return what all views of an image share (a Pillow image, or pixels), and its label. Raises: OSError, ValueError."""
+        """Return what all views share (a Pillow image or pixels), and the label. Raises: OSError, ValueError."""
         data, label = self.read_image(image)
         if not 0 <= label < self.num_classes:
             raise DecodeError(f"label {label} is outside the {self.num_classes} classes")

@@ -26,11 +26,9 @@ class FolderSource(EncodedSource):
     is held out. This also holds if PATH is that train folder. Otherwise 5 % of each class is held out.
 
     A class without images keeps its label. Images in PATH itself, without any class folder, are one class, named like
-    the folder. Links to files and to class folders are followed. Other files are reported in `problems`, except hidden
-    files and those of operating systems.
+    the folder. Links to files and to class folders are followed. `problems` lists other files, except hidden ones.
 
-    Raises: ConfigError if the folder is missing or empty, no image can be held out, or the validation split has another
-      class.
+    Raises: ConfigError if the folder is missing or empty, or the validation split has no image or another class.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
@@ -38,19 +36,16 @@ class FolderSource(EncodedSource):
         path = pathlib.Path(argument).expanduser()
         require(path.is_dir(), f"{spec}: no such folder")
         self._root, own_split = _find_split_folder(path, split)
+        train_root, _ = _find_split_folder(path, "train")
         problems = Problems()
-        train_root = _find_split_folder(path, "train")[0]
-        classes = _list_classes(train_root, problems if train_root == self._root else Problems())
+        own, classes = _list_classes(self._root, problems), _list_classes(train_root, Problems())
         require(bool(classes), f"{spec}: {train_root} holds no images: put them into it, or into one folder per class")
-        if train_root != self._root:
-            known = set(classes)
-            for name in _list_classes(self._root, problems):
-                if name not in known:
-                    what = printable(os.fsdecode(name)) or "an image without a class folder"
-                    raise ConfigError(f"{spec}: {what} of {self._root} is no class of {train_root}")
+        if unknown := sorted({*own} - {*classes}):
+            what = printable(os.fsdecode(unknown[0])) or "an image without a class folder"
+            raise ConfigError(f"{spec}: {what} of {self._root} is no class of {train_root}")
         files, labels = [], []
         for label, name in enumerate(classes):
-            here = sorted(_list_images(self._root, name, problems)) if (self._root / os.fsdecode(name)).is_dir() else []
+            here = sorted(_list_images(self._root, name, problems)) if name in own else []
             if not here:
                 problems.add(os.fsdecode(name), "a class without images")
             files += here
@@ -63,7 +58,7 @@ class FolderSource(EncodedSource):
             view,
             length=len(files),
             labels=np.array(labels, np.int32),
-            class_names=[printable(os.fsdecode(name) if name else path.resolve().name) for name in classes],
+            class_names=[printable(os.fsdecode(name) or path.resolve().name) for name in classes],
             problems=problems,
             hold_out=None if own_split else split,
         )
@@ -71,9 +66,9 @@ class FolderSource(EncodedSource):
     def _name(self, row: int) -> str:
         return os.fsdecode(self._files[self._ends[row] : self._ends[row + 1]])
 
-    def _record(self, row: int) -> tuple[bytes, None]:
+    def _record(self, row: int) -> tuple[bytes, int]:
         with open(f"{self._root}/{self._name(row)}", "rb") as file:
-            return file.read(), None
+            return file.read(), -1
 
 
 def _find_split_folder(path: pathlib.Path, split: Split) -> tuple[pathlib.Path, bool]:
@@ -83,7 +78,7 @@ def _find_split_folder(path: pathlib.Path, split: Split) -> tuple[pathlib.Path, 
         path = path.parent  # "folder:imagenet/train" beside its val is all for training
     # A class may be called "train": only a folder of folders is a split.
     train = path / "train"
-    if not (train.is_dir() and any(entry.is_dir() for entry in list(os.scandir(train)))):
+    if not (train.is_dir() and any(entry.is_dir() for entry in train.iterdir())):
         return path, False
     heldout = next((path / name for name in HELDOUT_NAMES if (path / name).is_dir()), None)
     if heldout is None:
@@ -108,30 +103,23 @@ def _list_classes(root: pathlib.Path, problems: Problems) -> list[bytes]:
 def _list_images(root: pathlib.Path, folder: bytes, problems: Problems) -> Iterator[bytes]:
     """List the image files under a class folder, as paths from the root."""
     try:
-        entries = sorted(os.scandir(os.fsencode(root / os.fsdecode(folder))), key=lambda e: e.name)
+        entries = sorted(os.scandir(os.path.join(os.fsencode(root), folder)), key=lambda entry: entry.name)
     except OSError as error:
         problems.add(os.fsdecode(folder), error.strerror or "unreadable folder")
         return
     for entry in entries:
         path = os.path.join(folder, entry.name)
-        name = os.fsdecode(path)
         if _hidden(os.fsdecode(entry.name)):
             continue
-        image = _is_image(entry.name)
-        if entry.is_dir():
-            if image:
-                problems.add(name, "a folder named like an image")
-            if entry.is_symlink():
-                problems.add(name, "a link to a folder, not followed: it may be circular")
-            else:
-                yield from _list_images(root, path, problems)
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _list_images(root, path, problems)
+        elif entry.is_dir():
+            problems.add(os.fsdecode(path), "a link to a folder, not followed: it may be circular")
         elif not entry.is_file():
-            problems.add(name, "a dangling link" if entry.is_symlink() else "not a file")
-        elif not image:
-            problems.add(name, "not an image by its suffix")
+            problems.add(os.fsdecode(path), "a dangling link" if entry.is_symlink() else "not a file")
+        elif not _is_image(entry.name):
+            problems.add(os.fsdecode(path), "not an image by its suffix")
         else:
-            if path.decode("utf-8", "replace") != name:
-                problems.add(name, "the name is not UTF-8; it is read anyway")
             yield path
 
 

@@ -40,8 +40,7 @@ class ImageSource:
     several crops has more records than images. Subclasses define `__len__` and `gather`.
     """
 
-    # Whether a record looks different each time it is drawn; `gather` then takes `draws`.
-    random_views = False
+    random_views = False  # True: a record looks different each time it is drawn, and `gather` takes `draws`
 
     def __init__(self, *, image_shape: tuple[int, int, int], class_names: Sequence[str]) -> None:
         self.image_shape = image_shape
@@ -79,8 +78,9 @@ class ArraySource(ImageSource):
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], ids: np.ndarray | None = None
     ) -> None:
-        fits = images.ndim == 4 and images.dtype == np.uint8
-        require(fits, f"images are {images.dtype} {images.shape}, not uint8 4-D")
+        require(
+            images.ndim == 4 and images.dtype == np.uint8, f"images are {images.dtype} {images.shape}, not uint8 4-D"
+        )
         require(len(images) > 0, "the source holds no images")
         require(len(images) == len(labels), f"{len(images)} images but {len(labels)} labels")
         check_labels(labels, len(class_names))

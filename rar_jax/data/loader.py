@@ -105,7 +105,8 @@ def shuffle_positions(position: np.ndarray, *, size: int, seed: int) -> np.ndarr
     record = np.empty_like(position)
     for e in np.unique(epoch):
         here = epoch == e
-        record[here] = _permute(place[here], size, _round_keys(seed, int(e)))
+        keys = hashlib.blake2b(f"{seed}/{e}".encode(), digest_size=64).digest()  # no two epochs of two seeds agree
+        record[here] = _permute(place[here], size, np.frombuffer(keys, "<u8"))
     return record
 
 
@@ -117,14 +118,6 @@ def draw_bits(position: np.ndarray, *, seed: int) -> np.ndarray:
     # Its own key: record order and views are independent.
     keys = np.frombuffer(hashlib.blake2b(f"{seed}/draws".encode(), digest_size=16).digest(), "<u8")
     return _mix(_mix(position.astype(np.uint64) + keys[0]) ^ keys[1])
-
-
-_ROUNDS = 8
-
-
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    """uint64 (_ROUNDS,): a hash of both, so that no two epochs of two seeds agree."""
-    return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest(), "<u8")
 
 
 def _permute(place: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:

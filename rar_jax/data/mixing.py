@@ -40,9 +40,8 @@ class MixedSource:
 
     def gather(self, indices: np.ndarray) -> Batch:
         """Records at `indices`, ints (b,); keys that only some sources have are dropped."""
-        indices = np.asarray(indices)
-        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
-            raise IndexError(f"indices {indices.min()}..{indices.max()}, the mix has 0..{len(self) - 1}")
+        if (outside := indices[(indices < 0) | (indices >= len(self))]).size:
+            raise IndexError(f"index {outside[0]}, the mix has 0..{len(self) - 1}")
         source_of = np.searchsorted(self._ends, indices, side="right")
         used = np.unique(source_of) if indices.size else [0]
         begins = self._ends - [len(source) for source in self.sources]
@@ -63,8 +62,8 @@ class MixedSource:
             here = source_of == k
             size = len(self.sources[k])
             # Its own seed: data sets of one size would otherwise have the same order.
-            order = shuffle_positions(draw[here], size=size, seed=_derive_seed(seed, int(k)))
-            record[here] = order + (self._ends[k] - size)
+            own = int.from_bytes(hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=8).digest(), "little")
+            record[here] = shuffle_positions(draw[here], size=size, seed=own) + (self._ends[k] - size)
         return record
 
 
@@ -107,7 +106,3 @@ def _multiply(position: np.ndarray, share: int, period: int) -> np.ndarray:
     """floor(position * share / period) without overflow: exact for every int64."""
     whole, rest = np.divmod(position, period)
     return whole * share + rest * share // period
-
-
-def _derive_seed(seed: int, source: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{source}".encode(), digest_size=8).digest(), "little")

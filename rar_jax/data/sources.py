@@ -6,6 +6,7 @@ A kind of source is one subclass of `ImageSource` and one line in `_KINDS`.
 from __future__ import annotations
 
 import gzip
+import math
 import pathlib
 import zlib
 from collections.abc import Callable
@@ -50,9 +51,6 @@ def load_source(
     return _KINDS[kind](argument, split, view)
 
 
-# ---------------------------------------------------------------- digits
-
-
 def _open_digits(_: str, split: Split, view: View) -> ImageSource:
     from sklearn.datasets import load_digits
 
@@ -79,21 +77,15 @@ def split_digits(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndar
     return {"train": np.setdiff1d(np.arange(len(labels)), ids), "heldout": np.sort(ids)}
 
 
-# ---------------------------------------------------------------- IDX files
-
-
 def _open_idx(argument: str, split: Split, view: View) -> ImageSource:
     folder = pathlib.Path(argument).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"idx:{argument}: no such folder. Fashion-MNIST is Debian's dataset-fashion-mnist or tfds:fashion_mnist"
-        )
+    hint = "Fashion-MNIST is Debian's dataset-fashion-mnist or tfds:fashion_mnist"
+    require(folder.is_dir(), f"idx:{argument}: no such folder. {hint}")
     prefix = {"train": "train", "heldout": "t10k"}[split]
     images = read_idx(_find_idx(folder, f"{prefix}-images-idx3-ubyte"), ndim=3)[..., None]
     labels = read_idx(_find_idx(folder, f"{prefix}-labels-idx1-ubyte"), ndim=1)
     if (names := read_class_names(folder)) is None:
-        every = labels if split == "train" else read_idx(_find_idx(folder, "train-labels-idx1-ubyte"), ndim=1)
-        names = number_classes(every.astype(np.int64))
+        names = number_classes(read_idx(_find_idx(folder, "train-labels-idx1-ubyte"), ndim=1).tolist())
     try:
         return ArraySource(pad_images(images, view.image_size), labels, class_names=names)
     except ConfigError as error:
@@ -117,16 +109,12 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConfigError(f"{path} is not a whole gzip file ({error}): download it again") from None
     header, magic = 4 + 4 * ndim, bytes([0, 0, 8, ndim])
-    if data[:4] != magic or len(data) < header:
-        raise ConfigError(
-            f"{path} is no IDX file of {ndim} dimensions: expected {header} bytes of header from {magic.hex()}, "
-            f"found {len(data)} bytes from {data[:4].hex()}"
-        )
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", count=ndim, offset=4))
-    # Python's int: a corrupt header can ask for more than int64 holds.
-    expected = header + int(np.prod(np.array(shape, dtype=object)))
-    if len(data) != expected:
-        raise ConfigError(f"{path}: expected {expected} bytes for {shape}, found {len(data)}: download it again")
+    begins = f"expected {magic.hex()} first, found {len(data)} bytes from {data[:4].hex()}"
+    require(data[:4] == magic and len(data) >= header, f"{path} is no IDX file of {ndim} dimensions: {begins}")
+    shape = [int(n) for n in np.frombuffer(data, ">u4", count=ndim, offset=4)]
+    expected = header + math.prod(shape)
+    whole = f"expected {expected} bytes for {shape}, found {len(data)}: download it again"
+    require(len(data) == expected, f"{path}: {whole}")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 

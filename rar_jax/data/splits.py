@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from rar_jax.config import require
 from rar_jax.data.image_source import Split
-from rar_jax.errors import ConfigError
 
 HELDOUT_SHARE = 0.05
 
@@ -43,21 +43,19 @@ def find_data_files(spec: str, argument: str, suffixes: Sequence[str]) -> tuple[
 
     argument: a file, a folder (subfolders too), a glob, a brace range ("shard-{0000..0127}.tar") or list ("{a,b}.tar").
 
-    Raises: ConfigError if there are none.
+    Raises: ConfigError if there are none, or none for one pattern of a brace.
     """
     path = pathlib.Path(argument).expanduser()
     if path.is_dir():
         found = [p for suffix in suffixes for p in path.rglob(f"*{suffix}") if not p.name.startswith(".")]
-    else:
-        # Each pattern of a brace must match: a missing shard is an error.
-        found = []
-        for pattern in expand_braces(str(path)):
-            matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
-            if not (here := [pathlib.Path(p) for p in matches if os.path.isfile(p)]):
-                raise ConfigError(f"{spec}: no file {pattern}")
-            found += here
-    if not found:
-        raise ConfigError(f"{spec}: no {' or '.join(suffixes)} file in it")
+        require(bool(found), f"{spec}: no {' or '.join(suffixes)} file in it")
+        return tuple(sorted(found))
+    found = []
+    for pattern in expand_braces(str(path)):
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
+        files = [pathlib.Path(p) for p in matches if os.path.isfile(p)]
+        require(bool(files), f"{spec}: no file {pattern}")
+        found += files
     return tuple(sorted(set(found)))
 
 
@@ -66,11 +64,12 @@ def expand_braces(pattern: str) -> list[str]:
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
-    if match[1] is not None:
-        width = max(len(match[1]), len(match[2])) if match[1].startswith("0") or match[2].startswith("0") else 0
-        parts = [str(i).zfill(width) for i in range(int(match[1]), int(match[2]) + 1)]
+    first, last, names = match.groups()
+    if names is None:
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        parts = [str(i).zfill(width) for i in range(int(first), int(last) + 1)]
     else:
-        parts = match[3].split(",")
+        parts = names.split(",")
     return [out for part in parts for out in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
 
 
@@ -90,10 +89,8 @@ def split_files(
     for pattern in _HELDOUT:
         heldout = tuple(f for f in files if _names_split(f.relative_to(top), pattern))
         if heldout:
-            if not train:
-                raise ConfigError(
-                    f"{spec}: {heldout[0].name} is held out, and no file's name says 'train': add training files"
-                )
+            need_train = f"{heldout[0].name} is held out, and no file's name says 'train': add training files"
+            require(bool(train), f"{spec}: {need_train}")
             return (train if split == "train" else heldout), train, None
     train = train or tuple(files)
     return train, train, split
@@ -109,9 +106,8 @@ def _names_split(file: pathlib.Path, pattern: re.Pattern[str]) -> bool:
 def read_class_names(folder: pathlib.Path) -> tuple[str, ...] | None:
     """Read class names from a folder's classes.txt, one per line, or None."""
     file = folder / "classes.txt"
-    if not file.is_file():
-        return None
-    return tuple(line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip())
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    return tuple(line.strip() for line in lines if line.strip()) or None
 
 
 def number_classes(train_labels: Iterable[int]) -> tuple[str, ...]:

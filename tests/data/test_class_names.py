@@ -41,8 +41,8 @@ def test_numbers_ranges_and_names(text: str, labels: list[int] | None) -> None:
         ("3,trousers", "no class 'trousers'. Did you mean 'trouser'?"),
         ("SNEEKER", "no class 'SNEEKER'. Did you mean 'sneaker'?"),
         ("²", "no class '²'."),
-        ("3-", "classes 3-: a range is LOW-HIGH, as in 0-9"),
-        ("-3", "class -3 is outside 0..9"),
+        ("3-", "no class '3-'"),
+        ("-3", "no class '-3'"),
         ("1.5", "no class '1.5'."),
         ("3,8-6", "classes 8-6: a range is LOW-HIGH, as in 6-8"),  # rather than nothing for it, in silence
         ("3,,4", "no class ''."),

@@ -119,7 +119,10 @@ def test_idx_missing_folder_names_the_package(tmp_path: pathlib.Path) -> None:
     [
         (lambda data: data[:-3], "expected 96 bytes for .4, 5, 4., found 93"),
         (lambda data: data + b"x", "expected 96 bytes .* found 97"),
-        (lambda data: b"<html>" + data, "no IDX file of 3 dimensions: .* from 00000803, found 102 bytes from 3c68746d"),
+        (
+            lambda data: b"<html>" + data,
+            "no IDX file of 3 dimensions: expected 00000803 first, found 102 bytes from 3c68746d",
+        ),
         (lambda data: b"", "found 0 bytes"),
         (lambda data: data[:4] + b"\xff" * 12 + data[16:], "expected 792281"),
     ],

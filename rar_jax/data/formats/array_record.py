@@ -18,13 +18,10 @@ from rar_jax.data.splits import find_data_files, read_class_names, split_files
 from rar_jax.errors import ConfigError, DecodeError
 
 _MISSING = "ArrayRecord files need a package: pip install array_record"
-_LABEL_BYTES = 4
 
 
 class ArrayRecordSource(EncodedSource):
-    """One file, a folder, a glob or a brace range of .array_record files.
-
-    Labels are known only by reading, so a held-out share is one of all records and not of each class.
+    """Files as in `find_data_files`. Labels are known only by reading: a held-out share is one of all records.
 
     Raises: ConfigError for a missing or damaged file, no classes.txt, or array_record not installed.
     """
@@ -55,31 +52,25 @@ class ArrayRecordSource(EncodedSource):
             record: bytes = self._data[row]
         except (RuntimeError, IndexError) as error:
             raise DecodeError(f"unreadable record: {str(error).splitlines()[0]}") from None
-        if len(record) < _LABEL_BYTES:
-            raise DecodeError(f"record of {len(record)} bytes, too short for a label")
-        return record[_LABEL_BYTES:], int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
+        return record[4:], int.from_bytes(record[:4], "little", signed=True)
 
 
-def write_array_record(
-    path: str | pathlib.Path, images: Iterable[tuple[bytes, int]], *, class_names: Sequence[str]
-) -> int:
+def write_array_record(path: pathlib.Path, images: Iterable[tuple[bytes, int]], *, class_names: Sequence[str]) -> int:
     """Write (encoded image, label) pairs and classes.txt; return how many.
 
-    Raises: ConfigError if a label has no class, a name is not one line, or array_record is not installed.
+    Raises: ConfigError if a label has no class, or array_record is not installed.
     """
     try:
         from array_record.python.array_record_module import ArrayRecordWriter
     except ImportError:
         raise ConfigError(_MISSING) from None
-    for name in class_names:
-        require(name.strip() == name != "" and "\n" not in name, f"class name {name!r} is not one line of text")
-    path, count = pathlib.Path(path), 0
+    count = 0
     # One record per group, for random access; uncompressed, since images are compressed.
     writer: Any = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     with contextlib.closing(writer):
         for data, label in images:
             require(0 <= label < len(class_names), f"label {label} of image {count} has no class name")
-            writer.write(label.to_bytes(_LABEL_BYTES, "little", signed=True) + data)
+            writer.write(label.to_bytes(4, "little", signed=True) + data)
             count += 1
     (path.parent / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
     return count

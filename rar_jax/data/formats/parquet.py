@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import pathlib
 from typing import Any
@@ -20,12 +19,10 @@ CACHE_BYTES = 256 * 2**20
 
 
 class ParquetSource(EncodedSource):
-    """One file, a folder, a glob or a brace range of .parquet files.
+    """Parquet files with columns "image" and "label"; class names come from the schema, else they are numbers.
 
-    The smallest readable unit is a row group, commonly 100 to 1000 images. Reading rows in order reads each group once.
-    A shuffled stream reads a group for nearly every image: tokenize in order, or unpack to folder:.
-
-    Class names come from the Hugging Face metadata of the schema, else they are numbers.
+    The smallest readable unit is a row group, commonly 100 to 1000 images. A shuffled stream of a large set reads one
+    for nearly every image: tokenize in order, or unpack to folder:.
 
     Raises: ConfigError for a missing or damaged file, other columns, or pyarrow not installed.
     """
@@ -45,39 +42,37 @@ class ParquetSource(EncodedSource):
             every = labels if self._paths == train else [_read_labels(spec, p, _open_file(spec, p)) for p in train]
             names = number_classes(np.concatenate(every))
         self._open_files: dict[int, Any] = {}
-        self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._cache: dict[int, Any] = {}
         length = int(self._ends[-1])
         super().__init__(spec, view, length=length, labels=np.concatenate(labels), class_names=names, hold_out=hold_out)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process opens the files itself.
-        return {**self.__dict__, "_open_files": {}, "_cache": collections.OrderedDict()}
+        return {**self.__dict__, "_open_files": {}, "_cache": {}}
 
     def _name(self, row: int) -> str:
         file = int(np.searchsorted(self._file_ends, row, side="right")) - 1
         return f"{self._paths[file].name}:{row - self._file_ends[file]}"
 
-    def _record(self, row: int) -> tuple[bytes, None]:
+    def _record(self, row: int) -> tuple[bytes, int]:
         group = int(np.searchsorted(self._ends, row, side="right")) - 1
         value = self._read_group(group)[row - int(self._ends[group])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             raise DecodeError("no bytes: the row is empty or names a file elsewhere")
-        return data, None
+        return data, -1
 
     def _read_group(self, index: int) -> Any:
         """Return the image column of a row group, through the cache."""
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
-        file, group = self._groups[index]
-        if file not in self._open_files:
-            self._open_files = {file: _open_file(self.spec, self._paths[file])}  # one: footers may be large
-        # Make room first, by the size in the footer, so that the bound holds while reading too.
-        coming = self._open_files[file].metadata.row_group(group).total_byte_size
-        while self._cache and coming + sum(column.nbytes for column in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        self._cache[index] = self._open_files[file].read_row_group(group, columns=["image"])["image"]
+        if index not in self._cache:
+            file, group = self._groups[index]
+            if file not in self._open_files:
+                self._open_files = {file: _open_file(self.spec, self._paths[file])}  # one: footers may be large
+            # Make room first, by the size in the footer, so that the bound holds while reading too.
+            coming = self._open_files[file].metadata.row_group(group).total_byte_size
+            while self._cache and coming + sum(column.nbytes for column in self._cache.values()) > CACHE_BYTES:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[index] = self._open_files[file].read_row_group(group, columns=["image"])["image"]
         return self._cache[index]
 
 
@@ -100,8 +95,7 @@ def _read_labels(spec: str, path: pathlib.Path, file: Any) -> np.ndarray:
     column = file.read(columns=["label"])["label"]
     require(column.null_count == 0, f"{spec}: {path.name} has {column.null_count} rows without a label")
     labels = column.to_numpy()
-    integers = np.issubdtype(labels.dtype, np.integer)
-    require(integers, f"{spec}: labels of {path.name} are {column.type}, expected integers")
+    require(labels.dtype.kind in "iu", f"{spec}: labels of {path.name} are {column.type}, expected integers")
     return labels.astype(np.int64)
 
 

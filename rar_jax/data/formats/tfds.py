@@ -12,9 +12,6 @@ from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.image_source import Split, View, pad_images
 from rar_jax.errors import ConfigError
 
-# Validation splits of images of many sizes, in this order: the labels of a "test" may be withheld (-1).
-_HELDOUT_OF_MANY_SIZES = ("validation", "test")
-
 
 class TfdsSource(EncodedSource):
     """A prepared dataset of labelled images. Labels are known only by reading.
@@ -33,9 +30,8 @@ class TfdsSource(EncodedSource):
         try:
             builder: Any = tfds.builder(name)
         except tfds.core.DatasetNotFoundError:
-            # Few names, so that the message stays one line.
-            alike = [n for n in tfds.list_builders(with_community_datasets=False) if n[:3] == name[:3]]
-            raise ConfigError(f"tfds:{name}: no such dataset in TFDS.{nearest(name, alike)}") from None
+            known = tfds.list_builders(with_community_datasets=False)
+            raise ConfigError(f"tfds:{name}: no such dataset in TFDS.{nearest(name, known)}") from None
         features = builder.info.features
         if features is None or not {"image", "label"} <= set(features):
             raise ConfigError(f"tfds:{name} has no 'image' and 'label': only labelled image datasets can be used")
@@ -45,7 +41,8 @@ class TfdsSource(EncodedSource):
             pad_images(np.empty((0, *shape), np.uint8), size)  # raises if they are larger
             view = dataclasses.replace(view, crop="pad", image_size=size)
         elif split == "heldout":
-            tfds_split = next((s for s in _HELDOUT_OF_MANY_SIZES if s in builder.info.splits), "test")
+            # ImageNet's "test" has no labels.
+            tfds_split = "validation" if "validation" in builder.info.splits else "test"
         try:
             # Never download here: on a pod every process would, each to its own disk.
             decoders: Any = {"image": tfds.decode.SkipDecoding()}

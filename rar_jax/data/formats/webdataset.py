@@ -27,9 +27,8 @@ class _Sample(NamedTuple):
 class WebDatasetSource(EncodedSource):
     """Plain .tar files, listed once when opened and then read by seeking.
 
-    PATH is a file, a folder, a glob or a brace range. A sample is the files of one name up to its first dot: one image,
-    and its class as text (.cls) or as "label" in a .json. Class names come from a classes.txt in the folder, else they
-    are numbers.
+    A sample is the files of one name up to its first dot: one image, and its class as text (.cls) or as "label" in a
+    .json. Class names come from a classes.txt in the folder, else they are numbers.
 
     Raises: ConfigError for a missing, compressed or damaged file, or labels that are not those of the classes.
     """
@@ -55,12 +54,12 @@ class WebDatasetSource(EncodedSource):
     def _name(self, row: int) -> str:
         return f"{self._paths[self._shard[row]].name}:{self._keys[row]}"
 
-    def _record(self, row: int) -> tuple[bytes, None]:
+    def _record(self, row: int) -> tuple[bytes, int]:
         offset, size = (int(n) for n in self._bytes[row])
         # Opened each time: forked workers would share a handle and its position, and shards may be thousands.
         with self._paths[self._shard[row]].open("rb") as file:
             file.seek(offset)
-            return file.read(size), None
+            return file.read(size), -1
 
 
 def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> list[_Sample]:
@@ -83,7 +82,7 @@ def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> list[_Sa
     require(not any(rest), f"{spec}: {path.name} has a damaged header at byte {end}: fetch it again")
     if not rest:
         problems.add(path.name, "no end marker: the file may have been cut short between two members")
-    for key in images.keys() ^ labels.keys():
+    for key in sorted(images.keys() ^ labels.keys()):
         reason = "no .cls or .json with its class" if key in images else "a class without its image"
         problems.add(f"{path.name}:{key}", reason)
     return [_Sample(key, labels[key], *images[key]) for key in images if key in labels]

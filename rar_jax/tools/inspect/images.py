@@ -124,8 +124,7 @@ def _read_image(source: ImageSource, index: int) -> GoodImage:
         return GoodImage(index, label, width, height, "array", mode, False, height * width * channels)
     source.prepare(index)
     data, label = source.read_image(index)
-    header = read_header(data)
-    return GoodImage(index, label, header.width, header.height, header.kind, header.mode, header.turned, len(data))
+    return GoodImage(index, label, *read_header(data), len(data))
 
 
 def _draw_classes(source: ImageSource, good: list[GoodImage], out: pathlib.Path, title: str) -> None:
