@@ -11,10 +11,7 @@ from rar_jax.errors import ConfigError
 def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
     """Return the class numbers of "3,sneaker,0-4": numbers, ranges, or names in any case.
 
-    Args:
-      class_names: one per class, with its synonyms: "tench, Tinca tinca".
-
-    Raises: ConfigError with the nearest class for an unknown name, and with the numbers for an ambiguous one.
+    class_names: one per class, with its synonyms: "tench, Tinca tinca". Raises: ConfigError.
     """
     synonyms: dict[str, list[int]] = {}
     for label, name in enumerate(class_names):

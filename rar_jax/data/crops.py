@@ -29,8 +29,6 @@ def resize_for_ten(image: Image.Image, *, size: int) -> np.ndarray:
 def cut_one_of_ten(resized_yxc: np.ndarray, *, size: int, crop: int) -> np.ndarray:
     """Cut one of ten crops out of `resize_for_ten`; uint8 (size, size, c).
 
-    From its square and not from the whole image, as RAR's released tokens were made.
-
     crop: 0 upper left, 1 upper right, 2 lower left, 3 lower right, 4 centre; 5..9 are 0..4 mirrored left to right.
     """
     assert 0 <= crop < NUM_CROPS
@@ -56,12 +54,9 @@ def draw_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """Draw the box (x, y, width, height) of `random_resized_crop`.
+    """Draw the box (x, y, width, height) of `random_resized_crop`, of an area and a log width / height within bounds.
 
-    scale: bounds of the box's fraction of the area.  ratio: bounds of its width over height, uniform in the log.
-
-    Only `rng.random()` is used: NumPy may change between releases how it draws bounded integers, and with it the data
-    of a resumed run.
+    Only `rng.random()` is used: NumPy may change how it draws bounded integers, and with it the data of a resumed run.
     """
     for _ in range(10):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())

@@ -49,8 +49,7 @@ class EncodedSource(ImageSource):
     good image, of its class if labels are known without reading. "bad" bool (b,) marks such rows.
 
     Args:
-      length: number of rows in the container.
-      labels: ints (length,), or None if only `_record` knows them.
+      length: number of rows in the container. labels: ints (length,), or None if only `_record` knows them.
       problems: found while listing the source.
       hold_out: the split to take, if the container has no validation split: 5 % of each class are held out.
 
@@ -197,7 +196,7 @@ class EncodedSource(ImageSource):
 
 
 def reason_of(error: Exception) -> str:
-    """One line for an error."""
+    """Return one line for an error."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return printable(text.strip().split("\n")[0]) or type(error).__name__
 

@@ -27,8 +27,6 @@ class FolderSource(EncodedSource):
 
     A class without images keeps its label. Images in PATH itself, without any class folder, are one class, named like
     the folder. Links to files and to class folders are followed. `problems` lists other files, except hidden ones.
-
-    Raises: ConfigError if the folder is missing or empty, or the validation split has no image or another class.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:

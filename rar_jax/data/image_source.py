@@ -12,7 +12,6 @@ from rar_jax.config import nearest, require
 from rar_jax.errors import ConfigError
 
 Split = Literal["train", "heldout"]
-Record = dict[str, Any]
 Batch = dict[str, np.ndarray]
 
 CROPS = ("pad", "center", "ten", "random")
@@ -52,13 +51,12 @@ class ImageSource:
 
     @property
     def num_images(self) -> int:
-        """Number of images; each may be several records."""
         return len(self)
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {key: array[0] for key, array in self.gather(np.array([index])).items()}
 
     def gather(self, indices: np.ndarray) -> Batch:
@@ -67,13 +65,7 @@ class ImageSource:
 
 
 class ArraySource(ImageSource):
-    """Images held in memory.
-
-    Args:
-      images: uint8 (n, h, w, c).  labels: ints (n,) in [0, len(class_names)).  ids: ints (n,), default 0..n-1.
-
-    Raises: ConfigError if the arrays do not fit each other or a label has no class.
-    """
+    """Images in memory: uint8 (n, h, w, c), labels (n,) and ids (n,), by default 0..n-1. Raises: ConfigError."""
 
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], ids: np.ndarray | None = None

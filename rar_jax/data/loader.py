@@ -1,8 +1,8 @@
 """Global batches as a function of (seed, step) alone, through Grain.
 
 The stream is a Grain dataset over *steps*: element k is this process's rows of global batch k, fetched by one `gather`.
-Starting anywhere costs nothing, and batches do not depend on the number of processes or workers. The shuffle is a keyed
-permutation of a whole batch: Grain's own is called record by record (docs/measurements/token_store.md).
+The shuffle is a keyed permutation of a whole batch: Grain's own is called record by record
+(docs/measurements/token_store.md).
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def batches(
       seed, start_step: the stream is a function of these alone. To resume, give the step.
       num_workers: 0 prefetches in a thread; more start that many processes. `close()` the iterator to end them.
     """
-    size = _check_sizes(source, global_batch)
+    require(len(source) > 0, "the source holds no records")
+    require(global_batch > 0, f"global batch is {global_batch}: it must be positive")
     rows = np.arange(global_batch, dtype=np.int64) if rows is None else np.asarray(rows, np.int64)
     fits = rows.size > 0 and rows.min() >= 0 and rows.max() < global_batch
     require(fits, f"rows {rows} are not in a global batch of {global_batch}")
     require(seed >= 0 and start_step >= 0, f"seed ({seed}) and start_step ({start_step}) must not be negative")
-    order = getattr(source, "order_records", functools.partial(shuffle_positions, size=size))
+    order = getattr(source, "order_records", functools.partial(shuffle_positions, size=len(source)))
     random_views, gather = getattr(source, "random_views", False), cast(Any, source.gather)
 
     def batch(step: int) -> Batch:
@@ -73,15 +74,12 @@ def batches(
 
 
 def sequential_batches(
-    source: Source, *, global_batch: int, num_workers: int = 0, spans: Sequence[tuple[int, int]] | None = None
+    source: Source, *, global_batch: int, spans: Sequence[tuple[int, int]], num_workers: int = 0
 ) -> grain.DatasetIterator[Batch]:
-    """Iterate once over all records in order, in batches of equal size.
+    """Iterate once over spans [begin, end) of records, each in ceil((end - begin) / B) batches of its own.
 
-    "weights", float32 (B,), is 1 for a record and 0 for the rows that fill up the last batch, which hold record 0.
-
-    spans: only these records; each [begin, end) is cut into ceil((end - begin) / B) batches of its own.
+    "weights", float32 (B,), is 1 for a record and 0 for the rows that fill up a span's last batch, which hold record 0.
     """
-    spans = [(0, _check_sizes(source, global_batch))] if spans is None else spans
     first_steps = np.cumsum([0, *(-(-(end - begin) // global_batch) for begin, end in spans)])
 
     def batch(step: int) -> Batch:
@@ -98,8 +96,7 @@ def shuffle_positions(position: np.ndarray, *, size: int, seed: int) -> np.ndarr
     """Return the record, int64 (b,), at each position of the shuffled stream.
 
     Each epoch is a permutation keyed by (seed, epoch): a Feistel network on the next power of two, iterated until it
-    falls within the size (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). No table is kept, and
-    every position costs the same. Frozen: a changed constant changes every run's data.
+    falls within the size (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Frozen.
     """
     epoch, place = np.divmod(position, size)
     record = np.empty_like(position)
@@ -111,10 +108,7 @@ def shuffle_positions(position: np.ndarray, *, size: int, seed: int) -> np.ndarr
 
 
 def draw_bits(position: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return random bits, uint64 (b,), for the view at each position.
-
-    A function of seed and position alone; no two positions have the same bits. Frozen, as `shuffle_positions`.
-    """
+    """Return random bits, uint64 (b,), for the view at each position; no two have the same. Frozen."""
     # Its own key: record order and views are independent.
     keys = np.frombuffer(hashlib.blake2b(f"{seed}/draws".encode(), digest_size=16).digest(), "<u8")
     return _mix(_mix(position.astype(np.uint64) + keys[0]) ^ keys[1])
@@ -148,12 +142,6 @@ def _mix(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     value = (value ^ (value >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return value ^ (value >> np.uint64(33))
-
-
-def _check_sizes(source: Source, global_batch: int) -> int:
-    require(len(source) > 0, "the source holds no records")
-    require(global_batch > 0, f"global batch is {global_batch}: it must be positive")
-    return len(source)
 
 
 def _stream(steps: grain.MapDataset, num_workers: int) -> grain.DatasetIterator[Batch]:

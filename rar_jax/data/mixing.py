@@ -23,10 +23,8 @@ _MAX_PERIOD = 2**20
 class MixedSource:
     """Several sources as one; record i is record i of the concatenated sources.
 
-    As a stream (`order_records`, called by `loader.batches`) each source is drawn from in proportion to its weight, and
-    yields each of its records once per epoch of its own.
-
-    weights: positive, of any sum, each at least 1e-6 of it; decimals (0.7, 0.3) are exact. Raises: ConfigError.
+    As a stream (`order_records`) each source is drawn from in proportion to its weight, and yields each of its records
+    once per epoch of its own. weights: as in `period_shares`.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
@@ -43,16 +41,13 @@ class MixedSource:
         if (outside := indices[(indices < 0) | (indices >= len(self))]).size:
             raise IndexError(f"index {outside[0]}, the mix has 0..{len(self) - 1}")
         source_of = np.searchsorted(self._ends, indices, side="right")
-        used = np.unique(source_of) if indices.size else [0]
         begins = self._ends - [len(source) for source in self.sources]
-        parts = {k: self.sources[k].gather(indices[source_of == k] - begins[k]) for k in used}
-        common = set.intersection(*(set(part) for part in parts.values()))
-        first = next(iter(parts.values()))
-        out = {k: np.empty((len(indices), *v.shape[1:]), v.dtype) for k, v in first.items() if k in common}
-        for k, part in parts.items():
-            for key, array in out.items():
-                array[source_of == k] = part[key]
-        return out
+        used = np.unique(source_of) if indices.size else [0]
+        parts = [self.sources[k].gather(indices[source_of == k] - begins[k]) for k in used]
+        # From the order of sources back to that of `indices`.
+        back = np.argsort(np.argsort(source_of, kind="stable"))
+        common = set.intersection(*map(set, parts))
+        return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0] if key in common}
 
     def order_records(self, position: np.ndarray, *, seed: int) -> np.ndarray:
         """Return the record, int64 (b,), at each position of the endless stream."""
@@ -68,7 +63,7 @@ class MixedSource:
 
 
 def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return positions per period: (0.7, 0.3) gives (7, 3). Raises: ConfigError."""
+    """Return positions per period: (0.7, 0.3) gives (7, 3). Weights are at least 1e-6 of their sum, else ConfigError."""
     require(all(w > 0 and math.isfinite(w) for w in weights), f"weights are {list(weights)}: each must be positive")
     # As text, so that 0.7 is seven tenths.
     exact = [fractions.Fraction(str(w)) for w in weights]

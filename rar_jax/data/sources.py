@@ -31,9 +31,8 @@ def load_source(
     """Open a source of images.
 
     Args:
-      spec: "digits" (scikit-learn's 8x8 digits), "idx:FOLDER" (MNIST's format), "tfds:NAME" (a prepared TFDS dataset),
-        "folder:PATH" (one folder per class), "parquet:PATH" (Hugging Face's layout), "webdataset:PATH" (tar files) or
-        "array_record:PATH" (our own simple records).
+      spec: one of SPECS: scikit-learn's 8x8 digits, MNIST's format, a prepared TFDS dataset, one folder per class,
+        Hugging Face's Parquet layout, tar files, or records of `write_array_record`.
       split: "train", or "heldout" (t10k files, TFDS's "test", 360 of the digits, the container's own or 5 %).
       image_size: height and width. Images of one size are padded to it, or left if None; others need it.
       crop: "pad" (default for images of one size), "center" (default otherwise), "ten" or "random"; see EncodedSource.
@@ -64,8 +63,7 @@ def _open_digits(_: str, split: Split, view: View) -> ImageSource:
 def split_digits(labels: np.ndarray, *, heldout: int = 360) -> dict[str, np.ndarray]:
     """Return the fixed stratified split: ascending ids of "train" and "heldout".
 
-    Each class contributes its share of the 360, rounded by largest remainder (ties to the smaller class): its first
-    images in the order of `np.random.RandomState(0).permutation(1797)`, a stream that NumPy has frozen.
+    Each class contributes its share, rounded by largest remainder, in the order of a stream that NumPy has frozen.
     """
     counts = np.bincount(labels)
     share = counts * heldout / len(labels)
@@ -86,10 +84,7 @@ def _open_idx(argument: str, split: Split, view: View) -> ImageSource:
     labels = read_idx(_find_idx(folder, f"{prefix}-labels-idx1-ubyte"), ndim=1)
     if (names := read_class_names(folder)) is None:
         names = number_classes(read_idx(_find_idx(folder, "train-labels-idx1-ubyte"), ndim=1).tolist())
-    try:
-        return ArraySource(pad_images(images, view.image_size), labels, class_names=names)
-    except ConfigError as error:
-        raise ConfigError(f"idx:{argument}: {error}") from None
+    return ArraySource(pad_images(images, view.image_size), labels, class_names=names)
 
 
 def _find_idx(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -100,10 +95,7 @@ def _find_idx(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
-    """Read an IDX file of unsigned bytes (plain or .gz) with `ndim` dimensions.
-
-    Raises: ConfigError naming the file, and the bytes expected and found, if it is not whole.
-    """
+    """Read an IDX file of unsigned bytes, plain or .gz. Raises: ConfigError if it is not whole."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

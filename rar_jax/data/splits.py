@@ -25,8 +25,7 @@ _HELDOUT = tuple(re.compile(rf"(?:^|[^a-z]){name}(?![a-z])") for name in HELDOUT
 def heldout_mask(labels: np.ndarray, names: Sequence[bytes]) -> np.ndarray:
     """Select 5 % of each class to hold out, at least one of two or more; bool (n,).
 
-    The images with the smallest hashes of their names: independent of the order of files and of the machine, and few
-    change sides when images are added.
+    The smallest hashes of names: independent of order and machine, and few change sides when images are added.
     """
     hashes = np.array([int.from_bytes(hashlib.blake2b(n, digest_size=8).digest(), "little") for n in names], np.uint64)
     mask = np.zeros(len(labels), bool)
@@ -76,12 +75,10 @@ def expand_braces(pattern: str) -> list[str]:
 def split_files(
     spec: str, files: Sequence[pathlib.Path], split: Split
 ) -> tuple[tuple[pathlib.Path, ...], tuple[pathlib.Path, ...], Split | None]:
-    """Return a split's files, the training files, and `split` if a share is held out.
+    """Return a split's files, the training files, and `split` if a share is held out. Raises: ConfigError.
 
     A file's split is in its name ("train-00000-of-00010.parquet", "imagenet-validation-03.tar") or its folder's. If no
     name says so, or only "train", a share is held out (`heldout_mask`).
-
-    Raises: ConfigError if some names say a split, and none "train".
     """
     # Only folders below the common one: the data itself may be stored in a folder called "test".
     top = pathlib.Path(os.path.commonpath([f.parent for f in files]))

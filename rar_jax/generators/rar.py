@@ -1,9 +1,8 @@
 """RAR: Randomized Autoregressive Visual Generation (arXiv 2411.00776).
 
 A causal transformer predicts the tokens of an image one after the other. In training each sequence is permuted randomly
-with a probability that is annealed from 1 to 0, so that the model sees context from every direction and ends as a
-raster model. A permuted model must know which token comes next: the position embedding of the *target* is added to
-each input.
+with a probability that is annealed from 1 to 0: the model sees context from every direction and ends as a raster model.
+The position embedding of the *target* is added to each input, to tell which token comes next.
 
 Sequence positions (slots): 0 cls, 1 class, 2 first token, ... The last token is never an input.
 Shape suffixes: b batch, n tokens, s sequence positions (n + 1), d width, v codes.
@@ -22,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.spmd import with_logical_constraint
 
-from rar_jax.config import Steps, require
+from rar_jax.config import Steps, require, require_at_least
 from rar_jax.networks import decoding
-from rar_jax.networks.boxes import logical_axes, unbox
+from rar_jax.networks.boxes import logical_axes
 from rar_jax.networks.layers import INIT, Dense, attention_weights, layer_norm, modulate
 from rar_jax.networks.transformer import Transformer
 from rar_jax.sampling import Guidance
@@ -39,7 +38,6 @@ class Config:
     Attributes:
       num_tokens: tokens per image, each below codebook_size.
       num_classes: label `num_classes` is the null class.
-      width, depth, num_heads, mlp_width: sizes of the transformer.
       dropout: after projections and in the MLP. attention_dropout: of attention weights.
       label_dropout: probability that a label becomes the null class.
       anneal_start, anneal_end: steps between which the probability of a random order falls from 1 to 0.
@@ -67,18 +65,13 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes = ("num_tokens", "codebook_size", "num_classes", "width", "depth", "num_heads", "mlp_width", "unroll")
-        for name in sizes:
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require_at_least(self, 1, *sizes)
         for name in ("dropout", "attention_dropout", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        require(
-            self.width % self.num_heads == 0,
-            f"width {self.width} is not divisible by num_heads {self.num_heads}: change one of them",
-        )
-        require(
-            self.anneal_start <= self.anneal_end,
-            f"anneal_start {self.anneal_start} is after anneal_end {self.anneal_end}: exchange them",
-        )
+        divides = f"width {self.width} is not divisible by num_heads {self.num_heads}: change one of them"
+        require(self.width % self.num_heads == 0, divides)
+        ordered = f"anneal_start {self.anneal_start} is after anneal_end {self.anneal_end}: exchange them"
+        require(self.anneal_start <= self.anneal_end, ordered)
         require(self.dtype in ("float32", "bfloat16"), f"dtype is '{self.dtype}': it must be float32 or bfloat16")
 
 
@@ -107,25 +100,16 @@ class RAR(nn.Module):
         self.pos_embed: Any = table("pos_embed", c.num_tokens + 2)
         self.target_aware_pos_embed: Any = table("target_aware_pos_embed", c.num_tokens + 2)
         self.timesteps_embeddings: Any = table("timesteps_embeddings", c.num_tokens + 2)
-        self.transformer: Transformer = Transformer(
-            c.depth,
-            c.num_heads,
-            c.mlp_width,
-            c.dropout,
-            c.attention_dropout,
-            self.deterministic,
-            c.remat,
-            c.unroll,
-            self.dtype,
-        )
+        sizes = c.depth, c.num_heads, c.mlp_width, c.dropout, c.attention_dropout
+        self.transformer: Transformer = Transformer(*sizes, self.deterministic, c.remat, c.unroll, self.dtype)
         self.final_adaln: Dense = Dense((2, c.width), ("width", None, "modulation"), self.dtype, zero=True)
         self.final_norm: nn.LayerNorm = layer_norm(self.dtype, "final_norm", affine=False)
         self.lm_head: Dense = Dense((c.codebook_size,), ("width", "codes"), jnp.dtype("float32"))
 
     def __call__(self, tokens_bn: jax.Array, labels_b: jax.Array, orders_bn: jax.Array) -> jax.Array:
-        """Teacher-forced logits (b, n, v) float32: row i predicts the token at raster place orders[:, i]."""
+        """Return logits (b, n, v) float32: row i predicts the token at raster position orders[:, i]."""
         n = self.config.num_tokens
-        class_b1d = self.embed_labels(labels_b)[:, None]
+        class_b1d = self.embeddings[self.config.codebook_size + 1 + labels_b][:, None]
         ordered_bn = jnp.take_along_axis(tokens_bn, orders_bn, axis=1)
         targets_bnd = self.target_aware_pos_embed[orders_bn + 2]
         cls_b1d = jnp.broadcast_to((self.cls_token + self.pos_embed[:1])[None], class_b1d.shape)
@@ -140,16 +124,12 @@ class RAR(nn.Module):
         x_bsd = modulate(self.final_norm(x_bsd), shift_bsd, scale_bsd)
         return self.lm_head(x_bsd.astype(jnp.float32))[:, 1:]
 
-    def embed_labels(self, labels_b: jax.Array) -> jax.Array:
-        """Rows of the token table that stand for classes, (b, d)."""
-        return self.embeddings[self.config.codebook_size + 1 + labels_b]
-
 
 # ---------------------------------------------------------------- parameters
 
 
 def token_spec(config: Config) -> jax.ShapeDtypeStruct:
-    """One sample's tokens: int32 (n,) in raster order."""
+    """Return shape and dtype of one sample's tokens: int32 (n,) in raster order."""
     return jax.ShapeDtypeStruct((config.num_tokens,), jnp.int32)
 
 
@@ -160,20 +140,17 @@ def _boxed_init(config: Config, key: jax.Array) -> Any:
 
 
 def init(config: Config, key: jax.Array) -> Params:
-    """Fresh parameters, float32: normal(0, 0.02) weights and tables; biases, cls_token and adaLN zero."""
-    return unbox(_boxed_init(config, key))
+    """Return float32 parameters: normal(0, 0.02) weights and tables; biases, cls_token and adaLN zero."""
+    return nn.meta.unbox(_boxed_init(config, key))
 
 
 def axes(config: Config) -> Params:
-    """The tree of `init` with a tuple of logical axis names for each array."""
+    """Return a tuple of logical axis names for each array of `init`."""
     return logical_axes(functools.partial(_boxed_init, config))
 
 
 def decay_mask(config: Config) -> Params:
-    """The tree of `init` with True where weight decay falls: the kernels of the blocks and of the head, and cls_token.
-
-    Not on biases, norms, tables, nor the final adaLN.
-    """
+    """Return True where weight decay applies: the kernels of blocks and head, and cls_token."""
 
     def decays(path: Any, _: Any) -> bool:
         names = [p.key for p in path]
@@ -199,10 +176,8 @@ def adapt(config: Config, params: Params, *, other_config: Config, other_params:
         out["embeddings"] = jnp.concatenate([rows_of[:codes], params["embeddings"][codes:-1], rows_of[-1:]])
     if config.num_tokens != other_config.num_tokens:
         old, new = math.isqrt(other_config.num_tokens), math.isqrt(config.num_tokens)
-        square = (old**2, new**2) == (other_config.num_tokens, config.num_tokens)
-        require(
-            square, f"init_from has {other_config.num_tokens} tokens, not {config.num_tokens}: both must be squares"
-        )
+        sizes = other_config.num_tokens, config.num_tokens
+        require(sizes == (old**2, new**2), f"init_from has {sizes[0]} tokens, not {sizes[1]}: both must be squares")
         for name in ("pos_embed", "target_aware_pos_embed", "timesteps_embeddings"):
             grid_yxd = other_params[name][2:].reshape(old, old, config.width)  # rows 0 and 1 belong to cls and class
             grid_yxd = jax.image.resize(grid_yxd, (new, new, config.width), "cubic")
@@ -220,7 +195,7 @@ def random_ratio(config: Config, step: jax.Array | int) -> jax.Array:
 
 
 def random_orders(config: Config, key: jax.Array, ratio: jax.Array, batch: int) -> jax.Array:
-    """Factorization orders (b, n) int32: with probability `ratio` a uniform permutation, else raster."""
+    """Return orders (b, n) int32: with probability `ratio` a uniform permutation, else raster."""
     key_which, key_order = jax.random.split(key)
     shuffled_bn = jnp.argsort(jax.random.bits(key_order, (batch, config.num_tokens)), axis=1)
     raster_bn = jnp.broadcast_to(jnp.arange(config.num_tokens)[None], shuffled_bn.shape)
@@ -231,15 +206,12 @@ def random_orders(config: Config, key: jax.Array, ratio: jax.Array, batch: int) 
 def loss(
     config: Config, params: Params, batch: dict[str, jax.Array], *, key: jax.Array | None, step: jax.Array | int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy over all targets, in nats a token (RAR, section 3).
+    """Return the mean cross-entropy in nats a token (RAR, section 3), and metrics {"loss", "bits", "random_ratio"}.
 
     Args:
-      batch: "tokens" int (b, n) in raster order, "labels" int (b,), and optionally "orders" (b, n), used instead
-        of drawn ones.
+      batch: "tokens" int (b, n) in raster order, "labels" int (b,), optionally "orders" (b, n) in place of drawn ones.
       key: for orders, label dropout and dropout. None evaluates: no dropout of any kind, raster order.
-      step: training step, which sets the share of random orders.
-
-    Returns: the loss, float32, and metrics {"loss", "bits" (a token), and with a key "random_ratio"}.
+      step: sets the share of random orders.
     """
     tokens_bn, labels_b = batch["tokens"].astype(jnp.int32), batch["labels"].astype(jnp.int32)
     ratio = random_ratio(config, step)
@@ -269,11 +241,9 @@ def validation_variants(config: Config, size: int) -> dict[str, dict[str, np.nda
 
 
 def logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array) -> jax.Array:
-    """Teacher-forced logits, float32 (b, n, v), without dropout.
+    """Return teacher-forced logits, float32 (b, n, v), without dropout.
 
-    Args:
-      tokens: int (b, n) in raster order. labels: int (b,); `num_classes` is the null class.
-      orders: int (b, n); orders[b, i] is the raster place generated at step i, and row i of the result predicts it.
+    tokens: int (b, n) in raster order. orders: int (b, n); row i predicts the token at raster position orders[b, i].
     """
     out: Any = RAR(config).apply({"params": params}, jnp.asarray(tokens), jnp.asarray(labels), jnp.asarray(orders))
     return out
@@ -286,13 +256,9 @@ def attention(config: Config, params: Params, tokens: jax.Array, labels: jax.Arr
     over positions 0..i.
     """
 
-    def is_q_or_k(module: nn.Module, _: str) -> bool:
-        return module.name in ("q_norm", "k_norm")
-
     seen: Any
-    _, seen = RAR(config).apply(
-        {"params": params}, tokens, labels, orders, capture_intermediates=is_q_or_k, mutable=["intermediates"]
-    )
+    capture: Any = {"capture_intermediates": lambda module, _: module.name in ("q_norm", "k_norm")}
+    _, seen = RAR(config).apply({"params": params}, tokens, labels, orders, **capture, mutable=["intermediates"])
     layers = seen["intermediates"]["transformer"]["blocks"]["attn"]
     return jax.vmap(attention_weights)(layers["q_norm"]["__call__"][0], layers["k_norm"]["__call__"][0])
 
@@ -331,7 +297,7 @@ def sample(
     """Draw the tokens of images in raster order with a KV cache (RAR, section 3; guidance: appendix).
 
     Args:
-      params: of `init` or `prepare`. labels: int (b,).
+      params: of `init` or `prepare`. labels: int (b,); `num_classes` is the null class.
       keys: typed PRNG keys (b,), one per sample: a sample does not depend on its batch.
       guidance: scale, power and temperature; without guidance only the class branch is computed.
       greedy: take the most likely token instead of drawing.
@@ -365,11 +331,7 @@ def sample(
 
 
 def cached_logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return teacher-forced raster logits, float32 (b, n, v), as `sample` computes them: with the cache.
-
-    Args:
-      params: of `init` or `prepare`. tokens: int (b, n). labels: int (b,); `num_classes` is the null class.
-    """
+    """Return teacher-forced raster logits, float32 (b, n, v), as `sample` computes them: with the cache."""
 
     def draw(slot: jax.Array, logits_vbg: jax.Array) -> tuple[jax.Array, jax.Array]:
         return tokens[:, jnp.maximum(slot - 1, 0)].astype(jnp.int32), logits_vbg[..., 0].T

@@ -1,4 +1,4 @@
-"""Split Flax's boxed parameters into a tree of plain arrays and a tree of logical axis names."""
+"""Logical axis names of Flax's boxed parameters; `nn.meta.unbox` gives the plain arrays."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from typing import Any
 
 import jax
 from flax.core import meta
-
-
-def unbox(boxed: Any) -> Any:
-    """Return the tree of plain arrays."""
-    return meta.unbox(boxed)
 
 
 def logical_axes(boxed_init: Callable[[jax.Array], Any]) -> Any:

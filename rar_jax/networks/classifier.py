@@ -1,12 +1,9 @@
 """A small convolutional classifier for images of 8x8 to 64x64 pixels with 1 or 3 channels.
 
 Its pooled features carry `fd_classifier`, the Frechet distance used where Inception's weights are not available.
-It is never called FID. Every part is smooth: gelu, mean pools, and normalisation per image (no batch statistics).
+Every part is smooth: gelu, mean pools, and normalisation per image (no batch statistics).
 
-Logical axis names (of these, parallel/rules.py cuts conv_out over fsdp and no other):
-  kernel_y, kernel_x, conv_in, conv_out   the four axes of a convolution kernel
-  classifier_in                           features entering the linear layer to the classes (its other axis has no name)
-Biases and normalisation scales have the one axis None.
+Logical axis names: kernel_y, kernel_x, conv_in, conv_out of kernels; classifier_in, the input of the last linear layer.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rar_jax.config import require
-from rar_jax.networks.boxes import logical_axes, unbox
+from rar_jax.config import require, require_at_least
+from rar_jax.networks.boxes import logical_axes
 
 Params = dict[str, Any]
 NORM_GROUPS = 4  # every width must divide by it
@@ -58,10 +55,7 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Residual stages, each after the first at half the resolution, then a global mean pool and a linear layer.
-
-    Fields: widths, one per stage; features, width of the pooled layer; num_classes; dropout of the features.
-    """
+    """Residual stages, each after the first at half the resolution, then a global mean pool and a linear layer."""
 
     num_classes: int
     widths: tuple[int, ...]
@@ -93,10 +87,8 @@ class Classifier(nn.Module):
 class Config:
     """A classifier and the augmentation that it is trained with.
 
-    image_size: pixels of the square image's side.  channels: 1 or 3.  num_classes: classes.
-    widths: channels of the residual stages; each after the first halves the resolution.
-    features: width of the pooled features, at most 64: a covariance of them needs more samples than that.
-    dropout: share of features dropped in training.  label_smoothing: share of the target spread over all classes.
+    widths: channels of the residual stages.  features: width of the pooled features; dropout: of them, in training.
+    label_smoothing: share of the target spread over all classes.
     shift: largest random translation in pixels.  flip: mirror half of the training images.
     """
 
@@ -112,65 +104,53 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.channels in (1, 3), f"channels is {self.channels}: it must be 1 or 3")
-        require(self.num_classes >= 2, f"num_classes is {self.num_classes}: it must be at least 2")
+        require_at_least(self, 2, "num_classes")
         require(len(self.widths) >= 1, "widths is empty: give one width a stage, as (32, 64)")
         for width in (*self.widths, self.features):
-            require(
-                width > 0 and width % NORM_GROUPS == 0,
-                f"width {width} does not divide by the {NORM_GROUPS} normalisation groups",
-            )
+            divides = f"width {width} does not divide by the {NORM_GROUPS} normalisation groups"
+            require(width > 0 and width % NORM_GROUPS == 0, divides)
         require(self.features <= 64, f"features is {self.features}: at most 64, or the distance needs too many samples")
-        require(
-            0 <= self.shift < self.image_size,
-            f"shift {self.shift} is outside 0..{self.image_size - 1} (image_size - 1)",
-        )
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}: it must be in [0, 1)")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}: it must be in [0, 1)")
+        outside = f"shift {self.shift} is outside 0..{self.image_size - 1} (image_size - 1)"
+        require(0 <= self.shift < self.image_size, outside)
+        for name in ("dropout", "label_smoothing"):
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
 
 
 TINY = Config(image_size=8, channels=1, num_classes=10, widths=(8, 8), features=8)
 
 
 def init(config: Config, key: jax.Array) -> Params:
-    """Float32 parameters as a nested dict of plain arrays."""
-    return unbox(_boxed(config, key))
+    """Return float32 parameters as a nested dict of plain arrays."""
+    return nn.meta.unbox(_boxed(config, key))
 
 
 def axes(config: Config) -> Params:
-    """The tree of `init` with a tuple of logical axis names for each array (see above)."""
+    """Return a tuple of logical axis names for each array of `init`."""
     return logical_axes(functools.partial(_boxed, config))
 
 
 def decay_mask(config: Config) -> Params:
-    """The tree of `init` with True for what weight decay applies to: kernels, not biases or scales."""
-    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    return jax.tree.map(lambda x: x.ndim > 1, shapes)
+    """Return True where weight decay applies: on kernels, not biases or scales."""
+    return jax.tree.map(lambda names: len(names) > 1, axes(config), is_leaf=lambda x: isinstance(x, tuple))
 
 
 def loss(
     config: Config, params: Params, batch: Mapping[str, jax.Array], *, key: jax.Array | None, step: jax.Array | int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy in nats, mean over the batch.
+    """Return the mean cross-entropy of a batch in nats, and {"loss", "accuracy"}; float32 scalars.
 
     Args:
-      params: from `init`.
       batch: "images" (b, y, x, c) uint8, or float in [0, 1]; "labels" (b,) int32.
       key: for augmentation and dropout; None evaluates without either and without label smoothing.
-      step: not used; part of the contract of the training loop.
-
-    Returns: the () float32 loss, and {"loss", "accuracy"}, each () float32.
     """
     del step
-    images_byxc = _to_float(batch["images"])
-    if key is None:
-        _, logits_bc = _network(config).apply({"params": params}, images_byxc, deterministic=True)
-    else:
+    images_byxc, rngs, smoothing = _to_float(batch["images"]), None, 0.0
+    if key is not None:
         augment_key, dropout_key = jax.random.split(key)
-        images_byxc = _augment(config, images_byxc, augment_key)
-        _, logits_bc = _network(config).apply(
-            {"params": params}, images_byxc, deterministic=False, rngs={"dropout": dropout_key}
-        )
-    smoothing = 0.0 if key is None else config.label_smoothing
+        images_byxc, rngs = _augment(config, images_byxc, augment_key), {"dropout": dropout_key}
+        smoothing = config.label_smoothing
+    network = _network(config)
+    _, logits_bc = network.apply({"params": params}, images_byxc, deterministic=key is None, rngs=rngs)
     target_bc = jax.nn.one_hot(batch["labels"], config.num_classes) * (1 - smoothing) + smoothing / config.num_classes
     value = -(target_bc * jax.nn.log_softmax(logits_bc)).sum(axis=-1).mean()
     accuracy = (logits_bc.argmax(axis=-1) == batch["labels"]).mean(dtype=jnp.float32)
@@ -178,7 +158,7 @@ def loss(
 
 
 def features(config: Config, params: Params, images: jax.Array) -> dict[str, jax.Array]:
-    """What evaluation asks for: images (b, y, x, c) uint8 -> {"features": (b, f), "logits": (b, classes)}, float32."""
+    """Return {"features": (b, f), "logits": (b, classes)}, float32, of images (b, y, x, c) uint8."""
     features_bf, logits_bc = _network(config).apply({"params": params}, _to_float(images), deterministic=True)
     return {"features": features_bf, "logits": logits_bc}
 
@@ -198,11 +178,10 @@ def _to_float(images_byxc: jax.Array) -> jax.Array:
 
 
 def _augment(config: Config, images_byxc: jax.Array, key: jax.Array) -> jax.Array:
-    """Shifts each image by up to `shift` pixels either way, zeros (black) coming in, and mirrors half if asked."""
+    """Shift each image by up to `shift` pixels, filling with black, and mirror half if `flip`."""
     shift_key, flip_key = jax.random.split(key)
     if config.shift:
         s = config.shift
-        # The images are in [-1, 1] by now, so -1 is the pixel value 0.
         padded = jnp.pad(images_byxc, ((0, 0), (s, s), (s, s), (0, 0)), constant_values=-1.0)
         corners_b2 = jax.random.randint(shift_key, (images_byxc.shape[0], 2), 0, 2 * s + 1)
 

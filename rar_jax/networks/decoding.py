@@ -3,8 +3,7 @@
 The arithmetic is the same; the layout is the one that is fast for a few rows (docs/measurements/sampling.md):
 * Products are weights (out, in) times features (in, rows).
 * Layers are separate arrays and the loop over them is unrolled. A scan would copy each layer's weights.
-* The modulation depends on class and position only. It is computed for many positions at a time, once per distinct
-  class, so that its weights, a third of all, are not read at every position.
+* The modulation depends on class and position only. It is computed for many positions at a time, once per class.
 * The cache is allocated in stages, and attention reads only stages in use. A fused kernel reads only filled positions.
 
 Shape suffixes: d width, f hidden width of the MLP, h heads, k head dim, b batch, g branches of guidance (class, null),
@@ -149,7 +148,7 @@ class Conditions(NamedTuple):
     """Conditioning of a batch of samples.
 
     Attributes:
-      embedded_ed: embeddings of classes; null_1d: of the null class, None without guidance.
+      embedded_ed: embeddings of classes. null_1d: of the null class, None without guidance.
       places_b: index of each sample's class in embedded_ed; None if sample i has class i.
       distinct: int32, number of classes in use; None if all.
     """
@@ -171,10 +170,7 @@ class Conditions(NamedTuple):
         return -(-slots // -(-slots // most))
 
     def modulations(self, params: Sequence[Params], steps_sd: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:
-        """Apply linear layers, kernels (*out, d), to SiLU(class + step) for each of s steps.
-
-        Returns: a function from an index into `steps_sd` to one array (*out, b, g) per layer.
-        """
+        """Apply linear layers to SiLU(class + step); return a function from a step to arrays (*out, b, g)."""
         classes = _modulations(params, self.embedded_ed, steps_sd, distinct=self.distinct)
         null = None if self.null_1d is None else _modulations(params, self.null_1d, steps_sd)
 
@@ -255,12 +251,6 @@ def generate(
     kept_s = jnp.zeros((slots, *of_slot.shape), of_slot.dtype)
     done: list[list[KeysValues]] = []  # of each stage that is over, of each layer
 
-    def one_slot(slot: jax.Array, carry: Any, position: jax.Array, modulations: list[jax.Array]) -> Any:
-        stage, token_b, kept_s = carry
-        logits_vbg, stage = _apply_layers(params, embed(slot, token_b), modulations, done, stage, position)
-        token_b, keep = draw(slot, logits_vbg)
-        return stage, token_b, kept_s.at[slot].set(keep)
-
     def one_stage(begin: int, end: int, token_b: jax.Array, kept_s: jax.Array) -> Any:
         period = given.slots_at_a_time(end - begin)
 
@@ -270,7 +260,11 @@ def generate(
             modulations_at = given.modulations(adalns, steps_sd)
 
             def body(slot: jax.Array, carry: Any) -> Any:
-                return one_slot(slot, carry, slot - begin, modulations_at(slot - first))
+                stage, token_b, kept_s = carry
+                modulations = modulations_at(slot - first)
+                logits_vbg, stage = _apply_layers(params, embed(slot, token_b), modulations, done, stage, slot - begin)
+                token_b, keep = draw(slot, logits_vbg)
+                return stage, token_b, kept_s.at[slot].set(keep)
 
             return jax.lax.fori_loop(first, jnp.minimum(first + period, end), body, carry)
 
@@ -307,10 +301,10 @@ def _apply_layers(
 
 
 def _stage_ends(params: Params, slots: int, rows: int) -> list[int]:
-    """Choose where the stages of the cache begin and end.
+    """Choose where the stages of the cache begin and end. A fused kernel needs one stage.
 
-    Each stage compiles one more loop over all layers. It pays where the cache is about as large as the weights. At most
-    80 layers are compiled in all (docs/measurements/compiling.py). A fused kernel needs one stage.
+    Each stage compiles one more loop over all layers, of at most 80 in all (docs/measurements/compiling.py). It pays
+    where the cache is about as large as the weights.
     """
     _, _, head_dim, width = (kernel := params["layers"][0]["attn"]["qkv"]["kernel"]).shape
     if _is_fused(head_dim, kernel.dtype):

@@ -10,6 +10,8 @@ Shape suffixes: b batch, y height, x width, c image channels, d feature width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -31,9 +33,8 @@ class ConvNormRelu(nn.Module):
 
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
-        kernel = self.param(
-            "kernel", nn.initializers.he_normal(), (*self.size, x_byxd.shape[-1], self.width), x_byxd.dtype
-        )
+        shape = (*self.size, x_byxd.shape[-1], self.width)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape, x_byxd.dtype)
         bias_d = self.param("bias", nn.initializers.zeros, (self.width,), x_byxd.dtype)
         # XLA's CPU convolution takes twice as long as a product for 1x1, and for float64 it is a scalar loop.
         as_products = self.size == (1, 1) or x_byxd.dtype == jnp.float64
@@ -58,19 +59,20 @@ class ConvNormRelu(nn.Module):
         # One extra row of zeros (and one column, if valid), cropped afterwards, selects a faster XLA:CPU convolution
         # (docs/measurements/inception.md).
         padding = [(sides[0], sides[0] + 1), (sides[1], sides[1] + self.valid)]
+        strides, numbers = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
         y_byxd = jax.lax.conv_general_dilated(
-            x_byxd,
-            kernel,
-            (self.stride, self.stride),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=_HIGHEST,
+            x_byxd, kernel, strides, padding, dimension_numbers=numbers, precision=_HIGHEST
         )
-        y, x = (
-            (n + 2 * side - k) // self.stride + 1
-            for n, side, k in zip(x_byxd.shape[1:3], sides, self.size, strict=True)
-        )
+        sizes = zip(x_byxd.shape[1:3], sides, self.size, strict=True)
+        y, x = ((n + 2 * side - k) // self.stride + 1 for n, side, k in sizes)
         return y_byxd[:, :y, :x]
+
+
+def _branch(x_byxd: jax.Array, name: str, *layers: tuple[Any, ...]) -> jax.Array:
+    """Apply the convolutions name_1, name_2, ..., each of them the arguments of `ConvNormRelu`."""
+    for i, layer in enumerate(layers, start=1):
+        x_byxd = ConvNormRelu(*layer, name=f"{name}_{i}")(x_byxd)
+    return x_byxd
 
 
 class Mixed5(nn.Module):
@@ -81,11 +83,8 @@ class Mixed5(nn.Module):
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
         one = ConvNormRelu(64, name="branch1x1")(x_byxd)
-        five = ConvNormRelu(48, name="branch5x5_1")(x_byxd)
-        five = ConvNormRelu(64, (5, 5), name="branch5x5_2")(five)
-        double = ConvNormRelu(64, name="branch3x3dbl_1")(x_byxd)
-        double = ConvNormRelu(96, (3, 3), name="branch3x3dbl_2")(double)
-        double = ConvNormRelu(96, (3, 3), name="branch3x3dbl_3")(double)
+        five = _branch(x_byxd, "branch5x5", (48,), (64, (5, 5)))
+        double = _branch(x_byxd, "branch3x3dbl", (64,), (96, (3, 3)), (96, (3, 3)))
         pool = ConvNormRelu(self.pool_width, name="branch_pool")(average_pool(x_byxd))
         return jnp.concatenate([one, five, double, pool], axis=-1)
 
@@ -96,9 +95,7 @@ class Mixed6a(nn.Module):
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
         three = ConvNormRelu(384, (3, 3), stride=2, valid=True, name="branch3x3")(x_byxd)
-        double = ConvNormRelu(64, name="branch3x3dbl_1")(x_byxd)
-        double = ConvNormRelu(96, (3, 3), name="branch3x3dbl_2")(double)
-        double = ConvNormRelu(96, (3, 3), stride=2, valid=True, name="branch3x3dbl_3")(double)
+        double = _branch(x_byxd, "branch3x3dbl", (64,), (96, (3, 3)), (96, (3, 3), 2, True))
         return jnp.concatenate([three, double, max_pool(x_byxd, stride=2)], axis=-1)
 
 
@@ -109,15 +106,11 @@ class Mixed6(nn.Module):
 
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
+        width, row, column = self.width, (1, 7), (7, 1)
         one = ConvNormRelu(192, name="branch1x1")(x_byxd)
-        seven = ConvNormRelu(self.width, name="branch7x7_1")(x_byxd)
-        seven = ConvNormRelu(self.width, (1, 7), name="branch7x7_2")(seven)
-        seven = ConvNormRelu(192, (7, 1), name="branch7x7_3")(seven)
-        double = ConvNormRelu(self.width, name="branch7x7dbl_1")(x_byxd)
-        double = ConvNormRelu(self.width, (7, 1), name="branch7x7dbl_2")(double)
-        double = ConvNormRelu(self.width, (1, 7), name="branch7x7dbl_3")(double)
-        double = ConvNormRelu(self.width, (7, 1), name="branch7x7dbl_4")(double)
-        double = ConvNormRelu(192, (1, 7), name="branch7x7dbl_5")(double)
+        seven = _branch(x_byxd, "branch7x7", (width,), (width, row), (192, column))
+        factors = (width,), (width, column), (width, row), (width, column), (192, row)
+        double = _branch(x_byxd, "branch7x7dbl", *factors)
         pool = ConvNormRelu(192, name="branch_pool")(average_pool(x_byxd))
         return jnp.concatenate([one, seven, double, pool], axis=-1)
 
@@ -127,12 +120,8 @@ class Mixed7a(nn.Module):
 
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
-        three = ConvNormRelu(192, name="branch3x3_1")(x_byxd)
-        three = ConvNormRelu(320, (3, 3), stride=2, valid=True, name="branch3x3_2")(three)
-        seven = ConvNormRelu(192, name="branch7x7x3_1")(x_byxd)
-        seven = ConvNormRelu(192, (1, 7), name="branch7x7x3_2")(seven)
-        seven = ConvNormRelu(192, (7, 1), name="branch7x7x3_3")(seven)
-        seven = ConvNormRelu(192, (3, 3), stride=2, valid=True, name="branch7x7x3_4")(seven)
+        three = _branch(x_byxd, "branch3x3", (192,), (320, (3, 3), 2, True))
+        seven = _branch(x_byxd, "branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, True))
         return jnp.concatenate([three, seven, max_pool(x_byxd, stride=2)], axis=-1)
 
 
@@ -147,8 +136,7 @@ class Mixed7(nn.Module):
         three = ConvNormRelu(384, name="branch3x3_1")(x_byxd)
         three_a = ConvNormRelu(384, (1, 3), name="branch3x3_2a")(three)
         three_b = ConvNormRelu(384, (3, 1), name="branch3x3_2b")(three)
-        double = ConvNormRelu(448, name="branch3x3dbl_1")(x_byxd)
-        double = ConvNormRelu(384, (3, 3), name="branch3x3dbl_2")(double)
+        double = _branch(x_byxd, "branch3x3dbl", (448,), (384, (3, 3)))
         double_a = ConvNormRelu(384, (1, 3), name="branch3x3dbl_3a")(double)
         double_b = ConvNormRelu(384, (3, 1), name="branch3x3dbl_3b")(double)
         pooled = max_pool(x_byxd, stride=1, padding=1) if self.pool_is_max else average_pool(x_byxd)
@@ -170,7 +158,7 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images_byxc: jax.Array) -> dict[str, jax.Array]:
-        """Maps images (b, 299, 299, 3) in about [-1, 1], of the dtype of the parameters, to the same dtype's
+        """Map images (b, 299, 299, 3) in about [-1, 1] to
 
         "pool3" (b, 2048): mean of the last block.  "logits" (b, 1008): of pool3, without the bias.
         "spatial" (b, 2023): the first 7 channels of Mixed_6d's 1x1 branch, flattened in (row, column, channel) order.

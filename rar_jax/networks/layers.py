@@ -21,17 +21,13 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> jax.Array:
     """Multiply x (*rows, *in) by kernel (*in, *out), summed in `dtype`: (*rows, *out).
 
     The gradient is written out to sum over one flat dimension of rows: XLA:CPU transposes a factor to sum over several
     (docs/measurements/training.md).
     """
-    return _matmul(x, kernel, ins, dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> jax.Array:
     contracted = tuple(range(x.ndim - ins, x.ndim)), tuple(range(ins))
     return _dot(x, kernel, contracted, dtype)
 
@@ -42,7 +38,7 @@ def _dot(x: jax.Array, y: jax.Array, contracted: Any, dtype: jnp.dtype) -> jax.A
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
-    return _matmul(x, kernel, ins, dtype), (x, kernel)
+    return matmul(x, kernel, ins, dtype), (x, kernel)
 
 
 def _matmul_backward(ins: int, dtype: jnp.dtype, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -53,16 +49,14 @@ def _matmul_backward(ins: int, dtype: jnp.dtype, saved: Any, g: jax.Array) -> tu
     return _dot(g_ro, kernel, outs, x.dtype).reshape(x.shape), _dot(x_ri, g_ro, ((0,), (0,)), kernel.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nn.Module):
     """Linear layer with bias: kernel (*in, *out) on the logical `axes`, the last `len(out)` of which are outputs.
 
-    Fused projections keep their parts as dimensions, (in, 3, h, k) and not (in, 3hk), so that they can be sharded along
-    heads. (Flax's DenseGeneral creates flat kernels first, which fails where axes are constrained to a mesh.)
-
-    A kernel that is stored in bfloat16 is multiplied in bfloat16 and summed in float32, whatever `dtype` is.
+    Fused projections keep their parts as dimensions, (in, 3, h, k), to be sharded along heads. (Flax's DenseGeneral
+    creates flat kernels first, which fails on a mesh.) A kernel stored in bfloat16 is multiplied in bfloat16.
     """
 
     out: tuple[int, ...]
@@ -74,12 +68,10 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         ins = len(self.axes) - len(self.out)
         init = nn.initializers.zeros if self.zero else INIT
-        kernel: Any = self.param(
-            "kernel", nn.with_logical_partitioning(init, self.axes), (*x.shape[-ins:], *self.out), jnp.float32
-        )
-        bias: Any = self.param(
-            "bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[ins:]), self.out, jnp.float32
-        )
+        kernel_init = nn.with_logical_partitioning(init, self.axes)
+        kernel: Any = self.param("kernel", kernel_init, (*x.shape[-ins:], *self.out), jnp.float32)
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[ins:])
+        bias: Any = self.param("bias", bias_init, self.out, jnp.float32)
         factors = kernel.dtype if kernel.dtype == jnp.bfloat16 else self.dtype
         y: Any = matmul(x.astype(factors), kernel.astype(factors), ins, self.dtype)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -105,10 +97,9 @@ def modulate(x_bnd: jax.Array, shift_bnd: jax.Array, scale_bnd: jax.Array) -> ja
 
 
 def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return uint32 random bits for dropout: a hash of (key, position), equal under any sharding.
+    """Return uint32 random bits for dropout alone: a hash of (key, position), equal under any sharding.
 
-    Two rounds of the MurmurHash3 finaliser, good enough for dropout and nothing else. Threefry is 25 times slower on
-    a CPU (docs/measurements/dropout.md). Orders, labels and samples are drawn by threefry.
+    Two rounds of the MurmurHash3 finaliser. Threefry is 25 times slower on a CPU (docs/measurements/dropout.md).
     """
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
     place, stride = jnp.zeros(shape, jnp.uint32), 1
@@ -153,8 +144,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_bnd: jax.Array) -> jax.Array:
         width = x_bnd.shape[-1]
-        h_bnf = Dense((self.hidden,), ("width", "mlp"), self.dtype, name="fc1")(x_bnd)
-        h_bnf = gelu(h_bnf)
+        h_bnf = gelu(Dense((self.hidden,), ("width", "mlp"), self.dtype, name="fc1")(x_bnd))
         h_bnf = Dropout(self.dropout, self.deterministic)(h_bnf)
         out_bnd = Dense((width,), ("mlp", "width"), self.dtype, name="fc2")(h_bnf)
         return Dropout(self.dropout, self.deterministic)(out_bnd)
@@ -162,14 +152,9 @@ class Mlp(nn.Module):
 
 def attention_weights(q_bnhk: jax.Array, k_bnhk: jax.Array) -> jax.Array:
     """Return causal softmax(q k / sqrt(head dim)), float32 (b, h, n, m): attention of query n to keys m <= n."""
-    n, head_dim = q_bnhk.shape[1], q_bnhk.shape[-1]
-    scores_bhnm = jnp.einsum(
-        "bnhk,bmhk->bhnm",
-        q_bnhk * head_dim**-0.5,
-        k_bnhk,
-        precision=matmul_precision(q_bnhk.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    n, head_dim, precision = q_bnhk.shape[1], q_bnhk.shape[-1], matmul_precision(q_bnhk.dtype)
+    q_bnhk = q_bnhk * head_dim**-0.5
+    scores_bhnm = jnp.einsum("bnhk,bmhk->bhnm", q_bnhk, k_bnhk, precision=precision, preferred_element_type=jnp.float32)
     return jax.nn.softmax(jnp.where(jnp.tri(n, dtype=bool)[None, None], scores_bhnm, -jnp.inf))
 
 
@@ -201,18 +186,14 @@ class Attention(nn.Module):
         q_bnhk = layer_norm(self.dtype, "q_norm")(qkv_bn3hk[:, :, 0])
         k_bnhk = layer_norm(self.dtype, "k_norm")(qkv_bn3hk[:, :, 1])
         drops = self.attention_dropout > 0 and not self.deterministic
+        v_bnhk, precision = qkv_bn3hk[:, :, 2], matmul_precision(self.dtype)
         if not drops and has_fused_attention(q_bnhk.shape[-1], self.dtype):  # it could not drop the same weights
-            v_bnhk = qkv_bn3hk[:, :, 2]
             out_bnhk = jax.nn.dot_product_attention(q_bnhk, k_bnhk, v_bnhk, is_causal=True, implementation="cudnn")
         else:
             weights_bhnm = attention_weights(q_bnhk, k_bnhk).astype(self.dtype)
             weights_bhnm = Dropout(self.attention_dropout, self.deterministic)(weights_bhnm)
             out_bnhk = jnp.einsum(
-                "bhnm,bmhk->bnhk",
-                weights_bhnm,
-                qkv_bn3hk[:, :, 2],
-                precision=matmul_precision(self.dtype),
-                preferred_element_type=self.dtype,
+                "bhnm,bmhk->bnhk", weights_bhnm, v_bnhk, precision=precision, preferred_element_type=self.dtype
             )
         out_bnd = Dense((d,), ("heads", None, "width"), self.dtype, name="proj")(out_bnhk)
         return Dropout(self.dropout, self.deterministic)(out_bnd)

@@ -30,14 +30,11 @@ class Block(nn.Module):
         width, dtype = x_bnd.shape[-1], self.dtype
         modulation_bn6d = Dense((6, width), ("width", None, "modulation"), dtype, zero=True, name="adaln")(c_bnd)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.unstack(modulation_bn6d, axis=2)
-        attention = Attention(
-            self.num_heads, self.attention_dropout, self.dropout, self.deterministic, dtype, name="attn"
-        )
-        h_bnd = attention(modulate(layer_norm(dtype, "norm1")(x_bnd), shift_a, scale_a))
-        x_bnd = x_bnd + gate_a * h_bnd
-        mlp = Mlp(self.mlp_width, self.dropout, self.deterministic, dtype, name="mlp")
-        h_bnd = mlp(modulate(layer_norm(dtype, "norm2")(x_bnd), shift_m, scale_m))
-        x_bnd = x_bnd + gate_m * h_bnd
+        drops = self.dropout, self.deterministic, dtype
+        attention = Attention(self.num_heads, self.attention_dropout, *drops, name="attn")
+        x_bnd = x_bnd + gate_a * attention(modulate(layer_norm(dtype, "norm1")(x_bnd), shift_a, scale_a))
+        mlp = Mlp(self.mlp_width, *drops, name="mlp")
+        x_bnd = x_bnd + gate_m * mlp(modulate(layer_norm(dtype, "norm2")(x_bnd), shift_m, scale_m))
         return with_logical_constraint(x_bnd, ("batch", None, None)), None
 
 
@@ -59,13 +56,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x_bnd: jax.Array, c_bnd: jax.Array) -> jax.Array:
-        """Apply all blocks to whole sequences.
-
-        Args:
-          x_bnd: inputs, compute dtype. c_bnd: conditioning after its SiLU, one vector per position.
-
-        Returns: outputs (b, n, d).
-        """
+        """Apply all blocks to whole sequences x_bnd, given the conditioning c_bnd of each position after its SiLU."""
         block = nn.remat(Block, prevent_cse=False) if self.remat and not self.deterministic else Block
         stack = nn.scan(
             block,
@@ -76,14 +67,5 @@ class Transformer(nn.Module):
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: None},
         )
-        blocks = stack(
-            self.num_heads,
-            self.mlp_width,
-            self.dropout,
-            self.attention_dropout,
-            self.deterministic,
-            self.dtype,
-            name="blocks",
-        )
-        x_bnd, _ = blocks(x_bnd, c_bnd)
-        return x_bnd
+        sizes = self.num_heads, self.mlp_width, self.dropout, self.attention_dropout
+        return stack(*sizes, self.deterministic, self.dtype, name="blocks")(x_bnd, c_bnd)[0]

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 class Conv(nn.Module):
     """Convolution of stride 1 that keeps the size; its kernel (size, size, in, features) carries its logical axes.
 
-    With `double`, the input is first upsampled 2 x 2 (nearest), in 4/9 of the arithmetic: two of the three rows under
-    the kernel are the same input row, so that each of the four output pixels has a 2 x 2 kernel.
+    With `double`, the input is first upsampled 2 x 2 (nearest), in 4/9 of the arithmetic: each of the four output
+    pixels has a 2 x 2 kernel.
     """
 
     features: int
@@ -31,7 +31,6 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
-        """Maps (B, H, W, D) to (B, H, W, features) in `dtype`; with `double` to (B, 2H, 2W, features)."""
         axes = ("kernel_y", "kernel_x", "conv_in", "conv_out" if self.shard else None)
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
         shape = (self.size, self.size, x_byxd.shape[-1], self.features)
@@ -87,7 +86,6 @@ class NormSilu(nn.Module):
 
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
-        """Maps (B, H, W, D) to the same shape in `dtype`."""
         batch, width = x_byxd.shape[0], x_byxd.shape[-1]
         scale_d = jnp.asarray(self.param("scale", nn.initializers.ones, (width,), jnp.float32))
         bias_d = jnp.asarray(self.param("bias", nn.initializers.zeros, (width,), jnp.float32))
@@ -104,14 +102,13 @@ class NormSilu(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """(GroupNorm, SiLU, conv3x3) twice, with the released shortcut where the width changes."""
+    """(GroupNorm, SiLU, conv3x3) twice, with the released shortcut where the width changes; in `dtype`."""
 
     width: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_byxd: jax.Array) -> jax.Array:
-        """Maps (B, H, W, any) to (B, H, W, width) in `dtype`."""
         h_byxd = Conv(self.width, 3, self.dtype, bias=False, name="conv1")(NormSilu(self.dtype, name="norm1")(x_byxd))
         h_byxd = Conv(self.width, 3, self.dtype, bias=False, name="conv2")(NormSilu(self.dtype, name="norm2")(h_byxd))
         if x_byxd.shape[-1] == self.width:

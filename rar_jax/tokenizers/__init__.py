@@ -1,4 +1,1 @@
-"""One file is one tokenizer: a module here is found by its file name (`config.tokenizer.name`).
-
-What each file offers is listed in docs/contracts.md and tested by tests/contracts/ as soon as it exists.
-"""
+"""One file is one tokenizer, found by its name (`config.tokenizer.name`); docs/contracts.md lists what it offers."""

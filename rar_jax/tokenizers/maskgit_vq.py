@@ -18,9 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rar_jax.config import Steps, require
+from rar_jax.config import Steps, require, require_at_least
 from rar_jax.networks import vqgan
-from rar_jax.networks.boxes import logical_axes, unbox
+from rar_jax.networks.boxes import logical_axes
 
 Params = dict[str, Any]
 
@@ -57,26 +57,18 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "base_width", "blocks_per_level", "latent_width", "codebook_size"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be at least 1")
-        weights = ("l1_weight", "l2_weight", "codebook_weight", "commitment_weight")
-        for name in (*weights, "restart_every", "restart_until"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it cannot be negative")
+        require_at_least(self, 1, "image_size", "base_width", "blocks_per_level", "latent_width", "codebook_size")
+        require_at_least(self, 0, "l1_weight", "l2_weight", "codebook_weight", "commitment_weight")
+        require_at_least(self, 0, "restart_every", "restart_until")
         require(self.channels in (1, 3), f"channels is {self.channels}: it must be 1 (grey) or 3 (colour)")
         multipliers = self.width_multipliers
-        require(
-            1 <= len(multipliers) <= 10 and min(multipliers) > 0,
-            f"width_multipliers is {multipliers}: give one positive number for each of 1 to 10 levels",
-        )
-        require(
-            self.image_size % self.downsampling == 0,
-            f"image_size is {self.image_size}: {len(multipliers)} levels need a multiple of {self.downsampling}",
-        )
+        levels = f"width_multipliers is {multipliers}: give one positive number for each of 1 to 10 levels"
+        require(1 <= len(multipliers) <= 10 and min(multipliers) > 0, levels)
+        sizes = f"image_size is {self.image_size}: {len(multipliers)} levels need a multiple of {self.downsampling}"
+        require(self.image_size % self.downsampling == 0, sizes)
         for width in (self.base_width, *(self.base_width * m for m in multipliers)):
-            require(
-                width < 32 or width % 32 == 0,
-                f"base_width {self.base_width} makes a level {width} wide: a width over 32 must be a multiple of 32",
-            )
+            wide = f"base_width {self.base_width} makes a level {width} wide"
+            require(width < 32 or width % 32 == 0, f"{wide}: a width over 32 must be a multiple of 32")
         require(self.dtype in ("float32", "bfloat16"), f"dtype is '{self.dtype}': it must be 'float32' or 'bfloat16'")
 
     @property
@@ -91,15 +83,9 @@ class Config:
 
 
 TINY = Config(
-    image_size=8,
-    base_width=8,
-    width_multipliers=(1, 2),
-    blocks_per_level=1,
-    latent_width=8,
-    codebook_size=16,
-    restart_every=2,
-    restart_until=10,
-)
+    image_size=8, base_width=8, width_multipliers=(1, 2), blocks_per_level=1, latent_width=8, codebook_size=16,
+    restart_every=2, restart_until=10,
+)  # fmt: skip
 
 
 def token_spec(config: Config) -> jax.ShapeDtypeStruct:
@@ -117,27 +103,25 @@ def image_spec(config: Config) -> jax.ShapeDtypeStruct:
 
 def init(config: Config, key: jax.Array) -> Params:
     """Fresh float32 parameters {"encoder", "decoder", "codebook" (V, Z)}: a nested dict of plain arrays."""
-    return unbox(_init_boxed(config, key))
+    return nn.meta.unbox(_init_boxed(config, key))
 
 
 def axes(config: Config) -> Params:
-    """The tree of `init` with a tuple of logical axis names (None: not sharded) for each array."""
+    """Return a tuple of logical axis names (None: not sharded) for each array of `init`."""
     return logical_axes(functools.partial(_init_boxed, config))
 
 
 def decay_mask(config: Config) -> Params:
-    """The tree of `init` with True where weight decay applies: on the kernels of the convolutions only."""
+    """Return True where weight decay applies: on the kernels of the convolutions."""
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", shapes)
 
 
-def _encoder(config: Config) -> vqgan.Encoder:
-    c = config
+def _encoder(c: Config) -> vqgan.Encoder:
     return vqgan.Encoder(c.base_width, c.width_multipliers, c.blocks_per_level, c.latent_width, jnp.dtype(c.dtype))
 
 
-def _decoder(config: Config) -> vqgan.Decoder:
-    c = config
+def _decoder(c: Config) -> vqgan.Decoder:
     return vqgan.Decoder(c.base_width, c.width_multipliers, c.blocks_per_level, c.channels, jnp.dtype(c.dtype))
 
 
@@ -158,11 +142,7 @@ def _init_boxed(config: Config, key: jax.Array) -> Params:
 
 
 def latents(config: Config, params: Params, images: jax.Array) -> jax.Array:
-    """Encoder output before quantisation.
-
-    Args: images (B, H, W, C), float in [0, 1] or uint8.
-    Returns: (B, h, w, Z) float32.
-    """
+    """Return the encoder's output (B, h, w, Z) float32 of images (B, H, W, C), float in [0, 1] or uint8."""
     return jnp.asarray(_encoder(config).apply({"params": params["encoder"]}, _unit(images)), jnp.float32)
 
 
@@ -214,15 +194,10 @@ def _reconstruct(config: Config, params: Params, codes_bnz: jax.Array) -> jax.Ar
 def loss(
     config: Config, params: Params, batch: Mapping[str, jax.Array], *, key: jax.Array | None, step: jax.Array | int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Training objective of a batch: reconstruction, codebook and commitment terms.
+    """Return the training loss of batch["images"] (B, H, W, C), float in [0, 1] or uint8, and metrics.
 
-    Args:
-      batch: "images" (B, H, W, C), float in [0, 1] or uint8; "labels" are not used.
-      key: None for evaluation, which is the same here: nothing is random.
-      step: not used; part of the contract of all tokenizers.
-
-    Returns: float32 scalar, and scalars loss, l1, l2, codebook, psnr (dB, mean over the clipped images),
-      codebook_usage (share of the codes that the batch uses), perplexity (of their distribution).
+    Metrics: loss, l1, l2, codebook, psnr (dB, mean over the clipped images), codebook_usage (share of the codes that
+    the batch uses), perplexity (of their distribution). Nothing is random.
     """
     del key, step
     images = _unit(batch["images"])
@@ -235,14 +210,8 @@ def loss(
     l1, l2 = jnp.mean(jnp.abs(outputs - images)), jnp.mean(jnp.square(outputs - images))
     codebook = jnp.mean(jnp.square(codes_bnz - jax.lax.stop_gradient(latents_bnz)))
     commitment = jnp.mean(jnp.square(latents_bnz - jax.lax.stop_gradient(codes_bnz)))
-    # An adversarial or perceptual term is one more line here.
-    terms = [
-        (config.l1_weight, l1),
-        (config.l2_weight, l2),
-        (config.codebook_weight, codebook),
-        (config.commitment_weight, commitment),
-    ]
-    total = sum((weight * term for weight, term in terms), jnp.float32(0.0))
+    total = config.l1_weight * l1 + config.l2_weight * l2
+    total = total + config.codebook_weight * codebook + config.commitment_weight * commitment
 
     errors_b = jnp.mean(jnp.square(jnp.clip(outputs, 0.0, 1.0) - images), axis=(1, 2, 3))
     counts_v = _counts(config, tokens_bn)
@@ -262,10 +231,9 @@ def loss(
 def after_step(
     config: Config, params: Params, batch: Mapping[str, jax.Array], *, key: jax.Array, step: jax.Array | int
 ) -> Params:
-    """Replaces the codes that no latent of the batch uses by random latents of it, where `step` is due.
+    """Replace codes that no latent of the batch uses by random latents, every `restart_every` steps.
 
-    Jittable; `step` (0-based) may be traced. Step 0 is due, so that the codebook starts where the data is.
-    Returns: parameters of the same structure; only "codebook" can differ.
+    Step 0 is one of them, so that the codebook starts where the data is.
     """
     if config.restart_every == 0:
         return params

@@ -153,7 +153,7 @@ def test_shuffle_is_uniform() -> None:
 
 @pytest.mark.parametrize("global_batch", [48, 360, 720, 4])
 def test_sequential_gives_each_record_once_in_order(source: ImageSource, global_batch: int) -> None:
-    whole = list(sequential_batches(source, global_batch=global_batch))
+    whole = list(sequential_batches(source, global_batch=global_batch, spans=[(0, 360)]))
     assert all(len(batch["ids"]) == global_batch for batch in whole)
     weights = np.concatenate([batch["weights"] for batch in whole])
     assert (weights.dtype, weights.sum()) == (np.float32, 360)
@@ -189,7 +189,7 @@ def test_wrong_sizes_are_refused(source: ImageSource) -> None:
         with pytest.raises(ConfigError, match="are not in a global batch of 48"):
             batches(source, global_batch=48, seed=0, start_step=0, rows=np.array(wrong))
     with pytest.raises(ConfigError, match="must be positive"):
-        sequential_batches(source, global_batch=0)
+        batches(source, global_batch=0, seed=0, start_step=0)
     with pytest.raises(ConfigError, match="negative"):
         batches(source, global_batch=48, seed=0, start_step=-1)
 

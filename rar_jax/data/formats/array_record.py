@@ -1,7 +1,6 @@
-"""array_record:PATH, our simplest records: a label and an encoded image.
+"""array_record:PATH, records of a label (4 bytes, little-endian, signed) and an encoded image.
 
-A record is the label (4 bytes, little-endian, signed) followed by the encoded image. A classes.txt in the folder names
-the classes, one per line. TFDS datasets prepared as ArrayRecord are read by tfds:NAME.
+A classes.txt in the folder names the classes, one per line. TFDS datasets prepared as ArrayRecord are read by tfds:NAME.
 """
 
 from __future__ import annotations
@@ -56,10 +55,7 @@ class ArrayRecordSource(EncodedSource):
 
 
 def write_array_record(path: pathlib.Path, images: Iterable[tuple[bytes, int]], *, class_names: Sequence[str]) -> int:
-    """Write (encoded image, label) pairs and classes.txt; return how many.
-
-    Raises: ConfigError if a label has no class, or array_record is not installed.
-    """
+    """Write (encoded image, label) pairs and classes.txt; return how many. Raises: ConfigError."""
     try:
         from array_record.python.array_record_module import ArrayRecordWriter
     except ImportError:

@@ -37,14 +37,12 @@ class ParquetSource(EncodedSource):
         self._groups = [(file, group) for file, rows in enumerate(sizes) for group in range(len(rows))]
         self._ends = np.cumsum([0, *(n for rows in sizes for n in rows)], dtype=np.int64)
         self._file_ends = np.cumsum([0, *(sum(rows) for rows in sizes)], dtype=np.int64)
-        labels = [_read_labels(spec, path, file) for path, file in zip(self._paths, opened, strict=True)]
-        if names is None:
-            every = labels if self._paths == train else [_read_labels(spec, p, _open_file(spec, p)) for p in train]
-            names = number_classes(np.concatenate(every))
+        labels = np.concatenate([_read_labels(spec, path) for path in self._paths])
+        names = names or number_classes(np.concatenate([_read_labels(spec, path) for path in train]))
         self._open_files: dict[int, Any] = {}
         self._cache: dict[int, Any] = {}
         length = int(self._ends[-1])
-        super().__init__(spec, view, length=length, labels=np.concatenate(labels), class_names=names, hold_out=hold_out)
+        super().__init__(spec, view, length=length, labels=labels, class_names=names, hold_out=hold_out)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process opens the files itself.
@@ -91,8 +89,8 @@ def _open_file(spec: str, path: pathlib.Path) -> Any:
     return file
 
 
-def _read_labels(spec: str, path: pathlib.Path, file: Any) -> np.ndarray:
-    column = file.read(columns=["label"])["label"]
+def _read_labels(spec: str, path: pathlib.Path) -> np.ndarray:
+    column = _open_file(spec, path).read(columns=["label"])["label"]
     require(column.null_count == 0, f"{spec}: {path.name} has {column.null_count} rows without a label")
     labels = column.to_numpy()
     require(labels.dtype.kind in "iu", f"{spec}: labels of {path.name} are {column.type}, expected integers")

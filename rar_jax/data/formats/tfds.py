@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from rar_jax.config import nearest
+from rar_jax.config import nearest, require
 from rar_jax.data.encoded import EncodedSource
 from rar_jax.data.image_source import Split, View, pad_images
 from rar_jax.errors import ConfigError
 
 
 class TfdsSource(EncodedSource):
-    """A prepared dataset of labelled images. Labels are known only by reading.
+    """A prepared dataset of labelled images, whose labels are known only by reading. Raises: ConfigError.
 
     The validation split is TFDS's "test", or "validation" where images are cropped and there is one. Images of one size
     are padded by default.
-
-    Raises: ConfigError if the name is unknown, not prepared on this machine, or not labelled images.
     """
 
     def __init__(self, name: str, split: Split, view: View) -> None:
@@ -33,8 +31,8 @@ class TfdsSource(EncodedSource):
             known = tfds.list_builders(with_community_datasets=False)
             raise ConfigError(f"tfds:{name}: no such dataset in TFDS.{nearest(name, known)}") from None
         features = builder.info.features
-        if features is None or not {"image", "label"} <= set(features):
-            raise ConfigError(f"tfds:{name} has no 'image' and 'label': only labelled image datasets can be used")
+        labelled = {"image", "label"} <= set(features or ())
+        require(labelled, f"tfds:{name} has no 'image' and 'label': only labelled image datasets can be used")
         shape, tfds_split = features["image"].shape, {"train": "train", "heldout": "test"}[split]
         if None not in shape and view.crop in (None, "pad"):
             size = view.image_size or max(shape[:2])

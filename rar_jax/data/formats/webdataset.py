@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import tarfile
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,13 +15,6 @@ from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.image_source import Split, View
 from rar_jax.data.splits import find_data_files, number_classes, read_class_names, split_files
 from rar_jax.errors import ConfigError
-
-
-class _Sample(NamedTuple):
-    key: str
-    label: int
-    offset: int
-    size: int
 
 
 class WebDatasetSource(EncodedSource):
@@ -39,14 +32,13 @@ class WebDatasetSource(EncodedSource):
         self._paths, train, hold_out = split_files(spec, found, split)
         problems = Problems()
         shards = [_list_samples(spec, path, problems) for path in self._paths]
-        samples = [sample for shard in shards for sample in shard]
-        labels = np.array([sample.label for sample in samples], np.int64)
-        if (names := read_class_names(self._paths[0].parent)) is None:
-            every = samples if self._paths == train else [s for p in train for s in _list_samples(spec, p, Problems())]
-            names = number_classes(s.label for s in every)
+        self._keys = [key for shard in shards for key in shard]
         self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard) for shard in shards])
-        self._bytes = np.array([(s.offset, s.size) for s in samples], np.int64).reshape(-1, 2)
-        self._keys = [s.key for s in samples]
+        rows = [row for shard in shards for row in shard.values()]
+        labels, *self._bytes = np.array(rows, np.int64).reshape(-1, 3).T
+        if (names := read_class_names(self._paths[0].parent)) is None:
+            known = shards if self._paths == train else [_list_samples(spec, path, Problems()) for path in train]
+            names = number_classes(label for shard in known for label, _, _ in shard.values())
         super().__init__(
             spec, view, length=len(labels), labels=labels, class_names=names, problems=problems, hold_out=hold_out
         )
@@ -55,15 +47,15 @@ class WebDatasetSource(EncodedSource):
         return f"{self._paths[self._shard[row]].name}:{self._keys[row]}"
 
     def _record(self, row: int) -> tuple[bytes, int]:
-        offset, size = (int(n) for n in self._bytes[row])
+        offset, size = (int(column[row]) for column in self._bytes)
         # Opened each time: forked workers would share a handle and its position, and shards may be thousands.
         with self._paths[self._shard[row]].open("rb") as file:
             file.seek(offset)
             return file.read(size), -1
 
 
-def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> list[_Sample]:
-    """List the samples of a tar file; what is not part of one is a problem.
+def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> dict[str, tuple[int, int, int]]:
+    """Return label, offset and size of each sample of a tar file; what is not part of one is a problem.
 
     Raises: ConfigError if it is not whole. tarfile stops silently at a damaged header, so the end is checked.
     """
@@ -85,7 +77,7 @@ def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> list[_Sa
     for key in sorted(images.keys() ^ labels.keys()):
         reason = "no .cls or .json with its class" if key in images else "a class without its image"
         problems.add(f"{path.name}:{key}", reason)
-    return [_Sample(key, labels[key], *images[key]) for key in images if key in labels]
+    return {key: (labels[key], *images[key]) for key in images if key in labels}
 
 
 def _add_member(
