@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 NUM_CROPS = 10
+Bounds = tuple[float, float]
 _MAX_ASPECT = 64
 
 
@@ -47,12 +48,7 @@ def random_resized_crop(image: Image.Image, rng: np.random.Generator, *, size: i
 
 
 def draw_box(
-    width: int,
-    height: int,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    width: int, height: int, rng: np.random.Generator, *, scale: Bounds = (0.08, 1.0), ratio: Bounds = (3 / 4, 4 / 3)
 ) -> tuple[int, int, int, int]:
     """Draw the box (x, y, width, height) of `random_resized_crop`, of an area and a log width / height within bounds.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
@@ -39,11 +38,9 @@ def decode_image(data: bytes, *, channels: int = 3) -> Image.Image:
 
 def read_header(data: bytes) -> tuple[int, int, str, str, bool]:
     """Return the stored width and height, Pillow's format and mode, and whether EXIF turns the image."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        size, kind, mode = image.size, str(image.format), image.mode  # PNGs are decoded now: EXIF may follow the pixels
-        return *size, kind, mode, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    size, kind, mode = image.size, str(image.format), image.mode  # PNGs are decoded now: EXIF may follow the pixels
+    return *size, kind, mode, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def _open(data: bytes, channels: int) -> Image.Image:

@@ -43,7 +43,7 @@ class EncodedSource(ImageSource):
 
     Views (`view.crop`, default "center"): "center" and "ten" as in data/crops.py; "random" is a random-resized crop and
     a flip with probability 1/2; "pad" pads images of at most image_size. With "ten", record i is crop i % 10 of image
-    i // 10, "crops" int16 (b,) holds the crop and "ids" the image.
+    i // 10.
 
     A record that cannot be decoded is added to `problems` (each worker process has its own) and replaced by the next
     good image, of its class if labels are known without reading. "bad" bool (b,) marks such rows.
@@ -124,8 +124,8 @@ class EncodedSource(ImageSource):
 
         draws: uint64 (b,), all the randomness of crop="random"; default the indices.
 
-        Returns: "images" uint8 (b, size, size, c), "labels" int32 (b,), "ids" int64 (b,), "bad" bool (b,), and with ten
-          crops "crops" int16 (b,).
+        Returns: "images" uint8 (b, size, size, c), "labels" int32 (b,), "ids" of images int64 (b,), "bad" bool (b,), and
+          with ten crops "crops" int16 (b,).
         """
         if (outside := indices[(indices < 0) | (indices >= len(self))]).size:
             raise ConfigError(f"{self.spec}: record {outside[0]} of {len(self)}")

@@ -36,9 +36,9 @@ class FolderSource(EncodedSource):
         self._root, own_split = _find_split_folder(path, split)
         train_root, _ = _find_split_folder(path, "train")
         problems = Problems()
-        own, classes = _list_classes(self._root, problems), _list_classes(train_root, Problems())
+        own, classes = {*_list_classes(self._root, problems)}, _list_classes(train_root, Problems())
         require(bool(classes), f"{spec}: {train_root} holds no images: put them into it, or into one folder per class")
-        if unknown := sorted({*own} - {*classes}):
+        if unknown := sorted(own - {*classes}):
             what = printable(os.fsdecode(unknown[0])) or "an image without a class folder"
             raise ConfigError(f"{spec}: {what} of {self._root} is no class of {train_root}")
         files, labels = [], []

@@ -70,18 +70,14 @@ class ArraySource(ImageSource):
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str], ids: np.ndarray | None = None
     ) -> None:
-        require(
-            images.ndim == 4 and images.dtype == np.uint8, f"images are {images.dtype} {images.shape}, not uint8 4-D"
-        )
+        fits = images.ndim == 4 and images.dtype == np.uint8
+        require(fits, f"images are {images.dtype} {images.shape}, not uint8 4-D")
         require(len(images) > 0, "the source holds no images")
         require(len(images) == len(labels), f"{len(images)} images but {len(labels)} labels")
         check_labels(labels, len(class_names))
         super().__init__(image_shape=images.shape[1:], class_names=class_names)
-        self._arrays: Batch = {
-            "images": images,
-            "labels": labels.astype(np.int32),
-            "ids": (np.arange(len(images)) if ids is None else ids).astype(np.int64),
-        }
+        ids = np.arange(len(images)) if ids is None else ids
+        self._arrays: Batch = {"images": images, "labels": labels.astype(np.int32), "ids": ids.astype(np.int64)}
 
     def __len__(self) -> int:
         return len(self._arrays["labels"])

@@ -44,7 +44,7 @@ class Config:
       remat: recompute blocks in the backward pass to save memory.
       unroll: blocks compiled per iteration of the loop over layers (docs/measurements/training.md).
       dtype: of matmuls and activations in training. Parameters, LayerNorm statistics, softmax, logits and loss are
-        float32. Sampling computes in float32 unless `prepare` is given another dtype.
+        float32; so is sampling, unless `prepare` gets a dtype.
     """
 
     num_tokens: int = 256

@@ -24,7 +24,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST  # features must not depend on the device
 
 
 class ConvNormRelu(nn.Module):
-    """Convolution with bias, then ReLU; the dtype is that of the input and the parameters."""
+    """Convolution with bias, then ReLU."""
 
     width: int
     size: tuple[int, int] = (1, 1)  # height, width
@@ -42,7 +42,6 @@ class ConvNormRelu(nn.Module):
         return nn.relu(y_byxd + bias_d[None, None, None, :])
 
     def _products(self, x_byxd: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The pixels under the kernel side by side, then one product."""
         sides = [0 if self.valid else k // 2 for k in self.size]
         x_byxd = jnp.pad(x_byxd, ((0, 0), (sides[0], sides[0]), (sides[1], sides[1]), (0, 0)))
         ends = [n - k + 1 for n, k in zip(x_byxd.shape[1:3], self.size, strict=True)]

@@ -1,8 +1,7 @@
 """The MaskGIT-VQGAN tokenizer: a convolutional autoencoder around a table of codes.
 
-Source: MaskGIT (arXiv 2202.04200), VQ-VAE (arXiv 1711.00937) for the losses and the straight-through
-gradient; the restart of dead codes follows Jukebox (arXiv 2005.00341). The released ImageNet file
-(f16, 1024 codes of 256 dimensions) is `Config(image_size=256)`.
+Source: MaskGIT (arXiv 2202.04200), VQ-VAE (arXiv 1711.00937) for the losses and the straight-through gradient, Jukebox
+(arXiv 2005.00341) for the restart of dead codes. The released ImageNet file is `Config(image_size=256)`.
 
 Shape suffixes: b batch, n tokens, m all latents of a batch, v codes, z latent width, y height, x width, c channels.
 """
@@ -102,7 +101,7 @@ def image_spec(config: Config) -> jax.ShapeDtypeStruct:
 
 
 def init(config: Config, key: jax.Array) -> Params:
-    """Fresh float32 parameters {"encoder", "decoder", "codebook" (V, Z)}: a nested dict of plain arrays."""
+    """Return float32 parameters {"encoder", "decoder", "codebook" (V, Z)}: a nested dict of plain arrays."""
     return nn.meta.unbox(_init_boxed(config, key))
 
 
@@ -147,17 +146,17 @@ def latents(config: Config, params: Params, images: jax.Array) -> jax.Array:
 
 
 def encode(config: Config, params: Params, images: jax.Array) -> jax.Array:
-    """Tokens (B, N) int32, row by row, of images (B, H, W, C), float in [0, 1] or uint8."""
+    """Return tokens (B, N) int32, row by row, of images (B, H, W, C), float in [0, 1] or uint8."""
     return _nearest(params["codebook"], _flat(latents(config, params, images)))
 
 
 def decode(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
-    """Images (B, H, W, C) float32 in [0, 1] of tokens (B, N) int32. A token outside the codebook gives NaN."""
+    """Return images (B, H, W, C) float32 in [0, 1] of tokens (B, N) int32. A token outside the codebook gives NaN."""
     return jnp.clip(decode_unclipped(config, params, tokens), 0.0, 1.0)
 
 
 def decode_unclipped(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
-    """The decoder's output (B, H, W, C) float32 as it is; see `decode`."""
+    """Return the decoder's output (B, H, W, C) float32 as it is; see `decode`."""
     return _reconstruct(config, params, _codes(params["codebook"], tokens))
 
 

@@ -29,8 +29,7 @@ class ParquetSource(EncodedSource):
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
         spec = f"parquet:{argument}"
-        found = find_data_files(spec, argument, (".parquet",))
-        self._paths, train, hold_out = split_files(spec, found, split)
+        self._paths, train, hold_out = split_files(spec, find_data_files(spec, argument, (".parquet",)), split)
         opened = [_open_file(spec, path) for path in self._paths]
         names = _read_feature_names(opened[0].schema_arrow.metadata)
         sizes = [[f.metadata.row_group(g).num_rows for g in range(f.metadata.num_row_groups)] for f in opened]
@@ -98,7 +97,7 @@ def _read_labels(spec: str, path: pathlib.Path) -> np.ndarray:
 
 
 def _read_feature_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
-    """Read class names that the datasets library wrote into the schema, or None."""
+    """Return the class names that the datasets library wrote into the schema, or None."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features["label"]["names"])

@@ -28,8 +28,7 @@ class WebDatasetSource(EncodedSource):
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
         spec = f"webdataset:{argument}"
-        found = find_data_files(spec, argument, (".tar",))
-        self._paths, train, hold_out = split_files(spec, found, split)
+        self._paths, train, hold_out = split_files(spec, find_data_files(spec, argument, (".tar",)), split)
         problems = Problems()
         shards = [_list_samples(spec, path, problems) for path in self._paths]
         self._keys = [key for shard in shards for key in shard]
