@@ -155,7 +155,7 @@ class EncodedSource(ImageSource):
         rng = np.random.Generator(np.random.Philox(key=draw))
         mirrored = rng.random() < 0.5
         out = crops.random_resized_crop(pixels, rng, size=self.image_shape[0])
-        return out[:, ::-1] if mirrored else out
+        return crops.mirror(out) if mirrored else out
 
     def prepare(self, image: int) -> tuple[Any, int]:
         """Return what all views share (a Pillow image or pixels), and the label. Raises: OSError, ValueError."""

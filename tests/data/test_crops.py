@@ -190,3 +190,8 @@ def test_random_resized_crop_sees_nothing_around_its_box() -> None:
     # 6300 * 0.31 = 1953: a side of 44; y = 0.999 * 27, x = 0.5 * 47.
     part = np.asarray(image)[26:70, 23:67]
     check_near(out, resized(part, 16, 16, triangle))
+
+
+def test_flip() -> None:
+    image = np.arange(24).reshape(2, 4, 3)
+    np.testing.assert_array_equal(crops.mirror(image), image[:, [3, 2, 1, 0]])
