@@ -50,23 +50,26 @@ def _open(data: bytes, channels: int) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         # Before decoding: a bomb is small until then.
         raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} in all: shrink it")
-    kind, tiles = image.format, getattr(image, "tile", None)
-    if kind == "PNG":
+    tiles = getattr(image, "tile", None)
+    if image.format == "PNG":
         # Pillow ignores checksums while decoding, and damaged data may decode to other pixels.
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
         if "transparency" in image.info and tiles and str(tiles[0].args).endswith("16B"):
             raise DecodeError("16 bits with a transparent colour: save it with 8 bits")
-    out, mode = _make_opaque(ImageOps.exif_transpose(image), kind), "L" if channels == 1 else "RGB"
+    image.getexif()  # now cached; without its bytes Pillow need not write it again, which fails for odd tags
+    image.info.pop("exif", None)
+    ImageOps.exif_transpose(image, in_place=True)
+    out, mode = _make_opaque(image), "L" if channels == 1 else "RGB"
     return out if out.mode == mode else out.convert(mode)
 
 
-def _make_opaque(image: Image.Image, kind: str | None) -> Image.Image:
+def _make_opaque(image: Image.Image) -> Image.Image:
     """Return an 8-bit image without transparency that converts to L and RGB."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise DecodeError(f"32-bit pixels (mode {image.mode}), without a defined white: save it with 8 bits")
-    if image.mode == "CMYK" and kind == "JPEG" and "adobe" not in image.info:
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         # Pillow assumes that every CMYK JPEG is Adobe's, which store the inverse.
         image = ImageChops.invert(image)
     if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
