@@ -53,7 +53,7 @@ class EncodedSource(ImageSource):
       problems: found while listing the source.
       hold_out: the split to take, if the container has no validation split: 5 % of each class are held out.
 
-    Raises: ConfigError. `gather` raises it if over 1 % and over 100 of the images read are bad, or none is good.
+    Raises: ConfigError; so does `gather` if over 1 % and over 100 of the images read are bad, or none is good.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class FolderSource(EncodedSource):
     is held out. This also holds if PATH is that train folder. Otherwise 5 % of each class is held out.
 
     A class without images keeps its label. Images in PATH itself, without any class folder, are one class, named like
-    the folder. Links to files and to class folders are followed. `problems` lists other files, except hidden ones.
+    the folder. Links to files and to class folders are followed. `problems` lists other files, but no hidden ones.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:

@@ -1,7 +1,7 @@
 """Several data sets as one stream, mixed by weight.
 
 Integer arithmetic on the position alone says which data set a position draws from: proportions are exact over each
-period, never off by more than the number of data sets, and starting anywhere costs nothing.
+period, and never off by more than the number of data sets.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
 def assign_sources(position: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return each position's data set, and its draws before; both int64 (b,).
 
-    The first data set takes the positions at which floor(position * share / period) increases; the others share the
-    rest in the same way.
+    The first data set takes the positions where floor(position * share / period) increases, the next from the rest.
     """
     source_of, draw = np.full(len(position), len(shares) - 1), np.asarray(position, np.int64).copy()
     undecided = np.arange(len(position))

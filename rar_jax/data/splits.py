@@ -40,9 +40,8 @@ def heldout_mask(labels: np.ndarray, names: Sequence[bytes]) -> np.ndarray:
 def find_data_files(spec: str, argument: str, suffixes: Sequence[str]) -> tuple[pathlib.Path, ...]:
     """Find the files of a container source, sorted.
 
-    argument: a file, a folder (subfolders too), a glob, a brace range ("shard-{0000..0127}.tar") or list ("{a,b}.tar").
-
-    Raises: ConfigError if there are none, or none for one pattern of a brace.
+    argument: a file, a folder (subfolders too), a glob, a brace range ("shard-{0000..0127}.tar") or list ("{a,b}.tar"),
+      each pattern of which must match. Raises: ConfigError.
     """
     path = pathlib.Path(argument).expanduser()
     if path.is_dir():

@@ -20,10 +20,7 @@ _MISSING = "ArrayRecord files need a package: pip install array_record"
 
 
 class ArrayRecordSource(EncodedSource):
-    """Files as in `find_data_files`. Labels are known only by reading: a held-out share is one of all records.
-
-    Raises: ConfigError for a missing or damaged file, no classes.txt, or array_record not installed.
-    """
+    """Labels are known only by reading: a held-out share is one of all records. Raises: ConfigError."""
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
         spec = f"array_record:{argument}"

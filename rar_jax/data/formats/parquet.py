@@ -22,9 +22,7 @@ class ParquetSource(EncodedSource):
     """Parquet files with columns "image" and "label"; class names come from the schema, else they are numbers.
 
     The smallest readable unit is a row group, commonly 100 to 1000 images. A shuffled stream of a large set reads one
-    for nearly every image: tokenize in order, or unpack to folder:.
-
-    Raises: ConfigError for a missing or damaged file, other columns, or pyarrow not installed.
+    for nearly every image: tokenize in order, or unpack to folder:. Raises: ConfigError.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:

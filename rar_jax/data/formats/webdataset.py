@@ -21,9 +21,7 @@ class WebDatasetSource(EncodedSource):
     """Plain .tar files, listed once when opened and then read by seeking.
 
     A sample is the files of one name up to its first dot: one image, and its class as text (.cls) or as "label" in a
-    .json. Class names come from a classes.txt in the folder, else they are numbers.
-
-    Raises: ConfigError for a missing, compressed or damaged file, or labels that are not those of the classes.
+    .json. Class names come from a classes.txt in the folder, else they are numbers. Raises: ConfigError.
     """
 
     def __init__(self, argument: str, split: Split, view: View) -> None:
@@ -54,10 +52,7 @@ class WebDatasetSource(EncodedSource):
 
 
 def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> dict[str, tuple[int, int, int]]:
-    """Return label, offset and size of each sample of a tar file; what is not part of one is a problem.
-
-    Raises: ConfigError if it is not whole. tarfile stops silently at a damaged header, so the end is checked.
-    """
+    """Return label, offset and size of each sample of a tar file; what is not part of one is a problem."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -70,6 +65,7 @@ def _list_samples(spec: str, path: pathlib.Path, problems: Problems) -> dict[str
             rest = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, EOFError) as error:
         raise ConfigError(f"{spec}: {path.name} is no plain, whole .tar ({error}): fetch or decompress it") from None
+    # tarfile stops silently at a damaged header.
     require(not any(rest), f"{spec}: {path.name} has a damaged header at byte {end}: fetch it again")
     if not rest:
         problems.add(path.name, "no end marker: the file may have been cut short between two members")
