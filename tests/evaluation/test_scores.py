@@ -152,16 +152,16 @@ def test_killed_samples_go_on(
 
 def _kill_at(patch: pytest.MonkeyPatch, writes: int) -> None:
     """Dies in the write with this number, half of it on disk."""
-    write, count = ChunkStore._write, [0]
+    write, count = chunks.write_file, [0]
 
-    def dying(self: ChunkStore, name: str, function: Any) -> None:
+    def dying(path: pathlib.Path, content: bytes) -> None:
         count[0] += 1
         if count[0] > writes:
-            (self.folder / f"{name}.partial").write_bytes(b"PK\x03\x04 half")
+            path.with_name(f"{path.name}.1.tmp").write_bytes(content[: len(content) // 2])
             raise KeyboardInterrupt
-        write(self, name, function)
+        write(path, content)
 
-    patch.setattr(ChunkStore, "_write", dying)
+    patch.setattr(chunks, "write_file", dying)
 
 
 # ---------------------------------------------------------------- batches and devices
