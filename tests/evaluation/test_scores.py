@@ -16,7 +16,7 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation import image_batches, program, scores
+from rar_jax.evaluation import chunks, image_batches, program, scores
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
 from rar_jax.evaluation.image_sets import open_image_set
 from rar_jax.evaluation.program import Program, Settings
