@@ -116,6 +116,14 @@ class EncodedSource(ImageSource):
         """Printable name of an image."""
         return printable(self._name(int(self._rows[image])))
 
+    def problem(self, image: int) -> str | None:
+        """Read and decode an image; return why it is bad, or None."""
+        try:
+            self.prepare(image)
+        except (OSError, ValueError) as error:
+            return reason_of(error)
+        return None
+
     def __len__(self) -> int:
         return self.num_images * self._views
 
