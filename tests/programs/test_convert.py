@@ -72,8 +72,8 @@ def test_what_cannot_be_done(released_pair: Any, tmp_path: pathlib.Path, capsys:
         capsys, "--weights", generator, "--tokenizer", tokenizer, "--part", "generator", "--out", out
     )
     line = problem(capsys, "--weights", tokenizer, "--tokenizer", tokenizer, "--out", out)
-    assert "is a tokenizer" in line and "Give it as --tokenizer" in line and len(line) < 400
-    assert "holds a RAR generator, not a tokenizer" in problem(
+    assert "is a tokenizer (maskgit_vq), not a generator" in line and len(line) < 400
+    assert "is a generator (rar), not a tokenizer" in problem(
         capsys, "--weights", generator, "--tokenizer", generator, "--out", out
     )
     assert f"there is no folder {tmp_path / 'no'}" in problem(
@@ -117,7 +117,5 @@ def test_damage_found_late_leaves_nothing(
     whole.write_bytes(data)
     for out in (tmp_path / "o.safetensors", tmp_path / "o"):
         extra = () if out.suffix else ("--tokenizer", released_pair.tokenizer)
-        assert "is damaged: download it again" in problem(
-            capsys, "--weights", tmp_path / "bad.bin", *extra, "--out", out
-        )
+        assert "is truncated or damaged" in problem(capsys, "--weights", tmp_path / "bad.bin", *extra, "--out", out)
         assert not out.exists()

@@ -150,12 +150,6 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, damage, message):
     assert "w.safetensors" in str(error.value)
 
 
-def test_a_generator_is_said_to_be_one(tmp_path):
-    path = _write(tmp_path / "w.safetensors", {"cls_token": np.zeros((1, 1, 4), np.float32)})
-    with pytest.raises(WeightsError, match="RAR generator, not a tokenizer"):
-        interop.load(path)
-
-
 def test_an_image_size_that_does_not_fit_is_a_weights_error():
     with pytest.raises(WeightsError, match="multiple of 2"):
         interop.load(TINY_FILE, image_size=15)

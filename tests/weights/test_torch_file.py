@@ -2,7 +2,6 @@
 
 import collections
 import io
-import mmap
 import os
 import pathlib
 import pickle
@@ -111,13 +110,10 @@ def test_untyped_storage_and_empty_tensor(tmp_path):
     assert state["a"].tolist() == [1, 2, 255] and state["b"].shape == (0, 7)
 
 
-def test_stored_members_are_mapped_and_read_only(tmp_path):
-    state = read_tensors(write_zip(tmp_path / "w", example(), {"0": WEIGHT, "1": COUNTS}))
-    owner = state["a"]
-    while (base := getattr(owner, "base", None)) is not None:
-        owner = base
-    assert isinstance(owner, mmap.mmap)
-    assert not state["a"].flags.writeable
+def test_arrays_are_read_only(tmp_path):
+    for write in (write_zip, write_stream):
+        state = read_tensors(write(tmp_path / "w", example(), {"0": WEIGHT, "1": COUNTS}))
+        assert not state["a"].flags.writeable
 
 
 def test_safetensors(tmp_path):
@@ -285,7 +281,7 @@ def test_a_flipped_bit_in_a_storage_is_seen(tmp_path):
     data = path.read_bytes()
     place = data.index(WEIGHT.tobytes()) + 5
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    with pytest.raises(WeightsError, match="storage 0 is damaged"):
+    with pytest.raises(WeightsError, match=r"is truncated or damaged .*data/0"):
         read_tensors(path)
 
 
