@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from rar_jax.config import nearest
 from rar_jax.errors import ConfigError, WeightsError
@@ -59,7 +59,8 @@ def param_shapes(init: Any, config: Any) -> dict[str, Any]:
 
 def flatten_params(params: Any) -> dict[str, Any]:
     """Leaves by path, with "/" between the names."""
-    return dict(flatten_dict(params, sep="/"))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 @dataclasses.dataclass(frozen=True)
