@@ -19,7 +19,7 @@ from flax.traverse_util import unflatten_dict
 from rar_jax.errors import WeightsError
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.weights.lazy import check_finite
-from rar_jax.weights.mapping import State, check_shapes, flatten_params
+from rar_jax.weights.mapping import check_shapes, flatten_params
 from rar_jax.weights.torch_file import open_tensors
 
 WHERE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -42,14 +42,16 @@ def load(path: str | pathlib.Path, *, dtype: npt.DTypeLike = np.float32) -> dict
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.float64):
         raise ValueError(f"dtype is {dtype}: the Inception network computes in float32 or float64")
-    if not pathlib.Path(path).exists():
-        raise WeightsError(f"{path}: no such file. Inception's weights are at {WHERE}, or torch-fidelity's copy")
     images = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     shapes: Any = jax.eval_shape(Inception().init, jax.random.key(0), images)["params"]
     state = {name: tensor for name, tensor in open_tensors(path).items() if not _NOT_USED.fullmatch(name)}
     expected = _released_shapes(shapes)
     try:
-        _check_network(state, expected)
+        if not state.keys() & expected.keys():
+            raise WeightsError("holds no Inception network")
+        if "fc.weight" in state and state["fc.weight"].shape == (1000, 2048):
+            raise WeightsError("'fc.weight' is torchvision's, whose network gives other features")
+        check_shapes(state, expected)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}: give {WHERE}, or torch-fidelity's copy") from error
     # float64, so that folding rounds once.
@@ -59,14 +61,6 @@ def load(path: str | pathlib.Path, *, dtype: npt.DTypeLike = np.float32) -> dict
             raise WeightsError(f"{path}: '{name}' holds negative variances: download it again")
     folded = {path: _fold(path, values).astype(dtype) for path in flatten_params(shapes)}
     return unflatten_dict(folded, sep="/")
-
-
-def _check_network(state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
-    if not state.keys() & expected.keys():
-        raise WeightsError("holds no Inception network")
-    if "fc.weight" in state and state["fc.weight"].shape == (1000, 2048):
-        raise WeightsError("'fc.weight' is torchvision's, whose network gives other features")
-    check_shapes(state, expected)
 
 
 def _fold(path: str, values: Mapping[str, np.ndarray]) -> npt.NDArray[np.float64]:

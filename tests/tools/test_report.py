@@ -286,7 +286,9 @@ def test_curves_are_drawn_where_the_values_are() -> None:
     values = 10 + np.random.default_rng(0).normal(size=200)
     rows = [{"stage": "a", "step": i + 1, "time": 0, "loss": float(value)} for i, value in enumerate(values)]
     (panel,) = curves.make_panels({"run": rows})
-    drawn = {line.kind: np.array([xy.split() for xy in line.path[1:].split("L")][1:], float) for line in panel.lines}
+    drawn = {
+        line["kind"]: np.array([xy.split() for xy in line["path"][1:].split("L")][1:], float) for line in panel["lines"]
+    }
     assert list(drawn) == ["raw", "line"]
     to_pixels = np.polyfit(values, drawn["raw"][:, 1], 1)
     assert to_pixels[0] < 0, "y grows downwards on a screen"

@@ -23,29 +23,8 @@ class Curve(NamedTuple):
     values: np.ndarray
 
 
-class Line(NamedTuple):
-    """A drawn curve. path: of an SVG element. kind: "line", or "raw" for the values behind a running mean."""
-
-    path: str
-    kind: str
-    color: str
-    dashed: bool
-
-
-class Panel(NamedTuple):
-    """A plot. Ticks are (pixel, text), the legend (label, color, dashed), hovers (left, width, x of the step, text)."""
-
-    title: str
-    log: bool
-    y_ticks: list[tuple[float, str]]
-    x_ticks: list[tuple[float, str]]
-    lines: list[Line]
-    legend: list[tuple[str, str, bool]]
-    hovers: list[tuple[str, float, float, str]]
-
-
-def make_panels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
-    """Make a panel for each metric, those with validation first.
+def make_panels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Make the values of page.html for a panel of each metric, those with validation first.
 
     Args:
       runs: rows of metrics.jsonl of one stage by the name of the run.
@@ -86,7 +65,7 @@ def thin_points(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.n
     return steps[kept], values[kept]
 
 
-def _make_panel(title: str, curves: list[Curve]) -> Panel:
+def _make_panel(title: str, curves: list[Curve]) -> dict[str, Any]:
     steps = np.unique(np.concatenate([curve.steps for curve in curves]))
     values = np.concatenate([curve.values for curve in curves])
     # A logarithmic scale where half of the points would lie at the bottom.
@@ -102,11 +81,11 @@ def _make_panel(title: str, curves: list[Curve]) -> Panel:
     def y(value: Any) -> Any:
         return np.round(TOP + (BOTTOM - TOP) * (high - scale(value)) / (high - low), 1)
 
-    def draw_line(steps: np.ndarray, values: np.ndarray, curve: Curve, kind: str) -> Line:
+    def draw_line(steps: np.ndarray, values: np.ndarray, curve: Curve, kind: str) -> dict[str, Any]:
         steps, values = thin_points(steps, values)
         points = [f"{a} {b}" for a, b in zip(x(steps), y(values), strict=True)]
         path = "L".join([points[0], *points])  # a single point is a dot
-        return Line(f"M{path}", kind, colors[curve.name], bool(curve.run))
+        return {"path": f"M{path}", "kind": kind, "color": colors[curve.name], "dashed": curve.run > 0}
 
     names = dict.fromkeys(curve.name for curve in curves)
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
@@ -125,15 +104,15 @@ def _make_panel(title: str, curves: list[Curve]) -> Panel:
     for left in np.arange(LEFT, RIGHT, strip):
         step = float(steps[np.abs(x(steps) - left - strip / 2).argmin()])
         hovers.append((f"{left:.1f}", strip, x(step), describe_step(step, curves)))
-    return Panel(
-        title,
-        log,
-        [(y(tick), f"{tick:.4g}") for tick in y_ticks if ends[0] <= tick <= ends[1]],
-        [(x(tick), f"{tick:,.0f}") for tick in x_ticks if first <= tick <= last],
-        lines,
-        [(curve.label, colors[curve.name], bool(curve.run)) for curve in curves],
-        hovers,
-    )
+    return {
+        "title": title,
+        "log": log,
+        "y_ticks": [(y(tick), f"{tick:.4g}") for tick in y_ticks if ends[0] <= tick <= ends[1]],
+        "x_ticks": [(x(tick), f"{tick:,.0f}") for tick in x_ticks if first <= tick <= last],
+        "lines": lines,
+        "legend": [(curve.label, colors[curve.name], curve.run > 0) for curve in curves],
+        "hovers": hovers,
+    }
 
 
 def describe_step(step: float, curves: Sequence[Curve]) -> str:
