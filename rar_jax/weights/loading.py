@@ -23,7 +23,6 @@ from rar_jax.runs.checkpoint import good_step, load_params
 from rar_jax.runs.manifest import file_sha256, verify_manifest
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.lazy import put_on_devices
-from rar_jax.weights.mapping import param_shapes
 from rar_jax.weights.torch_file import open_tensors
 
 
@@ -41,12 +40,11 @@ class Weights:
 
         Raises: WeightsError if the file is damaged; ConfigError if a parameter does not divide over the mesh.
         """
-        module, config = self.model.module, self.model.config
-        shapes = param_shapes(module.init, config)
+        shapes = self.model.param_shapes()
         if mesh is None:
             one = jax.sharding.SingleDeviceSharding(find_devices()[0])
             return self.restore(jax.tree.map(lambda _: one, shapes))
-        return self.restore(param_shardings(module.axes(config), shapes, mesh))
+        return self.restore(param_shardings(self.model.module.axes(self.model.config), shapes, mesh))
 
 
 def open_weights(
@@ -95,10 +93,8 @@ def read_directory(path: pathlib.Path) -> dict[str, Any]:
     """Read config.json of a work directory or a converted one. Raises: ConfigError if it lacks a section."""
     config = Workdir(path).read_config()
     for section in ("data", "guidance", "tokenizer", "generator"):
-        if not isinstance(config.get(section), dict):
-            raise ConfigError(
-                f"{path / 'config.json'} is damaged: it lacks the section '{section}'. Restore it from a copy"
-            )
+        has_section = isinstance(config.get(section), dict)
+        require(has_section, f"{path}/config.json is damaged: it lacks the section '{section}'. Restore it from a copy")
     return {"name": path.name, **config}
 
 

@@ -85,17 +85,13 @@ def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
         raise WeightsError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
     if head.lstrip()[:1] in (b"<", b"{"):
         raise WeightsError(f"{path} is a web page or an error message ({head[:12]!r}...): download the file itself")
-    if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
+    formats = {b"PK": _open_zip, b"\x80\x02": _open_stream}
+    # The length of a safetensors header may begin with the same two bytes.
+    open_file = _open_safetensors if head[8:9] == b"{" else formats.get(head[:2])
+    if open_file is None and path.suffix == ".safetensors":
         open_file = _open_safetensors
-    elif head[:2] == b"PK":
-        open_file = _open_zip
-    elif head[:2] == b"\x80\x02":
-        open_file = _open_stream
-    else:
-        raise WeightsError(
-            f"{path} is no weights file (neither safetensors nor torch's zip or pickle): it begins with {head[:8]!r}. "
-            "Give the file as it was released, or a directory of rar-jax run or convert"
-        )
+    if open_file is None:
+        raise WeightsError(f"{path} is no weights file (safetensors, or torch's zip or pickle): it starts {head[:8]!r}")
     tensors = _name_errors(path, lambda: open_file(path))
     read = functools.partial(functools.partial, _name_errors, path)
     return {name: StoredTensor(tensor.shape, read(tensor.read)) for name, tensor in tensors.items()}
@@ -105,7 +101,7 @@ T = TypeVar("T")
 
 
 def _name_errors(path: pathlib.Path, action: Callable[[], T]) -> T:
-    """Return what the action returns. Whatever goes wrong in it becomes a WeightsError that names the file."""
+    """Call the action. Whatever goes wrong in it becomes a WeightsError that names the file."""
     try:
         return action()
     except WeightsError as error:

@@ -131,6 +131,14 @@ def test_safetensors(tmp_path):
             read_tensors(path)
 
 
+@pytest.mark.parametrize("length", [0x4B50, 0x0280])
+def test_safetensors_whose_header_length_looks_like_another_format(tmp_path, length):
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    path = tmp_path / "w.bin"
+    path.write_bytes(length.to_bytes(8, "little") + header + np.float32(3).tobytes())
+    assert path.read_bytes()[:2] in (b"PK", b"\x80\x02") and read_tensors(path)["a"] == 3
+
+
 # ---------------------------------------------------------------- dangerous files
 
 
