@@ -59,11 +59,6 @@ class StoredTensor:
     read: Callable[[], np.ndarray]
 
 
-def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Read all tensors by name, see `open_tensors`. Raises: WeightsError."""
-    return {name: tensor.read() for name, tensor in open_tensors(path).items()}
-
-
 def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
     """Open a .safetensors, torch zip or torch stream file; the content decides, then the suffix.
 

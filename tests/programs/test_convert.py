@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from torch_files import write_state_dict
+from torch_files import read_tensors, write_state_dict
 
 from rar_jax import cli
 from rar_jax.generators.rar import TINY, init
 from rar_jax.weights import rar
-from rar_jax.weights.torch_file import read_tensors
 
 
 def sha256(path: pathlib.Path) -> str:

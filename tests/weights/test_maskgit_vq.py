@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch_files import read_tensors
 
 from rar_jax.errors import WeightsError
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights import maskgit_vq as interop
 from rar_jax.weights.mapping import param_shapes
-from rar_jax.weights.torch_file import read_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY_FILE = GOLDEN / "maskgit_vq_tiny.bin"

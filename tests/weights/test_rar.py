@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch_files import read_tensors
 
 from rar_jax.errors import WeightsError
 from rar_jax.generators.rar import TINY, init, prepare
 from rar_jax.weights import rar
-from rar_jax.weights.torch_file import read_tensors
 
 
 @pytest.fixture(scope="module")

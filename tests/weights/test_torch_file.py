@@ -14,10 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from torch_files import Call, Storage, dumps, tensor, write_stream, write_zip
+from torch_files import Call, Storage, dumps, read_tensors, tensor, write_stream, write_zip
 
 from rar_jax.errors import WeightsError
-from rar_jax.weights.torch_file import read_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq_tiny.bin"
 

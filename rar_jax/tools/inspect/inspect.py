@@ -32,6 +32,7 @@ def inspect_target(target: str, *, problems: int | None = None, quiet: bool = Fa
         require(not flags, f"{flags} does not apply to {target}: leave it out")
         return inspect(target, **common)
     exists = "" if pathlib.Path(target).exists() else " No such file or folder exists."
-    known = "a work directory (with config.json), a token store (with card.json), a folder of class folders"
+    known = "a work directory (with config.json), a token store (with card.json), "
+    known += "a folder with one folder of images per class"
     require(is_source(target), f"{target} cannot be inspected.{exists} Give {known}, or a source: {', '.join(SPECS)}")
     return inspect_source(target, **common, **image_flags)
