@@ -17,7 +17,7 @@ from rar_jax.weights.mapping import Format, Mapped, State, flatten_params, get_t
 _CODEBOOK = "quantize.embedding.weight"
 
 
-def read_config(state: State, *, image_size: int | None = None, num_tokens: int | None = None) -> Config:
+def _read_config(state: State, *, image_size: int | None = None, num_tokens: int | None = None) -> Config:
     """Read the architecture off names and shapes.
 
     Args:
@@ -63,5 +63,5 @@ def _released_name(path: str) -> str:
     return re.sub(r"_(?=\d)|(?<=\d)_", ".", name)
 
 
-FORMAT = Format(_CODEBOOK, init, read_config, make_table)
+FORMAT = Format(_CODEBOOK, init, _read_config, make_table)
 load, open_params, save = FORMAT.load, FORMAT.open_params, FORMAT.save

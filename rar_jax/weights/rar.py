@@ -31,7 +31,7 @@ TABLE = {
 }
 
 
-def read_config(state: State) -> Config:
+def _read_config(state: State) -> Config:
     """Read the Config off the shapes. Dropouts are 0: the file does not hold the recipe."""
     codes, width = get_tensor(state, "lm_head.weight", 2).shape
     depth = 1
@@ -51,5 +51,5 @@ def read_config(state: State) -> Config:
     )
 
 
-FORMAT = Format("pos_embed", init, read_config, lambda shapes: TABLE)
+FORMAT = Format("pos_embed", init, _read_config, lambda shapes: TABLE)
 load, open_params, save = FORMAT.load, FORMAT.open_params, FORMAT.save
