@@ -11,7 +11,7 @@ from typing import Any
 import rar_jax
 from rar_jax.config import require, to_dict
 from rar_jax.data import imagenet
-from rar_jax.errors import ConfigError, WeightsError
+from rar_jax.errors import ConfigError
 from rar_jax.models import Model, check_pair, find_module
 from rar_jax.pipeline import open_pair
 from rar_jax.runs.checkpoint import save_params
@@ -20,7 +20,7 @@ from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
-from rar_jax.weights.loading import Weights, open_weights
+from rar_jax.weights.loading import Weights, open_weights, recognize_file
 
 SUFFIX = ".safetensors"
 MADE_BY = f"rar_jax {rar_jax.__version__}"
@@ -68,15 +68,8 @@ def convert_weights(
 
 
 def _open_one(path: pathlib.Path, part: str | None) -> Weights:
-    kinds = [f"{part}s"] if part else ["generators"] if path.is_dir() else ["generators", "tokenizers"]
-    refused: list[WeightsError] = []
-    for kind in kinds:
-        try:
-            return open_weights(path, kind)
-        except WeightsError as error:
-            refused.append(error)
-    # A file that is neither: the error of the kind that it resembles most.
-    raise next((e for e in refused if "is a tokenizer" not in str(e)), refused[0])
+    kind = f"{part}s" if part else "generators" if path.is_dir() else recognize_file(path)[0]
+    return open_weights(path, kind)
 
 
 def _write_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:

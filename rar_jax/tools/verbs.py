@@ -27,7 +27,7 @@ def print_bench(
     from rar_jax.tools.bench.cases import Options
 
     try:
-        sizes = tuple(int(x) for x in batch_size.split(",")) if batch_size else ()
+        sizes = tuple(map(int, batch_size.split(","))) if batch_size else ()
     except ValueError:
         raise ConfigError(f"--batch-size {batch_size}: give a number, or several as 1,8,64") from None
     result = bench_experiment(experiment, Options(batch_sizes=sizes, **options), profile=profile, quiet=quiet)

@@ -42,17 +42,18 @@ def load(path: str | pathlib.Path, *, dtype: npt.DTypeLike = np.float32) -> dict
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.float64):
         raise ValueError(f"dtype is {dtype}: the Inception network computes in float32 or float64")
-    if not pathlib.Path(path).exists():
-        raise WeightsError(f"{path}: no such file. Inception's weights are at {WHERE}, or torch-fidelity's copy")
     images = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     shapes: Any = jax.eval_shape(Inception().init, jax.random.key(0), images)["params"]
     state = {name: tensor for name, tensor in open_tensors(path).items() if not _NOT_USED.fullmatch(name)}
     expected = _released_shapes(shapes)
-    if not state.keys() & expected.keys():
-        raise WeightsError(f"{path} holds no Inception network: give {WHERE}, or torch-fidelity's copy")
-    if "fc.weight" in state and state["fc.weight"].shape == (1000, 2048):
-        raise WeightsError(f"{path}: 'fc.weight' is torchvision's, whose network gives other features: give {WHERE}")
-    check_shapes(path, state, expected)
+    try:
+        if not state.keys() & expected.keys():
+            raise WeightsError("holds no Inception network")
+        if "fc.weight" in state and state["fc.weight"].shape == (1000, 2048):
+            raise WeightsError("'fc.weight' is torchvision's, whose network gives other features")
+        check_shapes(state, expected)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}: give {WHERE}, or torch-fidelity's copy") from error
     # float64, so that folding rounds once.
     values = {name: check_finite(path, name, state[name].read(), np.float64) for name in expected}
     for name, value in values.items():

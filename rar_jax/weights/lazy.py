@@ -49,11 +49,6 @@ def check_finite(path: str | pathlib.Path, name: str, value: np.ndarray, dtype: 
     return value
 
 
-def read_arrays(lazy: Any) -> Any:
-    """Read a tree of LazyArrays into NumPy arrays."""
-    return jax.tree.map(lambda leaf: leaf[...], lazy)
-
-
 def put_on_devices(lazy: Any, shardings: Any) -> Any:
     """Read a tree of LazyArrays into jax.Arrays. Each process reads what its own devices hold, one array at a time.
 

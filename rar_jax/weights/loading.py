@@ -23,7 +23,7 @@ from rar_jax.runs.checkpoint import good_step, load_params
 from rar_jax.runs.manifest import file_sha256, verify_manifest
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.lazy import put_on_devices
-from rar_jax.weights.mapping import param_shapes
+from rar_jax.weights.torch_file import open_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +40,17 @@ class Weights:
 
         Raises: WeightsError if the file is damaged; ConfigError if a parameter does not divide over the mesh.
         """
-        module, config = self.model.module, self.model.config
-        shapes = param_shapes(module.init, config)
+        shapes = self.model.param_shapes()
         if mesh is None:
             one = jax.sharding.SingleDeviceSharding(find_devices()[0])
             return self.restore(jax.tree.map(lambda _: one, shapes))
-        return self.restore(param_shardings(module.axes(config), shapes, mesh))
+        return self.restore(param_shardings(self.model.module.axes(self.model.config), shapes, mesh))
 
 
 def open_weights(
     path: str | pathlib.Path, kind: str, *, num_tokens: int | None = None, step: int | None = None
 ) -> Weights:
     """Open the generator or tokenizer (kind "generators", "tokenizers") of a file or directory.
-
-    A file is tried with each module of the kind that can read released files, in alphabetical order.
 
     Args:
       num_tokens: of an image, if known: the weights of a convolutional tokenizer do not tell.
@@ -65,29 +62,39 @@ def open_weights(
     if path.is_dir():
         return _open_directory(path, kind, step)
     require(step is None, f"{path} is a file and has no steps: only a work directory does")
+    found, name = recognize_file(path)
+    if found != kind:
+        raise WeightsError(f"{path} is a {found[:-1]} ({name}), not a {kind[:-1]}: give a {kind[:-1]} here")
+    known = {} if num_tokens is None else {"num_tokens": num_tokens}
+    config, params = find_module("weights", name).open_params(path, **known)
+    model = Model(find_module(kind, name), config)
+    return Weights(model, path, functools.partial(put_on_devices, params), functools.partial(file_sha256, path))
+
+
+def recognize_file(path: pathlib.Path) -> tuple[str, str]:
+    """Find the kind and name of the model that a released file holds, by its keys.
+
+    Raises: ConfigError if there is no file; WeightsError if it is damaged or of no known model.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such directory or weights file")
-    known = {} if num_tokens is None else {"num_tokens": num_tokens}
-    refused: list[WeightsError] = []
-    for name in sorted(set(module_names(kind)) & set(module_names("weights"))):
-        try:
-            config, params = find_module("weights", name).open_params(path, **known)
-        except WeightsError as error:
-            refused.append(error)
-        else:
-            model = Model(find_module(kind, name), config)
-            return Weights(model, path, functools.partial(put_on_devices, params), functools.partial(file_sha256, path))
-    raise refused[0]
+    state, keys = open_tensors(path), dict[str, str]()
+    for kind in ("generators", "tokenizers"):
+        for name in sorted(set(module_names(kind)) & set(module_names("weights"))):
+            key = find_module("weights", name).FORMAT.key
+            if key in state:
+                return kind, name
+            keys[name] = key
+    expected = ", ".join(f"'{key}' ({name})" for name, key in keys.items())
+    raise WeightsError(f"{path} holds no known model: it has none of {expected}")
 
 
 def read_directory(path: pathlib.Path) -> dict[str, Any]:
     """Read config.json of a work directory or a converted one. Raises: ConfigError if it lacks a section."""
     config = Workdir(path).read_config()
     for section in ("data", "guidance", "tokenizer", "generator"):
-        if not isinstance(config.get(section), dict):
-            raise ConfigError(
-                f"{path / 'config.json'} is damaged: it lacks the section '{section}'. Restore it from a copy"
-            )
+        has_section = isinstance(config.get(section), dict)
+        require(has_section, f"{path}/config.json is damaged: it lacks the section '{section}'. Restore it from a copy")
     return {"name": path.name, **config}
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from rar_jax.config import nearest
-from rar_jax.errors import WeightsError
+from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.weights.lazy import LazyArray, check_finite
-from rar_jax.weights.torch_file import StoredTensor
+from rar_jax.weights.torch_file import StoredTensor, open_tensors
 
 State = Mapping[str, StoredTensor]
 
@@ -58,51 +59,83 @@ def param_shapes(init: Any, config: Any) -> dict[str, Any]:
 
 def flatten_params(params: Any) -> dict[str, Any]:
     """Leaves by path, with "/" between the names."""
-    return dict(flatten_dict(params, sep="/"))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def get_tensor(path: str | pathlib.Path, state: State, name: str, ndim: int) -> StoredTensor:
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """The released files of one model: read and written without torch.
+
+    Attributes:
+      key: a released name that the files of no other model hold.
+      init: the model's `init(config, key)`.
+      read_config: `read_config(state, **facts)` makes the Config; facts are fields that names and shapes do not tell.
+      make_table: makes the table for a tree of shapes.
+    """
+
+    key: str
+    init: Callable[..., Any]
+    read_config: Callable[..., Any]
+    make_table: Callable[[Any], Table]
+
+    def load(self, path: str | pathlib.Path, **facts: Any) -> tuple[Any, dict[str, Any]]:
+        """Read a torch or .safetensors file: the Config, and float32 NumPy arrays in the tree of `init`.
+
+        Raises: WeightsError for a damaged file, missing or surplus keys, wrong shapes, or values that are not finite.
+        """
+        config, lazy = self.open_params(path, **facts)
+        return config, jax.tree.map(lambda leaf: leaf[...], lazy)
+
+    def open_params(self, path: str | pathlib.Path, **facts: Any) -> tuple[Any, dict[str, Any]]:
+        """Like `load`, but the leaves are LazyArrays: only names and shapes are read and checked."""
+        state = open_tensors(path)
+        try:
+            config = self.read_config(state, **facts)
+            shapes = param_shapes(self.init, config)
+            return config, _open_mapped(path, state, self.make_table(shapes), shapes)
+        except (ConfigError, WeightsError) as error:
+            raise WeightsError(f"{path}: {error}") from error
+
+    def save(self, path: str | pathlib.Path, config: Any, params: Any) -> None:
+        """Write .safetensors with the released names and shapes, float32. Unused rows are zeros.
+
+        Raises: WeightsError for another suffix, parameters of other shapes, or a file that cannot be written.
+        """
+        shapes = param_shapes(self.init, config)
+        ours, expected = ({k: leaf.shape for k, leaf in flatten_params(tree).items()} for tree in (params, shapes))
+        for name in sorted(ours.keys() | expected.keys()):
+            if ours.get(name) != expected.get(name):
+                raise WeightsError(f"{path}: '{name}' has shape {ours.get(name)}, expected {expected.get(name)}")
+        state = to_released(self.make_table(shapes), params)
+        write_safetensors(path, {name: x.astype(np.float32) for name, x in state.items()})
+
+
+def get_tensor(state: State, name: str, ndim: int) -> StoredTensor:
     """Return a tensor of `ndim` dimensions, none of size 0. Raises: WeightsError."""
     if name not in state:
-        raise WeightsError(f"{path}: '{name}' is missing.{nearest(name, list(state)[:1000])}")
+        raise WeightsError(f"'{name}' is missing.{nearest(name, list(state)[:1000])}")
     shape = state[name].shape
     if len(shape) != ndim or 0 in shape:
-        raise WeightsError(f"{path}: '{name}' has shape {shape}, not {ndim} dimensions")
+        raise WeightsError(f"'{name}' has shape {shape}, not {ndim} dimensions")
     return state[name]
 
 
-def check_shapes(path: str | pathlib.Path, state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise WeightsError unless a file holds exactly the tensors of these names and shapes."""
     if surplus := sorted(state.keys() - expected.keys()):
         name, count = surplus[0], len(surplus)
-        raise WeightsError(f"{path}: unexpected tensor '{name}' ({count} in all).{nearest(name, expected)}")
+        raise WeightsError(f"unexpected tensor '{name}' ({count} in all).{nearest(name, expected)}")
     if missing := sorted(expected.keys() - state.keys()):
-        raise WeightsError(f"{path}: '{missing[0]}' is missing ({len(missing)} in all)")
+        raise WeightsError(f"'{missing[0]}' is missing ({len(missing)} in all)")
     for name, shape in expected.items():
         if state[name].shape != shape:
-            raise WeightsError(f"{path}: '{name}' has shape {state[name].shape}, expected {shape}")
+            raise WeightsError(f"'{name}' has shape {state[name].shape}, expected {shape}")
 
 
 def released_shapes(table: Table, shapes: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a released file, for the shapes of our parameters."""
     return {entry.name: entry.released for entry in _entries(table, shapes)}
-
-
-def open_mapped(path: str | pathlib.Path, state: State, table: Table, shapes: Any) -> dict[str, Any]:
-    """Check names and shapes of a file, and return our tree of LazyArrays. Raises: WeightsError."""
-    check_shapes(path, state, released_shapes(table, shapes))
-    leaves, parts = flatten_params(shapes), dict[str, list[Any]]()
-
-    def read(entry: _Entry) -> np.ndarray:
-        value = check_finite(path, entry.name, state[entry.name].read())
-        used = value[tuple(map(slice, entry.used))]
-        return used.reshape([entry.shape[axis] for axis in entry.order]).transpose(np.argsort(entry.order))
-
-    for entry in _entries(table, shapes):
-        parts.setdefault(entry.path, []).append(functools.partial(read, entry))
-    stacked = {mapped.path for name, mapped in table.items() if "{}" in name}
-    lazy = {name: LazyArray(leaves[name].shape, parts[name], stacked=name in stacked) for name in parts}
-    return unflatten_dict(lazy, sep="/")
 
 
 def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
@@ -111,23 +144,8 @@ def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
     for entry in _entries(table, params):
         leaf = leaves[entry.path]
         value = (leaf if entry.layer is None else leaf[entry.layer]).transpose(entry.order).reshape(entry.used)
-        unused = [(0, size - used) for size, used in zip(entry.released, entry.used, strict=True)]
-        state[entry.name] = np.pad(value, unused) if entry.used != entry.released else value
+        state[entry.name] = np.pad(value, [(0, n - used) for n, used in zip(entry.released, entry.used, strict=True)])
     return state
-
-
-def save_mapped(path: str | pathlib.Path, table: Table, shapes: Any, params: Any) -> None:
-    """Write parameters as .safetensors under the released names and shapes, float32.
-
-    Raises: WeightsError for another suffix, parameters of other shapes, or a file that cannot be written.
-    """
-    ours, theirs = ({name: leaf.shape for name, leaf in flatten_params(tree).items()} for tree in (shapes, params))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise WeightsError(
-                f"{path}: '{name}' has shape {theirs.get(name)}, its configuration says {ours.get(name)}"
-            )
-    write_safetensors(path, {name: np.asarray(x, np.float32) for name, x in to_released(table, params).items()})
 
 
 def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
@@ -145,6 +163,22 @@ def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray])
     except (OSError, safetensors.SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise WeightsError(f"{path} cannot be written ({error}): choose another folder") from error
+
+
+def _open_mapped(path: str | pathlib.Path, state: State, table: Table, shapes: Any) -> dict[str, Any]:
+    check_shapes(state, released_shapes(table, shapes))
+    leaves, parts = flatten_params(shapes), dict[str, list[Any]]()
+
+    def read(entry: _Entry) -> np.ndarray:
+        value = check_finite(path, entry.name, state[entry.name].read())
+        used = value[tuple(map(slice, entry.used))]
+        return used.reshape([entry.shape[axis] for axis in entry.order]).transpose(np.argsort(entry.order))
+
+    for entry in _entries(table, shapes):
+        parts.setdefault(entry.path, []).append(functools.partial(read, entry))
+    stacked = {mapped.path for name, mapped in table.items() if "{}" in name}
+    lazy = {name: LazyArray(leaves[name].shape, parts[name], stacked=name in stacked) for name in parts}
+    return unflatten_dict(lazy, sep="/")
 
 
 class _Entry(NamedTuple):

@@ -5,16 +5,8 @@ The released position tables are oversized (n + 1024, n + 1024 and n + 100 rows)
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Mapping
-from typing import Any
-
-from rar_jax.config import nearest
-from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators.rar import Config, init
-from rar_jax.weights.lazy import read_arrays
-from rar_jax.weights.mapping import Mapped, get_tensor, map_linear, map_norm, open_mapped, param_shapes, save_mapped
-from rar_jax.weights.torch_file import StoredTensor, open_tensors
+from rar_jax.weights.mapping import Format, Mapped, State, get_tensor, map_linear, map_norm
 
 UNUSED_ROWS = {"pos_embed": 1022, "target_aware_pos_embed": 1022, "timesteps_embeddings": 98}
 
@@ -39,54 +31,25 @@ TABLE = {
 }
 
 
-def load(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """Read a released RAR file, torch (.bin, .pth) or safetensors, without torch.
-
-    Returns: the Config read off the shapes (dropouts 0: the file does not hold the recipe) and float32 parameters.
-    Raises: WeightsError for a file that is not RAR's, missing or surplus keys, wrong shapes, or non-finite numbers.
-    """
-    config, lazy = open_params(path)
-    return config, read_arrays(lazy)
-
-
-def open_params(path: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """Like `load`, but the leaves are LazyArrays: only names and shapes are read and checked."""
-    state = open_tensors(path)
-    config = _read_config(path, state)
-    return config, open_mapped(path, state, TABLE, param_shapes(init, config))
-
-
-def save(path: str | pathlib.Path, config: Config, params: dict[str, Any]) -> None:
-    """Write .safetensors with the released names and shapes, float32; unused rows of the tables are zeros.
-
-    Raises: WeightsError for another suffix, or parameters that are not those of `init`.
-    """
-    if "layers" in params:
-        raise WeightsError(f"{path}: these parameters are prepared for decoding; save those that they were made of")
-    save_mapped(path, TABLE, param_shapes(init, config), params)
-
-
-def _read_config(path: str | pathlib.Path, state: Mapping[str, StoredTensor]) -> Config:
-    if "quantize.embedding.weight" in state:
-        raise WeightsError(f"{path} is a tokenizer: it has no 'pos_embed'. Give it as --tokenizer, and RAR's file here")
-    if "pos_embed" not in state:
-        raise WeightsError(f"{path} is not RAR's: it has no 'pos_embed'.{nearest('pos_embed', state)}")
-    codes, width = get_tensor(path, state, "lm_head.weight", 2).shape
+def _read_config(state: State) -> Config:
+    """Read the Config off the shapes. Dropouts are 0: the file does not hold the recipe."""
+    codes, width = get_tensor(state, "lm_head.weight", 2).shape
     depth = 1
     while f"blocks.{depth}.attn.q_norm.weight" in state:
         depth += 1
-    try:
-        return Config(
-            num_tokens=get_tensor(path, state, "pos_embed", 3).shape[1] - UNUSED_ROWS["pos_embed"] - 2,
-            codebook_size=codes,
-            num_classes=get_tensor(path, state, "embeddings.weight", 2).shape[0] - codes - 2,
-            width=width,
-            depth=depth,
-            num_heads=width // get_tensor(path, state, "blocks.0.attn.q_norm.weight", 1).shape[0],
-            mlp_width=get_tensor(path, state, "blocks.0.mlp.fc1.weight", 2).shape[0],
-            dropout=0.0,
-            attention_dropout=0.0,
-            label_dropout=0.0,
-        )
-    except ConfigError as error:
-        raise WeightsError(f"{path}: its shapes are not those of a RAR model: {error}") from None
+    return Config(
+        num_tokens=get_tensor(state, "pos_embed", 3).shape[1] - UNUSED_ROWS["pos_embed"] - 2,
+        codebook_size=codes,
+        num_classes=get_tensor(state, "embeddings.weight", 2).shape[0] - codes - 2,
+        width=width,
+        depth=depth,
+        num_heads=width // get_tensor(state, "blocks.0.attn.q_norm.weight", 1).shape[0],
+        mlp_width=get_tensor(state, "blocks.0.mlp.fc1.weight", 2).shape[0],
+        dropout=0.0,
+        attention_dropout=0.0,
+        label_dropout=0.0,
+    )
+
+
+FORMAT = Format("pos_embed", init, _read_config, lambda shapes: TABLE)
+load, open_params, save = FORMAT.load, FORMAT.open_params, FORMAT.save

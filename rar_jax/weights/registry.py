@@ -58,62 +58,50 @@ def locate(path_or_name: str | pathlib.Path, *, download: bool = False) -> pathl
     except OSError as error:  # a name that no file can have
         raise ConfigError(f"{str(path)[:100]}...: {error.strerror}") from None
     # Only a bare name is a released file's: a mistyped path must not become another model.
-    name = str(path_or_name).removesuffix(".bin")
-    if name not in FILES:
-        names = ", ".join(FILES)
-        raise ConfigError(
-            f"{path_or_name or '(nothing)'}: no such directory or weights file, and no released one: those are {names}"
-        )
-    return _find_in_hub(FILES[name], download)
+    released = FILES.get(str(path_or_name).removesuffix(".bin"))
+    if released is None:
+        missing = f"{path_or_name or '(nothing)'}: no such directory or weights file, and no released one"
+        raise ConfigError(f"{missing}: those are {', '.join(FILES)}")
+    return _find_in_hub(released, download)
 
 
 def _find_in_hub(released: Released, download: bool) -> pathlib.Path:
-    repository, file = released.repository, released.file
-    url = f"https://huggingface.co/{repository}/resolve/main/{file}"
+    file, url = released.file, f"https://huggingface.co/{released.repository}/resolve/main/{released.file}"
     try:
         import huggingface_hub as hub
         import huggingface_hub.errors
         import huggingface_hub.utils.logging
     except ImportError:
-        raise ConfigError(
-            f"{file} is not here. To download it: pip install -e '.[hub]' in the checkout of rar_jax; or get {url} "
-            "yourself and give its path"
-        ) from None
+        install = "pip install -e '.[hub]' in the checkout of rar_jax"
+        raise ConfigError(f"{file} is not here. To download it: {install}; or get {url} and give its path") from None
     hub.utils.logging.set_verbosity_error()  # our errors say what its warnings would
     try:
-        path = pathlib.Path(hub.hf_hub_download(repository, file, local_files_only=True))
-    except hub.errors.LocalEntryNotFoundError:
-        if not download:
+        path = pathlib.Path(hub.hf_hub_download(released.repository, file, local_files_only=not download))
+    # No network, a proxy, a full disk, no such file: the remedy is the same.
+    except Exception as error:
+        if not download and isinstance(error, hub.errors.LocalEntryNotFoundError):
             raise ConfigError(
                 f"{file} is not here and was not downloaded before: `rar-jax sample` and `convert` fetch it with "
                 f"--download, Python with load(..., download=True); or get {url} and give its path"
             ) from None
-    else:
-        if download and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
-            _check_sha256(path, path.resolve().name)  # the cache calls a large file by its sha256
-        return path
-    try:
-        path = pathlib.Path(hub.hf_hub_download(repository, file))
-        expected = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file)).etag
-    # No network, a proxy, a full disk, no such file: whatever it is, the way out is the same.
-    except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise WeightsError(
             f"{file} could not be downloaded ({reason}): give the command again, or get {url} on a machine with a "
             "network, copy it here and give its path"
         ) from error
-    _check_sha256(path, expected)
+    if download:
+        _check_sha256(path)
     return path
 
 
-def _check_sha256(path: pathlib.Path, expected: str | None) -> None:
-    """Remove a cached file with another sha256 than the hub's (its etag), so that it is downloaded again."""
-    if expected is None or not re.fullmatch("[0-9a-f]{64}", expected):
-        raise WeightsError(f"{path}: the hub gave no sha256 to check the download by (but {expected!r})")
-    if (found := file_sha256(path)) != expected:
-        for bad in (path.resolve(), path):  # the cache's entry is a link to the content
-            bad.unlink(missing_ok=True)
+def _check_sha256(path: pathlib.Path) -> None:
+    """Remove a cached file whose sha256 is not the hub's, so that it is downloaded again."""
+    content = path.resolve()  # the cache links to the content, and calls it by the hub's sha256
+    if not re.fullmatch("[0-9a-f]{64}", content.name):
+        raise WeightsError(f"{path}: the hub gave no sha256 to check the download by (but '{content.name}')")
+    if (found := file_sha256(path)) != content.name:
+        content.unlink()
+        path.unlink(missing_ok=True)
         raise WeightsError(
-            f"{path} had sha256 {found}, the hub says {expected}: it has been removed, give the command again to "
-            "download it again"
+            f"{path} had sha256 {found}, the hub says {content.name}: it has been removed, give the command again"
         )

@@ -23,8 +23,6 @@ from rar_jax.runs.writers import import_wandb
 from rar_jax.weights.loading import Weights, open_weights
 from rar_jax.weights.registry import locate
 
-# ---------------------------------------------------------------- finished stages
-
 
 def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None:
     """Return the hash of a finished stage's last checkpoint, None if it is not finished.
@@ -50,8 +48,7 @@ def evaluated(workdir: Workdir, stage: str, step: int) -> dict[str, float] | Non
     def find() -> dict[str, float] | None:
         for row in read_metrics(workdir.path, stage):
             if row["step"] == step and any(name.startswith("validation/") for name in row):
-                numbers = {name: math.nan if value is None else value for name, value in row.items()}
-                return {name: value for name, value in numbers.items() if isinstance(value, float)}
+                return {k: math.nan if v is None else v for k, v in row.items() if v is None or isinstance(v, float)}
         return None
 
     return from_main(find)
@@ -76,9 +73,6 @@ def _require_finished(experiment: Experiment, stage: str, workdir: Workdir) -> s
 def model_shardings(model: Model, mesh: Mesh) -> Any:
     """Return the shardings of a model's parameters. Raises: ConfigError if one does not divide over the mesh."""
     return param_shardings(model.module.axes(model.config), model.param_shapes(), mesh)
-
-
-# ---------------------------------------------------------------- weights to start from
 
 
 def check_start(experiment: Experiment, workdir: Workdir) -> None:

@@ -4,9 +4,8 @@ Two formats of `torch.save`, told apart by their first bytes:
   zip (PyTorch >= 1.6)   <name>/data.pkl is a pickle of the dict whose tensors point into members <name>/data/<key>
   stream (before)        pickles one after another (magic, version, machine, dict, list of keys), then each storage's
                          number of elements (int64) and bytes, in the order of the list
-The pickle is read by an Unpickler that knows a few names and refuses all others. It only records where each tensor is
-stored. Each tensor is read through its own memory map of the file, which is freed together with the array, so a model
-is never in memory twice.
+The Unpickler knows a few names and refuses all others. It only records where each tensor is stored. Each tensor is read
+when it is needed, so that a model is never in memory twice.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import pathlib
 import pickle
 import pickletools
 import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,8 +47,8 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 # The largest RAR has a pickle of 0.1 MB with 3000 tuples.
 _PICKLE_LIMIT, _TUPLE_LIMIT = 1 << 28, 20_000  # bytes; tuples
 
-# Key of a storage -> how many bytes it has, and how to read them (uint8).
-Locate = Callable[[str], tuple[int, Callable[[], np.ndarray]]]
+# Finds a storage by its key: number of bytes, and a function that reads them.
+Locate = Callable[[str], tuple[int, Callable[[], bytes]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +57,6 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-
-
-def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Read all tensors by name, see `open_tensors`. Raises: WeightsError."""
-    return {name: tensor.read() for name, tensor in open_tensors(path).items()}
 
 
 def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
@@ -75,22 +68,25 @@ def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
     Returns: tensors by name, of the stored shapes and dtypes (bfloat16 by ml_dtypes). Their values are not read yet.
     Raises: WeightsError for anything wrong with the file; nothing in the file is executed.
     """
-    path, head = pathlib.Path(path), _head(path)
+    path = pathlib.Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path} ({error.strerror}): give the path of a file of weights") from error
+    if not head:
+        raise WeightsError(f"{path} is empty: download it again")
     if head.startswith(b"version https:"):
         raise WeightsError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
     if head.lstrip()[:1] in (b"<", b"{"):
         raise WeightsError(f"{path} is a web page or an error message ({head[:12]!r}...): download the file itself")
-    if head[8:9] == b"{" or (path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")):
+    formats = {b"PK": _open_zip, b"\x80\x02": _open_stream}
+    # The length of a safetensors header may begin with the same two bytes.
+    open_file = _open_safetensors if head[8:9] == b"{" else formats.get(head[:2])
+    if open_file is None and path.suffix == ".safetensors":
         open_file = _open_safetensors
-    elif head[:2] == b"PK":
-        open_file = _open_zip
-    elif head[:2] == b"\x80\x02":
-        open_file = _open_stream
-    else:
-        raise WeightsError(
-            f"{path} is no weights file (neither safetensors nor torch's zip or pickle): it begins with {head[:8]!r}. "
-            "Give the file as it was released, or a directory of rar-jax run or convert"
-        )
+    if open_file is None:
+        raise WeightsError(f"{path} is no weights file (safetensors, or torch's zip or pickle): it starts {head[:8]!r}")
     tensors = _name_errors(path, lambda: open_file(path))
     read = functools.partial(functools.partial, _name_errors, path)
     return {name: StoredTensor(tensor.shape, read(tensor.read)) for name, tensor in tensors.items()}
@@ -100,7 +96,7 @@ T = TypeVar("T")
 
 
 def _name_errors(path: pathlib.Path, action: Callable[[], T]) -> T:
-    """Return what the action returns. Whatever goes wrong in it becomes a WeightsError that names the file."""
+    """Call the action. Whatever goes wrong in it becomes a WeightsError that names the file."""
     try:
         return action()
     except WeightsError as error:
@@ -109,17 +105,6 @@ def _name_errors(path: pathlib.Path, action: Callable[[], T]) -> T:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise WeightsError(f"{path} is truncated or damaged ({reason}): download it again") from error
-
-
-def _head(path: str | pathlib.Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path} ({error.strerror}): give the path of a file of weights") from error
-    if not head:
-        raise WeightsError(f"{path} is empty: download it again")
-    return head
 
 
 # ---------------------------------------------------------------- the containers
@@ -136,65 +121,55 @@ def _open_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
 
 
-def _map_bytes(path: pathlib.Path, start: int, size: int) -> np.ndarray:
-    return np.asarray(np.memmap(path, np.uint8, mode="r", offset=start, shape=(size,)))
-
-
 def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise WeightsError("a zip file, but not one of torch: it has no data.pkl")
-        root = pickles[0].removesuffix("data.pkl")
-        order = members.get(f"{root}byteorder")
-        if order is not None and (order.file_size != len(b"little") or archive.read(order) != b"little"):
-            raise WeightsError("written on a big-endian machine, which is not supported")
-        if members[pickles[0]].file_size > _PICKLE_LIMIT:
-            raise WeightsError("its data.pkl is too large for a state dict")
-        tensors = _tensors(_next_pickle(io.BytesIO(archive.read(pickles[0])), {}))
-    checked: set[str] = set()  # a storage may hold many tensors
+    archive = zipfile.ZipFile(path)  # open as long as its tensors are: each read checks the member's CRC
+    members = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise WeightsError("a zip file, but not one of torch: it has no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    order = members.get(f"{root}byteorder")
+    if order is not None and (order.file_size != len(b"little") or archive.read(order) != b"little"):
+        raise WeightsError("written on a big-endian machine, which is not supported")
+    if members[pickles[0]].file_size > _PICKLE_LIMIT:
+        raise WeightsError("its data.pkl is too large for a state dict")
 
-    def read(key: str, info: zipfile.ZipInfo) -> np.ndarray:
-        # The local header repeats the name, and its extra field (torch pads there) has its own length.
-        header = _map_bytes(path, info.header_offset, 30).tobytes()
-        start = info.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        data = _map_bytes(path, start, info.file_size)
-        if header[:4] != b"PK\x03\x04" or (key not in checked and zlib.crc32(data.data) != info.CRC):
-            raise WeightsError(f"storage {key} is damaged: download it again")
-        checked.add(key)
-        return data
-
-    def locate(key: str) -> tuple[int, Callable[[], np.ndarray]]:
+    def locate(key: str) -> tuple[int, Callable[[], bytes]]:
         info = members.get(f"{root}data/{key}")
         if info is None:
             raise WeightsError(f"storage {key} is missing: download it again")
         if info.compress_type != zipfile.ZIP_STORED:
             raise WeightsError(f"refused: storage {key} is compressed, which torch.save does not do")
-        return info.file_size, functools.partial(read, key, info)
+        return info.file_size, functools.partial(archive.read, info)
 
-    return _stored(tensors, locate)
+    content = _next_pickle(io.BytesIO(archive.read(pickles[0])), {})
+    return _locate_tensors(_find_state_dict(content), locate)
 
 
 def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+    def read(start: int, size: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         dtypes: dict[str, np.dtype] = {}
         magic, version, machine, content, keys = (_next_pickle(stream, dtypes) for _ in range(5))
         if (magic, version) != _STREAM_HEADER or not isinstance(machine, dict) or not isinstance(keys, list):
             raise WeightsError("a pickle, but not a torch file")
         if machine.get("little_endian") is not True:
             raise WeightsError("written on a big-endian machine, which is not supported")
-        tensors, position = _tensors(content), stream.tell()
-        storages: dict[str, tuple[int, Callable[[], np.ndarray]]] = {}
+        start = stream.tell()
+        storages: dict[str, tuple[int, Callable[[], bytes]]] = {}
         for key in keys:
             if key not in dtypes:
                 raise WeightsError(f"storage {key} belongs to no tensor, so that its size is unknown")
-            size = int.from_bytes(stream[position : position + 8], "little") * dtypes[key].itemsize
-            if position + 8 + size > len(stream):
+            size = int.from_bytes(stream[start : start + 8], "little") * dtypes[key].itemsize
+            if start + 8 + size > len(stream):
                 raise WeightsError(f"truncated within storage {key}: download it again")
-            storages[key] = size, functools.partial(_map_bytes, path, position + 8, size)
-            position += 8 + size
-    return _stored(tensors, storages.__getitem__)
+            storages[key] = size, functools.partial(read, start + 8, size)
+            start += 8 + size
+    return _locate_tensors(_find_state_dict(content), storages.__getitem__)
 
 
 # ---------------------------------------------------------------- the pickle
@@ -214,27 +189,23 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _RebuildTensor:
-    """Stands for torch's `_rebuild_tensor_v2`. No attributes: a pickle's BUILD finds nothing to set."""
+class _Rebuild:
+    """Stands for torch's `_rebuild_tensor_v2` and `_rebuild_parameter`: a parameter is its tensor.
+
+    Without attributes, so that a pickle's BUILD finds nothing to set.
+    """
 
     __slots__ = ()
 
-    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    def __call__(self, stored: Any, offset: Any, shape: Any = (), strides: Any = (), *_: Any) -> _Tensor:
+        if isinstance(stored, _Tensor):
+            return stored
         numbers = (offset, *shape, *strides)
-        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+        if not isinstance(stored, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
             raise WeightsError("a tensor is not described by a storage and numbers")
         if len(shape) != len(strides):
             raise WeightsError(f"a tensor has shape {shape} and strides {strides}")
-        return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-class _RebuildParameter:
-    """Stands for `_rebuild_parameter`: a parameter is its tensor."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor: Any, *_: Any) -> Any:
-        return tensor
+        return _Tensor(stored, offset, tuple(shape), tuple(strides))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -243,13 +214,11 @@ class _Unpickler(pickle.Unpickler):
         self._dtypes = dtypes
 
     def find_class(self, module: str, name: str, /) -> Any:
-        match full := f"{module}.{name}":
-            case "collections.OrderedDict":
-                return collections.OrderedDict
-            case "torch._utils._rebuild_tensor_v2":
-                return _RebuildTensor()
-            case "torch._utils._rebuild_parameter":
-                return _RebuildParameter()
+        full = f"{module}.{name}"
+        if full == "collections.OrderedDict":
+            return collections.OrderedDict
+        if full in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"):
+            return _Rebuild()
         if full in _DTYPES:
             return full  # its name is enough, and text cannot be called
         raise WeightsError(f"refused: the file asks for {full}, which is no part of a state dict of tensors")
@@ -285,7 +254,7 @@ def _next_pickle(stream: io.BytesIO | mmap.mmap, dtypes: dict[str, np.dtype]) ->
 # ---------------------------------------------------------------- tensors
 
 
-def _tensors(content: Any) -> dict[str, _Tensor]:
+def _find_state_dict(content: Any) -> dict[str, _Tensor]:
     """The state dict of a pickle's content, unwrapped if it is in another dict."""
     for _ in range(4):
         if not isinstance(content, dict) or any(isinstance(v, _Tensor) for v in content.values()):
@@ -302,11 +271,11 @@ def _tensors(content: Any) -> dict[str, _Tensor]:
     return dict(content)
 
 
-def _stored(tensors: dict[str, _Tensor], locate: Locate) -> dict[str, StoredTensor]:
-    stored: dict[str, StoredTensor] = {}
+def _locate_tensors(tensors: dict[str, _Tensor], locate: Locate) -> dict[str, StoredTensor]:
+    located: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         key, dtype, start, count = tensor.storage
-        size, storage = locate(key)
+        size, read = locate(key)
         if (start + count) * dtype.itemsize > size:
             raise WeightsError(f"'{name}': storage {key} is shorter than it should be: download it again")
         elements = math.prod(tensor.shape)
@@ -315,14 +284,15 @@ def _stored(tensors: dict[str, _Tensor], locate: Locate) -> dict[str, StoredTens
         # More elements than the storage has is a file that unpacks to any size.
         if elements > 0 and (last >= count or elements > count):
             raise WeightsError(f"'{name}' of shape {tensor.shape} is outside its storage of {count} elements")
-        stored[name] = StoredTensor(tensor.shape, functools.partial(_view, tensor, storage))
-    return stored
+        located[name] = StoredTensor(tensor.shape, functools.partial(_read_tensor, tensor, read))
+    return located
 
 
-def _view(tensor: _Tensor, storage: Callable[[], np.ndarray]) -> np.ndarray:
-    dtype, start, count = tensor.storage.dtype, tensor.storage.start, tensor.storage.size
+def _read_tensor(tensor: _Tensor, read: Callable[[], bytes]) -> np.ndarray:
+    _, dtype, start, count = tensor.storage
     if math.prod(tensor.shape) == 0:
         return np.zeros(tensor.shape, dtype)
-    flat = storage()[start * dtype.itemsize : (start + count) * dtype.itemsize].view(dtype)[tensor.offset :]
+    # frombuffer raises if the file became shorter.
+    flat = np.frombuffer(read(), dtype, count, start * dtype.itemsize)[tensor.offset :]
     strides = [stride * dtype.itemsize for stride in tensor.strides]
     return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)

@@ -15,14 +15,13 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch_files import write_state_dict
+from torch_files import read_tensors, write_state_dict
 
 from rar_jax.config import load_experiment
 from rar_jax.errors import ConfigError, ReferenceFileError, StoreError, WeightsError
 from rar_jax.evaluation.npz import open_npz, read_array
 from rar_jax.experiment import resolve
 from rar_jax.tokens.store import TokenStore, card_sha256, npy_header, record_dtype
-from rar_jax.weights.torch_file import read_tensors
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
 EXAMPLES = 150

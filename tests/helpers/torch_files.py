@@ -5,6 +5,8 @@ import pickle
 import struct
 import zipfile
 
+from rar_jax.weights.torch_file import open_tensors
+
 
 class Global:
     """Pickles as the global "module name", which need not exist here."""
@@ -78,3 +80,8 @@ def write_state_dict(path, state):
         strides = tuple(math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
         content[name] = tensor(Storage(kinds[x.dtype.str[1:]], str(key), x.size), x.shape, strides)
     return write_zip(path, content, {str(key): x for key, x in enumerate(state.values())})
+
+
+def read_tensors(path):
+    """All tensors of a file by name."""
+    return {name: tensor.read() for name, tensor in open_tensors(path).items()}

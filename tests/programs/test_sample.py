@@ -75,5 +75,5 @@ def test_one_line_for_a_wrong_file(
     ]
     assert cli.main([str(a) for a in argv]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "is a tokenizer: it has no 'pos_embed'" in err
+    assert out == "" and err.count("\n") == 1 and "is a tokenizer (maskgit_vq), not a generator" in err
     assert not (tmp_path / "o").exists()

@@ -60,7 +60,7 @@ def test_damage_that_is_found_while_placing_names_the_file_and_the_tensor(tmp_pa
     data[len(data) // 2] ^= 1
     (tmp_path / "w.bin").write_bytes(data)
     _, lazy = rar.open_params(tmp_path / "w.bin")  # only names and shapes are looked at here
-    with pytest.raises(WeightsError, match=r"w\.bin: storage \d+ is damaged: download it again"):
+    with pytest.raises(WeightsError, match=r"w\.bin is truncated or damaged .*data/\d+.*: download it again"):
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         put_on_devices(lazy, jax.tree.map(lambda _: one, lazy))
 
@@ -85,7 +85,7 @@ print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(params)))
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the peak of its memory from /proc")
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_memory_never_holds_two_copies(tmp_path: pathlib.Path, suffix: str, parity: Any) -> None:
-    """Peak resident memory, the mapped file included. The largest array (adaLN, a third of all) is there twice for a moment."""
+    """Peak resident memory. The largest array (adaLN, a third of all) is there twice for a moment."""
     config = Config(num_tokens=16, codebook_size=64, num_classes=10, width=512, depth=16, num_heads=8, mlp_width=2048)
     state = {n: np.zeros(s, np.float32) for n, s in released_shapes(rar.TABLE, param_shapes(init, config)).items()}
     WRITERS[suffix](tmp_path / f"big{suffix}", state)

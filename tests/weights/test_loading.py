@@ -1,29 +1,28 @@
 """Which module reads a file."""
 
 import pathlib
-import types
 
+import numpy as np
 import pytest
 
 from rar_jax.errors import WeightsError
-from rar_jax.weights import loading
+from rar_jax.weights.loading import open_weights, recognize_file
+from rar_jax.weights.mapping import write_safetensors
 
 
-def test_modules_are_tried_in_alphabetical_order(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever PYTHONHASHSEED is; and the error is that of the first."""
-    (tmp_path / "w.safetensors").touch()
-    names = [f"model_{letter}" for letter in "hcbeadgf"]
-    tried: list[str] = []
+def test_a_file_is_recognized_by_its_keys(golden: pathlib.Path) -> None:
+    assert recognize_file(golden / "rar_tiny.bin") == ("generators", "rar")
+    assert recognize_file(golden / "maskgit_vq_tiny.bin") == ("tokenizers", "maskgit_vq")
 
-    def refuse(path: pathlib.Path, name: str) -> None:
-        tried.append(name)
-        raise WeightsError(f"not of {name}")
 
-    def find(kind: str, name: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(open_params=lambda path: refuse(path, name))
+def test_a_file_of_no_known_model_names_the_keys(tmp_path: pathlib.Path) -> None:
+    write_safetensors(tmp_path / "w.safetensors", {"pos_embedding": np.zeros(3, np.float32)})
+    with pytest.raises(WeightsError, match=r"w\.safetensors holds no known model: .*'pos_embed' \(rar\)"):
+        open_weights(tmp_path / "w.safetensors", "generators")
 
-    monkeypatch.setattr(loading, "module_names", lambda kind: names)
-    monkeypatch.setattr(loading, "find_module", find)
-    with pytest.raises(WeightsError, match="not of model_a"):
-        loading.open_weights(tmp_path / "w.safetensors", "generators")
-    assert tried == sorted(names)
+
+def test_a_file_of_the_other_kind_is_refused(golden: pathlib.Path) -> None:
+    with pytest.raises(WeightsError, match=r"is a tokenizer \(maskgit_vq\), not a generator"):
+        open_weights(golden / "maskgit_vq_tiny.bin", "generators")
+    with pytest.raises(WeightsError, match=r"is a generator \(rar\), not a tokenizer"):
+        open_weights(golden / "rar_tiny.bin", "tokenizers", num_tokens=16)

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch_files import read_tensors
 
 from rar_jax.errors import WeightsError
 from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights import maskgit_vq as interop
 from rar_jax.weights.mapping import param_shapes
-from rar_jax.weights.torch_file import read_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TINY_FILE = GOLDEN / "maskgit_vq_tiny.bin"
@@ -148,12 +148,6 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, damage, message):
     with pytest.raises(WeightsError, match=message) as error:
         interop.load(path)
     assert "w.safetensors" in str(error.value)
-
-
-def test_a_generator_is_said_to_be_one(tmp_path):
-    path = _write(tmp_path / "w.safetensors", {"cls_token": np.zeros((1, 1, 4), np.float32)})
-    with pytest.raises(WeightsError, match="RAR generator, not a tokenizer"):
-        interop.load(path)
 
 
 def test_an_image_size_that_does_not_fit_is_a_weights_error():

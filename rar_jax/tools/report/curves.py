@@ -1,4 +1,4 @@
-"""The metrics of one or two runs as SVG curves. Curves that compare share a panel."""
+"""The metrics of one or two runs as paths of SVG. Curves that compare share a panel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
-
-from rar_jax.tools.report.tags import Tag, make_tag
 
 POINTS, HOVERS = 400, 200  # most points of a curve; most steps of a panel with a tooltip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 200, 50, 422, 8, 180  # pixels of a panel, and of the plot in it
@@ -25,8 +23,8 @@ class Curve(NamedTuple):
     values: np.ndarray
 
 
-def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Tag]:
-    """Draw a panel for each metric, those with validation first.
+def make_panels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Make the values of page.html for a panel of each metric, those with validation first.
 
     Args:
       runs: rows of metrics.jsonl of one stage by the name of the run.
@@ -38,7 +36,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Tag]:
             label = f"{name}, {run_name}" if len(runs) > 1 else name
             panels.setdefault(find_panel(name, set(points)), []).append(Curve(name, label, run, steps, values))
     order = sorted(panels, key=lambda panel: not any("validation/" in curve.name for curve in panels[panel]))
-    return [_draw_panel(panel, panels[panel]) for panel in order]
+    return [_make_panel(panel, panels[panel]) for panel in order]
 
 
 def collect_points(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -67,7 +65,7 @@ def thin_points(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.n
     return steps[kept], values[kept]
 
 
-def _draw_panel(title: str, curves: list[Curve]) -> Tag:
+def _make_panel(title: str, curves: list[Curve]) -> dict[str, Any]:
     steps = np.unique(np.concatenate([curve.steps for curve in curves]))
     values = np.concatenate([curve.values for curve in curves])
     # A logarithmic scale where half of the points would lie at the bottom.
@@ -83,43 +81,38 @@ def _draw_panel(title: str, curves: list[Curve]) -> Tag:
     def y(value: Any) -> Any:
         return np.round(TOP + (BOTTOM - TOP) * (high - scale(value)) / (high - low), 1)
 
-    def draw_line(steps: np.ndarray, values: np.ndarray, curve: Curve, kind: str) -> Tag:
+    def draw_line(steps: np.ndarray, values: np.ndarray, curve: Curve, kind: str) -> dict[str, Any]:
         steps, values = thin_points(steps, values)
         points = [f"{a} {b}" for a, b in zip(x(steps), y(values), strict=True)]
         path = "L".join([points[0], *points])  # a single point is a dot
-        dash = "5 3" if curve.run else None
-        return make_tag("path", d=f"M{path}", class_=kind, stroke=colors[curve.name], stroke_dasharray=dash)
+        return {"path": f"M{path}", "kind": kind, "color": colors[curve.name], "dashed": curve.run > 0}
 
     names = dict.fromkeys(curve.name for curve in curves)
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
-    shapes, legend = [], []
     ends = (10**low, 10**high) if log else (low, high)
-    for tick in (LogLocator(subs=(1, 2, 5), numticks=6) if log else MaxNLocator(4)).tick_values(*ends):
-        if ends[0] <= tick <= ends[1]:
-            shapes.append(make_tag("line", class_="tick", x1=LEFT, x2=RIGHT, y1=y(tick), y2=y(tick)))
-            shapes.append(make_tag("text", f"{tick:.4g}", x=LEFT - 6, y=y(tick) + 4, text_anchor="end"))
-    for tick in MaxNLocator(5, integer=True).tick_values(first, last):
-        if first <= tick <= last:
-            shapes.append(make_tag("text", f"{tick:,.0f}", x=x(tick), y=HEIGHT - 4, text_anchor="middle"))
+    y_ticks = (LogLocator(subs=(1, 2, 5), numticks=6) if log else MaxNLocator(4)).tick_values(*ends)
+    x_ticks = MaxNLocator(5, integer=True).tick_values(first, last)
+    lines = []
     for curve in curves:
         window = len(curve.steps) // 40
-        if window > 2 and "validation/" not in curve.name:
-            shapes.append(draw_line(curve.steps, curve.values, curve, "raw"))
+        smooth = window > 2 and "validation/" not in curve.name
+        lines.append(draw_line(curve.steps, curve.values, curve, "raw" if smooth else "line"))
+        if smooth:
             means = np.convolve(curve.values, np.full(window, 1 / window), "valid")
-            shapes.append(draw_line(curve.steps[window - 1 :], means, curve, "line"))
-        else:
-            shapes.append(draw_line(curve.steps, curve.values, curve, "line"))
-        style = f"border-top: 3px {'dashed' if curve.run else 'solid'} {colors[curve.name]}"
-        legend.append(make_tag("span", make_tag("i", style=style), curve.label))
-    strip = (RIGHT - LEFT) / HOVERS
+            lines.append(draw_line(curve.steps[window - 1 :], means, curve, "line"))
+    strip, hovers = (RIGHT - LEFT) / HOVERS, []
     for left in np.arange(LEFT, RIGHT, strip):
         step = float(steps[np.abs(x(steps) - left - strip / 2).argmin()])
-        cursor = make_tag("line", x1=x(step), x2=x(step), y1=TOP, y2=BOTTOM)
-        rect = make_tag("rect", x=f"{left:.1f}", y=TOP, width=strip, height=BOTTOM - TOP)
-        shapes.append(make_tag("g", make_tag("title", describe_step(step, curves)), rect, cursor, class_="hover"))
-    heading = make_tag("h3", title, make_tag("span", " (log scale)" if log else "", class_="note"))
-    svg = make_tag("svg", *shapes, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
-    return make_tag("div", heading, svg, make_tag("div", *legend, class_="legend"), class_="card", data_panel=title)
+        hovers.append((f"{left:.1f}", strip, x(step), describe_step(step, curves)))
+    return {
+        "title": title,
+        "log": log,
+        "y_ticks": [(y(tick), f"{tick:.4g}") for tick in y_ticks if ends[0] <= tick <= ends[1]],
+        "x_ticks": [(x(tick), f"{tick:,.0f}") for tick in x_ticks if first <= tick <= last],
+        "lines": lines,
+        "legend": [(curve.label, colors[curve.name], curve.run > 0) for curve in curves],
+        "hovers": hovers,
+    }
 
 
 def describe_step(step: float, curves: Sequence[Curve]) -> str:

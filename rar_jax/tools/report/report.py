@@ -7,10 +7,12 @@ import dataclasses
 import importlib.resources
 import json
 import pathlib
-import string
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import jinja2
 
 import rar_jax
 from rar_jax.config import flatten, require
@@ -20,8 +22,7 @@ from rar_jax.runs import grids, ledger
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.workdir import inspect_workdir
-from rar_jax.tools.report.curves import draw_curves
-from rar_jax.tools.report.tags import Tag, make_html_table, make_tag
+from rar_jax.tools.report import curves
 
 LEDGER_ROWS = 500  # the last ones
 CELL = 52  # pixels; smaller images of a grid are enlarged
@@ -30,15 +31,69 @@ PICTURES = ("samples.png", "reconstructions.png")
 
 @dataclasses.dataclass
 class Run:
-    """What the page shows of a work directory. rows: the ledger. problems: what could not be read."""
+    """What the page shows of a work directory, read in any state. problems: what could not be read."""
 
-    name: str
     path: pathlib.Path
-    config: dict[str, Any]
-    summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    rows: list[ledger.Row]
-    problems: list[str]
+    name: str
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(self.path.is_dir(), f"{self.path} is not a folder: give the --workdir of rar-jax run")
+        self.config = flatten(Workdir(self.path).read_config())
+        self.metrics, rows = read_metrics(self.path), ledger.read_ledger(self.path)
+        self._read_summary()
+        self.grids = list(filter(None, map(self._read_grids, STAGES[::-1])))
+        self.pictures = [(name, make_data_url(self.path / name)) for name in PICTURES if (self.path / name).is_file()]
+        keys = ("device", "devices", "processes", "host", "versions")
+        starts = [flatten({key: row[key] for key in keys if key in row}) for row in rows if row["event"] == "start"]
+        self.environments = [facts for i, facts in enumerate(starts) if facts not in starts[:i]]
+        self.ledger = [format_ledger_row(row) for row in rows[-LEDGER_ROWS:]]
+        self.results = dict(self._read_results())
+
+    def _read_summary(self) -> None:
+        summary = inspect_workdir(str(self.path), max_problems=100, verify=False, quiet=True)
+        self.problems += [f"{row['name']}: {row['reason']}" for row in summary["problems"]]
+        state = "running" if summary["running"] else "finished" if summary["finished"] else "not finished"
+        shown = {"experiment": summary["experiment"], "state": state, "last stop": summary["last_stop"]}
+        self.facts = (shown | {"next": summary["next"], "folder": self.path} | summary["events"]).items()
+        self.progress = []
+        for stage, found in summary["stages"].items():
+            last, steps = max((row["step"] for row in self.metrics if row["stage"] == stage), default=0), found["steps"]
+            self.progress.append((stage, f"step {last} of {steps}" if steps else "from existing weights", last, steps))
+        spent = dict(summary["seconds"])
+        wall = spent.pop("wall", 0)
+        self.times = [(kind, f"{s:,.0f} s", s, wall) for kind, s in spent.items()]
+        self.goodput = (f"{wall:,.0f} s", f"goodput {summary['goodput']:.1%}") if wall else None
+
+    def _read_grids(self, stage: str) -> dict[str, Any] | None:
+        """The grids of a stage by step. Grids of another layout than the newest are left out."""
+        images: list[tuple[int, str]] = []
+        newest = None
+        for step in reversed(grids.list_grid_steps(self.path / "grids" / stage)):
+            path = self.path / "grids" / stage / f"{step}.png"
+            try:
+                grid = grids.load_grid(path)
+            except ValueError as error:
+                self.problems.append(str(error))
+                continue
+            newest = newest or grid
+            if (grid.rows, grid.columns, grid.images.shape) == (newest.rows, newest.columns, newest.images.shape):
+                images.insert(0, (step, make_data_url(path)))
+        if newest is None:
+            return None
+        scale = max(1, round(CELL / min(newest.images.shape[2:4])))
+        height, width = (scale * size for size in newest.sheet().shape[:2])
+        columns = newest.columns if any(newest.columns) else ()
+        size = {"width": width, "height": height}
+        return {"stage": stage, "images": images, "rows": newest.rows, "columns": columns, **size}
+
+    def _read_results(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for path in (self.path / "result.json", *sorted((self.path / "evaluation").rglob("result.json"))):
+            try:
+                if path.is_file():
+                    yield str(path.relative_to(self.path)), flatten(json.loads(path.read_text()))
+            except (OSError, ValueError, AttributeError) as error:
+                self.problems.append(f"{path} cannot be read ({error}): remove it, and run the same command again")
 
 
 def write_report(workdirs: Sequence[str | pathlib.Path], out: pathlib.Path | None = None) -> pathlib.Path:
@@ -53,175 +108,79 @@ def write_report(workdirs: Sequence[str | pathlib.Path], out: pathlib.Path | Non
     paths = [pathlib.Path(path) for path in workdirs]
     out = out or paths[0] / "report.html"
     unique = len({path.resolve().name for path in paths}) == len(paths)
-    runs = [read_run(path, path.resolve().name if unique else str(path)) for path in paths]
-    template = (importlib.resources.files("rar_jax.tools.report") / "page.html").read_text(encoding="utf-8")
-    title = make_tag("title", " | ".join(run.name for run in runs))
+    runs = [Run(path, path.resolve().name if unique else str(path)) for path in paths]
     temporary = out.with_name(f"{out.name}.tmp")
     try:
-        page = string.Template(template).substitute(title=title, body=make_body(runs))
-        temporary.write_text(page, "utf-8", "backslashreplace")
+        temporary.write_text(render_page(runs), "utf-8", "backslashreplace")
         temporary.replace(out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another file with --out") from error
     return out
 
 
-def read_run(path: pathlib.Path, name: str) -> Run:
-    """Read a work directory in any state. Raises: ConfigError if it is none."""
-    require(path.is_dir(), f"{path} is not a folder: give the --workdir of rar-jax run")
-    config = Workdir(path).read_config()
-    summary = inspect_workdir(str(path), max_problems=100, verify=False, quiet=True)
-    problems = [f"{row['name']}: {row['reason']}" for row in summary["problems"]]
-    return Run(name, path, config, summary, read_metrics(path), ledger.read_ledger(path), problems)
-
-
-def make_body(runs: Sequence[Run]) -> Tag:
-    """Make the body of the page."""
-    sections = {
-        "Curves": list(_make_curves(runs)),
-        "Samples": _make_cards(runs, lambda run: [_make_grid(run, stage) for stage in STAGES[::-1]]),
-        "Final pictures": _make_cards(runs, lambda run: [_make_picture(run.path / name) for name in PICTURES]),
-        "Scores": list(_make_scores(runs)),
-        "Config": list(_make_config(runs)),
-        "Environment": _make_cards(runs, _make_environment),
-        "Ledger": _make_cards(runs, _make_ledger),
-    }
-    # The overview is made last, since the other sections add to the problems.
-    sections = {"Overview": _make_cards(runs, _make_overview), **sections}
-    parts = [make_tag("section", make_tag("h2", name), *content, id=name) for name, content in sections.items()]
-    made = f"made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by rar_jax {rar_jax.__version__}"
-    heading = make_tag("h1", " | ".join(run.name for run in runs))
-    links = make_tag("nav", *(make_tag("a", name, href=f"#{name}") for name in sections))
-    return make_tag("main", heading, links, *parts, make_tag("p", made, class_="note"))
-
-
-def _make_cards(runs: Sequence[Run], make: Callable[[Run], Sequence[Tag | None]]) -> list[Tag]:
-    """A card for each run, with the elements that `make` returns."""
-    cards = []
-    for run in runs:
-        content = [element for element in make(run) if element] or [make_tag("p", "Nothing yet.", class_="note")]
-        cards.append(make_tag("div", make_tag("h3", run.name) if len(runs) > 1 else None, *content, class_="card"))
-    return [make_tag("div", *cards, class_="side")]
-
-
-def _make_overview(run: Run) -> list[Tag]:
-    summary = run.summary
-    state = "running" if summary["running"] else "finished" if summary["finished"] else "not finished"
-    shown = {"state": state, "last stop": summary["last_stop"], "next": summary["next"], "folder": run.path}
-    facts = [["experiment", summary["experiment"]], *shown.items(), *summary["events"].items()]
-    stages = []
-    for stage, found in summary["stages"].items():
-        last = max((row["step"] for row in run.metrics if row["stage"] == stage), default=0)
-        done = f"step {last} of {found['steps']}" if found["steps"] else "from existing weights"
-        stages.append([stage, done, make_tag("progress", value=last, max=found["steps"]) if found["steps"] else None])
-    spent, wall = summary["seconds"], summary["seconds"].get("wall", 0)
-    kinds = [
-        [kind, f"{s:,.0f} s", make_tag("progress", value=s, max=wall)] for kind, s in spent.items() if kind != "wall"
-    ]
-    goodput = [["total", f"{wall:,.0f} s", f"goodput {summary['goodput']:.1%}"]] if wall else []
-    tables = [make_html_table(["stage", "", ""], stages), make_html_table(["time spent", "", ""], [*kinds, *goodput])]
-    problems = [make_tag("p", text, class_="problem") for text in run.problems]
-    return [*problems, make_tag("div", make_html_table(["run", ""], facts), make_tag("div", *tables), class_="side")]
-
-
-def _make_curves(runs: Sequence[Run]) -> Iterator[Tag]:
-    for stage in STAGES[::-1]:
-        if panels := draw_curves({run.name: [row for row in run.metrics if row["stage"] == stage] for run in runs}):
-            yield make_tag("h3", stage)
-            yield make_tag("div", *panels, class_="panels")
-
-
-def _make_grid(run: Run, stage: str) -> Tag | None:
-    """The grids of a stage with a slider over the steps. Grids of another layout than the newest are left out."""
-    shown: dict[int, bytes] = {}
-    newest = None
-    for step in reversed(grids.list_grid_steps(run.path / "grids" / stage)):
-        path = run.path / "grids" / stage / f"{step}.png"
-        try:
-            grid = grids.load_grid(path)
-        except ValueError as error:
-            run.problems.append(str(error))
-            continue
-        newest = newest or grid
-        if (grid.rows, grid.columns, grid.images.shape) == (newest.rows, newest.columns, newest.images.shape):
-            shown = {step: path.read_bytes(), **shown}
-    if newest is None:
-        return None
-    scale = max(1, round(CELL / min(newest.images.shape[2:4])))
-    height, width = (scale * size for size in newest.sheet().shape[:2])
-    rows, columns = ([make_tag("span", name, title=name) for name in names] for names in (newest.rows, newest.columns))
-    images = [
-        _make_image(png, alt=f"step {step}", width=width, height=height, hidden=None if step == max(shown) else "")
-        for step, png in shown.items()
-    ]
-    named = columns if any(newest.columns) else ()
-    top = make_tag("span"), make_tag("div", *named, class_="columns", style=f"width: {width}px")
-    cells = make_tag("div", *top, make_tag("div", *rows, class_="rows"), make_tag("div", *images), class_="cells")
-    last = len(shown) - 1
-    slider = make_tag("input", type="range", min=0, max=last, value=last, aria_label="step")
-    return make_tag(
-        "div", make_tag("h3", stage), slider, make_tag("output", f"step {max(shown)}"), cells, class_="grid"
+def render_page(runs: Sequence[Run]) -> str:
+    """Fill the template. Everything is escaped: names from files are never markup."""
+    names = [run.name for run in runs]
+    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"full_text": format_value, "short_text": shorten_hashes}
+    template = (importlib.resources.files("rar_jax.tools.report") / "page.html").read_text(encoding="utf-8")
+    config = align_rows([run.config for run in runs])
+    return env.from_string(template).render(
+        title=" | ".join(names),
+        names=names if len(runs) > 1 else [""],
+        runs=runs,
+        curves={
+            stage: curves.make_panels({run.name: [row for row in run.metrics if row["stage"] == stage] for run in runs})
+            for stage in STAGES[::-1]
+        },
+        size=curves,
+        results=list(_split_results(runs)),
+        config=config,
+        differences=list(filter(differs, config)),
+        differs=differs,
+        made=f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by rar_jax {rar_jax.__version__}",
     )
 
 
-def _make_picture(path: pathlib.Path) -> Tag | None:
-    return _make_image(path.read_bytes(), alt=path.name, class_="picture") if path.is_file() else None
-
-
-def _make_image(png: bytes, **attributes: Any) -> Tag:
-    return make_tag("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", **attributes)
-
-
-def _make_scores(runs: Sequence[Run]) -> Iterator[Tag]:
-    """Each result file: its scores, and what they depend on. What differs between two runs is marked."""
-    results: dict[str, list[dict[str, Any]]] = {}
-    for i, run in enumerate(runs):
-        for path in (run.path / "result.json", *sorted((run.path / "evaluation").rglob("result.json"))):
-            try:
-                result = flatten(json.loads(path.read_text())) if path.is_file() else {}
-            except (OSError, ValueError, AttributeError) as error:
-                run.problems.append(f"{path} cannot be read ({error}): remove it, and run the same command again")
-                continue
-            results.setdefault(str(path.relative_to(run.path)), [{} for _ in runs])[i] = result
-    for file, found in results.items():
-        keys = dict.fromkeys(key for result in found for key in result if key != "seconds")
-        rows = [[key, *(result.get(key) for result in found)] for key in keys]
+def _split_results(runs: Sequence[Run]) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """Each result file, its scores, and what they depend on."""
+    for file in dict.fromkeys(file for run in runs for file in run.results):
+        rows = [row for row in align_rows([run.results.get(file, {}) for run in runs]) if row[0] != "seconds"]
         facts = [row for row in rows if row[0].startswith(("made_from.", "made_on.")) or row[0] in ("n", "reference")]
         # The top level of result.json repeats scores of evaluation/result.json, which depend on other things.
         repeated = [row for row in rows if file == "result.json" and "_n" in row[0] and "." not in row[0]]
-        scores = [row for row in rows if row not in facts and row not in repeated]
-        names = [run.name for run in runs] if len(runs) > 1 else [""]
-        tables = make_html_table(["score", *names], scores), make_html_table(["depends on", *names], facts, mark=True)
-        yield make_tag("div", make_tag("h3", file), make_tag("div", *tables, class_="side"), class_="card")
+        yield file, [row for row in rows if row not in facts and row not in repeated], facts
 
 
-def _make_config(runs: Sequence[Run]) -> Iterator[Tag]:
-    configs = [flatten(run.config) for run in runs]
-    rows = [[key, *(config.get(key) for config in configs)] for key in dict.fromkeys(key for x in configs for key in x)]
-    head = ["key", *(run.name for run in runs)] if len(runs) > 1 else ["key", ""]
-    if len(runs) > 1:
-        yield make_tag(
-            "div", make_html_table(head, [row for row in rows if row[1] != row[2]]), class_="card", id="differences"
-        )
-    yield make_tag(
-        "details", make_tag("summary", "resolved config"), make_html_table(head, rows, mark=True), class_="card"
-    )
+def align_rows(tables: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """A row for each key: the key, and its value in each table."""
+    return [[key, *(table.get(key) for table in tables)] for key in dict.fromkeys(key for x in tables for key in x)]
 
 
-def _make_environment(run: Run) -> list[Tag]:
-    keys = ("device", "devices", "processes", "host", "versions")
-    starts = [flatten({key: row[key] for key in keys if key in row}) for row in run.rows if row["event"] == "start"]
-    return [make_html_table(["", ""], facts.items()) for i, facts in enumerate(starts) if facts not in starts[:i]]
+def differs(row: Sequence[Any]) -> bool:
+    """Whether the values after the first differ."""
+    return any(value != row[1] for value in row[2:])
 
 
-def _make_ledger(run: Run) -> list[Tag]:
-    rows = []
-    for row in run.rows[-LEDGER_ROWS:]:
-        known = ("time", "run", "event", "seconds", "versions")
-        details = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known and value is not None)
-        spent = ", ".join(f"{kind} {s:g} s" for kind, s in row.get("seconds", {}).items())
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
-        rows.append([at, row["run"], row["event"], details, spent])
-    return (
-        [make_html_table(["time (UTC)", "run", "event", "details", "time since the row before"], rows)] if rows else []
-    )
+def format_value(value: Any) -> str:
+    """The text of a cell."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def shorten_hashes(value: Any) -> str:
+    """The text of a cell, with the first 12 digits of each sha256."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", format_value(value))
+
+
+def format_ledger_row(row: ledger.Row) -> list[Any]:
+    """Cells of a row of the ledger."""
+    known = ("time", "run", "event", "seconds", "versions")
+    details = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known and value is not None)
+    spent = ", ".join(f"{kind} {s:g} s" for kind, s in row.get("seconds", {}).items())
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"]))
+    return [at, row["run"], row["event"], details, spent]
+
+
+def make_data_url(png: pathlib.Path) -> str:
+    """The URL that contains a picture."""
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
