@@ -334,11 +334,11 @@ def _run_processes(name: str, keywords: dict[str, Any], overrides: list[str], pl
     from rar_jax.parallel import mesh, processes
 
     try:
-        processes.start(*place)
+        processes.join_processes(*place)
         mesh.find_devices()
     except RarJaxError as error:
         return _fail(name, error, error.exit_code)
-    return processes.together(name, lambda: _run(name, keywords, overrides))
+    return processes.run_together(name, lambda: _run(name, keywords, overrides))
 
 
 def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:

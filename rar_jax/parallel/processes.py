@@ -72,7 +72,7 @@ def read_settings(
     return ProcessSettings(coordinator, count, index)
 
 
-def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+def join_processes(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Join the processes of a run. Call it before JAX makes its first array.
 
     Without arguments or environment variables JAX looks for a cluster that it knows (TPU pod, GKE, Slurm, Open MPI).
@@ -118,8 +118,8 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     barrier("start")
 
 
-def together(verb: str, function: Callable[[], int]) -> int:
-    """Run a program of one or many processes, which exit together, and return its exit code.
+def run_together(verb: str, function: Callable[[], int]) -> int:
+    """Run a function in one or many processes, which exit together; return its exit code.
 
     Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait
     for the others, which wait for this one.
