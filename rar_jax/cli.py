@@ -311,11 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "doctor":  # checks what the other verbs import
             return import_function(name)(**keywords)
         _set_up_logging(progress)
-        return (
-            _run_processes(name, keywords, overrides, place)
-            if VERBS[name].processes
-            else _run(name, keywords, overrides)
-        )
+        if VERBS[name].processes:
+            return _run_processes(name, keywords, overrides, place)
+        return _run(name, keywords, overrides)
     except ImportError as error:
         return _fail(name, describe_import_error(error), 1)
 

@@ -116,7 +116,7 @@ def test_wrong_arguments(argv: tuple[str, ...], problem: str, capsys: pytest.Cap
         ),
         (["--config.trian.steps=5"], "config has no key 'trian'. Did you mean 'train'?"),
         (["--config.train.steps"], "override 'train.steps' is not of the form section.key=value"),
-        (["--config.train.steps=soon"], "config.train.steps is 'soon': write steps (1000), a share of training"),
+        (["--config.train.steps=soon"], "config.train.steps is 'soon': write steps (1000), a share ('50%')"),
         (["--config.generator.num_heads=7"], "config.generator: width 96 is not divisible by num_heads 7"),
         (["--config.mesh.data=3"], "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not multiply to 4 devices"),
         (["--config.train.batch_size=126"], "train.batch_size 126 is not divisible by the 4 devices"),

@@ -93,8 +93,7 @@ def join_processes(coordinator: str | None = None, count: int | None = None, ind
         options |= {"coordinator_address": settings.coordinator, "num_processes": settings.count}
         # Otherwise JAX looks for a cluster anyway, and on Slurm takes one local device per process.
         options |= {"process_id": settings.index, "cluster_detection_method": "deactivate"}
-    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training
-    # loop.
+    # JAX's preemption service would take over SIGTERM, which runs/preemption.py handles in the training loop only.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPUs
     name = f"process {settings.index} of {settings.count} at {settings.coordinator}" if manual else "this process"

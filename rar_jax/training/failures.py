@@ -7,7 +7,7 @@ import contextlib
 import jax
 import numpy as np
 
-from rar_jax.experiment import Experiment
+from rar_jax.experiment import RECIPES, Experiment
 from rar_jax.runs.checkpoint import Checkpointer
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training.step import Batch, State
@@ -15,12 +15,11 @@ from rar_jax.training.step import Batch, State
 
 def oom_hint(experiment: Experiment, stage: str) -> tuple[str, str]:
     """Return what runs out of memory, and what to change: for `memory.exhaustion`."""
-    section = {"tokenizer": "tokenizer_train", "classifier": "classifier.train"}.get(stage, "train")
+    section = "classifier.train" if stage == "classifier" else RECIPES[stage]
     recipe = experiment.recipe(stage)
     assert recipe is not None
     sizes = f"config.{section}.batch_size {recipe.batch_size}, accumulation {recipe.accumulation}"
-    advice = f"increase config.{section}.accumulation (same training, smaller parts), decrease batch_size, or shard over more "
-    advice += "devices"
+    advice = f"increase config.{section}.accumulation (same result), decrease batch_size, or shard over more devices"
     remat = f", or set config.{stage}.remat=True" if hasattr(experiment.model(stage).config, "remat") else ""
     return f"training the {stage}, {sizes}", f"{advice} with config.mesh.fsdp{remat}"
 
@@ -40,7 +39,7 @@ def dump_failure(workdir: Workdir, stage: str, state: State, batch: Batch) -> st
     np.savez(folder / f"batch.{jax.process_index()}.npz", allow_pickle=False, **rows)
     counts = {name: int(state["guard"][name]) for name in ("consecutive", "rollbacks", "skipped")}
     return (
-        f"{stage}: {counts['consecutive']} consecutive bad updates (non-finite or spiking loss or gradient) at step {step}, after "
-        f"{counts['rollbacks']} rollback(s); {counts['skipped']} updates were skipped in all. State and batch are in {folder}. Train in "
-        "a new --workdir with a lower learning_rate or a longer warmup; this one keeps its last good checkpoint"
+        f"{stage}: {counts['consecutive']} consecutive bad updates (non-finite or spiking loss or gradient) at step "
+        f"{step}, after {counts['rollbacks']} rollback(s); {counts['skipped']} updates were skipped in all. State and "
+        f"batch are in {folder}. Train in a new --workdir with a lower learning_rate or a longer warmup"
     )
