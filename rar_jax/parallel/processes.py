@@ -120,8 +120,7 @@ def join_processes(coordinator: str | None = None, count: int | None = None, ind
 def run_together(verb: str, function: Callable[[], int]) -> int:
     """Run a function in one or many processes, which exit together; return its exit code.
 
-    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait
-    for the others, which wait for this one.
+    One of many exits at once on an error: JAX's own exit would wait for the others, which wait for this one.
     """
     if jax.process_count() == 1:
         return function()
@@ -134,11 +133,9 @@ def run_together(verb: str, function: Callable[[], int]) -> int:
             return code
     except BaseException:
         traceback.print_exc()
-        print(
-            f"rar-jax {verb}: process {jax.process_index()} of {jax.process_count()} stops. If the error above is of a "
-            "connection, another process was lost: its own log says why",
-            file=sys.stderr,
-        )
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        why = "If the error above is of a connection, another process was lost: its own log says why"
+        print(f"rar-jax {verb}: {who} stops. {why}", file=sys.stderr)
         code = code or 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -195,9 +195,8 @@ class Trainer:
             metrics |= evaluator.evaluate(evaluated_params(self.state), self.step, self.session.poll)
         self.reporter.write_metrics(self.step, metrics)  # last: this row says that the step was evaluated
         short = {name.removeprefix("validation/"): value for name, value in metrics.items()}
-        self.shown |= {
-            k: v for k, v in short.items() if k.startswith(("fd_", "fid_", "acc")) or k.endswith(("bits", "psnr"))
-        }
+        shown = [k for k in short if k.startswith(("fd_", "fid_", "acc")) or k.endswith(("bits", "psnr"))]
+        self.shown |= {name: short[name] for name in shown}
         self.ledger.lap("evaluating")
         return metrics
 
@@ -264,9 +263,8 @@ class Trainer:
         self.ledger.lap("training")
         self.checkpointer.wait()
         current, every = jax.device_get(self.state["guard"]), self.recipe.checkpoint_every
-        lost = (
-            first_bad > every and good_step(self.workdir.checkpoints(self.stage), before=first_bad, every=every) is None
-        )
+        folder = self.workdir.checkpoints(self.stage)
+        lost = first_bad > every and good_step(folder, before=first_bad, every=every) is None
         if lost or current["rollbacks"] >= self.recipe.max_rollbacks:
             raise TrainingError(dump_failure(self.workdir, self.stage, self.state, self.batch))
         jax.tree.map(lambda x: x.delete(), self.state)  # two states may not fit into memory
