@@ -118,7 +118,7 @@ def join_processes(coordinator: str | None = None, count: int | None = None, ind
 
 
 def run_together(verb: str, function: Callable[[], int]) -> int:
-    """Run a function in one or many processes, which exit together; return its exit code.
+    """Run a function in processes that exit together; return its exit code.
 
     One of many exits at once on an error: JAX's own exit would wait for the others, which wait for this one.
     """

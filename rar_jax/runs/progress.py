@@ -44,7 +44,8 @@ def track_progress(
     total: number of units, default len(iterable). unit: their name, in the plural. sizes: units of each item, default
     1. done: units that are done before the first item.
     """
-    line = ProgressLine(description, len(iterable) if total is None else total, unit, quiet)  # pyright: ignore[reportArgumentType]
+    total = len(iterable) if total is None else total  # pyright: ignore[reportArgumentType]
+    line = ProgressLine(description, total, unit, quiet)
     try:
         line.update(done)
         for i, item in enumerate(iterable):

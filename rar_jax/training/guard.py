@@ -69,7 +69,7 @@ def select_if(condition: jax.Array, then: Any, otherwise: Any) -> Any:
 
 
 def after_rollback(restored: Guard, current: Guard, *, num_steps: int) -> Guard:
-    """Return the guard after rolling back `num_steps` steps, whose batches are skipped."""
+    """Return the guard after rolling back `num_steps` steps; skip their batches."""
     return {
         **restored,
         "consecutive": restored["consecutive"] * 0,

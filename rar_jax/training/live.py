@@ -240,7 +240,7 @@ def make_live_evaluators(
 
 
 def select_score(metrics: dict[str, float]) -> tuple[str, float] | None:
-    """Select the metric that chooses the best checkpoint: a live distance, else a validation loss."""
+    """Select the metric of the best checkpoint: live distance, else validation loss."""
     for prefix, suffix in (("fid_n", ""), ("fd_classifier_n", ""), ("validation/", "loss")):
         for name, value in metrics.items():
             if name.startswith(prefix) and name.endswith(suffix):

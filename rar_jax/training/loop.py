@@ -219,7 +219,7 @@ class Trainer:
         self.ledger.lap("saving")
 
     def save_preempted(self) -> None:
-        """Save the current step off schedule. Bad updates are not saved: an earlier step re-runs them."""
+        """Save the current step off schedule, unless its updates are bad."""
         with contextlib.suppress(Rollback):
             self.log_step_in_flight()
         if self.step == self.saved_step or self.consecutive_bad:
