@@ -110,5 +110,5 @@ def import_wandb() -> Any:
     except ImportError:
         package = None
     # A folder named wandb in the working directory can be imported, too.
-    require(hasattr(package, "init"), "config.wandb needs wandb: pip install wandb, or set --config.wandb=None")
+    require(hasattr(package, "init"), "config.wandb needs pip install -e '.[wandb]', or set --config.wandb=None")
     return package
