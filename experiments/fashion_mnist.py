@@ -3,8 +3,8 @@
     apt-get install dataset-fashion-mnist          # puts the IDX files where data.source looks for them
     rar-jax run --config experiments/fashion_mnist.py --workdir runs/fashion_mnist
 
-Through TFDS instead: --config.data.source=tfds:fashion_mnist (prepare it once, as the error message says; that, and only
-that, needs TensorFlow).
+Through TFDS instead: --config.data.source=tfds:fashion_mnist (prepare it once, as the error message says; only that
+needs TensorFlow).
 """
 
 import ml_collections
@@ -25,8 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
     )  # fmt: skip
     config.tokenizer = ml_collections.ConfigDict(
         dict(
-            name="maskgit_vq", image_size=28, channels=1, base_width=32, width_multipliers=(1, 2, 2), blocks_per_level=1,
-            latent_width=32, codebook_size=256, restart_every=20, restart_until="60%",
+            name="maskgit_vq", image_size=28, channels=1, base_width=32, width_multipliers=(1, 2, 2),
+            blocks_per_level=1, latent_width=32, codebook_size=256, restart_every=20, restart_until="60%",
         )
     )  # fmt: skip
     config.tokenizer_train = ml_collections.ConfigDict(
@@ -48,8 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
     )  # fmt: skip
     config.generator = ml_collections.ConfigDict(
         dict(
-            name="rar", num_tokens=49, codebook_size=256, num_classes=10, width=128, depth=6, num_heads=4, mlp_width=512,
-            dropout=0.1, attention_dropout=0.1, label_dropout=0.1, anneal_start="50%", anneal_end="75%",
+            name="rar", num_tokens=49, codebook_size=256, num_classes=10, width=128, depth=6, num_heads=4,
+            mlp_width=512, dropout=0.1, attention_dropout=0.1, label_dropout=0.1, anneal_start="50%", anneal_end="75%",
         )
     )  # fmt: skip
     config.train = ml_collections.ConfigDict(

@@ -4,7 +4,7 @@ r"""RAR on a folder of your own images, in colour, cut to 64x64 pixels: from zer
 
 PATH/CLASS/IMAGE, a folder a class, as ImageNet is unpacked; images that lie in PATH itself are one class. Classes and
 images are counted there, and noted in runs/mine/config.json: with other images the same command asks for another
---workdir. 5 % of each class is held out, or PATH/val if there is PATH/train. A quarter of the pixels, a quarter of the time:
+--workdir. 5 % of each class is held out, or PATH/val if there is PATH/train. With a quarter of the pixels:
 
     --config.data.image_size=32 --config.tokenizer.image_size=32 "--config.tokenizer.width_multipliers=(1,2,4)"
 
@@ -21,7 +21,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Everything that the run is made of, but for data.source. There is no classifier to judge by: one class needs none."""
+    """Return the experiment without data.source. There is no classifier: one class needs none."""
     config = ml_collections.ConfigDict()
     config.data = ml_collections.ConfigDict(
         dict(image_size=64, channels=3, num_classes=None, class_names=None, train_records=None)

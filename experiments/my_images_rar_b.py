@@ -5,8 +5,8 @@ r"""RAR-B (261 M parameters), fine-tuned from the released weights on a folder o
 
 PATH as for experiments/my_images.py. Without the two files named, those that were downloaded before are used (any
 `rar-jax sample --weights rar_b --download ...`). The tokenizer is taken as it is; of the generator all is taken over
-but the rows of the classes, which start anew. A step costs what one of experiments/rar_b.py does, image by image: this is
-for an accelerator, and no number has been measured with it yet.
+but the rows of the classes, which start anew. A step costs as much per image as one of experiments/rar_b.py: it needs
+an accelerator, and no number has been measured with it yet.
 """
 
 import ml_collections

@@ -106,7 +106,7 @@ class Experiment:
             return Model(classifier, self.classifier)
         return getattr(self, stage)
 
-    def describe(self, workdir: pathlib.Path, mesh: Mesh) -> str:
+    def describe(self, workdir: pathlib.PurePath, mesh: Mesh) -> str:
         """Return the text at the start of a run, with every duration in steps."""
         axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
         names = [name.split(",")[0] for name in self.data.class_names]

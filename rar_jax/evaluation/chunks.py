@@ -1,4 +1,4 @@
-"""The chunks of an evaluation, added up in float64 and stored on disk.
+"""The chunks of an evaluation, added up in float64 and stored on a disk or in a bucket.
 
 Rerun after an interruption, an evaluation continues after its last finished chunk, with bitwise identical results. All
 that the sums depend on is in the name of the folder. Every process has the sums; process 0 writes.
@@ -11,9 +11,8 @@ that the sums depend on is in the name of the folder. Every process has the sums
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import numpy as np
 from rar_jax.errors import ProcessError
 from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.parallel.processes import barrier, from_main, is_main
+from rar_jax.runs.bucket import BucketPath, Path, write_file
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.progress import track_progress
 
@@ -42,11 +42,11 @@ class ChunkStore:
     made_from: all that the sums depend on, as JSON. keep: names of the arrays that every chunk stores.
     """
 
-    def __init__(self, folder: pathlib.Path, made_from: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, made_from: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
         self.keep = keep
         self.starts: range = range(0)  # of the chunks
         text = json.dumps({**made_from, "keep": keep}, sort_keys=True)
-        self.folder: pathlib.Path = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder: Path = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
         from_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         from_main(lambda: write_json(self.folder / "evaluation.json", made_from))
@@ -54,7 +54,8 @@ class ChunkStore:
     def load_totals(self, split_size: int) -> ScoreTotals:
         """Load the sums so far; empty if there are none, or the file is damaged."""
         try:
-            with open(self.folder / "totals.npz", "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            content = io.BytesIO((self.folder / "totals.npz").read_bytes())
+            with np.load(content, allow_pickle=False) as file:
                 return ScoreTotals.from_arrays(dict(file))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return ScoreTotals(split_size)
@@ -63,7 +64,7 @@ class ChunkStore:
         """Return whether the arrays of the first `done` images are whole."""
         try:
             return all(
-                len(np.load(self._path(name, start), mmap_mode="r", allow_pickle=False)) == min(chunk, images - start)
+                len(self._load(name, start)) == min(chunk, images - start)
                 for start in range(0, done, chunk)
                 for name in self.keep
             )
@@ -73,28 +74,28 @@ class ChunkStore:
     def save(self, totals: ScoreTotals, start: int, kept: dict[str, np.ndarray]) -> None:
         """Write the arrays of a chunk, then the sums, which make the chunk count."""
         for name, array in kept.items():
-            self._write(self._path(name, start).name, lambda file, array=array: np.save(file, array))
-        self._write("totals.npz", lambda file: np.savez(file, allow_pickle=False, **totals.to_arrays()))
+            np.save(content := io.BytesIO(), array)
+            write_file(self._path(name, start), content.getvalue())
+        np.savez(content := io.BytesIO(), allow_pickle=False, **totals.to_arrays())
+        write_file(self.folder / "totals.npz", content.getvalue())
 
     def load_kept(self, name: str) -> Iterator[np.ndarray]:
         """Yield the array of each chunk, by name: a listing of the folder may be stale."""
         for start in self.starts:
-            yield np.load(self._path(name, start), allow_pickle=False)
+            yield self._load(name, start)
 
     def concatenate(self, name: str) -> np.ndarray:
         """Return the array of all chunks."""
         return np.concatenate(list(self.load_kept(name)))
 
-    def _path(self, name: str, start: int) -> pathlib.Path:
+    def _path(self, name: str, start: int) -> Path:
         return self.folder / f"{name}_{start:08d}.npy"
 
-    def _write(self, name: str, write: Callable[[Any], None]) -> None:
-        partial = self.folder / f"{name}.partial"
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / name)
+    def _load(self, name: str, start: int) -> np.ndarray:
+        path = self._path(name, start)
+        if isinstance(path, BucketPath):
+            return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def accumulate_chunks(

@@ -79,7 +79,8 @@ def _score_with_inception(experiment: Experiment, workdir: Workdir, quiet: bool)
     assert config.inception is not None
     settings = Settings(seed=experiment.seed, batch_size=config.batch_size)
     reference_path = pathlib.Path(config.reference) if config.reference else None
-    program = open_program(pathlib.Path(config.inception), settings, reference_path=reference_path)
+    where = {"reference_path": reference_path, "chunks": workdir.chunks}
+    program = open_program(pathlib.Path(config.inception), settings, **where)
     how = {"samples": config.samples, "guidance": experiment.guidance, "quiet": quiet}
     result = score_samples(program, workdir.path, workdir.path / "evaluation", **how)
     return {f"{k}_n{config.samples}": v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
@@ -133,7 +134,7 @@ def describe_result(experiment: Experiment, workdir: Workdir, result: dict[str, 
     validations = result["last_validation"]
     rows += [(text, validations.get(stage, {}).get(f"validation/{name}")) for stage, name, text in _VALIDATION]
     lines += [f"{name:38} {x:9.3f}" for name, x in rows if isinstance(x, float)]
-    path, some = workdir.path, list(range(min(3, experiment.data.num_classes)))
+    path, some = workdir.root, list(range(min(3, experiment.data.num_classes)))
     classes = ",".join(map(str, some))
     return "\n".join(
         [

@@ -29,6 +29,7 @@ from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import replicated, sharded
+from rar_jax.runs.bucket import Path
 from rar_jax.runs.machine import versions
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.sampling import ROUNDINGS
@@ -77,16 +78,24 @@ class Network:
 
 
 def open_program(
-    inception_path: pathlib.Path, settings: Settings, *, reference_path: pathlib.Path | None = None, tensor: int = 1
+    inception_path: pathlib.Path,
+    settings: Settings,
+    *,
+    reference_path: pathlib.Path | None = None,
+    tensor: int = 1,
+    chunks: Path | None = None,
 ) -> Program:
     """Load what samples or images are scored with, over all devices.
 
-    tensor: devices that share one copy of the generator.
+    Args:
+      tensor: devices that share one copy of the generator.
+      chunks: where finished chunks are stored; by default beside the results.
+
     Raises: ConfigError, ReferenceFileError; WeightsError that says where to get Inception's weights.
     """
     mesh = make_mesh(MeshConfig(tensor=tensor))
     reference = read_reference(reference_path) if reference_path else None
-    return Program(load_inception(inception_path, mesh, settings), mesh, settings, reference)
+    return Program(load_inception(inception_path, mesh, settings), mesh, settings, reference, chunks=chunks)
 
 
 def load_inception(path: pathlib.Path, mesh: Mesh, settings: Settings) -> Network:
@@ -104,12 +113,20 @@ class Program:
     """
 
     def __init__(
-        self, network: Network, mesh: Mesh, settings: Settings, reference: Reference | None, shift: Shift | None = None
+        self,
+        network: Network,
+        mesh: Mesh,
+        settings: Settings,
+        reference: Reference | None,
+        shift: Shift | None = None,
+        *,
+        chunks: Path | None = None,
     ) -> None:
         self.network: Network = network
         self.mesh: Mesh = mesh
         self.settings: Settings = settings
         self.reference: Reference | None = reference
+        self.chunks: Path | None = chunks
         if reference is not None and reference.protocol not in (None, settings.protocol):
             theirs = f"{reference.path} was made with protocol {reference.protocol}"
             raise ConfigError(f"{theirs}, not {settings.protocol}: they do not compare")
@@ -159,10 +176,10 @@ class Program:
     def accumulate(
         self, batches: ImageBatches, out: pathlib.Path, *, keep: tuple[str, ...] = (), description: str, quiet: bool
     ) -> tuple[ScoreTotals, ChunkStore]:
-        """Score all images in chunks, and resume after the last finished chunk in `out`."""
+        """Score all images in chunks, and resume after the last finished chunk in `self.chunks`, by default `out`."""
         shift = hashlib.sha256(b"".join(x.tobytes() for x in self.shift)).hexdigest()
         made_from = {**self.describe_inputs(batches), **self.describe_execution(), "shift_sha256": shift}
-        store, settings = ChunkStore(out, made_from, keep), self.settings
+        store, settings = ChunkStore(self.chunks or out, made_from, keep), self.settings
         totals = accumulate_chunks(
             store, lambda start, count: self.score(batches, start, count, keep), images=batches.num,
             chunk=settings.chunk, split_size=settings.split_size, description=description, quiet=quiet,
@@ -210,4 +227,4 @@ def shift_to_mean(program: Program, batches: ImageBatches) -> Program:
     """
     first = program.score(batches, 0, min(program.settings.batch_size, batches.num)).sums
     shift = Shift(first.pool3.sum / first.pool3.count, first.spatial.sum / first.spatial.count)
-    return Program(program.network, program.mesh, program.settings, program.reference, shift)
+    return Program(program.network, program.mesh, program.settings, program.reference, shift, chunks=program.chunks)

@@ -89,7 +89,8 @@ def print_scores(
     require(not make_reference or out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
     chosen, checked, named = parse_guidance(guidance), Settings(**settings), images or make_reference
     image_set = open_image_set(named, split, image_size=image_size) if named else None
-    program = open_program(inception, checked, reference_path=reference, tensor=tensor)
+    chunks = workdir.chunks if workdir else None
+    program = open_program(inception, checked, reference_path=reference, tensor=tensor, chunks=chunks)
     if image_set and make_reference:
         text = format_scores(write_reference(program, image_set, out, quiet=quiet))
     elif image_set and reconstruction and source:

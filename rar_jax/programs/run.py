@@ -43,7 +43,7 @@ def run_experiment(experiment: Experiment, workdir: Workdir, *, quiet: bool = Fa
         say(f"{stage}: {how} in {time.monotonic() - start:.0f} s")
 
     with open_session(workdir, "run", lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
-        say(experiment.describe(workdir.path, mesh))
+        say(experiment.describe(workdir.root, mesh))
         for stage in experiment.stages[:-1]:
             train_stage(stage)
         if data.on_the_fly:

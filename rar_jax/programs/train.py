@@ -20,5 +20,5 @@ def train_stage(experiment: Experiment, workdir: Workdir, *, stage: str, quiet: 
     check_start(experiment, workdir)
     with open_session(workdir, "train", lambda: workdir.claim(experiment.resolved(), fill_defaults)) as around:
         if is_main() and not quiet:
-            print(experiment.describe(workdir.path, mesh), flush=True)
+            print(experiment.describe(workdir.root, mesh), flush=True)
         train(experiment, stage, workdir, mesh, quiet=quiet, session=around)

@@ -1,7 +1,8 @@
 """The arrays of a checkpoint: zarr arrays in one OCDBT store, named "params.blocks.kernel".
 
-On a disk Orbax writes them. Orbax 0.12.8 has no driver for s3:// and needs gcsfs for gs://: in a bucket the library that it is built
-on, TensorStore, writes the same format. One function reads both. Every process writes its own shards directly to their place.
+On a disk Orbax writes them. Orbax 0.12.8 has no driver for s3:// and needs gcsfs for gs://: in a bucket the library
+that it is built on, TensorStore, writes the same format. One function reads both. Every process writes its own shards
+directly to their place.
 """
 
 from __future__ import annotations

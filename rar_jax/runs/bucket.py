@@ -1,8 +1,8 @@
 """Paths in buckets, gs:// and s3://, with the part of pathlib's interface that checkpoints and token stores need.
 
-TensorStore reaches the buckets, here and for the arrays of checkpoints, with the credentials of the machine or the environment.
-AWS_ENDPOINT_URL and TENSORSTORE_GCS_HTTP_URL select other servers. (etils.epath would need TensorFlow or gcsfs and s3fs, and Orbax
-0.12.8 writes arrays to gs:// only.)
+TensorStore reaches the buckets, here and for the arrays of checkpoints, with the credentials of the machine or the
+environment. AWS_ENDPOINT_URL and TENSORSTORE_GCS_HTTP_URL select other servers. (etils.epath would need TensorFlow, or
+gcsfs and s3fs.)
 """
 
 from __future__ import annotations
@@ -55,6 +55,22 @@ def remove_tree(path: Path) -> None:
             path.wait(removal)
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is whole or absent, whatever happens. On a disk: a temporary file, fsync and rename."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def list_files(folder: Path) -> list[str]:
@@ -115,7 +131,8 @@ class BucketPath(pathlib.PurePosixPath):
         except (ValueError, OSError, RuntimeError) as error:
             reason = "no answer" if isinstance(error, TimeoutError) else str(error).splitlines()[0][:300]
             raise ObjectStoreError(
-                f"{self} cannot be reached ({reason}): check that the bucket exists and that this machine may read and write it"
+                f"{self} cannot be reached ({reason}): check that the bucket exists and that this machine may read "
+                "and write it"
             ) from error
 
     def names(self) -> list[str]:

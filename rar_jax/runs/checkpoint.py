@@ -5,8 +5,8 @@
     <folder>/<step>/manifest.json   sha256 of every file above, and of itself
     <folder>/best.json              the best steps by some metrics: retention keeps them
 
-A step without a manifest does not count, and is deleted after the next commit. (Orbax alone restores a file with a flipped bit
-without an error, and its retention counts steps that do not verify.)
+A step without a manifest does not count, and is deleted after the next commit. (Orbax alone restores a file with a
+flipped bit without an error, and its retention counts steps that do not verify.)
 """
 
 from __future__ import annotations
@@ -138,11 +138,12 @@ class Checkpointer:
 
     Args:
       keep: number of the newest regular steps that retention keeps, besides the best ones and the newest.
-      every: multiples of it are regular; None: all steps. A rollback restores only regular steps: it must not depend on when the run
-        was preempted.
+      every: multiples of it are regular; None: all steps. A rollback restores only regular steps: it must not depend on
+        when the run was preempted.
       verify: read each step again once it is written; a difference is an error at the next call.
       before_commit: called on process 0 in a background thread: it uploads files that belong to the step.
-      on_full_disk: called with each step that could not be saved. on_saved: called on process 0 with each committed step.
+      on_full_disk: called with each step that could not be saved.
+      on_saved: called on process 0 with each committed step.
     """
 
     def __init__(
@@ -176,7 +177,8 @@ class Checkpointer:
     ) -> None:
         """Start a save. Errors of the previous one are raised here.
 
-        A full disk, or an unreachable bucket, is a warning: older steps stay. After MAX_FAILURES saves in a row it is an error.
+        A full disk or an unreachable bucket is a warning: older steps stay. After MAX_FAILURES saves in a row it is an
+        error.
 
         Args:
           meta: JSON. score: name and value, lower is better: retention keeps the best step by it.
@@ -218,7 +220,7 @@ class Checkpointer:
         self._committed.set()
 
     def _delete_old(self, newest: int) -> None:
-        """Delete the steps that retention does not keep, after the newest was verified, and those that are not committed."""
+        """Verify the newest step, then delete those that retention does not keep or that are not committed."""
         steps = list_steps(self.folder)
         committed = [step for step in steps if _is_committed(self.folder, step)]
         kept = {newest, *[step for step in committed if _is_regular(step, self._every)][: self._keep]}
@@ -274,7 +276,10 @@ class Checkpointer:
             self._on_full_disk(self._step)
             why = "the disk is full" if is_full(error) else "the bucket is unreachable"
             reason = f"step {self._step} could not be saved in {self.folder}: {why}"
-            self._reason = f"{reason}, {self._failures} times in a row. Fix that and rerun the command: it resumes from the newest saved step"
+            self._reason = (
+                f"{reason}, {self._failures} times in a row. Fix that and rerun the command: it resumes from the "
+                "newest saved step"
+            )
             if self._failures >= MAX_FAILURES:
                 raise CheckpointError(self._reason) from error
             log.warning("%s; training continues, and the next save tries again (%s)", reason, str(error)[:200])
@@ -282,7 +287,7 @@ class Checkpointer:
     def restore(self, abstract_state: Any, *, before: int | None = None) -> Any | None:
         """Restore the newest good state, sharded as `abstract_state`; None if nothing was saved yet.
 
-        Newer steps no longer count: damaged ones and those that are rolled back lose their manifest, unfinished ones are deleted.
+        Newer steps no longer count: damaged and rolled back ones lose their manifest, unfinished ones are deleted.
 
         Args:
           before: roll back: only regular steps below this one count.
@@ -302,8 +307,8 @@ class Checkpointer:
         damaged = [step for step in committed if before is None or (step < before and _is_regular(step, self._every))]
         if good < 0 and damaged:
             raise CheckpointError(
-                f"no step in {self.folder} is good; {damaged[0]} is damaged (see the warnings above). Restore its files from a copy, "
-                "or move the folder away to restart this stage"
+                f"no step in {self.folder} is good; {damaged[0]} is damaged (see the warnings above). Restore its "
+                "files from a copy, or move the folder away to restart this stage"
             )
         if newer and (self.folder / BEST).is_file():  # a step of the same number may be saved again
             marked = best_steps(self.folder).items()

@@ -2,8 +2,9 @@
 
     <workdir>/.lock.json     {"nonce", "host", "machine", "pid", "started", "verb", "since", "beat", "time"}
 
-Every write is conditional on the file being unchanged (TensorStore's generations). A process that died on this machine is recognised
-at once. A process elsewhere counts as dead if its heartbeat stops for STALE_SECONDS: a new writer waits that long before it takes over.
+Every write is conditional on the file being unchanged (TensorStore's generations). A process that died on this machine
+is recognised at once. A process elsewhere counts as dead if its heartbeat stops for STALE_SECONDS: a new writer waits
+that long before it takes over.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Lock:
 
 
 def read_holder(folder: Path) -> dict[str, Any] | None:
-    """Return the live process that holds a folder; None if there is none. Of other machines only the heartbeat tells."""
+    """Return the live process that holds a folder; None if there is none. Elsewhere only the heartbeat tells."""
     holder = _read(folder)[0]
     if not holder or has_ended(holder):
         return None
@@ -123,7 +124,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def _who(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('pid')} on {holder.get('host')} (rar-jax {holder.get('verb')}, since {holder.get('since')})"
+    pid, host, verb, since = (holder.get(name) for name in ("pid", "host", "verb", "since"))
+    return f"process {pid} on {host} (rar-jax {verb}, since {since})"
 
 
 def has_ended(holder: dict[str, Any]) -> bool:
@@ -145,7 +147,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process started, which distinguishes it from a later one of the same id; None if unknown or ended."""
+    """Return when a process started: a later one of the same id has another. None if unknown or ended."""
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from rar_jax.errors import CheckpointError
-from rar_jax.runs.bucket import BucketPath, Path, list_files
+from rar_jax.runs.bucket import BucketPath, Path, list_files, write_file
 
 MANIFEST = "manifest.json"
 
@@ -33,17 +33,8 @@ def _digest(entries: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically: on a disk through a temporary file, fsync and rename."""
-    text = json.dumps(content, indent=1, sort_keys=True).encode()
-    if isinstance(path, BucketPath):
-        path.write_bytes(text)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write JSON atomically."""
+    write_file(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def write_manifest(folder: Path) -> None:

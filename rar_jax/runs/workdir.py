@@ -8,8 +8,8 @@ grids/<stage>/                  samples and reconstructions during training
 dump/<stage>/                   state and batch of a training that stopped because bad updates persisted
 .lock.json                      the process that writes here
 
-In a bucket every process writes its part of checkpoints and tokens directly. Files that grow row by row are written to a temporary folder,
-which process 0 copies to the bucket before each step is committed and at the end.
+In a bucket every process writes its part of checkpoints and tokens directly. Files that grow row by row are written to
+a temporary folder, which process 0 copies to the bucket before each step is committed and at the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rar_jax.runs.manifest import write_json
 FORMAT = "0.2"  # the version of rar_jax that introduced this layout
 # Sections that may change when a run is resumed: mesh, sampling, evaluation, logging.
 FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
-DIRECT = ("checkpoints/", "tokens/", "dump/", ".")  # what is written to a bucket directly
+DIRECT = ("checkpoints/", "tokens/", "dump/", "evaluation/chunks/", ".")  # what is written to a bucket directly
 REMOTE = ".remote"  # in the temporary folder of a directory in a bucket: its URL, so that the folder can be opened, too
 MAX_SHOWN = 12  # differences of two configs in one message
 
@@ -42,7 +42,8 @@ MAX_SHOWN = 12  # differences of two configs in one message
 class Workdir:
     """Paths of one work directory.
 
-    root: the directory itself. path: the folder of its small files: the same, or for a bucket a temporary folder of this process.
+    root: the directory itself.
+    path: the folder of its small files: the same, or for a bucket a temporary folder of this process.
     """
 
     def __init__(self, path: str | pathlib.Path | BucketPath) -> None:
@@ -63,6 +64,11 @@ class Workdir:
     def tokens(self, split: str) -> Path:
         """Return the folder of a split's token store."""
         return self.root / "tokens" / split
+
+    @property
+    def chunks(self) -> Path | None:
+        """The folder of finished chunks of evaluations in a bucket; None on a disk: they are beside the results."""
+        return self.root / "evaluation" / "chunks" if isinstance(self.root, BucketPath) else None
 
     # ---- small files of a directory in a bucket
 
@@ -138,8 +144,8 @@ class Workdir:
             if lines:
                 more = f"; and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
                 raise ConfigError(
-                    f"{self.root} belongs to a run of '{theirs.get('name')}' with another config. Choose another --workdir, or "
-                    f"undo: {'; '.join(lines[:MAX_SHOWN])}{more}"
+                    f"{self.root} belongs to a run of '{theirs.get('name')}' with another config. Choose another "
+                    f"--workdir, or undo: {'; '.join(lines[:MAX_SHOWN])}{more}"
                 )
         self.write_config(config)
         self.send()
@@ -161,8 +167,8 @@ class Workdir:
             raise ConfigError(f"{self.config} is damaged ({error}): restore it or choose another --workdir") from None
         if version != FORMAT:
             raise ConfigError(
-                f"{self.root} was made by rar_jax {version}, and this version reads {FORMAT}: choose another --workdir, or install "
-                f"rar_jax {version}"
+                f"{self.root} was made by rar_jax {version}, and this version reads {FORMAT}: choose another "
+                f"--workdir, or install rar_jax {version}"
             )
         return config
 

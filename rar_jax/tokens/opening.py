@@ -28,7 +28,7 @@ def open_tokens(experiment: Experiment, workdir: Workdir, split: Split) -> Sourc
     """
     if (manifest := finished(experiment, "tokenizer", workdir)) is None:
         raise CheckpointError(
-            f"{workdir.path} has no finished tokenizer: run `rar-jax train --stage tokenizer`, then `rar-jax tokenize`"
+            f"{workdir.root} has no finished tokenizer: run `rar-jax train --stage tokenizer`, then `rar-jax tokenize`"
         )
     hashes = (manifest, stage_origin_sha256(experiment, workdir))
     given = experiment.data.given_tokens(split)

@@ -144,7 +144,7 @@ class TokenStore:
 
 
 def _cache_files(folder: Path, names: Iterable[str], *, key: str) -> pathlib.Path:
-    """Return a folder on this machine that holds files of a folder in a bucket; a folder on a disk is returned as it is.
+    """Return a folder on this machine with the files of a folder in a bucket, or the folder itself if it is on a disk.
 
     Args:
       key: identifies the content of the files, so that another start reads them from the cache.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rar_jax.errors import CheckpointError, StoreError
-from rar_jax.runs.bucket import BucketPath, Path, make_path
+from rar_jax.runs.bucket import Path, make_path, write_file
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.tokens.store import CARD_KEYS, SCHEMA_VERSION, card_sha256, check_ranges, npy_header, record_dtype
 
@@ -98,7 +98,7 @@ class TokenStoreWriter:
             raise StoreError(f"{path}: {shard.seen} of {end - begin} records were appended")
         records = shard.records[: shard.kept]
         content = npy_header(shard.kept, self.dtype) + records.tobytes()
-        _write_file(path, content)
+        write_file(path, content)
         self._written[j] = {
             "name": self.name(j),
             "span": [begin, end],
@@ -109,7 +109,7 @@ class TokenStoreWriter:
             "records_per_class": np.bincount(records["label"], minlength=self.card["num_classes"]).tolist(),
             "records_per_crop": np.bincount(records["crop"], minlength=len(self.card["crops"])).tolist(),
         }
-        _write_file(self.folder / self.name(j, "json"), json.dumps(self._written[j]).encode())
+        write_file(self.folder / self.name(j, "json"), json.dumps(self._written[j]).encode())
 
     def finish(self) -> bool:
         """Write the card on process 0 if all shards exist; return if it is finished."""
@@ -136,7 +136,7 @@ class TokenStoreWriter:
         if not card["num_records"]:
             raise StoreError(f"{self.folder}: no image of {card['source']} could be decoded")
         card["sha256"] = card_sha256(card)
-        _write_file(self.card_file, json.dumps(card, indent=1).encode())
+        write_file(self.card_file, json.dumps(card, indent=1).encode())
         remove_leftovers(self.folder, card)
         return True
 
@@ -150,7 +150,7 @@ class TokenStoreWriter:
         path = self.folder / "making.json"
         making = self.card | {"source_records": self.source_records, "shard_records": self.shard_records}
         if not path.is_file():
-            _write_file(path, json.dumps(making, indent=1).encode())
+            write_file(path, json.dumps(making, indent=1).encode())
             return
         try:
             there = json.loads(path.read_bytes())
@@ -230,19 +230,3 @@ def remove_leftovers(folder: Path, card: Mapping[str, Any]) -> None:
     for path in [*folder.glob("shard-*"), folder / "making.json", *folder.glob("*.tmp")]:
         if path.name not in keep:
             path.unlink(missing_ok=True)
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically; the temporary file is this process's own."""
-    if isinstance(path, BucketPath):
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def trained_params(experiment: Experiment, stage: str, workdir: Workdir, mesh: M
 
 def _require_finished(experiment: Experiment, stage: str, workdir: Workdir) -> str:
     if (sha256 := finished(experiment, stage, workdir)) is None:
-        raise CheckpointError(f"{workdir.path} has no finished {stage}: run `rar-jax train --stage {stage}` first")
+        raise CheckpointError(f"{workdir.root} has no finished {stage}: run `rar-jax train --stage {stage}` first")
     return sha256
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from rar_jax import cli, load
 from rar_jax.data.sources import load_source
 from rar_jax.errors import ConfigError
-from rar_jax.evaluation import image_batches, program, scores
+from rar_jax.evaluation import chunks, image_batches, program, scores
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
 from rar_jax.evaluation.image_sets import open_image_set
 from rar_jax.evaluation.program import Program, Settings
@@ -152,16 +152,16 @@ def test_killed_samples_go_on(
 
 def _kill_at(patch: pytest.MonkeyPatch, writes: int) -> None:
     """Dies in the write with this number, half of it on disk."""
-    write, count = ChunkStore._write, [0]
+    write, count = chunks.write_file, [0]
 
-    def dying(self: ChunkStore, name: str, function: Any) -> None:
+    def dying(path: pathlib.Path, content: bytes) -> None:
         count[0] += 1
         if count[0] > writes:
-            (self.folder / f"{name}.partial").write_bytes(b"PK\x03\x04 half")
+            path.with_name(f"{path.name}.1.tmp").write_bytes(content[: len(content) // 2])
             raise KeyboardInterrupt
-        write(self, name, function)
+        write(path, content)
 
-    patch.setattr(ChunkStore, "_write", dying)
+    patch.setattr(chunks, "write_file", dying)
 
 
 # ---------------------------------------------------------------- batches and devices

@@ -78,8 +78,8 @@ def test_consecutive_bad_updates_roll_back(tmp_path: pathlib.Path, poison: Any) 
         for k, v in state_of(tmp_path / "one", 20).items()
         if "guard" in k and len(v) == 4
     }
-    assert guard["['guard']['data_offset']"] == 4 and guard["['guard']['rollbacks']"] == 1
-    assert guard["['guard']['skipped']"] == 3 and guard["['guard']['consecutive']"] == 0
+    assert guard["guard.data_offset"] == 4 and guard["guard.rollbacks"] == 1
+    assert guard["guard.skipped"] == 3 and guard["guard.consecutive"] == 0
     # Stopped at step 9, which is saved, but which is not where the others roll back to; in the evaluation of step 10; at 10 and at 12, where
     # nothing is saved; and after the rollback. With as many checkpoints kept as there are stops, and with more.
     for polls, keep in (((11, 2, 12), 9), ((9,), 9), ((10, 1), 2), ((13,), 2), ((14, 4), 2)):
@@ -151,7 +151,7 @@ def test_giving_up_leaves_a_dump(tmp_path: pathlib.Path, poison: Any) -> None:
         assert batch["images"].shape[0] == 64
     ours, kept = state_of(tmp_path, 8, "dump/classifier"), state_of(tmp_path, 4)
     for name, value in kept.items():
-        if "guard" not in name and name != "['step']":
+        if "guard" not in name and name != "step":
             assert ours[name] == value, name
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from buckets import serve
 
 from rar_jax.errors import ConfigError, ObjectStoreError
+from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
+from rar_jax.metrics.inception_score import SplitSums
+from rar_jax.metrics.moments import Moments
+from rar_jax.metrics.sums import ScoreTotals, Sums
 from rar_jax.runs import bucket
 from rar_jax.runs.bucket import BucketPath, list_files, make_path, remove_tree
 from rar_jax.runs.workdir import Workdir
@@ -121,3 +126,28 @@ def test_a_token_store(url: str, tmp_path: pathlib.Path) -> None:
     cached = list((tmp_path / ".cache").rglob("*.npy"))
     assert len(cached) == 3 and not list_files(make_path(tmp_path / ".cache"))[0].endswith(".tmp")
     assert [name for name in list_files(folder) if not name.endswith(".npy")] == ["card.json"]
+
+
+def test_an_evaluation_resumes_from_its_chunks(url: str) -> None:
+    """Another machine continues after the last finished chunk, and reads the arrays that were kept."""
+    computed: list[int] = []
+
+    def compute(start: int, count: int) -> Chunk:
+        computed.append(start)
+        x = np.arange(start, start + count, dtype=np.float32)[:, None]
+        moments = Moments(np.float32(count), x.sum(0), x.T @ x)
+        split = SplitSums(np.float32(count), np.float32(start), np.ones(4, np.float32))
+        return Chunk(Sums(moments, moments, split), {"x": x})
+
+    def run(images: int) -> tuple[ScoreTotals, np.ndarray]:
+        workdir = Workdir(url)  # a temporary folder of its own
+        assert workdir.chunks is not None
+        store = ChunkStore(workdir.chunks, {"a": 1}, ("x",))
+        how: dict[str, Any] = {"images": images, "chunk": 10, "split_size": 20, "description": "d", "quiet": True}
+        return accumulate_chunks(store, compute, **how), store.concatenate("x")
+
+    run(20)
+    totals, x = run(25)
+    assert computed == [0, 10, 20] and totals.done == 25 and x[:, 0].tolist() == list(range(25))
+    assert totals.pool3 is not None and totals.pool3.sum.tolist() == [sum(range(25))]
+    assert not [name for name in Workdir(url).fetch().path.rglob("*") if "totals" in name.name], "read when needed"
