@@ -107,7 +107,7 @@ class Trainer:
         self.stage: str = objective.meta["stage"]
         stage = self.stage
         root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
-        self.keys: Any = jax.random.split(root)  # of the initialization and of the steps
+        self.keys: Any = tuple(jax.random.split(root))  # of the initialization and of the steps
         self.setup: Setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
         self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)
