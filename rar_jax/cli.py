@@ -87,14 +87,12 @@ PROCESSES = (
 PROCESSES_HELP = """Run the same command on every host, on shared storage. TPU pods, GKE and Slurm are detected.
 Otherwise give all three, or RAR_JAX_COORDINATOR_ADDRESS, RAR_JAX_PROCESS_COUNT and RAR_JAX_PROCESS_INDEX."""
 
-
 VERBS = {
     "run": Verb(
         "programs.run:run_experiment",
         "Run all stages of an experiment, or resume it.",
         (CONFIG, WORKDIR),
-        """Trains the tokenizer and the classifier, tokenizes, trains the generator, samples, scores and draws pictures.
-Finished stages are skipped: rerun the same command to resume.""",
+        "Finished stages are skipped: rerun the same command to resume.",
         processes=True,
     ),
     "train": Verb(
@@ -142,8 +140,6 @@ Rerun the same command after an interruption. Train on a store with --config.dat
             *SAMPLING,
             arg("--batch-size", "images at a time (default: all, at most 64)", type=int),
         ),
-        """  rar-jax sample --weights runs/digits --classes 3,7 --per-class 8 --out pictures
-  rar-jax sample --weights rar_b --download --classes "golden retriever,tench" --out pictures""",
         processes=True,
     ),
     "evaluate": Verb(
@@ -178,8 +174,8 @@ Rerun the same command after an interruption. Train on a store with --config.dat
   rar-jax evaluate --make-reference folder:PATH --image-size 256 --inception INCEPTION.pth --out mine.npz
   rar-jax evaluate --workdir runs/mine --steps all --inception INCEPTION.pth --reference mine.npz --samples 5000
   rar-jax evaluate --reconstruction --tokenizer TOKENIZER.bin --images FOLDER --inception INCEPTION.pth --out scores
-FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. Rerun to resume.
-  rar-jax evaluate --config digits --workdir runs/digits      fd_classifier: Frechet distance on classifier features""",
+  rar-jax evaluate --config digits --workdir runs/digits      fd_classifier: Frechet distance on classifier features
+FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. Rerun to resume.""",
         processes=True,
     ),
     "convert": Verb(
@@ -225,9 +221,8 @@ Records the sha256 of what was read and written.""",
             flag("--search", "compile the training step on every suitable mesh; rank them"),
             JSON,
         ),
-        """  rar-jax plan --config rar_xxl --topology v5p:4x4x4
-Compiles training, tokenizing and sampling with the TPU compiler, on a machine without a TPU (pip install -e '.[tpu]';
-takes minutes). Reports memory, communication, and estimated time and chip-hours.""",
+        """Compiles for TPUs on a machine without one (pip install -e '.[tpu]'; takes minutes).
+Reports memory, communication, and estimated time and chip-hours.""",
     ),
     "inspect": Verb(
         "tools.verbs:print_inspect",
@@ -311,11 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "doctor":  # checks what the other verbs import
             return import_function(name)(**keywords)
         _set_up_logging(progress)
-        return (
-            _run_processes(name, keywords, overrides, place)
-            if VERBS[name].processes
-            else _run(name, keywords, overrides)
-        )
+        if VERBS[name].processes:
+            return _run_processes(name, keywords, overrides, place)
+        return _run(name, keywords, overrides)
     except ImportError as error:
         return _fail(name, describe_import_error(error), 1)
 
@@ -334,11 +327,11 @@ def _run_processes(name: str, keywords: dict[str, Any], overrides: list[str], pl
     from rar_jax.parallel import mesh, processes
 
     try:
-        processes.start(*place)
+        processes.join_processes(*place)
         mesh.find_devices()
     except RarJaxError as error:
         return _fail(name, error, error.exit_code)
-    return processes.together(name, lambda: _run(name, keywords, overrides))
+    return processes.run_together(name, lambda: _run(name, keywords, overrides))
 
 
 def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:

@@ -141,10 +141,8 @@ def build(
         values[key] = _convert(value, hints[key], path)
     for name, field in fields.items():
         optional = dataclasses.MISSING is not field.default or dataclasses.MISSING is not field.default_factory
-        require(
-            optional or name in values,
-            f"{where} lacks {name}: set it in the experiment file, or --{where}.{name}=... on the command line",
-        )
+        lacks = f"{where} lacks {name}: set it in the experiment file, or --{where}.{name}=... on the command line"
+        require(optional or name in values, lacks)
     try:
         return cls(**values)
     except ConfigError as error:
@@ -189,9 +187,7 @@ def resolve_steps(value: Any, where: str, total_steps: int | None, steps_per_epo
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|ep)\s*", value, re.ASCII) if isinstance(value, str) else None
     if match is None:
-        raise ConfigError(
-            f"{where} is {_show(value)}: write steps (1000), a share of training ('50%') or epochs ('200ep')"
-        )
+        raise ConfigError(f"{where} is {_show(value)}: write steps (1000), a share ('50%') or epochs ('200ep')")
     number, unit = float(match[1]), match[2]
     base = total_steps if unit == "%" else steps_per_epoch
     if base is None:

@@ -139,8 +139,7 @@ class Experiment:
                 name, size = f"{RECIPES[stage]}.batch_size", recipe.batch_size
                 split = f" in {recipe.accumulation} parts" if recipe.accumulation > 1 else ""
                 raise ConfigError(
-                    f"{name} {size}{split} is not divisible by the {parts} devices of mesh axes data x fsdp: "
-                    "change one of them"
+                    f"{name} {size}{split} is not divisible by the {parts} devices of mesh axes data x fsdp"
                 )
 
 
@@ -152,14 +151,8 @@ def rebuild(config: Mapping[str, Any]) -> Experiment:
 
     Raises: ConfigError for a key that does not exist, as in a directory of another version.
     """
-    types = {
-        "data": Data,
-        "guidance": Guidance,
-        "evaluate": Evaluate,
-        "mesh": MeshConfig,
-        "classifier": classifier.Config,
-    }
-    types |= dict.fromkeys(RECIPES.values(), Recipe)
+    types = {"data": Data, "guidance": Guidance, "evaluate": Evaluate, "mesh": MeshConfig}
+    types |= {"classifier": classifier.Config} | dict.fromkeys(RECIPES.values(), Recipe)
     made: dict[str, Any] = {
         name: build(types[name], value, where=f"config.{name}") if name in types else value
         for name, value in config.items()
@@ -287,22 +280,18 @@ def _resolve_model(section: Any, kind: str, precision: str, recipe: Recipe, data
     for field in steps_fields(module.Config):
         step = getattr(config, field)
         # A period may be longer than the training; a moment must lie within it.
-        require(
-            field.endswith("_every") or step <= recipe.steps,
-            f"{where}.{field} is step {step}, after the training's end at {recipe.steps}: give a share ('75%')",
-        )
+        late = f"{where}.{field} is step {step}, after the training's end at {recipe.steps}: give a share ('75%')"
+        require(field.endswith("_every") or step <= recipe.steps, late)
     return Model(module, config)
 
 
 def _check_together(experiment: Experiment) -> None:
-    data, tokenizer, generator, judge = (
-        experiment.data, experiment.tokenizer, experiment.generator, experiment.classifier
-    )  # fmt: skip
+    data, tokenizer, generator = experiment.data, experiment.tokenizer, experiment.generator
     check_pair(generator, tokenizer)
     image = (data.image_size, data.image_size, data.channels)
     images = {"tokenizer": tokenizer.module.image_spec(tokenizer.config).shape}
     classes = {"generator": generator.config.num_classes}
-    if judge is not None:
+    if (judge := experiment.classifier) is not None:
         images["classifier"] = (judge.image_size, judge.image_size, judge.channels)
         classes["classifier"] = judge.num_classes
     for name, shape in images.items():
@@ -311,9 +300,7 @@ def _check_together(experiment: Experiment) -> None:
         both = f"{name}.num_classes is {count}, data.num_classes is {data.num_classes}"
         require(count == data.num_classes, f"{both}: make them equal")
     can_adapt = experiment.init_from is None or hasattr(generator.module, "adapt")
-    require(
-        can_adapt, f"init_from: generator {generator.module.__name__} has no adapt(), so it cannot start from weights"
-    )
+    require(can_adapt, f"init_from: generator {generator.module.__name__} has no adapt(): it cannot start from weights")
 
 
 # ---------------------------------------------------------------- images
@@ -322,9 +309,8 @@ def _check_together(experiment: Experiment) -> None:
 def open_source(experiment: Experiment, split: Split) -> ImageSource:
     """Open the images of a split. Raises: ConfigError if they are not what config.data says."""
     data = experiment.data
-    source = open_images(
-        data, data.source, split, crop="center" if split == "heldout" and data.crop == "random" else data.crop
-    )
+    crop = "center" if split == "heldout" and data.crop == "random" else data.crop
+    source = open_images(data, data.source, split, crop=crop)
     found, counted = source.num_images, data.train_records
     message = f"{data.source} has {found} training images, config.data.train_records is {counted}: set it to {found}"
     require(split != "train" or found == counted, message)

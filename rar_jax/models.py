@@ -39,11 +39,9 @@ def load_model(config: Mapping[str, Any], kind: str) -> Model:
 def check_pair(generator: Model, tokenizer: Model) -> None:
     """Raise ConfigError unless the generator makes the tokens that the tokenizer decodes."""
     made, read = (model.module.token_spec(model.config) for model in (generator, tokenizer))
-    require(
-        (made.shape, made.dtype) == (read.shape, read.dtype),
-        f"the generator makes {made.dtype}{list(made.shape)} tokens, the tokenizer takes "
-        f"{read.dtype}{list(read.shape)}: set generator.num_tokens to the tokenizer's grid",
-    )
+    a, b = (f"{spec.dtype}{list(spec.shape)}" for spec in (made, read))
+    makes = f"the generator makes {a} tokens, the tokenizer takes {b}: set generator.num_tokens to the tokenizer's grid"
+    require(a == b, makes)
     a, b = (getattr(model.config, "codebook_size", None) for model in (generator, tokenizer))
     require(a == b, f"codebook_size is {a} in the generator and {b} in the tokenizer: make them equal")
 

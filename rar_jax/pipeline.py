@@ -223,8 +223,8 @@ def load(
 def _find_directory(path: pathlib.Path, step: int | None) -> _Found:
     config = read_directory(path)
     guidance = build(Guidance, config["guidance"], where="config.guidance")
-    weights = open_weights(path, "generators", step=step), open_weights(path, "tokenizers")
-    return *weights, guidance, config["data"].get("class_names", ())
+    generator, tokenizer = open_weights(path, "generators", step=step), open_weights(path, "tokenizers")
+    return generator, tokenizer, guidance, config["data"].get("class_names", ())
 
 
 def _find_files(path: pathlib.Path, tokenizer: pathlib.Path, step: int | None) -> _Found:

@@ -86,13 +86,9 @@ class Evaluate:
         require_at_least(self, 1, "batch_size", "grid_per_class", "grid_classes")
         require_at_least(self, 2, "samples")  # a distance needs a covariance
         require_at_least(self, 0, "live_grid")
-        require(
-            self.live_samples == 0 or self.live_samples >= 2,
-            f"live_samples is {self.live_samples}: give 0, or at least 2",
-        )
-        require(
-            self.reference is None or self.inception is not None, "reference needs inception, the network's weights"
-        )
+        live = self.live_samples
+        require(live == 0 or live >= 2, f"live_samples is {live}: give 0, or at least 2")
+        require(not self.reference or self.inception is not None, "reference needs inception, the network's weights")
 
 
 @dataclasses.dataclass(frozen=True)

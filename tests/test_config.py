@@ -153,7 +153,7 @@ def test_durations(text: Any, steps: int) -> None:
     "bad", ["50", "ep", "%", "-5%", "5 epochs", "1e3", "50%%", "5e", "", 5.0, None, True, (1,), "٣٪"]
 )
 def test_bad_durations(bad: Any) -> None:
-    expected = f"config.train.warmup is {bad!r}: write steps (1000), a share of training ('50%') or epochs ('200ep')"
+    expected = f"config.train.warmup is {bad!r}: write steps (1000), a share ('50%') or epochs ('200ep')"
     assert message_of(made, warmup=bad) == expected
 
 

@@ -25,9 +25,7 @@ def find_devices() -> list[Any]:
     """
     # JAX's default: random numbers depend on neither mesh nor sharding. Without it all draws are different.
     if not jax.config.values["jax_threefry_partitionable"]:
-        raise ConfigError(
-            "jax_threefry_partitionable is off, which changes all random numbers: unset JAX_THREEFRY_PARTITIONABLE"
-        )
+        raise ConfigError("JAX_THREEFRY_PARTITIONABLE is off, which changes all random numbers: unset it")
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, without a message, if no plugin knows the platform

@@ -72,7 +72,7 @@ def read_settings(
     return ProcessSettings(coordinator, count, index)
 
 
-def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+def join_processes(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Join the processes of a run. Call it before JAX makes its first array.
 
     Without arguments or environment variables JAX looks for a cluster that it knows (TPU pod, GKE, Slurm, Open MPI).
@@ -93,8 +93,7 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
         options |= {"coordinator_address": settings.coordinator, "num_processes": settings.count}
         # Otherwise JAX looks for a cluster anyway, and on Slurm takes one local device per process.
         options |= {"process_id": settings.index, "cluster_detection_method": "deactivate"}
-    # JAX's preemption service would take over SIGTERM. runs/preemption.py handles signals, and only in the training
-    # loop.
+    # JAX's preemption service would take over SIGTERM, which runs/preemption.py handles in the training loop only.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only read on CPUs
     name = f"process {settings.index} of {settings.count} at {settings.coordinator}" if manual else "this process"
@@ -118,11 +117,10 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     barrier("start")
 
 
-def together(verb: str, function: Callable[[], int]) -> int:
-    """Run a program of one or many processes, which exit together, and return its exit code.
+def run_together(verb: str, function: Callable[[], int]) -> int:
+    """Run a function in processes that exit together; return its exit code.
 
-    Where there are many, an error ends this process at once and nothing is returned: JAX's own exit would first wait
-    for the others, which wait for this one.
+    One of many exits at once on an error: JAX's own exit would wait for the others, which wait for this one.
     """
     if jax.process_count() == 1:
         return function()
@@ -135,11 +133,9 @@ def together(verb: str, function: Callable[[], int]) -> int:
             return code
     except BaseException:
         traceback.print_exc()
-        print(
-            f"rar-jax {verb}: process {jax.process_index()} of {jax.process_count()} stops. If the error above is of a "
-            "connection, another process was lost: its own log says why",
-            file=sys.stderr,
-        )
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        why = "If the error above is of a connection, another process was lost: its own log says why"
+        print(f"rar-jax {verb}: {who} stops. {why}", file=sys.stderr)
         code = code or 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -65,6 +65,4 @@ def sample_classes(
     if is_main():
         save_image_grid(np.stack(shown), [names[label].split(",")[0] for label in labels[:ROWS]], out / "grid.png")
         if not quiet:
-            print(
-                f"{done} images in {out}, {'all' if done == len(shown) else len(shown)} of them in {out / 'grid.png'}"
-            )
+            print(f"{done} images in {out}, {len(shown)} of them in {out / 'grid.png'}")

@@ -42,9 +42,7 @@ def make_tokens(
     common = {"shard_records": shard_records or SHARD_RECORDS, "quiet": quiet}
     require(shard_records is None or shard_records >= 1, f"--shard-records is {shard_records}: it must be at least 1")
     if workdir is not None:
-        require(
-            weights is None and out is None, "--workdir has its own tokenizer and stores: leave --weights, --out out"
-        )
+        require(weights is None and out is None, "--workdir has its own tokenizer and stores: omit --weights and --out")
         if experiment is None:
             raise ConfigError("tokenize --workdir needs --config: the experiment of the directory")
         mesh = make_mesh(experiment.mesh)
@@ -63,10 +61,8 @@ def make_tokens(
     elif source:
         if experiment is None or weights is None:
             raise ConfigError("tokenize --source needs --config (what the images are) and --weights (the tokenizer)")
-        how = {"crops": crops, "split": split, "batch_size": batch_size, "download": download}
-        tokenize_source(
-            experiment, make_mesh(experiment.mesh), source=source, weights=weights, out=out, **how, **common
-        )
+        how = {"crops": crops, "split": split, "batch_size": batch_size, "download": download, **common}
+        tokenize_source(experiment, make_mesh(experiment.mesh), source=source, weights=weights, out=out, **how)
     elif is_main() and export:
         export_tokens(export, out, quiet=quiet)
     elif is_main() and import_:

@@ -4,8 +4,7 @@
 
 Events: start (verb, command, host, pid, processes, last_sign of the previous run), tokenized, stage (the step it
 resumes from), saved, save_failed, skipped, rollback (to), stop (reason). "seconds" is the time since the previous row,
-by kind (KINDS). Process 0 writes each
-row to disk at once: a killed run lacks only its last.
+by kind (KINDS). Process 0 writes each row at once: a killed run lacks only its last.
 """
 
 from __future__ import annotations

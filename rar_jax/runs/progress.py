@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import datetime
 import logging
 import math
 import sys
@@ -110,11 +111,5 @@ class ProgressLine:
             rate = (last_done - first_done) / (last_time - first_time)
             parts.append(f"{rate:.3g} {self._unit}/s")
             if done < self._total:
-                parts.append(f"{_duration((self._total - done) / rate)} left")
+                parts.append(f"{datetime.timedelta(seconds=round((self._total - done) / rate))} left")
         return "  ".join([*parts, *(f"{name} {float(value):.4g}" for name, value in shown.items())])
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

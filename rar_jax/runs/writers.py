@@ -16,6 +16,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
+from rar_jax.config import require
 from rar_jax.errors import ConfigError
 from rar_jax.runs.manifest import write_json
 
@@ -108,9 +109,6 @@ def import_wandb() -> Any:
         package = importlib.import_module("wandb")
     except ImportError:
         package = None
-    if not hasattr(package, "init"):  # a folder named wandb in the working directory can be imported, too
-        raise ConfigError(
-            "config.wandb needs the package wandb: pip install -e '.[wandb]' in the checkout of rar_jax, or set "
-            "--config.wandb=None"
-        )
+    # A folder named wandb in the working directory can be imported, too.
+    require(hasattr(package, "init"), "config.wandb needs pip install -e '.[wandb]', or set --config.wandb=None")
     return package

@@ -1,9 +1,8 @@
 """Detect non-finite and spiking updates, skip them, and count what a rollback is decided by.
 
 An update is bad if its loss or gradient norm is not finite, or a spike: more than `spike_sigmas` standard deviations
-above the mean of the last WINDOW. It is judged inside the compiled step, from numbers that every device has, so that
-nothing waits for the host. The
-guard is part of the train state, so that a resumed run skips the same updates:
+above the mean of the last WINDOW. The compiled step judges it, so that nothing waits for the host. The guard is part of
+the train state, so that a resumed run skips the same updates:
 
     history      float32 (2, WINDOW)   loss and gradient norm of the last updates, at `seen` modulo WINDOW
     seen         int32                 finite updates so far
@@ -38,9 +37,8 @@ def init() -> Guard:
 def judge(guard: Guard, metrics: Mapping[str, jax.Array], *, sigmas: float) -> tuple[jax.Array, Guard]:
     """Return whether an update is bad, a bool scalar, and the guard after it. Traceable.
 
-    Only finite values enter the history, since one NaN in the mean would condemn every later step. A spike enters as
-    the limit that it
-    exceeded: it does not raise the limit by its height, but the limit follows a level that has changed for good.
+    Only finite values enter the history: one NaN in the mean would condemn every later step. A spike enters as the
+    limit that it exceeded, so that the limit follows a level that has changed for good.
 
     Args:
       metrics: with all of MONITORED. sigmas: 0 accepts spikes.
@@ -71,10 +69,7 @@ def select_if(condition: jax.Array, then: Any, otherwise: Any) -> Any:
 
 
 def after_rollback(restored: Guard, current: Guard, *, num_steps: int) -> Guard:
-    """Return the guard after rolling back `num_steps` steps from `current`.
-
-    Their batches are skipped, counts are kept.
-    """
+    """Return the guard after rolling back `num_steps` steps; skip their batches."""
     return {
         **restored,
         "consecutive": restored["consecutive"] * 0,

@@ -146,7 +146,7 @@ class InceptionEvaluator:
 
 @dataclasses.dataclass
 class GridEvaluator:
-    """Logs a grid of images, which `rar-jax report` shows over time. It has no metrics.
+    """Logs a grid of images, which `rar-jax report` shows over time.
 
     function: (params, frozen, *rows of a batch) -> images. make_grid: of all images.
     """
@@ -226,23 +226,21 @@ def make_live_evaluators(
     experiment: Experiment, stage: str, workdir: Workdir, mesh: Mesh, reporter: RunLogger
 ) -> list[Evaluator]:
     """Make the evaluators of a stage's samples or reconstructions that config.evaluate requests."""
+    config = experiment.evaluate
+    if stage == "tokenizer" and config.live_grid:
+        return [make_reconstruction_grid(experiment, mesh, reporter)]
     evaluators: list[Evaluator] = []
-    if stage == "generator" and experiment.evaluate.live_samples and experiment.classifier:
+    if stage == "generator" and config.live_samples and experiment.classifier:
         evaluators.append(ClassifierEvaluator(experiment, workdir, mesh))
-    if stage == "generator" and experiment.evaluate.live_samples and experiment.evaluate.inception:
+    if stage == "generator" and config.live_samples and config.inception:
         evaluators.append(InceptionEvaluator(experiment, workdir, mesh))
-    if stage == "generator" and experiment.evaluate.live_grid:
+    if stage == "generator" and config.live_grid:
         evaluators.append(make_sample_grid(experiment, workdir, mesh, reporter))
-    if stage == "tokenizer" and experiment.evaluate.live_grid:
-        evaluators.append(make_reconstruction_grid(experiment, mesh, reporter))
     return evaluators
 
 
 def select_score(metrics: dict[str, float]) -> tuple[str, float] | None:
-    """Select the metric by which the best checkpoint is chosen (lower is better).
-
-    A live distance, or a validation loss.
-    """
+    """Select the metric of the best checkpoint: live distance, else validation loss."""
     for prefix, suffix in (("fid_n", ""), ("fd_classifier_n", ""), ("validation/", "loss")):
         for name, value in metrics.items():
             if name.startswith(prefix) and name.endswith(suffix):

@@ -37,11 +37,7 @@ from rar_jax.weights.stages import evaluated, take_over_tokenizer, trained_param
 
 
 class Rollback(Exception):
-    """The updates from step `first_bad` on are bad: roll back to an earlier step."""
-
-    def __init__(self, first_bad: int) -> None:
-        super().__init__(f"bad updates since step {first_bad}")
-        self.first_bad: int = first_bad
+    """The updates from step `args[0]` on are bad: roll back to an earlier step."""
 
 
 def train(
@@ -58,8 +54,7 @@ def train(
     A tokenizer whose weights are given is copied instead.
 
     Raises: TrainingError if bad updates persist (guard.py); CheckpointError if an earlier stage is missing, or saves
-    keep failing;
-      Preempted after a save.
+      keep failing; Preempted after a save.
     """
     session, recipe = session or Session(), experiment.recipe(stage)
     if recipe is None and stage == "tokenizer":
@@ -112,9 +107,7 @@ class Trainer:
         self.stage: str = objective.meta["stage"]
         stage = self.stage
         root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
-        self.init_key: Any
-        self.step_key: Any
-        self.init_key, self.step_key = jax.random.split(root)
+        self.keys: Any = tuple(jax.random.split(root))  # of the initialization and of the steps
         self.setup: Setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
         self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)
@@ -147,18 +140,18 @@ class Trainer:
             while self.step < self.recipe.steps:
                 try:
                     self.batch = next(self.batches)
-                    self.state, metrics = self.setup.step(self.state, self.batch, self.step_key, self.frozen)
+                    self.state, metrics = self.setup.step(self.state, self.batch, self.keys[1], self.frozen)
                     self.step += 1
                     # The metrics of the previous step are fetched while this one runs: devices never wait for the host.
                     self.log_step_in_flight()
                     self.in_flight = self.step, metrics
                     self.checkpointer.poll()
                     self.session.poll()
-                    if self.should_evaluate() or self.should_save():
+                    if self.is_due(self.recipe.eval_every) or self.is_due(self.recipe.checkpoint_every):
                         self.log_step_in_flight()
                         self.evaluate_and_save()
                 except Rollback as rollback:
-                    self.roll_back(rollback.first_bad)
+                    self.roll_back(*rollback.args)
             self.checkpointer.wait()
         except Preempted:
             self.save_preempted()
@@ -183,18 +176,14 @@ class Trainer:
         if self.consecutive_bad >= self.recipe.max_consecutive_skips:
             raise Rollback(step - self.consecutive_bad + 1)
 
-    def should_evaluate(self) -> bool:
-        """Whether the current step is on the evaluation schedule."""
-        return self.step == self.recipe.steps or self.step % self.recipe.eval_every == 0
-
-    def should_save(self) -> bool:
-        """Whether the current step is on the checkpoint schedule."""
-        return self.step == self.recipe.steps or self.step % self.recipe.checkpoint_every == 0
+    def is_due(self, every: int) -> bool:
+        """Whether the current step is on a schedule; the last step is on all of them."""
+        return self.step == self.recipe.steps or self.step % every == 0
 
     def evaluate_and_save(self) -> None:
         """Evaluate and save the current step if they are due. Within bad updates nothing is saved but the last step."""
-        metrics = self.evaluate() if self.should_evaluate() else {}
-        if self.should_save() and (not self.consecutive_bad or self.step == self.recipe.steps):
+        metrics = self.evaluate() if self.is_due(self.recipe.eval_every) else {}
+        if self.is_due(self.recipe.checkpoint_every) and (not self.consecutive_bad or self.step == self.recipe.steps):
             # After the evaluation, so that a run which resumes from this step has its metrics.
             self.save(self.objective.meta, select_score(metrics) if self.recipe.keep_best else None)
 
@@ -206,21 +195,18 @@ class Trainer:
             metrics |= evaluator.evaluate(evaluated_params(self.state), self.step, self.session.poll)
         self.reporter.write_metrics(self.step, metrics)  # last: this row says that the step was evaluated
         short = {name.removeprefix("validation/"): value for name, value in metrics.items()}
-        self.shown |= {
-            k: v for k, v in short.items() if k.startswith(("fd_", "fid_", "acc")) or k.endswith(("bits", "psnr"))
-        }
+        shown = [k for k in short if k.startswith(("fd_", "fid_", "acc")) or k.endswith(("bits", "psnr"))]
+        self.shown |= {name: short[name] for name in shown}
         self.ledger.lap("evaluating")
         return metrics
 
     def rerun_evaluation(self) -> None:
         """Evaluate the restored step if it is due and a preemption came first."""
-        if self.step == 0 or not self.should_evaluate():
+        if self.step == 0 or not self.is_due(self.recipe.eval_every):
             return
         metrics = evaluated(self.workdir, self.stage, self.step)
-        if metrics is None:
-            metrics = self.evaluate()
-        score = select_score(metrics)
-        if self.recipe.keep_best and self.should_save() and score is not None:
+        score = select_score(self.evaluate() if metrics is None else metrics)
+        if self.recipe.keep_best and self.is_due(self.recipe.checkpoint_every) and score is not None:
             from_main(lambda: mark_if_best(self.workdir.checkpoints(self.stage), self.step, *score))
 
     # ---------------------------------------------------------------- saving and restoring
@@ -233,10 +219,7 @@ class Trainer:
         self.ledger.lap("saving")
 
     def save_preempted(self) -> None:
-        """Save the current step off schedule.
-
-        After bad updates nothing is saved: they are re-run from an earlier step.
-        """
+        """Save the current step off schedule, unless its updates are bad."""
         with contextlib.suppress(Rollback):
             self.log_step_in_flight()
         if self.step == self.saved_step or self.consecutive_bad:
@@ -250,7 +233,7 @@ class Trainer:
         """Restore the newest good checkpoint below a step, or initialize a state."""
         state = self.checkpointer.restore(self.setup.abstract_state, before=before)
         if state is None:
-            state = self.setup.init(self.init_key)
+            state = self.setup.init(self.keys[0])
             if self.stage == "generator" and self.experiment.init_from:
                 state, self.objective.meta["init_from"] = start_from(self.experiment, state, self.setup, self.mesh)
         return state
@@ -280,9 +263,8 @@ class Trainer:
         self.ledger.lap("training")
         self.checkpointer.wait()
         current, every = jax.device_get(self.state["guard"]), self.recipe.checkpoint_every
-        lost = (
-            first_bad > every and good_step(self.workdir.checkpoints(self.stage), before=first_bad, every=every) is None
-        )
+        folder = self.workdir.checkpoints(self.stage)
+        lost = first_bad > every and good_step(folder, before=first_bad, every=every) is None
         if lost or current["rollbacks"] >= self.recipe.max_rollbacks:
             raise TrainingError(dump_failure(self.workdir, self.stage, self.state, self.batch))
         jax.tree.map(lambda x: x.delete(), self.state)  # two states may not fit into memory
@@ -299,7 +281,7 @@ class Trainer:
         if self.step < self.recipe.steps:
             self.batch = next(self.batches)
             self.batches = itertools.chain([self.batch], self.batches)
-            self.setup.step.lower(self.state, self.batch, self.step_key, self.frozen).compile()
+            self.setup.step.lower(self.state, self.batch, self.keys[1], self.frozen).compile()
         for evaluator in self.evaluators:
             evaluator.compile(evaluated_params(self.state))
 

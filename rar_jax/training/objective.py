@@ -58,7 +58,7 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
         meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
         _check_tokenizer(workdir.checkpoints(stage), meta["tokenizer_sha256"])
     offered = getattr(module, "validation_variants", None)
-    variants = functools.partial(offered, config) if offered else _one_variant
+    variants = functools.partial(offered, config) if offered else lambda size: {"": {}}
     encoder = Model(experiment.tokenizer.module, with_device_dtype(experiment.tokenizer.config)) if on_the_fly else None
     return Objective(module, config, train, heldout, variants, meta, encoder)
 
@@ -68,13 +68,7 @@ def _check_tokenizer(folder: Path, sha256: str | None) -> None:
     if good is None or sha256 is None:
         return
     if from_main(lambda: read_meta(folder, good[0]))["tokenizer_sha256"] != sha256:
-        raise CheckpointError(
-            f"{folder} was trained on tokens of another tokenizer than this work directory's: move it away"
-        )
-
-
-def _one_variant(size: int) -> dict[str, dict[str, np.ndarray]]:
-    return {"": {}}
+        raise CheckpointError(f"{folder} was trained on another tokenizer's tokens than this directory's: move it away")
 
 
 def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -> tuple[State, dict[str, str]]:

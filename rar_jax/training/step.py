@@ -93,10 +93,7 @@ def make_init(
 
 
 def state_shardings(shapes: State, params: Any, replicated: Any, optimizer: optax.GradientTransformation) -> State:
-    """Shardings of a state from those of its parameters.
-
-    Adam's moments and the EMA are sharded as the parameters are.
-    """
+    """Shard Adam's moments and the EMA of a state as its parameters are."""
     opt_state = optax.tree.map_params(
         optimizer, lambda _, at: at, shapes["opt_state"], params, transform_non_params=lambda _: replicated
     )

@@ -134,7 +134,7 @@ def place_params(params: Any, mesh: Any) -> Any:
 
 
 if __name__ == "__main__":
-    processes.start()
+    processes.join_processes()
     what, *rest = sys.argv[1:]
     if what == "save":
         save(pathlib.Path(rest[0]))

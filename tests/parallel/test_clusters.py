@@ -10,7 +10,7 @@ from commands import environment
 SCRIPT = """
 import json, jax
 from rar_jax.parallel import processes
-processes.start()
+processes.join_processes()
 told = processes.gather_strings(str(jax.process_index()))
 print(json.dumps([jax.process_index(), jax.process_count(), len(jax.devices()), told]))
 """

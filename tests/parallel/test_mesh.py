@@ -46,7 +46,7 @@ def test_sizes_and_the_one_that_is_left(config: MeshConfig, shape: tuple[int, in
 def test_other_threefry_numbers_are_refused() -> None:
     """A user's environment variable would change every draw."""
     assert find_devices() == jax.devices()
-    with jax.threefry_partitionable(False), pytest.raises(ConfigError, match="jax_threefry_partitionable is off"):
+    with jax.threefry_partitionable(False), pytest.raises(ConfigError, match="JAX_THREEFRY_PARTITIONABLE is off"):
         find_devices()
 
 

@@ -15,7 +15,7 @@ from terminal import frames, shown_by
 
 STEPS = 300
 LINE = re.compile(
-    rf"classifier [━╸╺ ]+ (\d+)/{STEPS} steps  ([\d.e+]+) steps/s(?:  (\d+:\d\d) left)?  loss ([\d.e-]+)(?:  accuracy [\d.]+)? *"
+    rf"classifier [━╸╺ ]+ (\d+)/{STEPS} steps  ([\d.e+]+) steps/s(?:  (\d+:\d\d:\d\d) left)?  loss ([\d.e-]+)(?:  accuracy [\d.]+)? *"
 )
 
 
@@ -63,7 +63,7 @@ def test_one_line_is_redrawn(trained: tuple[pathlib.Path, bytes]) -> None:
     # Rate, time left and the last loss in all of them but the last, at which nothing is left.
     for found in told[:-1]:
         rate, left = float(found[2]), found[3]
-        minutes, seconds = left.split(":")
+        minutes, seconds = left.split(":")[1:]
         assert int(minutes) * 60 + int(seconds) == pytest.approx((STEPS - int(found[1])) / rate, abs=1)
     assert told[-1][3] is None
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
