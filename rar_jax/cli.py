@@ -345,7 +345,7 @@ def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
     """Open the experiment and the work directory, and call the verb. Actionable errors are one line on stderr."""
     from rar_jax.experiment import open_experiment
     from rar_jax.parallel.memory import exhaustion
-    from rar_jax.runs.object_store import is_url
+    from rar_jax.runs.bucket import is_url
     from rar_jax.runs.workdir import Workdir
 
     written = keywords.get("out") or keywords.get("workdir")

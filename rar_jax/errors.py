@@ -41,7 +41,7 @@ class CheckpointError(RarJaxError, RuntimeError):
     """A checkpoint is missing or damaged."""
 
 
-class LeaseError(RarJaxError, RuntimeError):
+class LockError(RarJaxError, RuntimeError):
     """Another process writes to the work directory."""
 
 

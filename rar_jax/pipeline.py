@@ -20,7 +20,7 @@ from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, with_device_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.runs.object_store import is_url
+from rar_jax.runs.bucket import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance, sample_images, sample_keys, to_uint8
 from rar_jax.weights import registry as released

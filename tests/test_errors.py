@@ -12,7 +12,7 @@ from PIL import Image
 
 from rar_jax import cli, errors
 from rar_jax.errors import ConfigError, RarJaxError, describe_import_error, describe_os_error
-from rar_jax.runs.lock import Lease
+from rar_jax.runs.lock import Lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUN = ("run", "--config", str(ROOT / "tests" / "experiments" / "tiny.py"), "--quiet", "--workdir")
@@ -56,7 +56,7 @@ def test_a_missing_package_is_named() -> None:
 
 
 def test_a_second_writer(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    held = Lease(tmp_path, "run")
+    held = Lock(tmp_path, "run")
     try:
         assert str(os.getpid()) in line(capsys, 1, *RUN, tmp_path)
     finally:

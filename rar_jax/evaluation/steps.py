@@ -11,6 +11,7 @@ from rar_jax.evaluation.program import Program
 from rar_jax.evaluation.results import list_numbers
 from rar_jax.evaluation.scores import score_samples
 from rar_jax.parallel.processes import from_main
+from rar_jax.runs.bucket import Path
 from rar_jax.runs.checkpoint import best_steps, good_steps, mark_best
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.workdir import Workdir
@@ -65,7 +66,7 @@ def score_steps(
     return summary
 
 
-def _find_steps(folder: pathlib.Path, steps: str) -> list[int]:
+def _find_steps(folder: Path, steps: str) -> list[int]:
     good: list[int] = from_main(lambda: [step for step, _ in good_steps(folder)])[::-1]
     require(bool(good), f"{folder} has no good checkpoint")
     if steps == "all":

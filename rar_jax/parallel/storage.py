@@ -29,6 +29,6 @@ def check_shared(folder: pathlib.Path) -> None:
     from_main(lambda: file.unlink())
     if blind:
         raise StorageError(
-            f"{folder.absolute()} is not shared: {blind[0]} does not see a file that process 0 wrote there. "
-            "Choose a path on storage that all hosts mount, or a bucket"
+            f"{folder.absolute()} is not shared: {blind[0]} does not see a file that process 0 wrote there. Choose a path on "
+            "storage that all hosts mount, or a bucket"
         )

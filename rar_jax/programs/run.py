@@ -19,7 +19,7 @@ from rar_jax.weights.stages import check_start, finished
 def run_experiment(experiment: Experiment, workdir: Workdir, *, quiet: bool = False) -> None:
     """Run or resume all stages in a work directory. Finished stages are skipped.
 
-    Raises: ConfigError if the directory belongs to another experiment; LeaseError if another run writes to it; what
+    Raises: ConfigError if the directory belongs to another experiment; LockError if another run writes to it; what
       a stage raises.
     """
     data, began = experiment.data, time.monotonic()

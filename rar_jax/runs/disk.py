@@ -1,4 +1,4 @@
-"""A disk that is full: how it is said, how it is known, and rows of JSON that outlive it."""
+"""Full disks: how to recognise their errors, and how to append rows of JSON despite them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from typing import Any
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def full(folder: pathlib.Path, why: str) -> OSError:
-    """The error of a disk without room, seen before anything is written."""
-    return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({why})", str(folder))
-
-
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error is a full disk's; also one that wraps it, or has it as text only, as tensorstore's."""
+    """Whether an error, or one that it wraps, reports a full disk. TensorStore reports it in the text only."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
@@ -28,7 +23,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def append(path: pathlib.Path, row: dict[str, Any]) -> None:
-    """Adds a line of JSON. It begins on a line of its own, whatever a full disk or a kill left of the row before."""
+    """Append a line of JSON. It starts on a new line, even after a row that a full disk or a kill cut off."""
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))

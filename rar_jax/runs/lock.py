@@ -1,11 +1,9 @@
-"""One writer per work directory: a file that says who, kept fresh by a heartbeat, and taken over when it is stale.
+"""One writer per work directory, on a disk or in a bucket: a file that names it, rewritten at every heartbeat.
 
-    <workdir>/.lease.json     {"nonce", "host", "machine", "pid", "started", "verb", "since"}; its time of change is the last heartbeat
+    <workdir>/.lock.json     {"nonce", "host", "machine", "pid", "started", "verb", "since", "beat", "time"}
 
-Times are the file system's own, so that the clocks of two machines do not matter. What a killed process left on this machine is
-seen at once. Of one on another machine, or in another container, only the heartbeat tells: a start waits for the next one, at
-most until the last is STALE_SECONDS old. A writer that stood still for so long and was taken for dead finds another's name at
-its next heartbeat, and stops.
+Every write is conditional on the file being unchanged (TensorStore's generations). A process that died on this machine is recognised
+at once. A process elsewhere counts as dead if its heartbeat stops for STALE_SECONDS: a new writer waits that long before it takes over.
 """
 
 from __future__ import annotations
@@ -21,139 +19,124 @@ import threading
 import time
 from typing import Any
 
-from rar_jax.errors import LeaseError
+import tensorstore
 
-HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0
-LOOK_SECONDS = 0.5
-NAME = ".lease.json"
+from rar_jax.errors import LockError
+from rar_jax.runs.bucket import WAIT_SECONDS, BucketPath, Path, kvstore_spec
+
+HEARTBEAT_SECONDS, STALE_SECONDS, LOOK_SECONDS = 10.0, 60.0, 0.5
+NAME = ".lock.json"
 log: logging.Logger = logging.getLogger(__name__)
 
 
-class Lease:
-    """Holds a work directory until `release`. Process 0 takes it for all of a run.
+class Lock:
+    """Holds a work directory until `release`. Process 0 takes it for the whole run.
 
-    Raises: LeaseError if another process holds it.
+    Raises: LockError if another process holds it.
     """
 
-    def __init__(self, folder: pathlib.Path, verb: str) -> None:
-        self.path: pathlib.Path = folder / NAME
-        self._nonce = secrets.token_hex(8)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._text = json.dumps({"nonce": self._nonce, **this_process(), "verb": verb, "since": since})
+    def __init__(self, folder: Path, verb: str) -> None:
+        self.folder: Path = folder
+        pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+        self._me: dict[str, Any] = {"nonce": secrets.token_hex(8), "verb": verb, "since": since, "beat": 0}
+        self._me |= {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid)}
         self._lost: str | None = None
         self._released = threading.Event()
-        self._take()
+        self._writing = threading.Lock()
+        with folder.translate_errors() if isinstance(folder, BucketPath) else contextlib.nullcontext():
+            self._generation: bytes = self._take()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def check(self) -> None:
-        """Raises LeaseError if the lease was lost: another writer took this one for dead."""
+        """Raise LockError if another process has taken the lock."""
         if self._lost is not None:
-            raise LeaseError(self._lost)
+            raise LockError(self._lost)
 
     def release(self) -> None:
-        """Lets others in. Safe to call twice, and from another thread."""
-        self._released.set()
-        if read_holder(self.path).get("nonce") == self._nonce:
-            self.path.unlink(missing_ok=True)
+        """Let others in. Safe to call twice; another process's lock stays."""
+        with self._writing, contextlib.suppress(ValueError, OSError, RuntimeError):
+            if self._lost is None and not self._released.is_set():
+                self._released.set()
+                _open(self.folder).write(NAME, None, if_equal=self._generation).result(timeout=WAIT_SECONDS)
 
-    def _take(self) -> None:
-        for _ in range(3):
-            try:
-                with self.path.open("x") as file:
-                    file.write(self._text)
-                return
-            except FileExistsError:
-                holder = read_holder(self.path)
-            who = f"process {holder.get('pid')} on {holder.get('host')} (rar-jax {holder.get('verb')}, since {holder.get('since')})"
-            if alive(self.path, holder) and (_is_here(holder) or _beats(self.path, holder, who)):
-                raise LeaseError(f"{self.path.parent} is being written to by {who}: wait for it or stop it")
-            self._clear(holder)
-        raise LeaseError(f"{self.path} is being taken by another process at this moment: start one only")
+    def _take(self) -> bytes:
+        holder, generation = _read(self.folder)
+        first, deadline = holder, time.monotonic() + STALE_SECONDS
+        while holder and not has_ended(holder) and time.monotonic() < deadline:
+            if _is_here(holder) or (holder["nonce"], holder["beat"]) != (first["nonce"], first["beat"]):
+                raise LockError(f"{self.folder} is being written to by {_who(holder)}: wait for it or stop it")
+            if holder is first:
+                log.warning("%s: waiting for a heartbeat of %s", self.folder, _who(holder))
+            time.sleep(LOOK_SECONDS)
+            holder, generation = _read(self.folder)
+        if not (written := self._write(generation)):
+            raise LockError(f"{self.folder} is being locked by another process right now: start only one")
+        return written
 
-    def _clear(self, stale: dict[str, Any]) -> None:
-        """Removes a stale lease, and no other: of two that found it stale the slower one could meet the quicker one's."""
-        aside = self.path.with_name(f"{NAME}.{self._nonce}")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(aside)
-            if read_holder(aside) != stale:
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+    def _write(self, generation: bytes) -> bytes:
+        """Write the lock if it still has a generation. Returns the new generation, empty if it was not written."""
+        content = json.dumps(self._me | {"time": time.time()})
+        return _open(self.folder).write(NAME, content, if_equal=generation).result(timeout=WAIT_SECONDS).generation
 
     def _beat(self) -> None:
-        while not self._released.wait(HEARTBEAT_SECONDS):
-            holder = read_holder(self.path)
-            if holder and holder.get("nonce") != self._nonce:
-                self._lost = (
-                    f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}, since this one gave "
-                    f"no sign of life for {STALE_SECONDS:.0f} s: this one stops"
-                )
-                return
-            with contextlib.suppress(OSError):  # a file server that is away for a moment; or a disk that is full
-                os.utime(self.path)
+        while self._lost is None and not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                with self._writing:
+                    if not self._released.is_set():
+                        self._renew()
+            except (ValueError, OSError, RuntimeError) as error:  # a full disk, or a file server or bucket that is away
+                log.warning("%s: no heartbeat could be written (%s)", self.folder, str(error)[:200])
+
+    def _renew(self) -> None:
+        self._me["beat"] += 1
+        if written := self._write(self._generation):
+            self._generation = written
+            return
+        holder, generation = _read(self.folder)
+        if holder.get("nonce") == self._me["nonce"]:  # this write was repeated after a lost answer
+            self._generation = generation
+            return
+        stale = f"after {STALE_SECONDS:.0f} s without a heartbeat"
+        self._lost = f"{self.folder} was locked by {_who(holder)} {stale}: aborting"
 
 
-def read_holder(path: pathlib.Path) -> dict[str, Any]:
-    """Who holds a lease; {} if none does, or the file is being written."""
+def read_holder(folder: Path) -> dict[str, Any] | None:
+    """Return the live process that holds a folder; None if there is none. Of other machines only the heartbeat tells."""
+    holder = _read(folder)[0]
+    if not holder or has_ended(holder):
+        return None
+    return holder if _is_here(holder) or time.time() - holder["time"] < STALE_SECONDS else None
+
+
+def _open(folder: Path) -> Any:
+    return tensorstore.KvStore.open(kvstore_spec(folder)).result(timeout=WAIT_SECONDS)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the holder, {} if there is none, and the generation of the file."""
+    found = _open(folder).read(NAME).result(timeout=WAIT_SECONDS)
     try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
+        holder = json.loads(found.value)
+        return (holder if {"nonce", "beat", "time"} <= holder.keys() else {}), found.stamp.generation
+    except (ValueError, AttributeError):
+        return {}, found.stamp.generation
 
 
-def this_process() -> dict[str, Any]:
-    """{"host", "machine", "pid", "started"}, by which `ended` knows it."""
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+def _who(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid')} on {holder.get('host')} (rar-jax {holder.get('verb')}, since {holder.get('since')})"
 
 
-def ended(holder: dict[str, Any]) -> bool:
-    """Whether a holder was a process of this machine and is none any more; False where that cannot be told from here."""
-    return _is_here(holder) and not _started(holder["pid"]) == holder.get("started") is not None
-
-
-def alive(path: pathlib.Path, holder: dict[str, Any]) -> bool:
-    """Whether the holder of a lease still works: its process, where it is of this machine, else its heartbeat."""
-    if _is_here(holder):
-        return not ended(holder)
-    probe = path.with_name(f"{NAME}.now-{secrets.token_hex(4)}")
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - _last_beat(path) < STALE_SECONDS
-    except FileNotFoundError:
-        return False
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _beats(path: pathlib.Path, holder: dict[str, Any], who: str) -> bool:
-    """Waits for the next heartbeat of a holder elsewhere; False if it grows stale, or the lease is given back."""
-    log.warning("%s may be being written to by %s: waiting for a sign of life", path.parent, who)
-    try:
-        first = _last_beat(path)
-        while alive(path, holder):
-            if _last_beat(path) != first:
-                return read_holder(path) == holder  # or else it is another's
-            time.sleep(LOOK_SECONDS)
-    except FileNotFoundError:
-        pass
-    return False
-
-
-def _last_beat(path: pathlib.Path) -> float:
-    """The file's time of change. Opened for it: what a file server's client remembers of a file may be a minute old."""
-    with path.open("rb") as file:
-        return os.fstat(file.fileno()).st_mtime
+def has_ended(holder: dict[str, Any]) -> bool:
+    """Whether a process of this machine has ended; False for processes of other machines."""
+    return _is_here(holder) and _started(holder["pid"]) != holder.get("started")
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder's pid is one of this process's own world."""
-    return holder.get("machine") == _machine() and isinstance(holder.get("pid"), int)
+    return holder.get("machine") == _machine() and holder.get("started") is not None
 
 
 def _machine() -> str:
-    """Where a pid means the same: neither another machine of this name, nor a container beside this one."""
+    """Identify the space of process ids: two containers, or two machines of one name, differ."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -162,17 +145,9 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine began, which tells it from a later one of the same number; None if there is none."""
+    """Return when a process started, which distinguishes it from a later one of the same id; None if unknown or ended."""
     try:
-        text = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if text[0] == "Z" else text[19]
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
-        if pathlib.Path("/proc/self/stat").exists():
-            return None
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
         return None
-    except PermissionError:
-        pass
-    return ""

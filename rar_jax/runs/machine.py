@@ -9,7 +9,7 @@ import jax
 
 import rar_jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "tensorstore", "grain", "numpy")
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:

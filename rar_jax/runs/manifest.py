@@ -1,7 +1,4 @@
-"""The manifest of a folder: checksums of all its files, written last.
-
-A saved step counts only if its manifest verifies.
-"""
+"""Checksums of all files of a folder, written last: a saved step without a manifest that verifies does not count."""
 
 from __future__ import annotations
 
@@ -12,16 +9,19 @@ import pathlib
 from typing import Any
 
 from rar_jax.errors import CheckpointError
+from rar_jax.runs.bucket import BucketPath, Path, list_files
 
 MANIFEST = "manifest.json"
 
 
-def file_sha256(path: pathlib.Path) -> str:
-    """Hex sha256 of a file's bytes. Never remembered: a disk that rots does not change a file's time.
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file. It is never cached: a failing disk does not change a file's time.
 
     Raises: CheckpointError if the file cannot be read.
     """
     try:
+        if isinstance(path, BucketPath):
+            return hashlib.sha256(path.read_bytes()).hexdigest()
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -32,60 +32,58 @@ def _digest(entries: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON so that the file is either whole or not there: temporary name, fsync, rename."""
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically: on a disk through a temporary file, fsync and rename."""
+    text = json.dumps(content, indent=1, sort_keys=True).encode()
+    if isinstance(path, BucketPath):
+        path.write_bytes(text)
+        return
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
+    with temporary.open("wb") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def write_manifest(folder: pathlib.Path) -> None:
-    """Writes manifest.json over all files below `folder`."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    entries = {str(p.relative_to(folder)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
+def write_manifest(folder: Path) -> None:
+    """Write manifest.json over all files below a folder."""
+    names = [name for name in list_files(folder) if pathlib.PurePath(name).name != MANIFEST]
+    entries = {name: {"sha256": file_sha256(folder / name)} for name in names}
     write_json(folder / MANIFEST, {"files": entries, "sha256": _digest(entries)})
 
 
-def verify_from_disk(folder: pathlib.Path) -> None:
-    """`verify_manifest` of what the disk holds, where the system lets go of what it remembers of files that were just written.
+def verify_from_disk(folder: Path) -> None:
+    """Verify what the disk holds, after the system has dropped its cache of the files.
 
-    Raises: CheckpointError naming the file that is missing or changed.
+    Raises: CheckpointError naming the missing or changed file.
     """
-    for path in folder.rglob("*"):
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            with path.open("rb") as file:
+    if not isinstance(folder, BucketPath) and hasattr(os, "posix_fadvise"):
+        for name in list_files(folder):
+            with (folder / name).open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     verify_manifest(folder)
 
 
-def verify_manifest(folder: pathlib.Path, *, part: str = "") -> str:
-    """Checks every file below `folder`, or of a part of it, against its manifest.
+def verify_manifest(folder: Path) -> str:
+    """Check every file below a folder against its manifest. Files that it does not name are ignored.
 
-    Files that the manifest does not name (a desktop's or a file server's) do no harm and are passed over.
-
-    Returns: the manifest's own hash, which names this content.
-    Raises: CheckpointError naming the file that is missing or changed.
+    Returns: the manifest's own hash, which identifies this content.
+    Raises: CheckpointError naming the missing or changed file.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the save was not finished")
     try:
         manifest = json.loads(path.read_bytes())
         entries = manifest["files"]
         intact = _digest(entries) == manifest["sha256"] and manifest.keys() == {"files", "sha256"}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the save did not finish") from None
     except (ValueError, KeyError, TypeError):
         intact, entries, manifest = False, {}, {}
     if not intact:
         raise CheckpointError(f"{path} is damaged")
     for name, entry in entries.items():
-        if not name.startswith(part):
-            continue
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing")
         if file_sha256(folder / name) != entry["sha256"]:
-            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the manifest's")
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 differs from the manifest")
     return manifest["sha256"]

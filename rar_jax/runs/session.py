@@ -16,7 +16,7 @@ import jax
 from rar_jax.errors import Preempted
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.lock import Lease
+from rar_jax.runs.lock import Lock
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.machine import describe_machine
 from rar_jax.runs.preemption import PreemptionMonitor
@@ -32,10 +32,10 @@ class Session:
 
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     preemption: PreemptionMonitor = dataclasses.field(default_factory=PreemptionMonitor)
-    locks: Sequence[Lease] = ()
+    locks: Sequence[Lock] = ()
 
     def poll(self) -> None:
-        """Raise LeaseError if the lock was lost, Preempted if it is time to save and exit.
+        """Raise LockError if the lock was lost, Preempted if it is time to save and exit.
 
         Long loops of all processes call it.
         """
@@ -52,28 +52,25 @@ def open_session(workdir: Workdir, verb: str, claim: Callable[[], None]) -> Iter
     Args:
       claim: makes the directory this experiment's. It runs under the lock.
 
-    Raises: LeaseError if another run writes to the directory; what `claim` raises.
+    Raises: LockError if another run writes to the directory; what `claim` raises.
     """
     workdir.make()
     with contextlib.ExitStack() as stack:
         locks = stack.enter_context(hold_locks(workdir, verb))
         claim()
+        stack.callback(workdir.send)
         yield Session(stack.enter_context(record_run(workdir, verb)), locks=locks)
 
 
 @contextlib.contextmanager
-def hold_locks(workdir: Workdir, verb: str) -> Iterator[Sequence[Lease]]:
+def hold_locks(workdir: Workdir, verb: str) -> Iterator[Sequence[Lock]]:
     """Hold the work directory's lock on process 0. Every process raises what that raises."""
-    locks: list[Lease] = []
+    locks: list[Lock] = []
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
-            locks.append(Lease(workdir.path, verb))
+            locks.append(Lock(workdir.root, verb))
             stack.callback(locks[0].release)
-            if workdir.mirror is not None:  # the bucket
-                workdir.mirror.take(verb)
-                locks.append(workdir.mirror)  # pyright: ignore[reportArgumentType]
-                stack.callback(workdir.mirror.release)
 
         from_main(take)
         yield locks

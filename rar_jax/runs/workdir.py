@@ -1,86 +1,121 @@
-"""The layout of a work directory, and the check that it belongs to this run.
+"""The layout of a work directory, on a disk or in a bucket, and the check that it belongs to this run.
 
-config.json           the resolved experiment, and the version of the format
-checkpoints/<stage>/  stages: tokenizer, classifier, generator
-tokens/<split>/       token stores: train, heldout
+config.json                     the resolved experiment, and the version of the format
+checkpoints/<stage>/            stages: tokenizer, classifier, generator
+tokens/<split>/                 token stores: train, heldout
 metrics.jsonl, ledger.jsonl, tensorboard/<stage>/, wandb/, wandb.json, *.png, result.json
-grids/<stage>/        samples and reconstructions as the training went on
-dump/<stage>/         what a training that gave up leaves for a person
-.lease.json           who writes here now
+grids/<stage>/                  samples and reconstructions during training
+dump/<stage>/                   state and batch of a training that stopped because bad updates persisted
+.lock.json                      the process that writes here
+
+In a bucket every process writes its part of checkpoints and tokens directly. Files that grow row by row are written to a temporary folder,
+which process 0 copies to the bucket before each step is committed and at the end.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import pathlib
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rar_jax.config import differences, shortened
+from rar_jax.config import differences
 from rar_jax.errors import ConfigError
-from rar_jax.parallel.processes import from_main
+from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.storage import check_shared
+from rar_jax.runs.bucket import BucketPath, Path, list_files, make_path
 from rar_jax.runs.manifest import write_json
-from rar_jax.runs.object_store import Mirror, is_url
 
 FORMAT = "0.2"  # the version of rar_jax that introduced this layout
 # Sections that may change when a run is resumed: mesh, sampling, evaluation, logging.
 FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
-SHOWN = 12  # differences of two configs in one message
-# What config.data says of its source, which may be counted there.
-_COUNTED = ("num_classes", "train_records", "class_names")
+DIRECT = ("checkpoints/", "tokens/", "dump/", ".")  # what is written to a bucket directly
+REMOTE = ".remote"  # in the temporary folder of a directory in a bucket: its URL, so that the folder can be opened, too
+MAX_SHOWN = 12  # differences of two configs in one message
 
 
 class Workdir:
     """Paths of one work directory.
 
-    mirror: of a directory in a bucket (object_store.py). Its `path` is a local folder.
+    root: the directory itself. path: the folder of its small files: the same, or for a bucket a temporary folder of this process.
     """
 
-    def __init__(self, path: str | pathlib.Path) -> None:
-        """Raises: ConfigError for a URL of no bucket."""
-        self.mirror: Mirror | None = Mirror(str(path)) if is_url(path) else None
-        self.path: pathlib.Path = self.mirror.folder if self.mirror else pathlib.Path(path)
+    def __init__(self, path: str | pathlib.Path | BucketPath) -> None:
+        """Raises: ConfigError for an invalid bucket URL."""
+        given = make_path(path)
+        self.path: pathlib.Path = _make_local(given) if isinstance(given, BucketPath) else given
+        remote = self.path / REMOTE
+        self.root: Path = make_path(remote.read_text()) if remote.is_file() else self.path
         self.config: pathlib.Path = self.path / "config.json"
         self.result: pathlib.Path = self.path / "result.json"
+        self._copied: dict[str, tuple[int, int]] = {}  # sizes and times of files that are in the bucket
+        self._copying = threading.Lock()
 
-    def checkpoints(self, stage: str) -> pathlib.Path:
-        """Folder of a stage's checkpoints."""
-        return self.path / "checkpoints" / stage
+    def checkpoints(self, stage: str) -> Path:
+        """Return the folder of a stage's checkpoints."""
+        return self.root / "checkpoints" / stage
 
-    def tokens(self, split: str) -> pathlib.Path:
-        """Folder of a split's token store."""
-        return self.path / "tokens" / split
+    def tokens(self, split: str) -> Path:
+        """Return the folder of a split's token store."""
+        return self.root / "tokens" / split
+
+    # ---- small files of a directory in a bucket
 
     def fetch(self) -> Workdir:
-        """Brings the folder up to what the bucket has; process 0 does it.
-
-        Raises: ObjectStoreError if it cannot be read; LeaseError if another process works in the folder.
-        """
-        if self.mirror is not None:
-            from_main(self.mirror.fetch)
+        """Copy the small files from the bucket, if there is one, to this process's folder."""
+        if isinstance(root := self.root, BucketPath):
+            names = [name for name in root.names() if not name.startswith(DIRECT)]
+            with ThreadPoolExecutor(8) as pool:
+                for name, content in zip(names, pool.map(lambda name: (root / name).read_bytes(), names), strict=True):
+                    file = self.path / name
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(content)
+                    self._copied[name] = _signature(file)
         return self
 
     def send(self) -> None:
-        """Sends what was made beside a run, an evaluation's results, to the bucket if there is one."""
-        if self.mirror is not None:
-            from_main(self.mirror.add)
+        """Copy changed files of process 0 to the bucket, if there is one, results (JSON) last."""
+        if not isinstance(root := self.root, BucketPath) or not is_main():
+            return
+        with self._copying:
+            names = [name for name in list_files(self.path) if not name.startswith(".") and not name.endswith(".tmp")]
+            for name in sorted(names, key=lambda name: (name.endswith(".json"), name)):
+                signature = _signature(self.path / name)
+                if self._copied.get(name) != signature:
+                    (root / name).write_bytes((self.path / name).read_bytes())
+                    self._copied[name] = signature
+            for name in self._copied.keys() - names:
+                (root / name).unlink(missing_ok=True)
+                del self._copied[name]
+
+    # ---- whose it is
 
     def claim(self, config: dict[str, Any], fill_defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
-        """Makes the directory this experiment's, or checks that it is. Until something was made, it can change hands.
+        """Make the directory this experiment's, or check that it is. It can change hands until something is made there.
+
+        Args:
+          fill_defaults: completes the config of an earlier start by keys that were added since.
 
         Raises: ConfigError with the differences if it belongs to another experiment; what `make` raises.
         """
         self.make()
         from_main(lambda: self._claim(json.loads(json.dumps(config)), fill_defaults))
+        if not is_main():
+            self.fetch()
 
     def make(self) -> None:
-        """Makes the folder. All processes call this: it is where they find out whether they share it.
+        """Create the folder. All processes call it.
 
-        Raises: ConfigError if it cannot be made; StorageError if the processes do not see the same directory.
+        Raises: ConfigError if that fails; StorageError if the processes do not share the folder.
         """
-        from_main(self._make)
-        check_shared(self.path)
+        if isinstance(self.root, pathlib.Path):
+            from_main(self._make)
+            check_shared(self.path)
 
     def _make(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -91,63 +126,54 @@ class Workdir:
             raise ConfigError(f"{self.path} cannot be made ({error.strerror}): choose another --workdir") from None
 
     def _claim(self, config: dict[str, Any], fill_defaults: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.fetch()
         made = sorted(
             p.name for p in self.path.iterdir() if not p.name.startswith((".", "config.json", "ledger.jsonl"))
         )
         if made and not self.config.exists():
-            raise ConfigError(
-                f"{self.path} has no config.json but is not empty (it holds {made[0]}): choose another --workdir"
-            )
-        if made and (
-            lines := differences(_bound(json.loads(json.dumps(fill_defaults(self.read_config())))), _bound(config))
-        ):
-            self._refuse_other_images(config)
-            told = "; ".join(lines[:SHOWN]) + (f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else "")
-            if (theirs := self.read_config().get("name")) != (ours := config.get("name")):
+            raise ConfigError(f"{self.root} has no config.json but holds {made[0]}: choose another --workdir")
+        if made:
+            theirs = json.loads(json.dumps(fill_defaults(self.read_config())))
+            lines = differences(*({k: v for k, v in c.items() if k not in FREE_SECTIONS} for c in (theirs, config)))
+            if lines:
+                more = f"; and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
                 raise ConfigError(
-                    f"{self.path} belongs to a run of '{theirs}', this is '{ours}': choose another --workdir. What differs: {told}"
+                    f"{self.root} belongs to a run of '{theirs.get('name')}' with another config. Choose another --workdir, or "
+                    f"undo: {'; '.join(lines[:MAX_SHOWN])}{more}"
                 )
-            raise ConfigError(
-                f"{self.path} belongs to a run with another config. Choose another --workdir, or undo: {told}"
-            )
         self.write_config(config)
+        self.send()
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write config.json."""
         write_json(self.config, {"version": FORMAT, **config})
 
-    def _refuse_other_images(self, config: dict[str, Any]) -> None:
-        """Says it plainly where the images changed and not the config: durations in epochs differ with them."""
-        old, new = self.read_config().get("data", {}), config.get("data", {})
-        changed = [
-            f"{key} {' -> '.join(shortened(str(old.get(key)), str(new.get(key))))}"
-            for key in _COUNTED
-            if old.get(key) != new.get(key)
-        ]
-        if changed and old.get("source") == new.get("source"):
-            raise ConfigError(
-                f"{self.path} was begun with other images of {new.get('source')}: {'; '.join(changed)}. "
-                "Bring back what it held then, or choose another --workdir"
-            )
-
     def read_config(self) -> dict[str, Any]:
-        """Return the resolved experiment. Raises: ConfigError if it is missing, damaged or of another version."""
+        """Return the resolved experiment. Raises: ConfigError if there is none, it is damaged or of another version."""
         try:
             config = json.loads(self.config.read_text())
             version = config.pop("version", "0.1")
         except FileNotFoundError:
             raise ConfigError(
-                f"{self.path} is not a work directory: it has no config.json. Give the --workdir of rar-jax run"
+                f"{self.root} is not a work directory: it has no config.json. Give the --workdir of rar-jax run"
             ) from None
         except (ValueError, AttributeError, TypeError) as error:
             raise ConfigError(f"{self.config} is damaged ({error}): restore it or choose another --workdir") from None
         if version != FORMAT:
             raise ConfigError(
-                f"{self.path} was made by rar_jax {version}, and this version reads {FORMAT}: choose another --workdir, "
-                f"or install rar_jax {version}"
+                f"{self.root} was made by rar_jax {version}, and this version reads {FORMAT}: choose another --workdir, or install "
+                f"rar_jax {version}"
             )
         return config
 
 
-def _bound(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: section for name, section in config.items() if name not in FREE_SECTIONS}
+def _make_local(root: BucketPath) -> pathlib.Path:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="rar_jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / REMOTE).write_text(str(root))
+    return folder
+
+
+def _signature(path: pathlib.Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns

@@ -14,12 +14,13 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from rar_jax.errors import StoreError
+from rar_jax.runs.bucket import BucketPath, Path, make_path
 from rar_jax.runs.manifest import file_sha256
 
 SCHEMA_VERSION = 3
@@ -48,8 +49,11 @@ class TokenStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder: pathlib.Path = pathlib.Path(folder)
+        self.folder: Path = make_path(folder)
         self.card: dict[str, Any] = _read_card(self.folder)
+        # Shards of a store in a bucket are mapped from a cache of this machine.
+        names = [shard["name"] for shard in self.card["shards"]]
+        self._local: pathlib.Path = _cache_files(self.folder, names, key=card_sha256(self.card))
         self.num_classes: int = self.card["num_classes"]
         self.class_names: tuple[str, ...] = tuple(self.card["class_names"])
         self.codebook_size: int = self.card["codebook_size"]
@@ -109,8 +113,10 @@ class TokenStore:
         card, path = self.card, self.folder / "card.json"
         per_class, per_crop, end = np.zeros(self.num_classes, np.int64), np.zeros(len(card["crops"]), np.int64), 0
         for shard, records in zip(seen(card["shards"]), self._shards, strict=True):
-            name = self.folder / shard["name"]
+            name = self._local / shard["name"]
             if (found := file_sha256(name)) != shard["sha256"]:
+                if isinstance(self.folder, BucketPath):
+                    name.unlink()  # the next start caches it again
                 raise StoreError(f"{name} is damaged: sha256 is {found}, the card says {shard['sha256']}")
             check_ranges(records["tokens"], records["label"], records["crop"], card, str(name), 0)
             per_class += np.bincount(records["label"], minlength=len(per_class))
@@ -124,7 +130,7 @@ class TokenStore:
                 raise StoreError(f"{path}: {key} is not what the shards hold: run tokenize again")
 
     def _map_shard(self, shard: Mapping[str, Any]) -> np.ndarray:
-        path = self.folder / shard["name"]
+        path = self._local / shard["name"]
         header = npy_header(shard["records"], self._dtype)
         size = len(header) + shard["records"] * self._dtype.itemsize
         if not path.is_file():
@@ -135,6 +141,24 @@ class TokenStore:
         if shard["records"] == 0:
             return np.empty(0, self._dtype)
         return np.asarray(np.memmap(path, self._dtype, mode="r", offset=len(header), shape=(shard["records"],)))
+
+
+def _cache_files(folder: Path, names: Iterable[str], *, key: str) -> pathlib.Path:
+    """Return a folder on this machine that holds files of a folder in a bucket; a folder on a disk is returned as it is.
+
+    Args:
+      key: identifies the content of the files, so that another start reads them from the cache.
+    """
+    if not isinstance(folder, BucketPath):
+        return folder
+    cache = pathlib.Path.home() / ".cache" / "rar_jax" / "tokens" / key
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (cache / name).is_file():
+            temporary = cache / f"{name}.{os.getpid()}.tmp"
+            temporary.write_bytes((folder / name).read_bytes())
+            temporary.replace(cache / name)
+    return cache
 
 
 def npy_header(records: int, dtype: np.dtype) -> bytes:
@@ -165,7 +189,7 @@ def check_ranges(
             raise StoreError(f"{where}: record {first + row} has {name} {values[row, at]}, outside 0..{limit - 1}")
 
 
-def _read_card(folder: pathlib.Path) -> dict[str, Any]:
+def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / "card.json"
     if not path.is_file():
         if any(folder.glob("shard-*")) or (folder / "making.json").is_file():

@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import batch_divisor, own_mesh, with_device_dtype
 from rar_jax.parallel.processes import barrier, from_main, is_main
 from rar_jax.parallel.rules import replicated, sharded
+from rar_jax.runs.bucket import remove_tree
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
@@ -74,11 +74,11 @@ def tokenize(experiment: Experiment, workdir: Workdir, mesh: Mesh, split: Split,
 
     def claim_folder() -> None:
         if (folder / "card.json").exists():
-            shutil.rmtree(folder)  # damaged, or of another tokenizer
+            remove_tree(folder)  # damaged, or of another tokenizer
         try:
             make_writer()
         except StoreError:  # the beginning of another store
-            shutil.rmtree(folder)
+            remove_tree(folder)
             make_writer()
 
     from_main(claim_folder)

@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from rar_jax.errors import CheckpointError, StoreError
+from rar_jax.runs.bucket import BucketPath, Path, make_path
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.tokens.store import CARD_KEYS, SCHEMA_VERSION, card_sha256, check_ranges, npy_header, record_dtype
 
@@ -53,7 +53,7 @@ class TokenStoreWriter:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        self.folder: pathlib.Path = pathlib.Path(folder)
+        self.folder: Path = make_path(folder)
         if missing := [key for key in CARD_KEYS if key not in card]:
             raise StoreError(f"the card for {self.folder} lacks {', '.join(missing)}")
         if shard_records < 1 or source_records < 1:
@@ -76,7 +76,7 @@ class TokenStoreWriter:
         self._claim_folder()
 
     @property
-    def card_file(self) -> pathlib.Path:
+    def card_file(self) -> Path:
         return self.folder / "card.json"
 
     def span(self, j: int) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def find_difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
     return key and f"{key}: {json.dumps(there.get(key))[:80]}, now {json.dumps(now.get(key))[:80]}"
 
 
-def remove_leftovers(folder: pathlib.Path, card: Mapping[str, Any]) -> None:
+def remove_leftovers(folder: Path, card: Mapping[str, Any]) -> None:
     """Remove from a finished store what was needed to make it, and old shards."""
     keep = {"card.json", *(shard["name"] for shard in card["shards"])}
     for path in [*folder.glob("shard-*"), folder / "making.json", *folder.glob("*.tmp")]:
@@ -232,8 +232,11 @@ def remove_leftovers(folder: pathlib.Path, card: Mapping[str, Any]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_file(path: pathlib.Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     """Write a file atomically; the temporary file is this process's own."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

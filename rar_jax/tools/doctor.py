@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu")
-SHOWN = ("rar_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", *PLUGINS)
+SHOWN = ("rar_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy", *PLUGINS)
 # Device files of the driver, platforms of JAX, and the extra of rar_jax with which JAX sees the device.
 ACCELERATORS = (
     ("/dev/nvidia[0-9]*", ("gpu", "cuda"), "cuda12"),

@@ -92,7 +92,7 @@ def print_inspect(what: str, *, json: bool, **options: Any) -> int:
 def print_report(workdirs: Sequence[str], *, out: pathlib.Path | None, quiet: bool) -> None:
     """Write the page and print its path."""
     del quiet
-    from rar_jax.runs.object_store import is_url
+    from rar_jax.runs.bucket import is_url
     from rar_jax.runs.workdir import Workdir
     from rar_jax.tools.report.report import write_report
 

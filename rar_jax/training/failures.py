@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 
 import jax
 import numpy as np
 
 from rar_jax.experiment import Experiment
-from rar_jax.parallel.processes import from_main
 from rar_jax.runs.checkpoint import Checkpointer
 from rar_jax.runs.workdir import Workdir
 from rar_jax.training.step import Batch, State
@@ -34,8 +32,8 @@ def dump_failure(workdir: Workdir, stage: str, state: State, batch: Batch) -> st
     holds this process's rows of the last batch.
     """
     folder, step = workdir.path / "dump" / stage, int(state["step"])
-    from_main(lambda: shutil.rmtree(folder / str(step), ignore_errors=True))  # of an earlier attempt
-    with contextlib.closing(Checkpointer(folder, keep=2)) as checkpointer:
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Checkpointer(workdir.root / "dump" / stage, keep=2)) as checkpointer:
         checkpointer.save(step, state, {"step": step, "stage": stage})
     here = {name: [np.asarray(s.data) for s in x.addressable_shards if s.replica_id == 0] for name, x in batch.items()}
     rows = {name: np.concatenate(parts) for name, parts in here.items() if parts}

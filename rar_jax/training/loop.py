@@ -120,6 +120,7 @@ class Trainer:
         self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)
         self.checkpointer: Checkpointer = Checkpointer(
             workdir.checkpoints(stage),
+            before_commit=workdir.send,
             keep=recipe.keep_checkpoints,
             every=recipe.checkpoint_every,
             verify=recipe.verify_saves,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from rar_jax.experiment import Experiment, open_source
 from rar_jax.models import Model
 from rar_jax.parallel.mesh import with_device_dtype
 from rar_jax.parallel.processes import from_main
+from rar_jax.runs.bucket import Path
 from rar_jax.runs.checkpoint import good_step, read_meta
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.opening import open_tokens
@@ -63,7 +63,7 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
     return Objective(module, config, train, heldout, variants, meta, encoder)
 
 
-def _check_tokenizer(folder: pathlib.Path, sha256: str | None) -> None:
+def _check_tokenizer(folder: Path, sha256: str | None) -> None:
     good = good_step(folder)
     if good is None or sha256 is None:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from rar_jax.experiment import Experiment
 from rar_jax.models import Model
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import param_shardings
+from rar_jax.runs.bucket import Path
 from rar_jax.runs.checkpoint import good_step, load_params, read_meta, save_params
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
@@ -153,5 +153,5 @@ def stage_origin_sha256(experiment: Experiment, workdir: Workdir) -> str:
     return _read_origin(workdir.checkpoints("tokenizer"), (experiment.last_step("tokenizer"), sha256))
 
 
-def _read_origin(folder: pathlib.Path, good: tuple[int, str]) -> str:
+def _read_origin(folder: Path, good: tuple[int, str]) -> str:
     return from_main(lambda: read_meta(folder, good[0])).get("made_from", {}).get("sha256", good[1])

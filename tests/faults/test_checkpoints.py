@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import pathlib
 import random
@@ -14,26 +15,32 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-import tensorstore as ts
 from commands import TINY
 
 from rar_jax.config import load_experiment
-from rar_jax.errors import CheckpointError
+from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import resolve
-from rar_jax.networks import classifier
-from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.runs import checkpoint, manifest
-from rar_jax.runs.checkpoint import Checkpointer, best_steps, good_step, load_params, save_params
-from rar_jax.training.step import compile_training
+from rar_jax.runs.checkpoint import (
+    Checkpointer,
+    best_steps,
+    find_arrays,
+    good_step,
+    load_params,
+    read_meta,
+    save_params,
+)
+from rar_jax.runs.workdir import Workdir
 
-OLD = sorted((pathlib.Path(__file__).parents[1] / "golden" / "checkpoints").glob("*.tar.gz"))
+OLD = pathlib.Path(__file__).parents[1] / "golden" / "checkpoints" / "version_0_2.tar.gz"
 
 
 @pytest.fixture
 def two_steps(tmp_path: pathlib.Path) -> pathlib.Path:
     """A folder of checkpoints with a good step 11 and the old step 12."""
-    with tarfile.open(OLD[0]) as archive:
+    with tarfile.open(OLD) as archive:
         archive.extractall(tmp_path, filter="data")
     shutil.copytree(tmp_path / "12", tmp_path / "11")
     return tmp_path
@@ -72,21 +79,21 @@ def test_the_mark_of_a_step_that_was_gone_back_from(tmp_path: pathlib.Path) -> N
     assert best_steps(tmp_path) == {"fid_n4": {"step": 4, "value": 9.0}}
 
 
-@pytest.mark.parametrize("damaged", ["meta/metadata", "manifest.json"])
-def test_a_damaged_score_is_not_believed(tmp_path: pathlib.Path, damaged: str) -> None:
+@pytest.mark.parametrize("content", ["", "[]", '{"loss": 3}', '{"loss": {"step": 9, "value": 0.0}}'])
+def test_damaged_marks_are_not_believed(tmp_path: pathlib.Path, content: str) -> None:
     with contextlib.closing(Checkpointer(tmp_path, keep=2)) as checkpointer:
-        for step, loss in ((1, 2.5), (2, 3.5)):
-            checkpointer.save(step, {"x": jax.numpy.zeros(3)}, {"step": step}, ("loss", loss))
-    assert best_steps(tmp_path) == {"loss": {"step": 1, "value": 2.5}}
-    path = tmp_path / "2" / damaged
-    path.write_text(path.read_text().replace("3.5", "1.5").replace('"sha256": "', '"sha256": "0'))
-    assert best_steps(tmp_path) == {"loss": {"step": 1, "value": 2.5}}
+        checkpointer.save(1, {"x": jax.numpy.zeros(3)}, {"step": 1}, ("loss", 2.5))
+        checkpointer.wait()
+        (tmp_path / "best.json").write_text(content)
+        assert best_steps(tmp_path) == {}
+        checkpointer.save(2, {"x": jax.numpy.zeros(3)}, {"step": 2}, ("loss", 3.5))
+    assert best_steps(tmp_path) == {"loss": {"step": 2, "value": 3.5}}
 
 
 def test_fifty_flipped_bits(two_steps: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     rng, found, trials = random.Random(5), 0, 50
     files = [p for p in sorted((two_steps / "12").rglob("*")) if p.is_file() and p.stat().st_size]
-    assert len(files) > 15 and {"manifest.json", "metadata", "_METADATA"} <= {p.name for p in files}
+    assert len(files) >= 4 and {"manifest.json", "meta.json", "manifest.ocdbt"} <= {p.name for p in files}
     for trial in range(trials):
         path = files[trial % len(files)]
         whole = path.read_bytes()
@@ -105,18 +112,18 @@ def test_fifty_flipped_bits(two_steps: pathlib.Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("how", ["wait", "poll", "save", "close"])
 def test_verified_after_a_save(tmp_path: pathlib.Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, state = checkpoint.write_manifest, {"params": {"w": np.arange(1000.0)}}
+    real, state = checkpoint.write_manifest, {"params": {"w": jax.numpy.arange(1000.0)}}
 
     def rots(step: pathlib.Path) -> None:
         real(step)
         if step.name == "2":
-            (step / "meta" / "metadata").write_text("{}")
+            (step / "meta.json").write_text("{}")
 
     monkeypatch.setattr(checkpoint, "write_manifest", rots)
     checkpointer = Checkpointer(tmp_path, keep=2, verify=True)
     checkpointer.save(1, state, {})
     checkpointer.save(2, state, {"step": 2})
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/2/meta/metadata is damaged"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/2/meta.json is damaged"):
         for _ in range(2000):
             checkpointer.save(3, state, {}) if how == "save" else getattr(checkpointer, how)()
             time.sleep(0.005)
@@ -125,75 +132,75 @@ def test_verified_after_a_save(tmp_path: pathlib.Path, how: str, monkeypatch: py
 
 
 def flip_a_bit(step: pathlib.Path) -> None:
-    path = max((p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path = max((p for p in next(step.glob("state-*")).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
 
 
-@pytest.mark.parametrize(
-    ("damage", "aside"), [(lambda step: (step / "manifest.json").unlink(), "0.unfinished"), (flip_a_bit, "0.damaged")]
-)
-def test_taken_over_again(tmp_path: pathlib.Path, damage: Callable[[pathlib.Path], None], aside: str) -> None:
-    params = {"w": np.arange(1000.0)}
+@pytest.mark.parametrize("damage", [lambda step: (step / "manifest.json").unlink(), flip_a_bit])
+def test_taken_over_again(tmp_path: pathlib.Path, damage: Callable[[pathlib.Path], None]) -> None:
+    params = {"w": jax.numpy.arange(1000.0)}
     for _ in range(3):
         save_params(tmp_path, params, {"stage": "tokenizer"})
         damage(tmp_path / "0")
         assert good_step(tmp_path) is None
     save_params(tmp_path, params, {"stage": "tokenizer"})
     good = good_step(tmp_path)
-    assert good is not None and good[0] == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["0", aside]
+    assert good is not None and good[0] == 0 and [p.name for p in tmp_path.iterdir()] == ["0"]
     assert np.array_equal(load_params(tmp_path, 0)["w"], params["w"])
 
 
 def test_unfinished_saves_do_not_pile_up(tmp_path: pathlib.Path) -> None:
-    state = {"params": {"w": np.arange(8.0)}}
+    state = {"params": {"w": jax.numpy.arange(8.0)}}
     for step in (2, 3, 4):
         checkpointer = Checkpointer(tmp_path, keep=9)
         checkpointer.save(1, state, {}) if step == 2 else checkpointer.restore(state)
         checkpointer.save(step, state, {})
         checkpointer.close()
         (tmp_path / str(step) / "manifest.json").unlink()  # killed before
-        (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
     checkpointer = Checkpointer(tmp_path, keep=9)
     assert checkpointer.restore(state) is not None
     checkpointer.close()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4.unfinished"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
 
 
-def arrays_by_tensorstore(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """All that the files of a state hold, by name, read without orbax and without knowing what should be there."""
-    store = {"driver": "ocdbt", "base": f"file://{folder}/"}
-    keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
-    names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
-    opened = {name: ts.open({"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}).result() for name in names}
-    return {name: array.read().result() for name, array in opened.items()}
+def kept_state() -> dict[str, Any]:
+    """The state in version_0_2.tar.gz: arrays of every kind that a train state has, their values known."""
+
+    def tree(first: int) -> dict[str, Any]:
+        values = jax.numpy.arange(first, first + 32, dtype=jax.numpy.float32) / 64
+        return {"blocks": {"kernel": values.reshape(4, 8), "bias": values[:8].astype(jax.numpy.bfloat16)}}
+
+    moments = ({"count": jax.numpy.int32(12), "mu": tree(3)}, {})
+    return {"step": jax.numpy.int32(12), "params": tree(1), "opt_state": moments, "extra": {"ema": tree(2)}}
 
 
-def name_of(path: tuple[Any, ...]) -> str:
-    """A leaf's place in a tree as orbax names it."""
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path)
+def test_a_checkpoint_of_version_0_2_opens(two_steps: pathlib.Path) -> None:
+    """`Checkpointer.save(12, kept_state(), {"stage": "test", "step": 12})` of version 0.2 made it."""
+    expected = kept_state()
+    with contextlib.closing(Checkpointer(two_steps, keep=3)) as checkpointer:
+        state = checkpointer.restore(jax.tree.map(jax.numpy.zeros_like, expected))
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True):
+        assert ours.dtype == theirs.dtype and np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    with ocp.PyTreeCheckpointer() as orbax:  # as other programs do
+        at = find_arrays(two_steps, 12)
+        tree: Any = orbax.metadata(at).item_metadata.tree  # pyright: ignore
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        read = orbax.restore(at, restore_args=as_numpy)
+    assert np.array_equal(read["params"]["blocks"]["kernel"], expected["params"]["blocks"]["kernel"])
+    kernel = load_params(two_steps, 12)["blocks"]["kernel"]
+    assert np.array_equal(kernel, expected["extra"]["ema"]["blocks"]["kernel"])
+    assert read_meta(two_steps, 12) == {"stage": "test", "step": 12}
 
 
-def test_an_old_checkpoint_opens(two_steps: pathlib.Path) -> None:
-    recipe = resolve(load_experiment(str(TINY)), "tiny").recipe("classifier")
-    assert recipe is not None
-    setup = compile_training(classifier, classifier.TINY, recipe, make_mesh(MeshConfig()))
-    checkpointer = Checkpointer(two_steps, keep=3)
-    state = checkpointer.restore(setup.abstract_state)
-    checkpointer.close()
-    assert state is not None and int(state["step"]) == 12 and int(state["guard"]["seen"]) == 12
-    expected = arrays_by_tensorstore(two_steps / "12" / "state")
-    given = {name_of(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
-    assert given.keys() == expected.keys() and len(given) > 30
-    for name, x in expected.items():
-        assert given[name].dtype == x.dtype and given[name].shape == x.shape, name
-        assert given[name].tobytes() == x.tobytes(), name
-    sums = {name: float(np.abs(x).sum()) for name, x in given.items() if name.startswith("params.")}
-    assert sum(sums.values()) == pytest.approx(SUM, rel=1e-6)
-    batch = {"images": np.zeros((64, 8, 8, 1), np.uint8), "labels": np.zeros(64, np.int32)}
-    state, metrics = setup.step(state, batch, jax.random.key(0))
-    assert int(state["step"]) == 13 and np.isfinite(float(metrics["loss"])) and int(state["guard"]["seen"]) == 13
-
-
-SUM = 442.256807314232  # by the code that wrote it
+def test_an_older_work_directory_is_refused(tmp_path: pathlib.Path) -> None:
+    config = resolve(load_experiment(str(TINY)), "tiny").resolved()
+    workdir = Workdir(tmp_path)
+    workdir.claim(config)
+    (tmp_path / "checkpoints").mkdir()
+    workdir.config.write_text(json.dumps(config))  # 0.1 recorded no version
+    for use in (lambda: workdir.claim(config), workdir.read_config):
+        with pytest.raises(ConfigError, match=r"was made by rar_jax 0\.1, and this version reads 0\.2: choose another"):
+            use()

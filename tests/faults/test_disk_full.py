@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from rar_jax.errors import CheckpointError
-from rar_jax.runs import checkpoint
-from rar_jax.runs.checkpoint import IRREGULAR, Checkpointer, good_step, good_steps
+from rar_jax.runs import arrays, checkpoint
+from rar_jax.runs.checkpoint import Checkpointer, good_step, good_steps
 from rar_jax.runs.manifest import verify_from_disk
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_the_disk_is_full_for_a_while(
         if where == "before":
             patch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Usage(0))
         elif where == "during":
-            patch.setattr(checkpointer._manager, "save", full)
+            patch.setattr(arrays.ocp.AsyncCheckpointer, "save", full)
         else:
             patch.setattr(checkpoint, "write_manifest", full)
         for step in (3, 4):
@@ -74,13 +74,13 @@ class _Usage:
 def test_an_error_in_the_end(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "write_manifest", full)
     checkpointer = Checkpointer(tmp_path, keep=2)
-    with pytest.raises(CheckpointError, match=r"step 3 could not be saved in .* 3 times in a row\. Make room"):
+    with pytest.raises(CheckpointError, match=r"step 3 could not be saved in .* 3 times in a row\. Fix that"):
         for step in range(1, 9):
             checkpointer.save(step, state(step), {})
             checkpointer.wait()
     checkpointer = Checkpointer(tmp_path, keep=2)
     checkpointer.save(1, state(1), {})
-    with pytest.raises(CheckpointError, match=r"step 1, the last, could not be saved"):
+    with pytest.raises(CheckpointError, match=r"step 1 could not be saved in .* 1 times in a row"):
         checkpointer.close()
 
 
@@ -104,7 +104,7 @@ import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from test_disk_full import state, names
 from rar_jax.runs.checkpoint import Checkpointer, good_steps
-from rar_jax.runs import checkpoint
+from rar_jax.runs import arrays, checkpoint
 folder = pathlib.Path({folder!r})
 checkpointer = Checkpointer(folder, keep=2)
 checkpointer.save(1, state(1), {{}})
@@ -112,7 +112,7 @@ checkpointer.wait()
 if {blind}:  # what the look at the free space does not see: another program fills the disk during the save
     real = checkpoint.shutil.disk_usage
     checkpoint.shutil.disk_usage = lambda path: real("/")
-(folder / "ballast").write_bytes(bytes(600_000))
+(folder / "ballast").write_bytes(bytes(720_000))
 checkpointer.save(2, state(2), {{}})
 checkpointer.wait()
 print("full", names(folder), [s for s, _ in good_steps(folder)])
@@ -173,9 +173,9 @@ def test_retention_keeps_the_newest_good_step(tmp_path: pathlib.Path, monkeypatc
     for step in (8, 16):
         checkpointer.save(step, state(step, 100), {})
     checkpointer.wait()
-    (tmp_path / "16" / "meta" / "metadata").write_text("rots")
+    (tmp_path / "16" / "meta.json").write_text("rots")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_finish", lambda *_: None)  # killed before its manifest
+        patch.setattr(Checkpointer, "_commit", lambda self, *_: self._committed.set())  # killed before its manifest
         checkpointer.save(24, state(24, 100), {})
         checkpointer.close()
     good = good_step(tmp_path)
@@ -186,7 +186,7 @@ def test_retention_keeps_the_newest_good_step(tmp_path: pathlib.Path, monkeypatc
     for step in (16, 24):
         checkpointer.save(step, state(step, 100), {})
     checkpointer.close()
-    assert names(tmp_path) == ["16", "16.damaged", "24", "24.unfinished"]
+    assert names(tmp_path) == ["16", "24"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -195,7 +195,7 @@ def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: 
 
     def rots(folder: pathlib.Path) -> None:
         real(folder)
-        (folder / "meta" / "metadata").write_text("rots")
+        (folder / "meta.json").write_text("rots")
 
     checkpointer = Checkpointer(tmp_path, keep=keep)
     checkpointer.save(8, state(8, 100), {})
@@ -207,7 +207,7 @@ def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: 
             checkpointer.wait()
     good = good_step(tmp_path)
     assert good is not None and good[0] == 8
-    assert names(tmp_path) == sorted([*map(str, [16, 24, 32][-keep:]), "8"])
+    assert names(tmp_path) == ["16", "24", "32", "8"]
     checkpointer.save(40, state(40, 100), {})
     checkpointer.close()
     assert names(tmp_path) == sorted(map(str, [16, 24, 32, 40][-keep:]))
@@ -217,11 +217,10 @@ def test_retention_reads_before_it_deletes(tmp_path: pathlib.Path, monkeypatch: 
     ("saved", "preempted", "rotten", "left"),
     [
         ((8, 12, 16), (12,), (8, 16), (8, 12, 16)),  # nothing that verifies is newer than 12
-        ((8, 16, 24, 32, 37), (37,), (16, 24, 32), (8, 24, 32, 37)),  # nothing to go back to is newer than 8
+        ((8, 16, 24, 32, 37), (37,), (16, 24, 32), (8, 16, 24, 32, 37)),  # no rollback target is newer than 8
         ((8, 12, 16), (12,), (), (8, 16)),
-        ((8, 12, 13), (12, 13), (), (8, 12, 13)),  # the next start lets go of 12
-        ((8, 16, 24), (16, 24), (), (8, 16, 24)),  # and of 16
-        ((8, 16, 24, 32), (16, 24), (), (8, 32)),
+        ((8, 12, 13), (12, 13), (), (8, 12, 13)),  # the next commit deletes 12
+        ((8, 12, 13, 16), (12, 13), (), (8, 16)),
     ],
 )
 def test_retention_of_a_preempted_training(
@@ -232,13 +231,12 @@ def test_retention_of_a_preempted_training(
     rotten: tuple[int, ...],
     left: tuple[int, ...],
 ) -> None:
-    """Multiples of 8 amid bad updates are not gone back to."""
     real = checkpoint.write_manifest
 
     def rots(folder: pathlib.Path) -> None:
         real(folder)
         if int(folder.name) in rotten:
-            (folder / "meta" / "metadata").write_text("rots")
+            (folder / "meta.json").write_text("rots")
 
     def read(folder: pathlib.Path) -> None:
         assert step not in preempted, "a preemption has no time for it"
@@ -248,8 +246,7 @@ def test_retention_of_a_preempted_training(
     monkeypatch.setattr(checkpoint, "verify_from_disk", read)
     with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
         for step in saved:
-            meta = {IRREGULAR: True} if step in preempted and step % 8 == 0 else {}
-            checkpointer.save(step, state(step, 100), meta, retain=step not in preempted)
+            checkpointer.save(step, state(step, 100), {}, retain=step not in preempted)
             checkpointer.wait()
     assert names(tmp_path) == sorted(map(str, left))
     good = set(saved) - set(rotten)
@@ -257,8 +254,6 @@ def test_retention_of_a_preempted_training(
     with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
         restored = checkpointer.restore(state(0, 100))
         assert restored is not None and int(restored["step"]) == newest
-        there = {int(name) for name in names(tmp_path) if name.isdigit()}
-        assert there == {k for k in left if k <= newest and (k == newest or k not in preempted)}
         if regular is None:
             with pytest.raises(CheckpointError, match=r"no step in .* is good; 8 is damaged"):
                 checkpointer.restore(state(0, 100), before=newest + 1)
@@ -268,11 +263,9 @@ def test_retention_of_a_preempted_training(
 
 
 def test_a_preemption_does_not_wait_for_retention(tmp_path: pathlib.Path) -> None:
-    """Nor for that of the save that it finds under way."""
     with contextlib.closing(Checkpointer(tmp_path, keep=2, every=8)) as checkpointer:
         for step in (8, 16):
             checkpointer.save(step, state(step, 100), {})
             checkpointer.wait()
-        checkpointer.save(24, state(24, 100), {})
         checkpointer.save(28, state(28, 100), {}, retain=False)
-    assert names(tmp_path) == ["16", "24", "28", "8"]
+    assert names(tmp_path) == ["16", "28", "8"]

@@ -21,7 +21,7 @@ import pytest
 from commands import finish, start, state_of, terminate, wait_for
 from stopped import stage, tiny
 
-from rar_jax.errors import PREEMPTED, LeaseError, Preempted
+from rar_jax.errors import PREEMPTED, LockError, Preempted
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.runs import checkpoint, ledger, preemption
 from rar_jax.runs.checkpoint import good_step
@@ -75,7 +75,7 @@ def test_a_step(tmp_path: pathlib.Path) -> None:
         steps = [row["step"] for row in read_metrics(tmp_path / "run", "classifier")]
         assert steps == list(range(1, len(steps) + 1))
     assert reasons(tmp_path / "run") == ["preempted"] * 2
-    assert not (tmp_path / "run" / ".lease.json").exists()
+    assert not (tmp_path / "run" / ".lock.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -274,10 +274,10 @@ def test_the_ledger_records_how_a_run_ended(tmp_path: pathlib.Path) -> None:
     for error in (None, Preempted(), KeyboardInterrupt(), ValueError("no")):
         context = pytest.raises(type(error)) if error else contextlib.nullcontext()
         with context, open_session(Workdir(tmp_path), "train", lambda: None):
-            assert (tmp_path / ".lease.json").exists()
+            assert (tmp_path / ".lock.json").exists()
             if error:
                 raise error
-        assert not (tmp_path / ".lease.json").exists()
+        assert not (tmp_path / ".lock.json").exists()
     assert reasons(tmp_path) == ["done", "preempted", "interrupted", "ValueError: no"]
 
 
@@ -287,12 +287,12 @@ def test_a_directory_that_is_not_claimed_gets_no_row(tmp_path: pathlib.Path) -> 
 
     with pytest.raises(ValueError, match="another"), open_session(Workdir(tmp_path), "train", claim):
         pass
-    assert not (tmp_path / ".lease.json").exists() and ledger.read_ledger(tmp_path) == []
+    assert not (tmp_path / ".lock.json").exists() and ledger.read_ledger(tmp_path) == []
 
 
 def test_a_lost_lock_is_raised_by_the_next_poll() -> None:
-    lost = SimpleNamespace(check=lambda: (_ for _ in ()).throw(LeaseError("lost")))
-    with pytest.raises(LeaseError):
+    lost = SimpleNamespace(check=lambda: (_ for _ in ()).throw(LockError("lost")))
+    with pytest.raises(LockError):
         Session(locks=[lost]).poll()  # pyright: ignore[reportArgumentType]
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+from rar_jax.runs.arrays import load_arrays, read_array_names
+from rar_jax.runs.checkpoint import find_arrays
 from rar_jax.runs.logging import read_metrics
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
@@ -54,11 +55,10 @@ def kill_after(workdir: pathlib.Path, step: int, cache: pathlib.Path) -> None:
 
 
 def final_state(workdir: pathlib.Path) -> Any:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        path = workdir / "checkpoints" / "generator" / "40" / "state"
-        tree: Any = checkpointer.metadata(path).item_metadata.tree  # pyright: ignore
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(path, restore_args=args)
+    folder = workdir / "checkpoints" / "generator"
+    arrays = find_arrays(folder, 40)
+    names = read_array_names(arrays)
+    return dict(zip(names, load_arrays(arrays, names), strict=True))
 
 
 def digests(workdir: pathlib.Path) -> dict[int, set[str]]:

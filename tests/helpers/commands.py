@@ -11,14 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
 from rar_jax.cli import main
 from rar_jax.parallel.processes import COORDINATOR, COUNT, INDEX
+from rar_jax.runs.arrays import load_arrays, read_array_names
+from rar_jax.runs.bucket import Path
+from rar_jax.runs.checkpoint import find_arrays
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "tests" / "experiments" / "tiny.py"
@@ -145,11 +145,8 @@ def terminate(running: list[Command], which: int = 0, number: int = signal.SIGTE
     return time.monotonic() - began
 
 
-def state_of(workdir: pathlib.Path, step: int, folder: str = "checkpoints/classifier") -> dict[str, bytes]:
+def state_of(workdir: Path, step: int, folder: str = "checkpoints/classifier") -> dict[str, bytes]:
     """The bytes of every array of a saved step."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        path = (workdir / folder / str(step) / "state").absolute()
-        tree: Any = checkpointer.metadata(path).item_metadata.tree  # pyright: ignore
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = checkpointer.restore(path, restore_args=args)
-    return {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    arrays = find_arrays(workdir / folder, step)
+    names = read_array_names(arrays)
+    return {name: x.tobytes() for name, x in zip(names, load_arrays(arrays, names), strict=True)}

@@ -116,8 +116,10 @@ def test_two_processes_do_what_one_does(one: pathlib.Path, two: pathlib.Path) ->
         assert (two / name).is_file()
     assert not list(two.glob(".preflight*")) and not list(two.rglob("*.tmp"))
     # Written by both, each its own part.
-    written = {path.parent.name for path in (two / "checkpoints/generator/24/state").glob("ocdbt.process_*/manifest.*")}
-    assert written == {"ocdbt.process_0", "ocdbt.process_1"}
+    written = {
+        path.parent.name for path in (two / "checkpoints/generator/24").glob("state-*/ocdbt.process_*/manifest.ocdbt")
+    }
+    assert written == {"process_0", "process_1"}
 
 
 def test_one_process_goes_on_from_what_two_saved(one: pathlib.Path, two: pathlib.Path, tmp_path: pathlib.Path) -> None:

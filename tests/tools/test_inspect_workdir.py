@@ -16,7 +16,7 @@ from rar_jax.config import load_experiment
 from rar_jax.experiment import resolve
 from rar_jax.runs.checkpoint import mark_best
 from rar_jax.runs.ledger import Ledger
-from rar_jax.runs.lock import Lease
+from rar_jax.runs.lock import Lock
 from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.manifest import write_manifest
 from rar_jax.runs.workdir import Workdir
@@ -115,7 +115,7 @@ def test_next_command(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str])
         return said(workdir, capsys, 0)[1]["next"]
 
     assert suggest("done").startswith(f"rar-jax run --config tiny --workdir {workdir}, with")  # of a stage
-    held = Lease(workdir, "train")
+    held = Lock(workdir, "train")
     text, summary = said(workdir, capsys, 0)
     held.release()
     assert summary["running"]["verb"] == "train" and "next: nothing to do: it is running" in text

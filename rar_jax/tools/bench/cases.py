@@ -186,7 +186,7 @@ def make_loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> I
     with tempfile.TemporaryDirectory() as folder:
         store = _write_random_store(experiment, pathlib.Path(folder) / "store", options.records)
         # Bytes of a record in a batch, and in the file that it is read from.
-        stored = sum(path.stat().st_size for path in store.folder.glob("*.npy")) / len(store)
+        stored = sum(path.stat().st_size for path in pathlib.Path(store.folder).glob("*.npy")) / len(store)
         record = sum(x.nbytes for x in store.gather(np.arange(1)).values()) + stored
         for size in select_batch_sizes(experiment, mesh, options):
             stream = batches(store, global_batch=size, seed=0, start_step=0, num_workers=experiment.data.workers)

@@ -9,11 +9,11 @@ from typing import Any
 from rar_jax.errors import CheckpointError
 from rar_jax.experiment import STAGES
 from rar_jax.runs import ledger
-from rar_jax.runs import lock as lease
-from rar_jax.runs.checkpoint import best_steps
+from rar_jax.runs.bucket import BucketPath, Path, is_url
+from rar_jax.runs.checkpoint import best_steps, list_steps
+from rar_jax.runs.lock import read_holder
 from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.manifest import verify_manifest
-from rar_jax.runs.object_store import is_url
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tools.inspect.layout import LISTED, Summary
@@ -35,7 +35,7 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
     Raises: ConfigError if config.json is damaged.
     """
     workdir = Workdir(target).fetch()
-    config, rows, writer = workdir.read_config(), ledger.read_ledger(workdir.path), _read_writer(workdir)
+    config, rows, writer = workdir.read_config(), ledger.read_ledger(workdir.path), read_holder(workdir.root)
     damaged: list[str] = []
     metrics = read_metrics(workdir.path, problems=damaged)
     problems: list[Problem] = [{"name": "metrics", "reason": reason} for reason in damaged]
@@ -75,14 +75,6 @@ def inspect_workdir(target: str, *, max_problems: int = LISTED, verify: bool = T
     return {**summary, "next": _suggest_next(summary)}
 
 
-def _read_writer(workdir: Workdir) -> dict[str, Any] | None:
-    """Who writes to the folder, or else who wrote to the bucket last, with its "beat"."""
-    path = workdir.path / lease.NAME
-    if (holder := lease.read_holder(path)) and lease.alive(path, holder):
-        return holder
-    return workdir.mirror.writer() if workdir.mirror else None
-
-
 def _find_last(rows: list[dict[str, Any]], prefixes: tuple[str, ...]) -> dict[str, Any]:
     """The metrics with such names in the last row that has any, with its step; {} if there is none."""
     for row in reversed(rows):
@@ -91,10 +83,8 @@ def _find_last(rows: list[dict[str, Any]], prefixes: tuple[str, ...]) -> dict[st
     return {}
 
 
-def _inspect_checkpoints(
-    folder: pathlib.Path, problems: list[Problem], verify: bool, quiet: bool
-) -> list[dict[str, Any]]:
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+def _inspect_checkpoints(folder: Path, problems: list[Problem], verify: bool, quiet: bool) -> list[dict[str, Any]]:
+    steps = list_steps(folder)[::-1]
     best, rows = best_steps(folder), []
     for step in track_progress(
         steps, description=f"verify {folder.name}", unit="checkpoints", quiet=quiet or not steps
@@ -106,11 +96,10 @@ def _inspect_checkpoints(
         except CheckpointError as error:
             state = "bad"
             problems.append({"name": f"{folder.name} step {step}", "reason": str(error)})
-        size = sum(path.stat().st_size for path in (folder / str(step)).rglob("*") if path.is_file())
+        files = [] if isinstance(folder, BucketPath) else (folder / str(step)).rglob("*")
+        size = sum(path.stat().st_size for path in files if path.is_file())
         best_by = [name for name, found in best.items() if found["step"] == step]
         rows.append({"step": step, "state": state, "bytes": size, "best_by": best_by})
-    for path in sorted(path for path in folder.glob("*.*") if path.is_dir()):
-        problems.append({"name": folder.name, "reason": f"{path.name} was set aside: check it, then remove it"})
     return rows
 
 
