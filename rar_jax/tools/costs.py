@@ -1,13 +1,12 @@
 """Count the FLOPs and the memory traffic of a traced program.
 
 FLOPs are those of matmuls, convolutions and fused attention. A multiply-add is two. Masked attention scores and
-recomputation count; products with the padding of a convolution do not.
+recomputation count. Products with the padding of a convolution do not.
 
 Bytes are a lower bound. Inputs and outputs of the program count once. In each turn of a loop, the operands of its
-matmuls
-count that are parameters or that a loop carries; a buffer that the loop fills is half full on average. If the turns of
-a
-loop do not depend on each other, as in `lax.map`, parameters count once. Other activations do not count.
+matmuls count if they are parameters or carried by the loop. Such parameters do not count again as inputs. A buffer that
+the loop fills is half full on average. If the turns do not depend on each other, as in `lax.map`, parameters count
+once. Other activations do not count.
 """
 
 from __future__ import annotations
@@ -37,10 +36,11 @@ class Cost(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """A variable's number, and its bytes in memory (0: an activation)."""
+    """A variable's number, its bytes in memory (0: an activation), and its input."""
 
     number: Any = None
     stored: float = 0.0
+    source: Any = None
 
 
 def count_costs(closed: Any) -> Cost:
@@ -52,48 +52,51 @@ def count_costs(closed: Any) -> Cost:
     Raises: TripCountError.
     """
     jaxpr, arrays = closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars]
-    cost, _ = _count(jaxpr, [_Value(stored=_size(var)) for var in arrays], in_loop=False)
-    return Cost(cost.flops, cost.bytes + sum(map(_size, [*arrays, *jaxpr.outvars])))
+    read: set[Any] = set()  # inputs that are counted in loops
+    cost, _ = _count(jaxpr, [_Value(None, _size(var), var) for var in arrays], read, in_loop=False)
+    once = [var for var in arrays if var not in read]
+    return Cost(cost.flops, cost.bytes + sum(map(_size, [*once, *jaxpr.outvars])))
 
 
-def _count(jaxpr: Any, values: Sequence[_Value], *, in_loop: bool) -> tuple[Cost, list[_Value]]:
+def _count(jaxpr: Any, values: Sequence[_Value], read: set[Any], *, in_loop: bool) -> tuple[Cost, list[_Value]]:
     """Cost of a jaxpr with these constvars and invars, and values of its outvars."""
     env, flops, moved = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True)), 0.0, 0.0
 
-    def read(var: Any) -> _Value:
+    def find(var: Any) -> _Value:
         return _Value(var.val if np.ndim(var.val) == 0 else None) if hasattr(var, "val") else env.get(var, _Value())
 
     for eqn in jaxpr.eqns:
-        given, name, cost = [read(var) for var in eqn.invars], eqn.primitive.name, Cost(0, 0)
+        given, name, cost = [find(var) for var in eqn.invars], eqn.primitive.name, Cost(0, 0)
         made = [_Value()] * len(eqn.outvars)
         if products := _count_products(eqn):
             cost = Cost(products, sum(value.stored for value in given) if in_loop else 0)
+            read.update(value.source for value in given if in_loop)
         elif name in ("scan", "while"):
-            cost, made = _count_loop(eqn, given, in_loop)
+            cost, made = _count_loop(eqn, given, read, in_loop)
         elif name == "cond":
-            cost = max(_count_call(branch, given[1:], in_loop)[0] for branch in eqn.params["branches"])
+            cost = max(_count_call(branch, given[1:], read, in_loop)[0] for branch in eqn.params["branches"])
         elif name in VIEWS:
             size = eqn.outvars[0].aval.size * eqn.invars[0].aval.dtype.itemsize
-            made = [_Value(given[0].number, min(given[0].stored, size))]
+            made = [given[0]._replace(stored=min(given[0].stored, size))]
         elif name == "dynamic_update_slice" and given[0].stored:
             made = [_Value(stored=(given[0].stored + _size(eqn.invars[1])) / 2)]
         elif inner := list(jax.extend.core.jaxprs_in_params(eqn.params)):
-            cost, made = _count_call(inner[0], given, in_loop)
+            cost, made = _count_call(inner[0], given, read, in_loop)
         elif made:
             made[0] = _Value(_evaluate(eqn, [value.number for value in given]))
         flops, moved = flops + cost.flops, moved + cost.bytes
         env.update(zip(eqn.outvars, made, strict=True))
-    return Cost(flops, moved), [read(var) for var in jaxpr.outvars]
+    return Cost(flops, moved), [find(var) for var in jaxpr.outvars]
 
 
-def _count_call(inner: Any, given: Sequence[_Value], in_loop: bool) -> tuple[Cost, list[_Value]]:
+def _count_call(inner: Any, given: Sequence[_Value], read: set[Any], in_loop: bool) -> tuple[Cost, list[_Value]]:
     """Of jit, custom_vjp and remat: operands are those of the called jaxpr."""
     jaxpr = getattr(inner, "jaxpr", inner)
     given = given if len(given) == len(jaxpr.invars) else [_Value()] * len(jaxpr.invars)
-    return _count(jaxpr, [*[_Value()] * len(jaxpr.constvars), *given], in_loop=in_loop)
+    return _count(jaxpr, [*[_Value()] * len(jaxpr.constvars), *given], read, in_loop=in_loop)
 
 
-def _count_loop(eqn: Any, given: Sequence[_Value], in_loop: bool) -> tuple[Cost, list[_Value]]:
+def _count_loop(eqn: Any, given: Sequence[_Value], read: set[Any], in_loop: bool) -> tuple[Cost, list[_Value]]:
     """Of a scan or a `fori_loop`.
 
     Turns are counted one by one if the trip count of an inner loop may depend on them.
@@ -101,23 +104,20 @@ def _count_loop(eqn: Any, given: Sequence[_Value], in_loop: bool) -> tuple[Cost,
     params, slices = eqn.params, []
     if eqn.primitive.name == "scan":
         body, trips, start = params["jaxpr"].jaxpr, params["length"], params["num_consts"]
-        consts, carry, sliced = (
-            given[:start],
-            given[start:][: params["num_carry"]],
-            given[start + params["num_carry"] :],
-        )
-        slices = [_Value(stored=x.stored / trips if in_loop else 0) for x in sliced]
+        end = start + params["num_carry"]
+        consts, carry = given[:start], given[start:end]
+        slices = [x._replace(number=None, stored=x.stored / trips) if in_loop else _Value() for x in given[end:]]
     else:
         body, skipped, start = params["body_jaxpr"].jaxpr, params["cond_nconsts"], params["body_nconsts"]
         consts, carry = given[skipped:][:start], given[skipped + start :]
         trips = _count_trips(params["cond_jaxpr"].jaxpr, [*given[:skipped], *carry])
     carried = body.invars[start:][: len(carry)]
     share = max(trips, 1) if _is_map(body, carried) else 1
-    consts, flops, moved = [_Value(x.number, x.stored / share) for x in consts], 0.0, 0.0
+    consts, flops, moved = [x._replace(stored=x.stored / share) for x in consts], 0.0, 0.0
     one_by_one = _has_while(body)
     for _ in range(trips if one_by_one else min(trips, 1)):
         carry = [_Value(x.number, _size(var) if var.aval.shape else 0) for x, var in zip(carry, carried, strict=True)]
-        cost, made = _count(body, [*consts, *carry, *slices], in_loop=True)
+        cost, made = _count(body, [*consts, *carry, *slices], read, in_loop=True)
         times, carry = 1 if one_by_one else trips, made[: len(carry)]
         flops, moved = flops + times * cost.flops, moved + times * cost.bytes
     return Cost(flops, moved), [_Value(stored=_size(var) if var.aval.shape else 0) for var in eqn.outvars]

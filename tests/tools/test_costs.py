@@ -122,13 +122,15 @@ def test_sampling(
     pairs = sum((end - begin) * end for begin, end in zip((0, *ends), ends, strict=False))
     padded = 2 * conditions * (sum(periods) - config.num_tokens - 1) * adaln_weights(config)
     assert cost.flops == forward_flops(config, rows, conditions, pairs) + padded
-    once = sum(x.size for x in jax.tree.leaves(params)) + batch * (1 + config.num_tokens)
-    weights = (config.num_tokens + 1) * (block_weights(config) + config.width * config.codebook_size)
+    matmuls = block_weights(config) + config.width * config.codebook_size
+    read_in_loops = matmuls + adaln_weights(config)
+    once = sum(x.size for x in jax.tree.leaves(params)) - read_in_loops + batch * (1 + config.num_tokens)
+    weights = (config.num_tokens + 1) * matmuls
     cache = rows * config.depth * 2 * config.width * causal_pairs(config)
     assert cost.bytes == 4 * (once + weights + cache + len(periods) * (1 + guided) * adaln_weights(config))
     if within is not None:
         assert cost.flops == pytest.approx(forward_flops(config, rows, conditions, causal_pairs(config)), rel=within)
-        assert cost.bytes == pytest.approx(sampling_bytes(config, batch, guided), rel=within)
+        assert cost.bytes == pytest.approx(sampling_bytes(config, batch, guided), rel=0.02)
 
 
 def test_a_cache_in_bfloat16_moves_half_the_bytes() -> None:
@@ -138,8 +140,8 @@ def test_a_cache_in_bfloat16_moves_half_the_bytes() -> None:
         sample = functools.partial(rar.sample, rar.TINY, labels=jnp.arange(2), keys=keys, guidance=UNGUIDED)
         return count(sample, params).bytes
 
-    c, halves = rar.TINY, 18 * block_weights(rar.TINY) + 2 * 2 * 2 * 32 * causal_pairs(rar.TINY)
-    assert moved("float32") - moved("bfloat16") == 2 * (halves + 3 * c.depth * 6 * c.width**2)
+    c, halves = rar.TINY, 17 * block_weights(rar.TINY) + 2 * 2 * 2 * 32 * causal_pairs(rar.TINY)
+    assert moved("float32") - moved("bfloat16") == 2 * (halves + 2 * c.depth * 6 * c.width**2)
 
 
 # ---------------------------------------------------------------- programs by hand
@@ -187,9 +189,9 @@ def test_weights_count_in_every_turn_unless_turns_are_independent() -> None:
     def independent(weights: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.map(functools.partial(multiply, weights), x)
 
-    flops, read = 5 * 2 * 2 * 8 * 8, 64 + 5 * 16
-    assert count(chain, weights, x) == (flops, 4 * (read + 16 + 5 * (64 + 16)))
-    assert count(independent, weights, x) == (flops, 4 * (read + 5 * 16 + 64))
+    flops = 5 * 2 * 2 * 8 * 8
+    assert count(chain, weights, x) == (flops, 4 * (5 * 16 + 16 + 5 * (64 + 16)))
+    assert count(independent, weights, x) == (flops, 4 * (64 + 5 * 16 + 5 * 16))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Time a part of an experiment against what this machine can do.
 
-The parts are sampling, the training step, tokenizing, evaluating and the loader. No files are needed, and none are left
-but the trace that --profile writes.
+The parts are sampling, the training step, tokenizing, evaluating and the loader. No files are needed. Only --profile
+leaves one.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ def bench_experiment(
     Args:
       profile: folder for a jax.profiler trace of one more run, in batch_<size>.
 
-    Returns: what --json prints. {"bench", "config", "platform", "device_kind", "devices", "jax_version", "dtype" (None
-    for
-      the loader), "guided", "ceilings": {"flops_per_second", "bytes_per_second"}, "results": see `describe_case` and
-      `compare_to_ceilings`}.
+    Returns: what --json prints. "dtype" is None for the loader; for "results" see `describe_case` and
+      `compare_to_ceilings`.
     Raises: ConfigError for sizes that do not divide over the mesh, or a `profile` that is not a folder.
     """
     require(profile is None or profile.is_dir() or not profile.exists(), f"--profile {profile} is not a folder")
@@ -107,9 +105,7 @@ def describe_case(case: Case, seconds: list[float]) -> dict[str, Any]:
 def compare_to_ceilings(result: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any]:
     """Divide the least possible time by the measured one.
 
-    Returns: {"share_of_ceiling", "limited_by"}, the latter "flops" or "bytes".
-
-    None if the cost is unknown.
+    Returns: {"share_of_ceiling", "limited_by"}, the latter "flops" or "bytes"; None if the cost is unknown.
     """
     if result["flops"] is None:
         return {"share_of_ceiling": None, "limited_by": None}

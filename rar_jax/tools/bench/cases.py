@@ -49,11 +49,9 @@ LOADER_STEPS = 100  # batches in one repeat: a single batch is too short to time
 class Options:
     """What to time, and how.
 
-    what: a key of OPTIONS. batch_sizes: default, the experiment's own. dtype: of the matmuls; default, that of the
-    verb.
+    what: a key of OPTIONS. batch_sizes: default, the experiment's own. dtype: of the matmuls; default, the verb's.
     decode: for sample, decode the tokens; for tokenize, decode instead of encoding. whole: for evaluate, also sample
-    and
-    decode. records: size of the store that the loader reads.
+    and decode. records: size of the store that the loader reads.
     """
 
     what: str
@@ -110,7 +108,13 @@ def select_batch_sizes(experiment: Experiment, mesh: Mesh, options: Options) -> 
 def select_dtype(experiment: Experiment, options: Options) -> str:
     """The requested matmul dtype or the verb's; float32 on devices without bfloat16."""
     own = {"train": experiment.generator, "tokenize": experiment.tokenizer}.get(options.what)
-    return matmul_dtype(options.dtype or (own.config.dtype if own else "float32"))
+    return matmul_dtype(options.dtype or (get_setting(own, "dtype") if own else "float32"))
+
+
+def get_setting(model: Model, name: str) -> Any:
+    """A config field that not every model has. Raises: ConfigError if missing."""
+    require(hasattr(model.config, name), f"{model.module.__name__}.Config has no field '{name}', which bench needs")
+    return getattr(model.config, name)
 
 
 # ---------------------------------------------------------------- cases
@@ -164,10 +168,7 @@ def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> It
 
 
 def make_image_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """For "tokenize", images to tokens, with `decode` tokens to images.
-
-    For "evaluate", images to Inception features.
-    """
+    """Images to tokens (with `decode`, back) or, for "evaluate", to features."""
     if options.what == "evaluate":
         function, params = extract_features, _draw_inception(mesh)
     else:
@@ -201,10 +202,7 @@ def make_loader_cases(experiment: Experiment, mesh: Mesh, options: Options) -> I
 
 
 def make_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
-    """The cases of `options.what`.
-
-    Raises: ConfigError for a case that does not fit in memory.
-    """
+    """The cases of `options.what`."""
     makers = {"train": make_train_cases, "loader": make_loader_cases, "sample": make_sample_cases}
     make = make_sample_cases if options.whole else makers.get(options.what, make_image_cases)
     return make(experiment, mesh, options)
@@ -223,12 +221,7 @@ def _make_network_case(mesh: Mesh, size: int, function: Callable[..., Any], *arg
 
 
 def _compile(mesh: Mesh, batch_size: int, jitted: Any, *args: Any) -> tuple[Any, float, Cost | None]:
-    """Compile a program.
-
-    Returns: it, the seconds of tracing and compiling, and its cost, None if that depends on data.
-
-    Raises: ConfigError if it does not fit in memory.
-    """
+    """Return the program, its compile seconds, and its cost, None if data-dependent."""
     began = time.perf_counter()
     with sharded(mesh):
         traced = jitted.trace(*args)
@@ -279,7 +272,7 @@ def _draw(shapes: Any, at: Any) -> Any:
 def _draw_tokens(model: Model, size: int) -> np.ndarray:
     spec, rng = model.module.token_spec(model.config), np.random.default_rng(0)
     if spec.dtype == jnp.int32:
-        return rng.integers(0, model.config.codebook_size, (size, *spec.shape), np.int32)
+        return rng.integers(0, get_setting(model, "codebook_size"), (size, *spec.shape), np.int32)
     return rng.standard_normal((size, *spec.shape), np.float32)
 
 
@@ -291,8 +284,9 @@ def _draw_images(experiment: Experiment, size: int) -> np.ndarray:
 
 def _write_random_store(experiment: Experiment, folder: pathlib.Path, records: int) -> TokenStore:
     generator, data = experiment.generator, experiment.data
-    spec, codes = generator.module.token_spec(generator.config), generator.config.codebook_size
+    spec = generator.module.token_spec(generator.config)
     require(spec.dtype == jnp.int32, f"bench loader reads stores of codes, the generator has {spec.dtype} tokens")
+    codes = get_setting(generator, "codebook_size")
     card = {"codebook_size": codes, "grid": list(spec.shape), "num_classes": data.num_classes, "crops": ["whole image"]}
     card |= {"class_names": list(data.class_names), "source": "random", "tokenizer_sha256": None}
     writer = TokenStoreWriter(folder, card, source_records=records)

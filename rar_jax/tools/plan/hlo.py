@@ -31,9 +31,8 @@ class Collective:
     """One collective of the text.
 
     size: bytes of the larger of its operands and results on one device. groups: the devices that each unites, positions
-    in
-    the order of the mesh; None where the text names none. asynchronous: it overlaps with other work. slices: that it
-    joins over the data centre's network; 1 within a slice.
+    in mesh order; None where the text names none. asynchronous: it overlaps with other work. slices: that it joins over
+    the data centre's network; 1 within a slice.
     """
 
     kind: str
@@ -45,10 +44,7 @@ class Collective:
 
 @dataclasses.dataclass
 class Totals:
-    """Of one run on one device.
-
-    cycles: the compiler's own estimates. collectives: how often each runs.
-    """
+    """Estimated cycles and number of runs of each collective, on one device."""
 
     cycles: float = 0.0
     collectives: collections.Counter[Collective] = dataclasses.field(default_factory=collections.Counter)
@@ -61,10 +57,7 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
-
-    result: its type as written. inside: between the parentheses. rest: the attributes after them.
-    """
+    """One line: result type, text inside the parentheses, attributes after them."""
 
     name: str
     result: str
@@ -107,7 +100,7 @@ class Computation:
 
 
 def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
-    """Parse computations by name. Returns: them, and the name of the entry."""
+    """Parse computations by name; return them and the name of the entry."""
     found: dict[str, Computation] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -262,8 +255,7 @@ def _find_collective(instruction: Instruction, computation: dict[str, Instructio
     overlaps = instruction.opcode.endswith("-start")
     if fused:
         # The TPU compiler splits an overlapping collective over fusions, of which the first says AsyncCollectiveStart.
-        # An
-        # all-reduce that is fused with a slice of its result is a reduce-scatter.
+        # An all-reduce that is fused with a slice of its result is a reduce-scatter.
         overlaps = any("AsyncCollectiveStart" in other.rest for other in computation.values())
         scatters = kind == "all-reduce" and any(other.opcode == "dynamic-slice" for other in computation.values())
         if not overlaps and not scatters:
@@ -277,10 +269,7 @@ def _find_collective(instruction: Instruction, computation: dict[str, Instructio
 
 
 def _find_send(instruction: Instruction, computation: dict[str, Instruction]) -> Collective | None:
-    """A collective between slices: the TPU compiler makes it a send of a chip's share.
-
-    Its overlap is not analysed.
-    """
+    """A collective between slices, a send of a chip's share. Its overlap is not analysed."""
     kind = _search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
     target = _search(r'_xla_megascale_target="{([\d,:]+)}', instruction.rest)
     if not (kind and target):  # to the host

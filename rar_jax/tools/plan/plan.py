@@ -53,8 +53,7 @@ def plan_experiment(
     Returns: what --json prints: {"config", "topology", "chips", "versions"} and, for each part, "fits", and "why" if it
       does not fit, else `measure_program` with rates; for training also "mesh" and "remedy".
     Raises: ConfigError without libtpu, for an unknown slice, if batch or parameters do not divide over it, or for the
-    part
-      "tokenize" of an experiment that stores no tokens.
+      part "tokenize" of an experiment that stores no tokens.
     """
     require(sample_rows >= 1, f"--sample-rows is {sample_rows}: it must be at least 1")
     parts = list_parts(experiment) if parts is None else parts
@@ -175,19 +174,14 @@ def list_remedies(experiment: Experiment, chips: int) -> Iterator[tuple[list[str
 def _rematerialize(experiment: Experiment) -> Experiment | None:
     """Set the generator's `remat`. None if it is set, or there is no such option."""
     generator = experiment.generator
-    try:
-        config = dataclasses.replace(generator.config, remat=True)
-    except TypeError:
+    if getattr(generator.config, "remat", True):
         return None
-    changed = dataclasses.replace(experiment, generator=dataclasses.replace(generator, config=config))
-    return None if changed == experiment else changed
+    config = dataclasses.replace(generator.config, remat=True)
+    return dataclasses.replace(experiment, generator=dataclasses.replace(generator, config=config))
 
 
 def _find_remedy(experiment: Experiment, topology: Topology, devices: Any, say: Say) -> dict[str, Any] | None:
-    """The first remedy that fits: its "flags" and the training with them.
-
-    None if none does.
-    """
+    """The "flags" and the training of the first remedy that fits, or None."""
     for flags, changed in list_remedies(experiment, topology.chips):
         try:
             planned = _plan_training(changed, topology, devices, say)
@@ -225,8 +219,7 @@ def search_meshes(experiment: Experiment, topology: Topology, *, say: Say = lamb
     """Plan the training on every candidate mesh, without other changes.
 
     Returns: {"config", "topology", "chips", "versions", "meshes"}: meshes are {"mesh", "state", "train"}, the fastest
-    first,
-      those that do not fit last.
+      first, those that do not fit last.
     Raises: ConfigError if no mesh of so many chips holds the experiment; what `plan_experiment` raises.
     """
     candidates = list(list_candidates(experiment, topology))

@@ -28,10 +28,7 @@ from rar_jax.weights.stages import model_shardings
 
 
 class DoesNotFitError(RuntimeError):
-    """The program does not fit in the memory of a chip.
-
-    The message is the first line of the compiler's.
-    """
+    """The memory of a chip is too small; the message is the compiler's first line."""
 
 
 # ---------------------------------------------------------------- programs
@@ -44,10 +41,7 @@ def set_up_training(experiment: Experiment, mesh: Any) -> Setup:
 
 
 def lower_training(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
-    """The generator's training step for one batch.
-
-    Raises: ConfigError if the experiment does not divide over the mesh.
-    """
+    """The training step for one batch. Raises: ConfigError if it does not divide."""
     experiment.check_mesh(mesh)
     batch, frozen = _shape_tokens(experiment), None
     if experiment.data.on_the_fly:

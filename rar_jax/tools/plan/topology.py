@@ -27,10 +27,8 @@ class Chip:
     """Data sheet of a chip.
 
     flops: peak per second, bfloat16. memory: bytes that a program can have. link: bytes/s of one link to a neighbour,
-    one
-    way. network: bytes/s per chip between slices. clock: Hz of the matmul units. wraps: an axis of so many chips is a
-    ring
-    (on v5p, of a multiple). dimensions: of the torus.
+    one way. network: bytes/s per chip between slices. clock: Hz of the matmul units. wraps: an axis of so many chips is
+    a ring (on v5p, of a multiple). dimensions: of the torus.
     """
 
     flops: float
@@ -43,10 +41,8 @@ class Chip:
 
 
 # cloud.google.com/tpu/docs/v5e, v5p, v6e: interconnect of 1600, 4800 and 3200 Gbit/s per chip over 4, 6 and 4 links.
-# Between
-# slices: the network of a pod over its chips; on v5p the network card of a host over 4. Memory: as the compiler reports
-# it.
-# The clock is the peak over the FLOPs per cycle of all matmul units.
+# Between slices: the network of a pod over its chips; on v5p the network card of a host over 4.
+# Memory: as the compiler reports it. The clock is the peak over the FLOPs per cycle of all matmul units.
 CHIPS = {
     "v5e": Chip(197e12, 15.75 * GIB, 50e9, 3.125e9, 197e12 / (4 * 128**2 * 2), 16, 2),
     "v5p": Chip(459e12, 95.74 * GIB, 100e9, 6.25e9, 459e12 / (8 * 128**2 * 2), 4, 3),
@@ -56,10 +52,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of one kind of chip.
-
-    shape: of one slice, (4, 4, 4). slices: joined by the data centre's network.
-    """
+    """Slices of one shape, such as (4, 4, 4), joined by the data centre's network."""
 
     kind: str
     shape: tuple[int, ...]
@@ -84,10 +77,7 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """Parse "v5p:4x4x4", "v5e:4x4" or "v6e:8x8".
-
-    Raises: ConfigError for anything else.
-    """
+    """Parse "v5p:4x4x4", "v5e:4x4" or "v6e:8x8", or raise ConfigError."""
     require(slices >= 1, f"--slices is {slices}: it must be at least 1")
     kind, _, sizes = text.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sizes):
