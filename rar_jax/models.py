@@ -1,4 +1,4 @@
-"""Models are found by name: one file of generators/ or tokenizers/ is one model."""
+"""The contract of models, and how they are found: one file of generators/ or tokenizers/ is one model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,28 @@ import jax
 
 from rar_jax.config import build, nearest, require
 from rar_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSpec:
+    """What stands for one image: ids of codes, or continuous latents.
+
+    shape: (256,) ids; (256, 2) factorised ids, two codes per position; (16, 16, 16) latents.
+    dtype: "int32" or "float32"; what a store keeps may also be "uint8", "uint16", "uint32" or "float16".
+    vocab: number of codes, of each sub-code; None: continuous.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    vocab: int | None = None
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape))
+        return f"{sizes} {self.dtype}" if self.vocab is None else f"{sizes} ids of {self.vocab} codes"
+
+    def with_batch(self, size: int) -> jax.ShapeDtypeStruct:
+        """Return the shape and dtype of the tokens of a batch, (b, *shape)."""
+        return jax.ShapeDtypeStruct((size, *self.shape), self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +58,41 @@ def load_model(config: Mapping[str, Any], kind: str) -> Model:
     return Model(module, build(module.Config, section, where=f"config.{kind[:-1]}", ignore=("name", "weights")))
 
 
+def token_spec(model: Model) -> TokenSpec:
+    """Return what a generator draws, or a tokenizer decodes."""
+    return model.module.token_spec(model.config)
+
+
 def check_pair(generator: Model, tokenizer: Model) -> None:
-    """Raise ConfigError unless the generator makes the tokens that the tokenizer decodes."""
-    made, read = (model.module.token_spec(model.config) for model in (generator, tokenizer))
-    a, b = (f"{spec.dtype}{list(spec.shape)}" for spec in (made, read))
-    makes = f"the generator makes {a} tokens, the tokenizer takes {b}: set generator.num_tokens to the tokenizer's grid"
-    require(a == b, makes)
-    a, b = (getattr(model.config, "codebook_size", None) for model in (generator, tokenizer))
-    require(a == b, f"codebook_size is {a} in the generator and {b} in the tokenizer: make them equal")
+    """Raise ConfigError unless the generator draws the tokens that the tokenizer decodes."""
+    drawn, decoded = token_spec(generator), token_spec(tokenizer)
+    require(
+        drawn == decoded,
+        f"the generator draws {drawn}, the tokenizer decodes {decoded}: make config.generator fit config.tokenizer",
+    )
+
+
+def store_spec(tokenizer: Model) -> TokenSpec:
+    """Return what `encode` makes and a token store keeps of an image.
+
+    By default the tokens themselves, ids in the fewest bytes.
+    """
+    if hasattr(tokenizer.module, "store_spec"):
+        return tokenizer.module.store_spec(tokenizer.config)
+    spec = token_spec(tokenizer)
+    if spec.vocab is None:
+        return spec
+    return dataclasses.replace(spec, dtype="uint16" if spec.vocab <= 2**16 else "uint32")
+
+
+def draw_tokens(tokenizer: Model, stored: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    """Return the tokens (b, ...) of what a store keeps, by the tokenizer's `draw` if it has one. Traceable.
+
+    key: None draws nothing: the tokenizer's deterministic choice.
+    """
+    if hasattr(tokenizer.module, "draw"):
+        return tokenizer.module.draw(tokenizer.config, stored, key=key)
+    return stored.astype(token_spec(tokenizer).dtype)
 
 
 def find_module(kind: str, name: str) -> ModuleType:

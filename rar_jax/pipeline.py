@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rar_jax.config import build, require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
-from rar_jax.models import Model, check_pair
+from rar_jax.models import Model, check_pair, token_spec
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, with_device_dtype
@@ -236,5 +236,5 @@ def _find_files(path: pathlib.Path, tokenizer: pathlib.Path, step: int | None) -
 def open_pair(generator: pathlib.Path, tokenizer: pathlib.Path, *, step: int | None = None) -> tuple[Weights, Weights]:
     """Open a generator file and its tokenizer's, whose number of tokens the generator knows."""
     weights = open_weights(generator, "generators", step=step)
-    num_tokens = weights.model.module.token_spec(weights.model.config).shape[0]
+    num_tokens = token_spec(weights.model).shape[0]
     return weights, open_weights(tokenizer, "tokenizers", num_tokens=num_tokens)

@@ -215,12 +215,12 @@ def test_batches_divide_over_four_devices(name: str) -> None:
         ),
         (
             ["generator.num_tokens=25"],
-            "the generator makes int32[25] tokens, the tokenizer takes int32[16]: "
-            "set generator.num_tokens to the tokenizer's grid",
+            "the generator draws 25 ids of 64 codes, the tokenizer decodes 16 ids of 64 codes: "
+            "make config.generator fit config.tokenizer",
         ),
         (
             ["tokenizer.codebook_size=128"],
-            "codebook_size is 64 in the generator and 128 in the tokenizer: make them equal",
+            "the generator draws 16 ids of 64 codes, the tokenizer decodes 16 ids of 128 codes: make",
         ),
         (["generator.num_classes=11"], "generator.num_classes is 11, data.num_classes is 10: make them equal"),
         (["classifier.num_classes=11"], "classifier.num_classes is 11, data.num_classes is 10: make them equal"),

@@ -168,7 +168,19 @@ print(sorted(m for m in sys.modules if m in ("tensorflow", "torch")), len({modul
 
 
 CONTRACT = {  # functions that every model, or every file of released weights, defines under the same name
-    *("Config", "init", "axes", "decay_mask", "loss", "token_spec", "image_spec", "encode", "decode", "sample"),
+    *(
+        "Config",
+        "init",
+        "axes",
+        "decay_mask",
+        "loss",
+        "token_spec",
+        "store_spec",
+        "image_spec",
+        "encode",
+        "decode",
+        "sample",
+    ),
     *("load", "save", "open_params"),
 }
 FUNCTIONS = [

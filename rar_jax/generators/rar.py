@@ -22,6 +22,7 @@ import numpy as np
 from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.config import Steps, require, require_at_least
+from rar_jax.models import TokenSpec
 from rar_jax.networks import decoding
 from rar_jax.networks.boxes import logical_axes
 from rar_jax.networks.layers import INIT, Dense, attention_weights, layer_norm, modulate
@@ -128,9 +129,9 @@ class RAR(nn.Module):
 # ---------------------------------------------------------------- parameters
 
 
-def token_spec(config: Config) -> jax.ShapeDtypeStruct:
-    """Return shape and dtype of one sample's tokens: int32 (n,) in raster order."""
-    return jax.ShapeDtypeStruct((config.num_tokens,), jnp.int32)
+def token_spec(config: Config) -> TokenSpec:
+    """One sample's tokens: ids (n,) in raster order."""
+    return TokenSpec((config.num_tokens,), "int32", config.codebook_size)
 
 
 def _boxed_init(config: Config, key: jax.Array) -> Any:

@@ -14,7 +14,6 @@ from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize, tokenize_source
 from rar_jax.tokens.verify import export_tokens, import_tokens, verify_tokens
-from rar_jax.tokens.writer import SHARD_RECORDS
 
 
 def make_tokens(
@@ -39,7 +38,7 @@ def make_tokens(
     """Do one of five things: tokenize a work directory's splits or a source; verify, import or export a store."""
     given = [x for x in (workdir, source, verify, import_, export) if x is not None]
     require(len(given) == 1, "give one of --workdir, --source, --verify, --import and --export")
-    common = {"shard_records": shard_records or SHARD_RECORDS, "quiet": quiet}
+    common = {"shard_records": shard_records, "quiet": quiet}
     require(shard_records is None or shard_records >= 1, f"--shard-records is {shard_records}: it must be at least 1")
     if workdir is not None:
         require(weights is None and out is None, "--workdir has its own tokenizer and stores: omit --weights and --out")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from rar_jax.config import Steps, require, require_at_least
+from rar_jax.models import TokenSpec
 from rar_jax.networks import vqgan
 from rar_jax.networks.boxes import logical_axes
 
@@ -87,9 +88,9 @@ TINY = Config(
 )  # fmt: skip
 
 
-def token_spec(config: Config) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of one image's tokens: int32 (N,)."""
-    return jax.ShapeDtypeStruct((config.grid**2,), jnp.int32)
+def token_spec(config: Config) -> TokenSpec:
+    """One image's tokens: ids (n,) in raster order."""
+    return TokenSpec((config.grid**2,), "int32", config.codebook_size)
 
 
 def image_spec(config: Config) -> jax.ShapeDtypeStruct:

@@ -5,6 +5,7 @@ Read and written line by line: theirs has about 15 GB.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from rar_jax.errors import StoreError
+from rar_jax.models import TokenSpec
 from rar_jax.tokens.store import TokenStore
-from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter
+from rar_jax.tokens.writer import TokenStoreWriter
 
 _ROWS = 4096  # lines at a time
 
@@ -27,7 +29,7 @@ def import_jsonl(
     codebook_size: int,
     class_names: Sequence[str],
     num_tokens: int = 256,
-    shard_records: int = SHARD_RECORDS,
+    shard_records: int | None = None,
     seen: Any = iter,
 ) -> TokenStore:
     """Make or resume a store of a JSONL file. Source ids are line numbers from 0.
@@ -40,9 +42,9 @@ def import_jsonl(
     with open(path, "rb") as file:
         if not (lines := sum(1 for _ in file)):
             raise StoreError(f"{path} is empty")
+    spec = TokenSpec((num_tokens,), "uint16" if codebook_size <= 2**16 else "uint32", codebook_size)
     card: Mapping[str, Any] = {
-        "codebook_size": codebook_size,
-        "grid": [num_tokens],
+        "spec": dataclasses.asdict(spec),
         "num_classes": len(class_names),
         "class_names": list(class_names),
         "crops": ["as in the file"],
@@ -70,7 +72,7 @@ def _parse_lines(
     file: Any, path: pathlib.Path, begin: int, end: int, card: Mapping[str, Any]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Parse lines [begin, end) to blocks of tokens (b, n), labels (b,), int64."""
-    (num_tokens,), codebook_size = card["grid"], card["codebook_size"]
+    (num_tokens,), codebook_size = card["spec"]["shape"], card["spec"]["vocab"]
     for start in range(begin, end, _ROWS):
         count = min(_ROWS, end - start)
         tokens, labels = np.empty((count, num_tokens), np.int64), np.empty(count, np.int64)
@@ -109,7 +111,12 @@ def _parse_line(line: bytes, num_tokens: int, num_classes: int) -> tuple[int, li
 
 
 def export_jsonl(store: TokenStore, out: pathlib.Path, *, seen: Any = iter) -> None:
-    """Write a store as JSONL, atomically. Crop and image ids are lost."""
+    """Write a store of ids (n,) as JSONL, atomically. Crop and image ids are lost.
+
+    Raises: StoreError for other tokens.
+    """
+    if store.spec.vocab is None or len(store.spec.shape) != 1:
+        raise StoreError(f"{store.folder} holds {store.spec}: JSONL has a line of ids for each image")
     temporary = out.with_name(f"{out.name}.tmp")
     try:
         with open(temporary, "w", encoding="ascii") as file:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import numpy as np
-
 from rar_jax.data.loader import Source
 from rar_jax.data.mixing import MixedSource
 from rar_jax.data.sources import Split
 from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import Experiment
+from rar_jax.models import store_spec
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.tokenize import has_tokens
@@ -48,15 +47,11 @@ def check_store(store: TokenStore, experiment: Experiment, hashes: Sequence[str]
     hashes: sha256s of the experiment's tokenizer.
     """
     card, data = store.card, experiment.data
-    spec = experiment.generator.module.token_spec(experiment.generator.config)
     fix = "use tokens made with this config, or change the config"
-    for what, theirs, ours in (
-        ("tokens an image (grid)", int(np.prod(card["grid"])), int(np.prod(spec.shape))),
-        ("codes (codebook_size)", card["codebook_size"], experiment.tokenizer.config.codebook_size),
-        ("classes", card["num_classes"], data.num_classes),
-    ):
-        if theirs != ours:
-            raise ConfigError(f"{store.folder} has {theirs} {what}, the config {ours}: {fix}")
+    if store.spec != (spec := store_spec(experiment.tokenizer)):
+        raise ConfigError(f"{store.folder} holds {store.spec}, config.tokenizer makes {spec}: {fix}")
+    if card["num_classes"] != data.num_classes:
+        raise ConfigError(f"{store.folder} has {card['num_classes']} classes, the config {data.num_classes}: {fix}")
     numbers = [str(i) for i in range(data.num_classes)]
     theirs, ours = list(card["class_names"]), list(data.class_names)
     if theirs != ours and numbers not in (theirs, ours):  # numbers stand for unknown names

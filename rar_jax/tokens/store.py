@@ -1,7 +1,7 @@
 """Token stores: memory-mapped .npy files of records, and their metadata.
 
     DIR/card.json                     written last: a folder without it is not a store
-    DIR/shard-00000-of-00004.npy      structured array: tokens <u2 or <u4 (n,), label <i4, source_id <i8, crop <i2
+    DIR/shard-00000-of-00004.npy      structured array: tokens of the card's spec, label <i4, source_id <i8, crop <i2
 
 Record i of the store is record i of the concatenated shards. Plain .npy is faster than ArrayRecord here, see
 docs/measurements/token_store.md. tokens/writer.py writes stores.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -20,25 +21,34 @@ from typing import Any
 import numpy as np
 
 from rar_jax.errors import StoreError
+from rar_jax.models import TokenSpec
 from rar_jax.runs.bucket import BucketPath, Path, make_path
 from rar_jax.runs.manifest import file_sha256
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # Given by the maker of a store; further keys are kept.
-CARD_KEYS = ("codebook_size", "grid", "num_classes", "class_names", "crops", "source", "tokenizer_sha256")
+CARD_KEYS = ("spec", "num_classes", "class_names", "crops", "source", "tokenizer_sha256")
 # Types of all keys that are read; int is 0..2**31-1.
 _SHARD = {"name": str, "records": int, "sha256": str, "span": [int], "bad_records": [int]}
+_SPEC = {"shape": [int], "dtype": str, "vocab": int | None}
 _CARD: dict[str, Any] = {
-    "codebook_size": int, "grid": [int], "num_classes": int, "class_names": [str], "crops": [str], "source": str,
-    "tokenizer_sha256": str | None, "num_tokens": int, "num_records": int, "num_images": int, "num_bad_records": int,
+    "spec": _SPEC, "num_classes": int, "class_names": [str], "crops": [str], "source": str,
+    "tokenizer_sha256": str | None, "num_records": int, "num_images": int, "num_bad_records": int,
     "num_bad_images": int, "records_per_class": [int], "records_per_crop": [int], "shards": [_SHARD], "sha256": str,
 }  # fmt: skip
+STORED_DTYPES = ("uint8", "uint16", "uint32", "int32", "float16", "float32")
 
 
-def record_dtype(*, num_tokens: int, codebook_size: int) -> np.dtype:
-    """Return the dtype of a record: 2 bytes per token if the codebook fits, else 4."""
-    token = "<u2" if codebook_size <= 65_536 else "<u4"
-    return np.dtype([("tokens", token, (num_tokens,)), ("label", "<i4"), ("source_id", "<i8"), ("crop", "<i2")])
+def read_spec(card: Mapping[str, Any]) -> TokenSpec:
+    """Return the spec of a card."""
+    spec = card["spec"]
+    return TokenSpec(tuple(spec["shape"]), spec["dtype"], spec["vocab"])
+
+
+def record_dtype(spec: TokenSpec) -> np.dtype:
+    """Return the dtype of a record, little-endian."""
+    token = np.dtype(spec.dtype).newbyteorder("<")
+    return np.dtype([("tokens", token, spec.shape), ("label", "<i4"), ("source_id", "<i8"), ("crop", "<i2")])
 
 
 class TokenStore:
@@ -56,9 +66,8 @@ class TokenStore:
         self._local: pathlib.Path = _cache_files(self.folder, names, key=card_sha256(self.card))
         self.num_classes: int = self.card["num_classes"]
         self.class_names: tuple[str, ...] = tuple(self.card["class_names"])
-        self.codebook_size: int = self.card["codebook_size"]
-        self.num_tokens: int = self.card["num_tokens"]
-        self._dtype = record_dtype(num_tokens=self.num_tokens, codebook_size=self.codebook_size)
+        self.spec: TokenSpec = read_spec(self.card)
+        self._dtype = record_dtype(self.spec)
         self._shards = [self._map_shard(shard) for shard in self.card["shards"]]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         if (total := int(self._ends[-1])) != self.card["num_records"]:
@@ -72,11 +81,13 @@ class TokenStore:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"tokens": int32 (n,), "labels": int32, "ids": int64}."""
+        """{"tokens": (*spec.shape), "labels": int32, "ids": int64}, see `gather`."""
         return {key: array[0] for key, array in self.gather(np.array([index])).items()}
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Gather "tokens" int32 (b, n), "labels" int32 (b,), "ids" int64 (b,).
+        """Gather "tokens" (b, *spec.shape), "labels" int32 (b,), "ids" int64 (b,).
+
+        Tokens are int32 if they are ids, else of the stored dtype.
 
         Raises: IndexError for an index outside [0, len); StoreError naming file and record of a value out of range.
         """
@@ -92,7 +103,8 @@ class TokenStore:
             begin, end = bounds[j], bounds[j + 1]
             if begin < end:
                 records[order[begin:end]] = shard[ascending[begin:end] - (self._ends[j] - len(shard))]
-        tokens, labels = records["tokens"].astype(np.int32), records["label"].astype(np.int32)
+        labels = records["label"].astype(np.int32)
+        tokens = records["tokens"].astype(self.spec.dtype if self.spec.vocab is None else np.int32)
         try:
             check_ranges(tokens, labels, records["crop"], self.card, "", 0)
         except StoreError:  # find the file and record
@@ -178,9 +190,14 @@ def card_sha256(card: Mapping[str, Any]) -> str:
 def check_ranges(
     tokens: np.ndarray, labels: np.ndarray, crops: np.ndarray, card: Mapping[str, Any], where: str, first: int
 ) -> None:
-    """Raise StoreError naming the first record with a value out of range."""
-    limits = (("token", tokens, card["codebook_size"]), ("label", labels, card["num_classes"]))
-    for name, values, limit in (*limits, ("crop", crops, len(card["crops"]))):
+    """Raise StoreError naming the first record with a value out of range, or a latent that is not finite."""
+    limits = [("label", labels, card["num_classes"]), ("crop", crops, len(card["crops"]))]
+    if card["spec"]["vocab"] is None:
+        if not (finite := np.isfinite(tokens).reshape(len(tokens), -1).all(axis=1)).all():
+            raise StoreError(f"{where}: record {first + int(np.argmin(finite))} has a latent that is not finite")
+    else:
+        limits.insert(0, ("token", tokens, card["spec"]["vocab"]))
+    for name, values, limit in limits:
         if not np.issubdtype(values.dtype, np.integer):
             raise StoreError(f"{where}: {name}s are {values.dtype}, not integers")
         if values.size and (values.min() < 0 or values.max() >= limit):
@@ -224,12 +241,11 @@ def _is_kind(value: Any, kind: Any) -> bool:
 
 def _find_misfit(card: Mapping[str, Any]) -> str | None:
     """Return a key whose value has the right type and cannot be used."""
-    names = [shard["name"] for shard in card["shards"]]
+    names, spec = [shard["name"] for shard in card["shards"]], card["spec"]
     # Bare names: a card must not make us read other files.
     bare = all(name.isprintable() and "/" not in name and name not in ("", ".", "..") for name in names)
     fits = {
-        "codebook_size": card["codebook_size"] > 0,
-        "num_tokens": 0 < card["num_tokens"] < 2**20,
+        "spec": 0 < math.prod(spec["shape"]) < 2**24 and spec["dtype"] in STORED_DTYPES and spec["vocab"] != 0,
         "crops": len(card["crops"]) > 0,
         "records_per_class": len(card["records_per_class"]) == card["num_classes"] > 0,
         "shards": bare and len(names) > 0 and all(len(shard["span"]) == 2 for shard in card["shards"]),

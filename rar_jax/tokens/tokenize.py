@@ -7,6 +7,7 @@ shard. Each process makes its own shards on its own devices, at its own pace.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,7 +27,7 @@ from rar_jax.data.loader import Batch, sequential_batches
 from rar_jax.data.sources import ImageSource, Split
 from rar_jax.errors import StoreError
 from rar_jax.experiment import Experiment, open_images, open_source
-from rar_jax.models import Model
+from rar_jax.models import Model, store_spec, token_spec
 from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import batch_divisor, own_mesh, with_device_dtype
 from rar_jax.parallel.processes import barrier, from_main, is_main
@@ -35,7 +36,7 @@ from rar_jax.runs.bucket import remove_tree
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
-from rar_jax.tokens.writer import SHARD_RECORDS, TokenStoreWriter, find_difference, remove_leftovers
+from rar_jax.tokens.writer import TokenStoreWriter, find_difference, remove_leftovers
 from rar_jax.weights.loading import Weights, open_weights
 from rar_jax.weights.registry import locate
 from rar_jax.weights.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
@@ -96,7 +97,7 @@ def tokenize_source(
     out: pathlib.Path,
     crops: str | None = None,
     split: Split = "train",
-    shard_records: int = SHARD_RECORDS,
+    shard_records: int | None = None,
     batch_size: int = BATCH,
     download: bool = False,
     quiet: bool = False,
@@ -111,7 +112,8 @@ def tokenize_source(
     Raises: ConfigError, WeightsError, CheckpointError; StoreError if `out` holds another store.
     """
     require(crops is None or crops in CROPS, f"--crops {crops}: choose one of {', '.join(CROPS)}")
-    require(batch_size >= 1 and shard_records >= 1, "--batch-size and --shard-records must be at least 1")
+    require(batch_size >= 1, f"--batch-size is {batch_size}: it must be at least 1")
+    require(shard_records is None or shard_records >= 1, f"--shard-records is {shard_records}: it must be at least 1")
     tokenizer = _open_tokenizer(experiment, weights, download)
     images = open_images(experiment.data, source, split, crop=crops)
     card = _make_card(experiment, images, f"{source} ({split})", origin_sha256(tokenizer))
@@ -213,7 +215,7 @@ def write_store(
 
 
 def jit_encode(tokenizer: Model, mesh: Mesh) -> Any:
-    """Jit (params, images (b, y, x, c) uint8) -> tokens, replicated over the mesh."""
+    """Jit (params, images (b, y, x, c) uint8) -> what a store keeps (b, ...), replicated over the mesh."""
     encode = functools.partial(tokenizer.module.encode, tokenizer.config)
     return jax.jit(encode, out_shardings=replicated(mesh))
 
@@ -253,7 +255,7 @@ def _this_process() -> dict[str, int]:
 
 
 def _open_tokenizer(experiment: Experiment, weights: str, download: bool) -> Weights:
-    num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
+    num_tokens = token_spec(experiment.tokenizer).shape[0]
     opened = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
     check_tokenizer(experiment, opened, f"--weights {opened.path}")
     return opened
@@ -262,16 +264,15 @@ def _open_tokenizer(experiment: Experiment, weights: str, download: bool) -> Wei
 def _make_card(experiment: Experiment, source: ImageSource, what: str, tokenizer_sha256: str) -> dict[str, Any]:
     crop = getattr(source, "crop", "pad")  # sources of one image size do not crop
     require(crop in CROPS, f"{what}: {crop} crops cannot be tokenized: choose one of {', '.join(CROPS)}")
-    module, config = experiment.tokenizer.module, experiment.tokenizer.config
+    tokenizer = experiment.tokenizer
     return {
-        "codebook_size": config.codebook_size,
-        "grid": list(module.token_spec(config).shape),
+        "spec": dataclasses.asdict(store_spec(tokenizer)),
         "num_classes": experiment.data.num_classes,
         "class_names": list(experiment.data.class_names),
         "crops": list(CROPS[crop]),
         "source": what,
         "tokenizer_sha256": tokenizer_sha256,
-        "tokenizer": {"name": module.__name__.rpartition(".")[2], **to_dict(config)},
+        "tokenizer": {"name": tokenizer.module.__name__.rpartition(".")[2], **to_dict(tokenizer.config)},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -13,12 +14,12 @@ from rar_jax.config import require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError, StoreError
 from rar_jax.experiment import Experiment
+from rar_jax.models import draw_tokens, store_spec, token_spec
 from rar_jax.runs.pictures import save_image_grid
 from rar_jax.runs.progress import track_progress
 from rar_jax.sampling import to_uint8
 from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
 from rar_jax.tokens.store import TokenStore
-from rar_jax.tokens.writer import SHARD_RECORDS
 from rar_jax.weights.loading import open_weights
 from rar_jax.weights.registry import locate
 from rar_jax.weights.stages import origin_sha256
@@ -54,12 +55,11 @@ def verify_tokens(
 def summarize_store(store: TokenStore) -> str:
     """Describe a verified store in several lines."""
     card, per_class = store.card, store.card["records_per_class"]
-    codes, shards = f"{card['codebook_size']:,} codes", len(card["shards"])
     bad = f"{card['num_bad_images']:,} could not be decoded and are left out"
     return "\n".join(
         [
             f"{store.folder}: whole and undamaged",
-            f"  records    {len(store):,} of {store.num_tokens} tokens, {codes}, in {shards} shards",
+            f"  records    {len(store):,} of {store.spec}, in {len(card['shards'])} shards",
             f"  images     {card['num_images']:,}, each in {len(card['crops'])} crop(s); {bad}",
             f"  classes    {card['num_classes']:,}, of {min(per_class):,} to {max(per_class):,} records",
             f"  source     {card['source']}",
@@ -87,7 +87,8 @@ def select_sample(store: TokenStore, rows: int = ROWS, columns: int = COLUMNS) -
 
 
 def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, download: bool) -> pathlib.Path:
-    given = open_weights(locate(weights, download=download), "tokenizers", num_tokens=store.num_tokens)
+    num_tokens = store.spec.shape[0]
+    given = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
     made_by, ours = store.card["tokenizer_sha256"], origin_sha256(given)
     if made_by is not None and made_by not in (ours, given.sha256()):
         raise StoreError(
@@ -95,14 +96,16 @@ def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, download: b
             "Give the tokenizer that made it"
         )
     module, config = given.model.module, given.model.config
-    num_tokens = int(np.prod(module.token_spec(config).shape))
-    if (num_tokens, config.codebook_size) != (store.num_tokens, store.codebook_size):
+    if store.spec != (spec := store_spec(given.model)):
         raise StoreError(
-            f"{store.folder} has {store.num_tokens} tokens of {store.codebook_size} codes, {given.path} decodes "
-            f"{num_tokens} of {config.codebook_size}: give the tokenizer that made it"
+            f"{store.folder} holds {store.spec}, {given.path} makes {spec}: give the tokenizer that made it"
         )
     indices, shown = select_sample(store)
-    decode = jax.jit(lambda params, tokens: to_uint8(module.decode(config, params, tokens)))
+
+    @jax.jit
+    def decode(params: Any, stored: jax.Array) -> jax.Array:
+        return to_uint8(module.decode(config, params, draw_tokens(given.model, stored)))
+
     params, tokens = given.place(), store.gather(indices)["tokens"]
     # Row by row: 64 images of full size may not fit in memory.
     images = np.concatenate([np.asarray(decode(params, row)) for row in np.split(tokens, len(shown))])
@@ -121,7 +124,7 @@ def import_tokens(
     experiment: Experiment | None = None,
     codebook_size: int | None = None,
     num_classes: int | None = None,
-    shard_records: int = SHARD_RECORDS,
+    shard_records: int | None = None,
     quiet: bool = False,
 ) -> TokenStore:
     """Make a token store of the authors' maskgitvq.jsonl.
@@ -131,12 +134,13 @@ def import_tokens(
     num_tokens, class_names = 256, ()
     if experiment is not None:
         tokenizer, data = experiment.tokenizer, experiment.data
-        num_tokens = int(np.prod(tokenizer.module.token_spec(tokenizer.config).shape))
-        codebook_size = codebook_size or tokenizer.config.codebook_size
+        spec = token_spec(tokenizer)
+        num_tokens, codebook_size = math.prod(spec.shape), codebook_size or spec.vocab
         num_classes = num_classes or data.num_classes
         class_names = data.class_names if num_classes == data.num_classes else ()
     codebook_size, num_classes = codebook_size or 1024, num_classes or 1000
-    require(codebook_size > 0 and num_classes > 0 and shard_records > 0, "the numbers of --import must be positive")
+    positive = codebook_size > 0 and num_classes > 0 and (shard_records is None or shard_records > 0)
+    require(positive, "the numbers of --import must be positive")
     if not class_names:
         class_names = imagenet.class_names() if num_classes == 1000 else tuple(str(i) for i in range(num_classes))
     if not path.is_file():

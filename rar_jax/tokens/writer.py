@@ -19,15 +19,23 @@ import numpy as np
 from rar_jax.errors import CheckpointError, StoreError
 from rar_jax.runs.bucket import Path, make_path, write_file
 from rar_jax.runs.manifest import file_sha256
-from rar_jax.tokens.store import CARD_KEYS, SCHEMA_VERSION, card_sha256, check_ranges, npy_header, record_dtype
+from rar_jax.tokens.store import (
+    CARD_KEYS,
+    SCHEMA_VERSION,
+    card_sha256,
+    check_ranges,
+    npy_header,
+    read_spec,
+    record_dtype,
+)
 
-SHARD_RECORDS = 65_536  # 34 MB at 256 tokens of two bytes; 196 shards of ImageNet's ten crops
+SHARD_BYTES = 2**26  # held in memory; 101 shards of ImageNet's ten crops at 256 ids
 
 
 class TokenStoreWriter:
     """Writes a store, or resumes an interrupted one.
 
-    writer = TokenStoreWriter(folder, card, source_records=len(source), shard_records=65536)
+    writer = TokenStoreWriter(folder, card, source_records=len(source), shard_records=10_000)
     for j in writer.missing():
         with writer.shard(j) as shard:
             for rows in ...:                   # records [begin, end) = writer.span(j) of the source, in order
@@ -37,8 +45,9 @@ class TokenStoreWriter:
     Holds one shard in memory. Each process writes shards j % process_count == process_index; process 0 finishes.
 
     Args:
-      card: the CARD_KEYS, JSON values. The number of tokens is the product of grid.
-      source_records: records of the source, bad ones included. shard_records: source records per shard.
+      card: the CARD_KEYS, JSON values.
+      source_records: records of the source, bad ones included.
+      shard_records: source records per shard, by default as many as fill SHARD_BYTES.
 
     Raises: StoreError for a wrong card, or a folder that holds a finished store or the beginning of another one.
     """
@@ -49,25 +58,22 @@ class TokenStoreWriter:
         card: Mapping[str, Any],
         *,
         source_records: int,
-        shard_records: int = SHARD_RECORDS,
+        shard_records: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
         self.folder: Path = make_path(folder)
         if missing := [key for key in CARD_KEYS if key not in card]:
             raise StoreError(f"the card for {self.folder} lacks {', '.join(missing)}")
+        card = json.loads(json.dumps(card))  # as it will be read: tuples are lists
+        self.dtype: np.dtype = record_dtype(read_spec(card))
+        if shard_records is None:
+            shard_records = max(1, SHARD_BYTES // self.dtype.itemsize)
         if shard_records < 1 or source_records < 1:
             raise StoreError(f"{self.folder}: {source_records} records cannot be split into shards of {shard_records}")
         if self.card_file.exists():
             raise StoreError(f"{self.folder} already holds a finished store: remove it or choose another folder")
-        num_tokens = int(np.prod(card["grid"]))
-        self.dtype: np.dtype = record_dtype(num_tokens=num_tokens, codebook_size=card["codebook_size"])
-        self.card: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            **json.loads(json.dumps(card)),  # as it will be read: tuples are lists
-            "num_tokens": num_tokens,
-            "dtype": self.dtype["tokens"].base.name,
-        }
+        self.card: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **card}
         self.source_records: int = source_records
         self.shard_records: int = shard_records
         self.num_shards: int = -(-source_records // shard_records)
@@ -193,21 +199,24 @@ class Shard:
         crops: np.ndarray,
         bad: np.ndarray | None = None,
     ) -> None:
-        """Append the next records: tokens ints (b, n), the others ints (b,).
+        """Append the next records: tokens (b, *spec.shape), the others ints (b,).
 
         bad: bool (b,), records whose image could not be decoded: they are counted and left out.
 
         Raises: StoreError for a wrong shape, a value out of range, or too many records.
         """
         tokens, labels, crops = np.asarray(tokens), np.asarray(labels), np.asarray(crops)
-        if tokens.ndim != 2 or tokens.shape[1] != self._card["num_tokens"]:
-            raise StoreError(f"{self._where}: tokens are {tokens.shape}, expected (b, {self._card['num_tokens']})")
+        stored = self.records.dtype["tokens"]
+        if tokens.shape[1:] != stored.shape:
+            shape = ", ".join(map(str, stored.shape))
+            raise StoreError(f"{self._where}: tokens are {tokens.shape}, expected (b, {shape})")
         if not len(tokens) == len(labels) == len(source_ids) == len(crops):
             raise StoreError(f"{self._where}: tokens, labels, source_ids and crops differ in length")
         if self.seen + len(tokens) > len(self.records):
             raise StoreError(f"{self._where}: more than its {len(self.records)} records were appended")
         good = np.ones(len(tokens), bool) if bad is None else ~np.asarray(bad)
-        # Before the cast to two bytes, which could make a wrong token valid.
+        if self._card["spec"]["vocab"] is None:
+            tokens = tokens.astype(stored.base)  # may overflow; that of ids could make a wrong one valid
         check_ranges(tokens, labels, crops, self._card, self._where, self._begin + self.seen)
         records = self.records[self.kept : self.kept + good.sum()]
         records["tokens"], records["label"] = tokens[good], labels[good]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rar_jax.config import differences, require, to_dict
 from rar_jax.errors import CheckpointError, ConfigError
 from rar_jax.experiment import Experiment
-from rar_jax.models import Model
+from rar_jax.models import Model, token_spec
 from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.runs.bucket import Path
@@ -113,7 +113,7 @@ def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) ->
 
 def _given_tokenizer(experiment: Experiment) -> Weights:
     assert experiment.tokenizer_weights is not None
-    num_tokens = experiment.tokenizer.module.token_spec(experiment.tokenizer.config).shape[0]
+    num_tokens = token_spec(experiment.tokenizer).shape[0]
     weights = open_weights(locate(experiment.tokenizer_weights), "tokenizers", num_tokens=num_tokens)
     check_tokenizer(experiment, weights, f"tokenizer.weights {weights.path}")
     return weights
@@ -124,7 +124,7 @@ def check_tokenizer(experiment: Experiment, weights: Weights, name: str) -> None
     ours, theirs = experiment.tokenizer, weights.model
     for kind, specs in {
         "images": [model.module.image_spec(model.config) for model in (ours, theirs)],
-        "tokens": [model.module.token_spec(model.config) for model in (ours, theirs)],
+        "tokens": [token_spec(model) for model in (ours, theirs)],
         "parameters": [model.param_shapes() for model in (ours, theirs)],
     }.items():
         if specs[0] != specs[1]:

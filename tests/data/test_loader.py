@@ -69,7 +69,12 @@ def test_global_batch_is_the_same_for_any_number_of_workers(source: ImageSource)
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """371 records in 9 shards of up to 48; every fifth could not be decoded, so that shards differ in length."""
     folder = tmp_path_factory.mktemp("tokens") / "store"
-    card = {"codebook_size": 70_000, "grid": [5], "num_classes": 3, "class_names": list("abc"), "crops": ["whole"]}
+    card = {
+        "spec": {"shape": [5], "dtype": "uint32", "vocab": 70_000},
+        "num_classes": 3,
+        "class_names": list("abc"),
+        "crops": ["whole"],
+    }
     card |= {"source": "made up", "tokenizer_sha256": None}
     writer = TokenStoreWriter(folder, card, source_records=464, shard_records=53)
     rng = np.random.default_rng(0)

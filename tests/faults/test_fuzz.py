@@ -21,6 +21,7 @@ from rar_jax.config import load_experiment
 from rar_jax.errors import ConfigError, ReferenceFileError, StoreError, WeightsError
 from rar_jax.evaluation.npz import open_npz, read_array
 from rar_jax.experiment import resolve
+from rar_jax.models import TokenSpec
 from rar_jax.tokens.store import TokenStore, card_sha256, npy_header, record_dtype
 
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "tiny.py"
@@ -108,7 +109,7 @@ JSON = st.recursive(
 
 def whole_store(folder: pathlib.Path) -> dict[str, Any]:
     """Writes the only shard of a store of 3 records; its card."""
-    dtype = record_dtype(num_tokens=4, codebook_size=8)
+    dtype = record_dtype(TokenSpec((4,), "uint16", 8))
     content = npy_header(3, dtype) + np.zeros(3, dtype).tobytes()
     (folder / "shard-0.npy").write_bytes(content)
     shard = {
@@ -119,23 +120,22 @@ def whole_store(folder: pathlib.Path) -> dict[str, Any]:
         "bad_records": [],
     }
     return {
-        "schema_version": 3, "codebook_size": 8, "grid": [4], "num_classes": 2, "class_names": ["a", "b"], "crops": ["center"],
-        "source": "x", "tokenizer_sha256": None, "num_records": 3, "num_tokens": 4, "dtype": "<u2", "num_images": 3,
+        "schema_version": 4, "spec": {"shape": [4], "dtype": "uint16", "vocab": 8}, "num_classes": 2, "class_names": ["a", "b"], "crops": ["center"],
+        "source": "x", "tokenizer_sha256": None, "num_records": 3, "num_images": 3,
         "num_bad_records": 0, "num_bad_images": 0, "records_per_class": [3, 0], "records_per_crop": [3], "shards": [shard],
     }  # fmt: skip
 
 
 CARD_KEYS = (
     "schema_version",
-    "codebook_size",
-    "grid",
+    "spec",
     "num_classes",
     "class_names",
     "crops",
     "source",
     "tokenizer_sha256",
 )
-CARD_KEYS += ("num_records", "num_tokens", "num_images", "records_per_class", "records_per_crop", "shards")
+CARD_KEYS += ("num_records", "num_images", "records_per_class", "records_per_crop", "shards")
 SHARD_KEYS = ("name", "records", "sha256", "span", "bad_records")
 
 
@@ -143,7 +143,7 @@ SHARD_KEYS = ("name", "records", "sha256", "span", "bad_records")
 @given(
     key=st.sampled_from(CARD_KEYS) | st.sampled_from(SHARD_KEYS).map(lambda key: ("shards", key)),
     value=JSON | st.sampled_from([2**40, 2**31, -1, [[]], [{}], [None], "../shard-0.npy", "\0", True]),
-    schema=st.sampled_from([2, 3, 3]),
+    schema=st.sampled_from([3, 4, 4]),
 )
 def test_card(key: Any, value: Any, schema: int, tmp_path: pathlib.Path) -> None:
     card = whole_store(tmp_path) | {"schema_version": schema}

@@ -87,7 +87,11 @@ class TinyTokens(NamedTuple):
 
     def card(self) -> dict[str, Any]:
         """For a TokenStoreWriter, of a store whose tokenizer is not known."""
-        card = {"codebook_size": 32, "grid": [16], "num_classes": 10, "class_names": [str(i) for i in range(10)]}
+        card = {
+            "spec": {"shape": [16], "dtype": "uint16", "vocab": 32},
+            "num_classes": 10,
+            "class_names": [str(i) for i in range(10)],
+        }
         return {**card, "crops": ["whole image"], "source": "digits", "tokenizer_sha256": None}
 
 

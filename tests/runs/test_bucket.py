@@ -102,7 +102,12 @@ def test_small_files_of_a_work_directory(url: str) -> None:
 
 def test_a_token_store(url: str, tmp_path: pathlib.Path) -> None:
     """Two processes write their shards to the bucket, a killed one resumes, and readers map a cache."""
-    card = {"codebook_size": 16, "grid": [2, 2], "num_classes": 2, "class_names": ["a", "b"], "crops": ["whole"]}
+    card = {
+        "spec": {"shape": [4], "dtype": "uint16", "vocab": 16},
+        "num_classes": 2,
+        "class_names": ["a", "b"],
+        "crops": ["whole"],
+    }
     card |= {"source": "test", "tokenizer_sha256": None}
     folder = Workdir(url).tokens("train")
 

@@ -88,8 +88,11 @@ def test_training_on_a_mix(tiny: Any, workdir: Workdir, straight: pathlib.Path, 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"grid": [4, 5]}, r"has 20 tokens an image \(grid\), the config 16: use tokens"),
-        ({"codebook_size": 64}, r"has 64 codes \(codebook_size\), the config 32"),
+        (
+            {"spec": {"shape": [20], "dtype": "uint16", "vocab": 32}},
+            "holds 20 ids of 32 codes, config.tokenizer makes 16 ids of 32 codes: use tokens",
+        ),
+        ({"spec": {"shape": [16], "dtype": "uint16", "vocab": 64}}, "holds 16 ids of 64 codes, config.tokenizer makes"),
         ({"num_classes": 11, "class_names": list("abcdefghijk")}, "has 11 classes, the config 10"),
         ({"class_names": list("abcdefgxij")}, "calls class 7 'x', the config 'h'"),
         ({"tokenizer_sha256": "0" * 64}, r"made by the tokenizer with sha256 000000000000\.\.\., this run has"),
@@ -101,7 +104,7 @@ def test_a_card_that_does_not_fit(
     card = tiny.card() | {"tokenizer_sha256": file_sha256(tiny.weights)} | changes
     writer = TokenStoreWriter(tmp_path / "s", card, source_records=3)
     with writer.shard(0) as shard:
-        shard.append(np.zeros((3, int(np.prod(card["grid"]))), int), np.zeros(3, int), np.arange(3), np.zeros(3, int))
+        shard.append(np.zeros((3, *card["spec"]["shape"]), int), np.zeros(3, int), np.arange(3), np.zeros(3, int))
     writer.finish()
     experiment = tiny.experiment(tokens=str(tmp_path / "s"), class_names=tuple("abcdefghij"))
     with pytest.raises(ConfigError, match=problem) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,18 +18,19 @@ import numpy as np
 import pytest
 
 from rar_jax.errors import StoreError
+from rar_jax.models import TokenSpec
 from rar_jax.tokens import store as token_store
 from rar_jax.tokens.store import TokenStore, card_sha256
 from rar_jax.tokens.writer import TokenStoreWriter
 
-RECORDS, GRID, CLASSES = 103, [2, 3], 5
+RECORDS, CLASSES = 103, 5
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def make_card(codebook_size: int = 1024) -> dict[str, Any]:
+    dtype = "uint16" if codebook_size <= 65_536 else "uint32"
     return {
-        "codebook_size": codebook_size,
-        "grid": GRID,
+        "spec": {"shape": [6], "dtype": dtype, "vocab": codebook_size},
         "num_classes": CLASSES,
         "class_names": list("abcde"),
         "crops": [f"crop {k}" for k in range(10)],
@@ -83,7 +85,7 @@ def test_round_trip(tmp_path: pathlib.Path, shard_records: int, codebook_size: i
     columns = make_columns(codebook_size=codebook_size)
     store = write(tmp_path / "s", columns, shard_records=shard_records, codebook_size=codebook_size)
     store.verify()
-    assert (len(store), store.card["dtype"], store.num_tokens) == (RECORDS, dtype, 6)
+    assert (len(store), store.spec) == (RECORDS, TokenSpec((6,), dtype, codebook_size))
     order = np.random.default_rng(2).permutation(RECORDS).repeat(2)
     batch = store.gather(order)
     for key, column, kind in zip(("tokens", "labels", "ids"), columns, ("int32", "int32", "int64"), strict=False):
@@ -103,7 +105,7 @@ def test_card(tmp_path: pathlib.Path) -> None:
     write(tmp_path, columns)
     card = json.loads((tmp_path / "card.json").read_text())
     assert {key: card[key] for key in token_store.CARD_KEYS} == make_card()
-    assert (card["schema_version"], card["num_tokens"], card["num_records"]) == (3, 6, RECORDS)
+    assert (card["schema_version"], card["num_records"]) == (4, RECORDS)
     assert [shard["records"] for shard in card["shards"]] == [26, 26, 26, 25]
     assert [shard["span"] for shard in card["shards"]] == [[0, 26], [26, 52], [52, 78], [78, 103]]
     assert [shard["name"] for shard in card["shards"]] == [f"shard-0000{j}-of-00004.npy" for j in range(4)]
@@ -330,8 +332,8 @@ def test_not_a_store(tmp_path: pathlib.Path) -> None:
     write(tmp_path, make_columns())
     card = json.loads((tmp_path / "card.json").read_text())
     for text, message in (
-        (json.dumps({**card, "schema_version": 9}), "schema version 9, expected 3: run tokenize again"),
-        (json.dumps({k: v for k, v in card.items() if k != "grid"}), "lacks grid"),
+        (json.dumps({**card, "schema_version": 9}), "schema version 9, expected 4: run tokenize again"),
+        (json.dumps({k: v for k, v in card.items() if k != "spec"}), "lacks spec"),
         (json.dumps({k: v for k, v in card.items() if k != "sha256"}), "lacks sha256"),
         (json.dumps({**card, "source": "else"}), "is damaged: its sha256 does not match"),
         ("{", "cannot be read"),
@@ -374,6 +376,32 @@ def test_wrong_records_are_refused(tmp_path: pathlib.Path) -> None:
     for sizes in ({"source_records": 0}, {"shard_records": 0}):
         with pytest.raises(StoreError, match="cannot be split into shards"):
             make_writer(tmp_path, **sizes)
+
+
+@pytest.mark.parametrize(
+    "spec", [TokenSpec((4, 4, 3), "float16"), TokenSpec((5,), "float32"), TokenSpec((3, 2), "uint8", 200)], ids=str
+)
+def test_any_spec(tmp_path: pathlib.Path, spec: TokenSpec) -> None:
+    """Latents keep their dtype, ids become int32, and shards are sized by bytes."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((40, *spec.shape)) if spec.vocab is None else rng.integers(0, 200, (40, *spec.shape))
+    card = make_card() | {"spec": json.loads(json.dumps(dataclasses.asdict(spec)))}
+    writer = TokenStoreWriter(tmp_path, card, source_records=40)
+    assert writer.shard_records == 2**26 // writer.dtype.itemsize
+    rest = np.zeros(40, int), np.arange(40), np.zeros(40, int)
+    with writer.shard(0) as shard:
+        shard.append(tokens, *rest)
+    writer.finish()
+    store = TokenStore(tmp_path)
+    store.verify()
+    found = store.gather(np.arange(40))["tokens"]
+    assert store.spec == spec and found.dtype == (spec.dtype if spec.vocab is None else np.int32)
+    np.testing.assert_array_equal(found, tokens.astype(found.dtype))
+    if spec.vocab is None:
+        writer = TokenStoreWriter(tmp_path / "bad", card, source_records=40)
+        tokens.reshape(40, -1)[7, 2] = 1e6 if spec.dtype == "float16" else np.nan  # 1e6 overflows
+        with pytest.raises(StoreError, match="record 7 has a latent that is not finite"), writer.shard(0) as shard:
+            shard.append(tokens, *rest)
 
 
 def test_writing_takes_constant_memory(tmp_path: pathlib.Path) -> None:

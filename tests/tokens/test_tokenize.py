@@ -49,7 +49,7 @@ def test_tokens_are_the_images(tiny: Any, straight: pathlib.Path) -> None:
     assert card["tokenizer_sha256"] == file_sha256(tiny.weights)
     assert (card["num_records"], card["num_images"], card["num_bad_images"]) == (360, 360, 0)
     assert card["records_per_class"] == np.bincount(images["labels"]).tolist()
-    assert (card["crops"], card["grid"], card["codebook_size"]) == (["whole image"], [16], 32)
+    assert (card["crops"], card["spec"]) == (["whole image"], {"shape": [16], "dtype": "uint16", "vocab": 32})
     assert [shard["span"] for shard in card["shards"]] == [[k, min(k + 50, 360)] for k in range(0, 360, 50)]
 
 

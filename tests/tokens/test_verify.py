@@ -19,6 +19,7 @@ from terminal import frames, shown_by
 from rar_jax.cli import main
 from rar_jax.data import imagenet
 from rar_jax.errors import StoreError
+from rar_jax.models import TokenSpec
 from rar_jax.runs.manifest import file_sha256
 from rar_jax.runs.pictures import save_image_grid
 from rar_jax.tokenizers import maskgit_vq as tokenizer
@@ -39,7 +40,12 @@ def weights(tiny: Any) -> pathlib.Path:
 @pytest.fixture
 def store(weights: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """100 records of 4 of 5 classes in 3 shards; class 1 has none, class 4 has three."""
-    card = {"codebook_size": 32, "grid": [16], "num_classes": 5, "class_names": NAMES, "crops": ["whole image"]}
+    card = {
+        "spec": {"shape": [16], "dtype": "uint16", "vocab": 32},
+        "num_classes": 5,
+        "class_names": NAMES,
+        "crops": ["whole image"],
+    }
     writer = TokenStoreWriter(
         tmp_path / "store",
         {**card, "source": "made up", "tokenizer_sha256": file_sha256(weights)},
@@ -189,7 +195,7 @@ def test_import_and_export_by_the_command(
     assert "exists: choose another" in check_fails(capsys, "--export", str(store), "--out", str(file))
     out = tmp_path / "imported"
     assert main(["tokenize", "--import", str(file), "--out", str(out), "--config", TINY, "--shard-records", "7"]) == 0
-    assert "100 of 16 tokens, 32 codes, in 15 shards" in capsys.readouterr().out
+    assert "100 of 16 ids of 32 codes, in 15 shards" in capsys.readouterr().out
     assert main(["tokenize", "--export", str(out), "--out", str(back), "--quiet"]) == 0
     assert back.read_bytes() == file.read_bytes()
 
@@ -199,8 +205,8 @@ def test_import_of_the_authors_layout_needs_no_more(tmp_path: pathlib.Path) -> N
     file.write_text(json.dumps({"class_id": 999, "tokens": [*range(768, 1024)]}) + "\n")
     assert main(["tokenize", "--import", str(file), "--out", str(out), "--quiet"]) == 0
     store = TokenStore(out)
-    assert (store.codebook_size, store.num_classes, store.num_tokens) == (1024, 1000, 256)
-    assert store.class_names == imagenet.class_names() and store.card["dtype"] == "uint16"
+    assert (store.spec, store.num_classes) == (TokenSpec((256,), "uint16", 1024), 1000)
+    assert store.class_names == imagenet.class_names()
     np.testing.assert_array_equal(store[0]["tokens"], np.arange(768, 1024))
     shutil.rmtree(out)
     file.write_text(file.read_text() + json.dumps({"class_id": 1000, "tokens": [0] * 256}) + "\n")

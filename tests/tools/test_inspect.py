@@ -207,7 +207,8 @@ def test_a_token_store(
     assert found["bytes"] == sum(path.stat().st_size for path in straight.glob("*.npy"))
     sizes = [found[f"num_{name}"] for name in ("records", "images", "bad_images", "shards")]
     assert sizes == [360, 360, 0, 8]
-    for key in ("tokenizer_sha256", "codebook_size", "grid", "crops", "source", "tokenizer"):
+    assert found["tokens"] == "16 ids of 32 codes"
+    for key in ("tokenizer_sha256", "crops", "source", "tokenizer"):
         assert found[key] == store.card[key]
     assert main(["inspect", str(straight), "--progress"]) == 0
     told = capsys.readouterr()

@@ -21,7 +21,7 @@ from rar_jax.data.loader import batches
 from rar_jax.errors import TripCountError
 from rar_jax.experiment import Experiment
 from rar_jax.metrics.features import extract_features
-from rar_jax.models import Model
+from rar_jax.models import Model, TokenSpec, store_spec, token_spec
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel.arrays import prefetch_batches
@@ -154,7 +154,7 @@ def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> It
         if state is None:
             state = _draw_state(setup.abstract_state)
         labels = np.arange(size, dtype=np.int32) % experiment.data.num_classes
-        batch = {"tokens": _draw_tokens(experiment.generator, size), "labels": labels}
+        batch = {"tokens": _draw_tokens(token_spec(experiment.generator), size), "labels": labels}
         batch = jax.device_put(batch, batch_sharding(mesh))
         key = jax.random.key(0, impl="threefry2x32")
         compiled, seconds, cost = _compile(mesh, size, setup.step, state, batch, key)
@@ -177,7 +177,9 @@ def make_image_cases(experiment: Experiment, mesh: Mesh, options: Options) -> It
         function = functools.partial(tokenizer.module.decode if options.decode else tokenizer.module.encode, config)
         params = draw_params(tokenizer, mesh)
     for size in select_batch_sizes(experiment, mesh, options):
-        inputs = _draw_tokens(experiment.tokenizer, size) if options.decode else _draw_images(experiment, size)
+        inputs = (
+            _draw_tokens(token_spec(experiment.tokenizer), size) if options.decode else _draw_images(experiment, size)
+        )
         yield _make_network_case(mesh, size, function, params, jax.device_put(inputs, batch_sharding(mesh)))
 
 
@@ -269,11 +271,11 @@ def _draw(shapes: Any, at: Any) -> Any:
     return jax.jit(draw, out_shardings=at)(jax.random.key(0))
 
 
-def _draw_tokens(model: Model, size: int) -> np.ndarray:
-    spec, rng = model.module.token_spec(model.config), np.random.default_rng(0)
-    if spec.dtype == jnp.int32:
-        return rng.integers(0, get_setting(model, "codebook_size"), (size, *spec.shape), np.int32)
-    return rng.standard_normal((size, *spec.shape), np.float32)
+def _draw_tokens(spec: TokenSpec, size: int, seed: int = 0) -> np.ndarray:
+    rng, shape = np.random.default_rng(seed), (size, *spec.shape)
+    if spec.vocab is None:
+        return rng.standard_normal(shape, np.float32).astype(spec.dtype)
+    return rng.integers(0, spec.vocab, shape, np.int32)
 
 
 def _draw_images(experiment: Experiment, size: int) -> np.ndarray:
@@ -283,17 +285,14 @@ def _draw_images(experiment: Experiment, size: int) -> np.ndarray:
 
 
 def _write_random_store(experiment: Experiment, folder: pathlib.Path, records: int) -> TokenStore:
-    generator, data = experiment.generator, experiment.data
-    spec = generator.module.token_spec(generator.config)
-    require(spec.dtype == jnp.int32, f"bench loader reads stores of codes, the generator has {spec.dtype} tokens")
-    codes = get_setting(generator, "codebook_size")
-    card = {"codebook_size": codes, "grid": list(spec.shape), "num_classes": data.num_classes, "crops": ["whole image"]}
+    data, spec = experiment.data, store_spec(experiment.tokenizer)
+    card = {"spec": dataclasses.asdict(spec), "num_classes": data.num_classes, "crops": ["whole image"]}
     card |= {"class_names": list(data.class_names), "source": "random", "tokenizer_sha256": None}
     writer = TokenStoreWriter(folder, card, source_records=records)
     for j in writer.missing():
         begin, end = writer.span(j)
-        rng, rows = np.random.default_rng(j), end - begin
-        tokens, labels = rng.integers(0, codes, (rows, *spec.shape)), rng.integers(0, data.num_classes, rows)
+        rows = end - begin
+        tokens, labels = _draw_tokens(spec, rows, j), np.random.default_rng(j).integers(0, data.num_classes, rows)
         with writer.shard(j) as shard:
             shard.append(tokens, labels, np.arange(begin, end), np.zeros(rows, int))
     writer.finish()

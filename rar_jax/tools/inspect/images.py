@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rar_jax.config import require
-from rar_jax.data.decode import Header, read_header
+from rar_jax.data.decode import read_header
 from rar_jax.data.encoded import EncodedSource, reason_of
 from rar_jax.data.folder import SUFFIXES
 from rar_jax.data.sources import ARRAYS, SPECS, ImageSource, Split, load_source
@@ -21,11 +21,15 @@ ROWS, COLUMNS, CELL = 10, 8, 128  # of the picture: classes, images per class, p
 
 
 class GoodImage(NamedTuple):
-    """An image that can be used. header, bytes: of its file."""
+    """An image that can be used, as its file stores it."""
 
     number: int
     label: int
-    header: Header
+    width: int
+    height: int
+    format: str
+    mode: str
+    rotated: bool
     bytes: int
 
 
@@ -93,16 +97,15 @@ def inspect_source(
 
 
 def _summarize_files(good: list[GoodImage], image_size: int) -> Summary:
-    headers = [image.header for image in good]
-    sizes = {"width": [h.width for h in headers], "height": [h.height for h in headers]} if good else {}
+    sizes = {"width": [image.width for image in good], "height": [image.height for image in good]} if good else {}
     return {
         "bytes": sum(image.bytes for image in good),
         **{k: {"min": min(v), "median": int(np.median(v)), "max": max(v)} for k, v in sizes.items()},
         "image_size": image_size,
-        "below_image_size": sum(min(h.width, h.height) < image_size for h in headers),
-        "formats": dict(collections.Counter(h.kind for h in headers).most_common()),
-        "modes": dict(collections.Counter(h.mode for h in headers).most_common()),
-        "rotated_by_exif": sum(h.turned for h in headers),
+        "below_image_size": sum(min(image.width, image.height) < image_size for image in good),
+        "formats": dict(collections.Counter(image.format for image in good).most_common()),
+        "modes": dict(collections.Counter(image.mode for image in good).most_common()),
+        "rotated_by_exif": sum(image.rotated for image in good),
     }
 
 

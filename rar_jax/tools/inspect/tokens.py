@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,20 +35,18 @@ def inspect_token_store(target: str, *, max_problems: int = LISTED, quiet: bool 
     problems = []
     try:
         store.verify(seen=functools.partial(shown, description=f"verify {target}", unit="shards"))
-        per_code = np.zeros(store.codebook_size, np.int64)
-        for start in shown(range(0, len(store), BLOCK), description=f"count {target}", unit="blocks"):
-            tokens = store.gather(np.arange(start, min(start + BLOCK, len(store))))["tokens"]
-            per_code += np.bincount(tokens.reshape(-1), minlength=len(per_code))
-        counted["codes"] = {"used": int((per_code > 0).sum()), **measure_code_usage(per_code)}
+        blocks = shown(range(0, len(store), BLOCK), description=f"count {target}", unit="blocks")
+        counted |= _measure_tokens(store, blocks)
         per_class = zip(store.card["records_per_class"], store.class_names, strict=True)
         counted["classes"] = [{"count": count, "class": name} for count, name in per_class]
     except StoreError as error:
         counted = {}
         problems.append({"name": target, "reason": str(error)})
-    keys = ("source", "tokenizer", "tokenizer_sha256", "codebook_size", "grid", "crops", "num_images", "num_bad_images")
+    keys = ("source", "tokenizer", "tokenizer_sha256", "crops", "num_images", "num_bad_images")
     return {
         "kind": "token store",
         "name": target,
+        "tokens": str(store.spec),
         **{key: store.card.get(key) for key in keys},
         "num_records": len(store),
         "num_shards": len(store.card["shards"]),
@@ -57,3 +57,20 @@ def inspect_token_store(target: str, *, max_problems: int = LISTED, quiet: bool 
         "problems": problems[:max_problems],
         "to_see_it": f"rar-jax tokenize --verify {target} --weights TOKENIZER",
     }
+
+
+def _measure_tokens(store: TokenStore, blocks: Iterable[int]) -> dict[str, Any]:
+    """Measure the use of codes, or the range, mean and standard deviation of latents."""
+    per_code = np.zeros(store.spec.vocab or 0, np.int64)
+    lowest, highest, sums = np.inf, -np.inf, np.zeros(2)
+    for start in blocks:
+        tokens = store.gather(np.arange(start, min(start + BLOCK, len(store))))["tokens"]
+        if store.spec.vocab is not None:
+            per_code += np.bincount(tokens.reshape(-1), minlength=len(per_code))
+        else:
+            lowest, highest = min(lowest, float(tokens.min())), max(highest, float(tokens.max()))
+            sums += [tokens.sum(dtype=np.float64), np.square(tokens, dtype=np.float64).sum()]
+    if store.spec.vocab is not None:
+        return {"codes": {"used": int((per_code > 0).sum()), **measure_code_usage(per_code)}}
+    mean, square = sums / (len(store) * math.prod(store.spec.shape))
+    return {"latents": {"min": lowest, "max": highest, "mean": mean, "std": math.sqrt(max(square - mean**2, 0.0))}}

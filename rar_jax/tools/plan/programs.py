@@ -16,7 +16,7 @@ from rar_jax.errors import TripCountError
 from rar_jax.evaluation.image_batches import batch_samples
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
-from rar_jax.models import Model
+from rar_jax.models import Model, token_spec
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.tokens.tokenize import jit_encode
@@ -92,9 +92,8 @@ def shape_params(model: Model, mesh: Any) -> Any:
 
 
 def _shape_tokens(experiment: Experiment) -> dict[str, Any]:
-    spec = experiment.generator.module.token_spec(experiment.generator.config)
     size = experiment.train.batch_size
-    tokens = jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype)
+    tokens = token_spec(experiment.generator).with_batch(size)
     return {"tokens": tokens, "labels": jax.ShapeDtypeStruct((size,), jnp.int32)}
 
 
