@@ -220,7 +220,8 @@ def test_batches_divide_over_four_devices(name: str) -> None:
         ),
         (
             ["tokenizer.codebook_size=128"],
-            "the generator draws 16 ids of 64 codes, the tokenizer decodes 16 ids of 128 codes: make",
+            "the generator draws 16 ids of 64 codes, the tokenizer decodes 16 ids of 128 codes: "
+            "make config.generator fit config.tokenizer",
         ),
         (["generator.num_classes=11"], "generator.num_classes is 11, data.num_classes is 10: make them equal"),
         (["classifier.num_classes=11"], "classifier.num_classes is 11, data.num_classes is 10: make them equal"),

@@ -216,7 +216,8 @@ class Shard:
             raise StoreError(f"{self._where}: more than its {len(self.records)} records were appended")
         good = np.ones(len(tokens), bool) if bad is None else ~np.asarray(bad)
         if self._card["spec"]["vocab"] is None:
-            tokens = tokens.astype(stored.base)  # may overflow; that of ids could make a wrong one valid
+            with np.errstate(over="ignore"):  # infinity is an error below
+                tokens = tokens.astype(stored.base)  # not ids: their cast could make a wrong one valid
         check_ranges(tokens, labels, crops, self._card, self._where, self._begin + self.seen)
         records = self.records[self.kept : self.kept + good.sum()]
         records["tokens"], records["label"] = tokens[good], labels[good]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -218,11 +217,11 @@ def test_counts_that_are_not_the_records(tmp_path: pathlib.Path) -> None:
             TokenStore(tmp_path).verify()
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 3])
 def test_an_older_store_is_refused_with_its_version(tmp_path: pathlib.Path, version: int) -> None:
     card = write(tmp_path, make_columns()).card
     write_card(tmp_path, {**card, "schema_version": version})
-    with pytest.raises(StoreError, match=f"card.json has schema version {version}, expected 3: run tokenize again"):
+    with pytest.raises(StoreError, match=f"card.json has schema version {version}, expected 4: run tokenize again"):
         TokenStore(tmp_path)
 
 
@@ -376,32 +375,6 @@ def test_wrong_records_are_refused(tmp_path: pathlib.Path) -> None:
     for sizes in ({"source_records": 0}, {"shard_records": 0}):
         with pytest.raises(StoreError, match="cannot be split into shards"):
             make_writer(tmp_path, **sizes)
-
-
-@pytest.mark.parametrize(
-    "spec", [TokenSpec((4, 4, 3), "float16"), TokenSpec((5,), "float32"), TokenSpec((3, 2), "uint8", 200)], ids=str
-)
-def test_any_spec(tmp_path: pathlib.Path, spec: TokenSpec) -> None:
-    """Latents keep their dtype, ids become int32, and shards are sized by bytes."""
-    rng = np.random.default_rng(0)
-    tokens = rng.standard_normal((40, *spec.shape)) if spec.vocab is None else rng.integers(0, 200, (40, *spec.shape))
-    card = make_card() | {"spec": json.loads(json.dumps(dataclasses.asdict(spec)))}
-    writer = TokenStoreWriter(tmp_path, card, source_records=40)
-    assert writer.shard_records == 2**26 // writer.dtype.itemsize
-    rest = np.zeros(40, int), np.arange(40), np.zeros(40, int)
-    with writer.shard(0) as shard:
-        shard.append(tokens, *rest)
-    writer.finish()
-    store = TokenStore(tmp_path)
-    store.verify()
-    found = store.gather(np.arange(40))["tokens"]
-    assert store.spec == spec and found.dtype == (spec.dtype if spec.vocab is None else np.int32)
-    np.testing.assert_array_equal(found, tokens.astype(found.dtype))
-    if spec.vocab is None:
-        writer = TokenStoreWriter(tmp_path / "bad", card, source_records=40)
-        tokens.reshape(40, -1)[7, 2] = 1e6 if spec.dtype == "float16" else np.nan  # 1e6 overflows
-        with pytest.raises(StoreError, match="record 7 has a latent that is not finite"), writer.shard(0) as shard:
-            shard.append(tokens, *rest)
 
 
 def test_writing_takes_constant_memory(tmp_path: pathlib.Path) -> None:

@@ -107,7 +107,7 @@ def test_summary(store: pathlib.Path, weights: pathlib.Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     for text in (
         f"{store}: whole and undamaged",
-        "100 of 16 tokens, 32 codes, in 3 shards",
+        "100 of 16 ids of 32 codes, in 3 shards",
         "images     100, each in 1 crop(s); 0 could not",
         "classes    5, of 0 to ",
         "source     made up",
