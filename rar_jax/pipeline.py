@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rar_jax.config import build, require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
+from rar_jax.keys import sample_keys
 from rar_jax.models import Model, check_pair, token_spec
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import put_on_mesh
@@ -22,7 +23,7 @@ from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, wit
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.bucket import is_url
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import Guidance, sample_images, sample_keys, to_uint8
+from rar_jax.sampling import Guidance, sample_images, to_uint8
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import Weights, open_weights, read_directory
 

@@ -12,19 +12,15 @@ from rar_jax.config import require
 from rar_jax.errors import ConfigError
 from rar_jax.models import Model
 
-
-def sample_keys(seed: jax.Array | int, ids: jax.Array) -> jax.Array:
-    """One threefry key a sample, (b,): fold_in(seed, id), so that sample i is the same in any batch and on any mesh."""
-    root = jax.random.key(seed, impl="threefry2x32")
-    return jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
-
-
 ROUNDINGS = ("truncate", "round")
 
 
 def to_uint8(images_byxc: jax.Array, rounding: str = "truncate") -> jax.Array:
-    """Images in [0, 1] to uint8, by truncation as RAR's evaluation does, or to the nearest ("round")."""
-    scaled_byxc = images_byxc * 255.0
+    """Round images of nominal range [0, 1] to uint8, by truncation as RAR's evaluation does, or to the nearest.
+
+    What is outside the range is clipped; NaN becomes 0.
+    """
+    scaled_byxc = jnp.nan_to_num(jnp.clip(images_byxc, 0.0, 1.0)) * 255.0
     return (jnp.round(scaled_byxc) if rounding == "round" else scaled_byxc).astype(jnp.uint8)
 
 
@@ -42,7 +38,7 @@ def sample_images(
 
     Args:
       params: {"generator": of init or prepare, "tokenizer"}.
-      labels: int (b,). keys: typed keys (b,), see `sample_keys`.
+      labels: int (b,). keys: typed keys (b,), see `keys.sample_keys`.
     """
     tokens_bn = generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
     return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn), rounding)

@@ -19,10 +19,11 @@ from rar_jax.config import build, differences, load_experiment
 from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, fill_defaults, open_source, rebuild, resolve
+from rar_jax.keys import sample_keys
 from rar_jax.models import load_model
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import sample_images, sample_keys
+from rar_jax.sampling import sample_images
 from rar_jax.sections import Data, Recipe
 from rar_jax.weights.registry import GENERATORS, preset
 

@@ -72,7 +72,7 @@ def test_the_tokens_tell_the_size_of_the_image(released_pair: Any, tmp_path: pat
 
 def test_inside_a_program_of_ones_own(released_pair: Any, images: np.ndarray) -> None:
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
-    from rar_jax.sampling import sample_keys
+    from rar_jax.keys import sample_keys
 
     @jax.jit
     def mean_colour(params: Any, labels: jax.Array, guidance: rar_jax.Guidance) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rar_jax.errors import ConfigError
-from rar_jax.sampling import Guidance
+from rar_jax.sampling import ROUNDINGS, Guidance, to_uint8
 
 CURVES = [
     (4.0, 0.0, "4_0"),
@@ -119,3 +119,12 @@ def test_impossible_numbers(arguments: dict[str, Any], problem: str) -> None:
 def test_numbers_that_float32_does_not_have(numbers: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="it must be a number of float32"):
         Guidance(*numbers)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_images_are_clipped_and_rounded(rounding: str) -> None:
+    """Without clipping, 1.2 became 50 and -0.1 became 231 on some machines."""
+    values = jnp.array([-jnp.inf, -0.1, 0.0, 0.4999, 0.999, 1.0, 1.2, jnp.inf, jnp.nan])
+    found = jax.jit(lambda x: to_uint8(x, rounding))(values)
+    middle = [127, 254] if rounding == "truncate" else [127, 255]
+    assert found.dtype == jnp.uint8 and found.tolist() == [0, 0, 0, *middle, 255, 255, 255, 0]

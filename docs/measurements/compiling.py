@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from rar_jax.generators import rar
-from rar_jax.sampling import Guidance, sample_keys
+from rar_jax.keys import sample_keys
+from rar_jax.sampling import Guidance
 from rar_jax.weights.registry import GENERATORS
 
 parser = argparse.ArgumentParser()

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 
 from rar_jax.generators import rar
-from rar_jax.sampling import Guidance, sample_keys
+from rar_jax.keys import sample_keys
+from rar_jax.sampling import Guidance
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", default="docs/pictures/scaling.png")

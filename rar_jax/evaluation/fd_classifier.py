@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rar_jax.data.sources import ImageSource
 from rar_jax.evaluation.image_batches import ImageBatches, batch_samples, batch_source, row_sharding
 from rar_jax.experiment import Experiment, open_source
+from rar_jax.keys import domain_key
 from rar_jax.metrics.frechet import frechet_distance, frechet_distance_of_moments
 from rar_jax.metrics.moments import Moments, add_in_float64, finalize_moments, init_moments, update_moments
 from rar_jax.networks import classifier
@@ -173,7 +174,7 @@ def score_with_classifier(
     trained, _ = trained_params(experiment, "generator", workdir, mesh)
     init = functools.partial(experiment.generator.module.init, experiment.generator.config)
     at = model_shardings(experiment.generator, mesh)
-    untrained = jax.jit(init, out_shardings=at)(jax.random.key(experiment.seed))
+    untrained = jax.jit(init, out_shardings=at)(domain_key(experiment.seed, "untrained"))
 
     def score(batches: ImageBatches, description: str) -> tuple[ClassifierSums, ClassifierSums, np.ndarray]:
         """Return the sums of the first n_few images and of all, and all images."""

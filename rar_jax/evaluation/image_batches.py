@@ -13,11 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rar_jax.config import to_dict
 from rar_jax.data.sources import ImageSource
 from rar_jax.evaluation.image_sets import ImageSet
+from rar_jax.keys import sample_keys
 from rar_jax.metrics.reconstruction import compare_images
 from rar_jax.models import Model
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding
-from rar_jax.sampling import Guidance, sample_images, sample_keys, to_uint8
+from rar_jax.sampling import Guidance, sample_images, to_uint8
 
 
 @dataclasses.dataclass(frozen=True)

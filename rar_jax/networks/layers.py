@@ -97,16 +97,21 @@ def modulate(x_bnd: jax.Array, shift_bnd: jax.Array, scale_bnd: jax.Array) -> ja
 
 
 def dropout_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return uint32 random bits for dropout alone: a hash of (key, position), equal under any sharding.
+    """Return uint32 random bits for dropout alone: a hash of (key, row, position), equal under any sharding.
 
-    Two rounds of the MurmurHash3 finaliser. Threefry is 25 times slower on a CPU (docs/measurements/dropout.md).
+    Two rounds of the MurmurHash3 finaliser; the row, along the first of several axes, joins in the second, so that a
+    batch may have more than 2**32 entries. Threefry is 25 times slower on a CPU (docs/measurements/dropout.md).
     """
     words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
-    place, stride = jnp.zeros(shape, jnp.uint32), 1
+    place, stride, row = jnp.zeros(shape, jnp.uint32), 1, jnp.uint32(0)
     for axis in reversed(range(len(shape))):
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        if axis == 0 and len(shape) > 1:
+            row = index * jnp.uint32(0x9E3779B9)
+        else:
+            place += index * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    for word in (words[0], words[-1]):
+    for word in (words[0], words[-1] + row):
         place = place + word
         place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
         place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)

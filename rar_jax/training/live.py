@@ -19,6 +19,7 @@ from rar_jax.evaluation.image_batches import ImageBatches, batch_samples
 from rar_jax.evaluation.program import Program, Settings, load_inception
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.experiment import Experiment, open_source
+from rar_jax.keys import sample_keys
 from rar_jax.metrics import frechet, inception_score, moments
 from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.arrays import drop_metadata, local_rows, make_global_batch, put_on_mesh
@@ -27,7 +28,7 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.grids import Grid, pick_evenly
 from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import sample_images, sample_keys, to_uint8
+from rar_jax.sampling import sample_images, to_uint8
 from rar_jax.training.objective import Objective
 from rar_jax.training.step import Batch, encode_batch
 from rar_jax.weights.stages import trained_params

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from rar_jax.data.loader import batches
 from rar_jax.errors import Preempted, TrainingError
-from rar_jax.experiment import STAGES, Experiment
+from rar_jax.experiment import Experiment
+from rar_jax.keys import training_keys
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import local_rows, prefetch_batches, put_on_mesh
 from rar_jax.parallel.processes import from_main, is_main
@@ -106,8 +107,7 @@ class Trainer:
         self.ledger: Ledger = self.session.ledger
         self.stage: str = objective.meta["stage"]
         stage = self.stage
-        root = jax.random.fold_in(jax.random.key(experiment.seed, impl="threefry2x32"), STAGES.index(stage))
-        self.keys: Any = tuple(jax.random.split(root))  # of the initialization and of the steps
+        self.keys: Any = training_keys(experiment.seed, stage)  # of the initialization and of the steps
         self.setup: Setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
         self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
         self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)

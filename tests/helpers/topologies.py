@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rar_jax.generators import rar
+from rar_jax.keys import sample_keys
 from rar_jax.parallel import processes
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.runs.checkpoint import Checkpointer
-from rar_jax.sampling import Guidance, sample_keys
+from rar_jax.sampling import Guidance
 from rar_jax.sections import Recipe
 from rar_jax.training.step import compile_training
 

@@ -36,6 +36,14 @@ def test_dropout_bits_of_other_keys_are_others() -> None:
     assert np.abs(correlation - np.eye(30)).max() < 5 / np.sqrt(4096)
 
 
+def test_dropout_bits_of_a_row_do_not_depend_on_the_length_of_rows() -> None:
+    """Positions are counted within a row: across rows they would repeat after 2**32 entries."""
+    key = jax.random.key(3)
+    whole = np.asarray(dropout_bits(key, (4, 6, 10)))
+    np.testing.assert_array_equal(dropout_bits(key, (2, 3, 10)), whole[:2, :3])
+    assert len(np.unique(whole)) == whole.size
+
+
 def test_dropout_keeps_the_mean_and_the_share() -> None:
     layer = Dropout(0.3, deterministic=False)
     out: Any = layer.apply({}, jnp.ones((200, 500)), rngs={"dropout": jax.random.key(1)})

@@ -12,9 +12,9 @@ import pytest
 from rar_jax import Guidance, cli, load
 from rar_jax.errors import ConfigError
 from rar_jax.evaluation import program
+from rar_jax.keys import sample_keys
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
-from rar_jax.sampling import sample_keys
 
 GUIDANCE = Guidance(2.0, 1.0, 1.0)
 

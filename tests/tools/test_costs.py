@@ -10,7 +10,8 @@ import pytest
 
 from rar_jax.errors import TripCountError
 from rar_jax.generators import rar
-from rar_jax.sampling import Guidance, sample_keys
+from rar_jax.keys import sample_keys
+from rar_jax.sampling import Guidance
 from rar_jax.tools.costs import Cost, count_costs
 
 RAR_B, UNGUIDED, GUIDED = rar.Config(), Guidance(0.0), Guidance(2.0)

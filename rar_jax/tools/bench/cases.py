@@ -20,6 +20,7 @@ from rar_jax.config import require
 from rar_jax.data.loader import batches
 from rar_jax.errors import TripCountError
 from rar_jax.experiment import Experiment
+from rar_jax.keys import sample_keys
 from rar_jax.metrics.features import extract_features
 from rar_jax.models import Model, TokenSpec, store_spec, token_spec
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
@@ -27,7 +28,7 @@ from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel.arrays import prefetch_batches
 from rar_jax.parallel.mesh import batch_divisor, matmul_dtype
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
-from rar_jax.sampling import sample_images, sample_keys
+from rar_jax.sampling import sample_images
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter
 from rar_jax.tools.costs import Cost, count_costs
