@@ -14,6 +14,7 @@ from PIL import Image
 from rar_jax.config import flatten, to_dict
 from rar_jax.evaluation.fd_classifier import score_with_classifier
 from rar_jax.evaluation.program import Settings, open_program
+from rar_jax.evaluation.results import list_numbers
 from rar_jax.evaluation.scores import score_samples
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.parallel.processes import from_main, is_main
@@ -83,7 +84,7 @@ def _score_with_inception(experiment: Experiment, workdir: Workdir, quiet: bool)
     program = open_program(pathlib.Path(config.inception), settings, **where)
     how = {"samples": config.samples, "guidance": experiment.guidance, "quiet": quiet}
     result = score_samples(program, workdir.path, workdir.path / "evaluation", **how)
-    return {f"{k}_n{config.samples}": v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
+    return {f"{k}_n{config.samples}": v for k, v in list_numbers(result).items()}
 
 
 def _last_validations(workdir: Workdir) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ import itertools
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,21 +19,6 @@ from rar_jax.runs.manifest import file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _MAX_SIDE = 4096  # pixels; the header of a .npz may claim any
-
-
-class ImageSet(Protocol):
-    """Images of one size in a fixed order."""
-
-    name: str  # for messages and the record, with the crop
-    num: int
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Return images start, start + 1, ...: uint8 (count, y, x, 1 or 3)."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Return a text that differs where the images do, without reading them."""
-        ...
 
 
 def open_image_set(spec: str, split: Split = "train", *, image_size: int | None = None) -> ImageSet:
@@ -164,3 +148,7 @@ class SourceImages:
         source = self._source
         names = [source.name(i) for i in range(self.num)] if isinstance(source, EncodedSource) else []
         return f"{self.name} ({self.num}, names {hashlib.sha256(repr(names).encode()).hexdigest()})"
+
+
+# Images of one size in a fixed order. A fingerprint differs where the images do.
+ImageSet = FolderImages | NpzImages | SourceImages

@@ -52,11 +52,8 @@ def score_reconstructions(
     remarks = make_remarks(program, reconstructed)
     if reference is None:
         remarks.append("rfid is to the images themselves")
-    result = {
-        **_compute_scores(program, originals, reconstructed, model.config.codebook_size, out / "chunks", quiet),
-        **describe_scoring(program, reconstructed, remarks),
-        "seconds": time.monotonic() - began,
-    }
+    result = _compute_scores(program, originals, reconstructed, model.config.codebook_size, out / "chunks", quiet)
+    result |= describe_scoring(program, reconstructed, remarks, began)
     from_main(lambda: write_json(out / "result.json", result))
     return result
 

@@ -22,9 +22,8 @@ from rar_jax.evaluation import npz
 from rar_jax.evaluation.image_sets import NpzImages
 from rar_jax.metrics.frechet import check_gaussian
 from rar_jax.metrics.moments import Float64
+from rar_jax.metrics.sums import POOL3, SPATIAL
 from rar_jax.runs.manifest import file_sha256
-
-POOL3_DIMS, SPATIAL_DIMS = 2048, 2023
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,9 +49,7 @@ class Reference:
 _META = {"n": int, "protocol": str, "weights_sha256": str, "source": str}
 
 
-def read_reference(
-    path: str | pathlib.Path, *, feature_dims: int = POOL3_DIMS, spatial_dims: int = SPATIAL_DIMS
-) -> Reference:
+def read_reference(path: str | pathlib.Path, *, feature_dims: int = POOL3, spatial_dims: int = SPATIAL) -> Reference:
     """Read a reference file, ADM's or our own.
 
     feature_dims, spatial_dims: widths of `mu` and, if the file has one, `mu_s`.

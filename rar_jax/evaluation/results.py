@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,15 @@ def make_remarks(program: Program, batches: ImageBatches) -> list[str]:
     return remarks
 
 
-def describe_scoring(program: Program, batches: ImageBatches, remarks: list[str]) -> dict[str, Any]:
-    """Return what result.json holds beside the numbers."""
+def describe_scoring(program: Program, batches: ImageBatches, remarks: list[str], began: float) -> dict[str, Any]:
+    """Return what result.json holds beside the numbers. began: time.monotonic() at the start."""
     return {
         "n": batches.num,
         "reference": str(program.reference.path) if program.reference else None,
         "made_from": program.describe_inputs(batches),
         "made_on": program.describe_execution(),
         "remarks": remarks,
+        "seconds": time.monotonic() - began,
     }
 
 

@@ -145,12 +145,7 @@ def score_batches(
     if neighbours is not None:
         _, theirs = accumulate(batch_image_set(neighbours), ("pool3",), "reference images")
         pool3 = theirs.concatenate("pool3"), store.concatenate("pool3")
-    result = {
-        **compute_scores(program, totals, pool3),
-        **describe_scoring(program, batches, remarks),
-        "seconds": time.monotonic() - began,
-    }
-    return result, store
+    return compute_scores(program, totals, pool3) | describe_scoring(program, batches, remarks, began), store
 
 
 def _hash_weights(
