@@ -3,6 +3,7 @@
     domain           what is folded in then           what is drawn
     train/<stage>    0                                the initial parameters
                      1, then the step                 labels and tokens that are dropped, orders, noise of the losses
+                     ..., then "draw"                 tokens, by tokenizers that are random
     untrained                                         parameters of the generator that the trained one is compared with
     sample           the sample's number              its tokens: one key per sample, whatever its batch and mesh
 
@@ -19,7 +20,12 @@ import jax
 
 def domain_key(seed: jax.Array | int, domain: str) -> jax.Array:
     """Return the threefry key of a domain, from the experiment's seed (uint32)."""
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), zlib.crc32(domain.encode()))
+    return fold_in_domain(jax.random.key(seed, impl="threefry2x32"), domain)
+
+
+def fold_in_domain(key: jax.Array, domain: str) -> jax.Array:
+    """Return a key for another use than that of `key`."""
+    return jax.random.fold_in(key, zlib.crc32(domain.encode()))
 
 
 def training_keys(seed: int, stage: str) -> tuple[jax.Array, jax.Array]:

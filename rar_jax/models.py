@@ -95,6 +95,12 @@ def draw_tokens(tokenizer: Model, stored: jax.Array, *, key: jax.Array | None = 
     return stored.astype(token_spec(tokenizer).dtype)
 
 
+def encode_tokens(tokenizer: Model, params: Any, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    """Return the tokens (b, ...) of images (b, y, x, c), exactly as through a token store. Traceable."""
+    stored = tokenizer.module.encode(tokenizer.config, params, images).astype(store_spec(tokenizer).dtype)
+    return draw_tokens(tokenizer, stored, key=key)
+
+
 def find_module(kind: str, name: str) -> ModuleType:
     """Import rar_jax/<kind>/<name>.py. Raises: ConfigError with the nearest name if there is no such file."""
     known = module_names(kind)

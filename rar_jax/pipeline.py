@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, wit
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.bucket import is_url
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import Guidance, sample_images, to_uint8
+from rar_jax.sampling import Guidance, reconstruct_images, sample_images
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import Weights, open_weights, read_directory
 
@@ -64,7 +65,7 @@ class Pipeline:
         self.params: dict[str, Any] = {"generator": prepared, "tokenizer": tokenizer_params}
         everywhere = None if mesh is None else replicated(mesh)  # every process gets all images
         self._sample = jax.jit(self.sample_fn, out_shardings=everywhere)
-        self._reconstruct = jax.jit(self._reconstruct_fn, out_shardings=everywhere)
+        self._reconstruct = jax.jit(functools.partial(reconstruct_images, tokenizer), out_shardings=everywhere)
         self._keys = jax.jit(sample_keys)
 
     @property
@@ -156,11 +157,7 @@ class Pipeline:
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Encode and decode uint8 images (b, y, x, c) of the tokenizer's size; the same shape and dtype."""
-        return np.asarray(self._reconstruct(self.tokenizer_params, np.asarray(images)))
-
-    def _reconstruct_fn(self, params: Any, images: jax.Array) -> jax.Array:
-        module, config = self.tokenizer.module, self.tokenizer.config
-        return to_uint8(module.decode(config, params, module.encode(config, params, images)))
+        return np.asarray(self._reconstruct(self.tokenizer_params, np.asarray(images))[0])
 
 
 def load(

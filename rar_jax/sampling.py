@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rar_jax.config import require
 from rar_jax.errors import ConfigError
-from rar_jax.models import Model
+from rar_jax.models import Model, encode_tokens
 
 ROUNDINGS = ("truncate", "round")
 
@@ -42,6 +42,14 @@ def sample_images(
     """
     tokens_bn = generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
     return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn), rounding)
+
+
+def reconstruct_images(
+    tokenizer: Model, params: Any, images: jax.Array, *, rounding: str = "truncate"
+) -> tuple[jax.Array, jax.Array]:
+    """Return images (b, y, x, c) after encoding and decoding, uint8, and their tokens. Nothing is drawn. Traceable."""
+    tokens = encode_tokens(tokenizer, params, images)
+    return to_uint8(tokenizer.module.decode(tokenizer.config, params, tokens), rounding), tokens
 
 
 @jax.tree_util.register_pytree_node_class

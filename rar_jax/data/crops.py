@@ -81,7 +81,7 @@ def draw_box(
 
 def _resize_shorter(image: Image.Image, size: int) -> np.ndarray:
     """Resize as ADM: 2x2 boxes while the shorter side allows it, then bicubic."""
-    # A strip of 1x5000 pixels would become 256x1,280,000: cut more than _MAX_ASPECT times its width evenly at both ends.
+    # A strip of 1x5000 pixels would become 256x1,280,000: cut more than _MAX_ASPECT times its width at both ends.
     x, y = (max(n - _MAX_ASPECT * min(image.size), 0) // 2 for n in image.size)
     image = image.crop((x, y, image.width - x, image.height - y)) if x or y else image
     while min(image.size) >= 2 * size:

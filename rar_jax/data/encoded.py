@@ -132,8 +132,8 @@ class EncodedSource(ImageSource):
 
         draws: uint64 (b,), all the randomness of crop="random"; default the indices.
 
-        Returns: "images" uint8 (b, size, size, c), "labels" int32 (b,), "ids" of images int64 (b,), "bad" bool (b,), and
-          with ten crops "crops" int16 (b,).
+        Returns: "images" uint8 (b, size, size, c), "labels" int32 (b,), "ids" of images int64 (b,), "bad" bool (b,),
+          and with ten crops "crops" int16 (b,).
         """
         if (outside := indices[(indices < 0) | (indices >= len(self))]).size:
             raise ConfigError(f"{self.spec}: record {outside[0]} of {len(self)}")

@@ -25,8 +25,8 @@ Batch = dict[str, np.ndarray]
 class Source(Protocol):
     """What the loader needs of an ImageSource, a TokenStore or anything like them.
 
-    Optional: `order_records(position, *, seed)` for a stream of the source's own (see `MixedSource`), and `random_views`
-    if `gather` takes `draws`.
+    Optional: `order_records(position, *, seed)` for a stream of the source's own (see `MixedSource`), and
+    `random_views` if `gather` takes `draws`.
     """
 
     def __len__(self) -> int: ...

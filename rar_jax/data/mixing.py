@@ -63,7 +63,7 @@ class MixedSource:
 
 
 def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return positions per period: (0.7, 0.3) gives (7, 3). Weights are at least 1e-6 of their sum, else ConfigError."""
+    """Return positions per period: (0.7, 0.3) gives (7, 3). ConfigError for weights below 1e-6 of their sum."""
     require(all(w > 0 and math.isfinite(w) for w in weights), f"weights are {list(weights)}: each must be positive")
     # As text, so that 0.7 is seven tenths.
     exact = [fractions.Fraction(str(w)) for w in weights]

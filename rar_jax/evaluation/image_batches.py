@@ -18,7 +18,7 @@ from rar_jax.metrics.reconstruction import compare_images
 from rar_jax.models import Model
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding
-from rar_jax.sampling import Guidance, sample_images, to_uint8
+from rar_jax.sampling import Guidance, reconstruct_images, sample_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,5 @@ class _Reconstructor:
     rounding: str
 
     def __call__(self, params: Any, rows: Any) -> dict[str, jax.Array]:
-        module, config = self.tokenizer.module, self.tokenizer.config
-        tokens_bn = module.encode(config, params, rows["images"])
-        images = to_uint8(module.decode(config, params, tokens_bn), self.rounding)
-        return {"images": images, "tokens": tokens_bn, **compare_images(rows["images"], images)}
+        images, tokens = reconstruct_images(self.tokenizer, params, rows["images"], rounding=self.rounding)
+        return {"images": images, "tokens": tokens, **compare_images(rows["images"], images)}

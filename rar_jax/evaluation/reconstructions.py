@@ -16,6 +16,7 @@ from rar_jax.evaluation.results import describe_scoring, make_remarks
 from rar_jax.metrics.frechet import frechet_distance
 from rar_jax.metrics.moments import finalize_moments
 from rar_jax.metrics.reconstruction import WINDOW, measure_code_usage
+from rar_jax.models import token_spec
 from rar_jax.parallel.processes import from_main
 from rar_jax.runs.manifest import write_json
 from rar_jax.weights import registry as released
@@ -32,8 +33,8 @@ def score_reconstructions(
     The rFID is to the program's reference, by default to the images themselves.
 
     weights: a tokenizer's file or released name, or a directory.
-    Returns: {"rfid", "psnr" (dB, mean over images), "ssim" (of images of 11 pixels and more), "codebook_usage",
-      "perplexity" (of the codes), "n", "made_from", ...}.
+    Returns: {"rfid", "psnr" (dB, mean over images), "ssim" (of images of 11 pixels and more), "codebook_usage"
+      and "perplexity" (of codes), "n", "made_from", ...}.
     Raises: ConfigError, ReferenceFileError, WeightsError.
     """
     began, reference = time.monotonic(), program.reference
@@ -52,7 +53,7 @@ def score_reconstructions(
     remarks = make_remarks(program, reconstructed)
     if reference is None:
         remarks.append("rfid is to the images themselves")
-    result = _compute_scores(program, originals, reconstructed, model.config.codebook_size, out / "chunks", quiet)
+    result = _compute_scores(program, originals, reconstructed, token_spec(model).vocab, out / "chunks", quiet)
     result |= describe_scoring(program, reconstructed, remarks, began)
     from_main(lambda: write_json(out / "result.json", result))
     return result
@@ -62,7 +63,7 @@ def _compute_scores(
     program: Program,
     originals: ImageBatches,
     reconstructed: ImageBatches,
-    codes: int,
+    codes: int | None,
     chunks: pathlib.Path,
     quiet: bool,
 ) -> dict[str, float]:
@@ -71,7 +72,7 @@ def _compute_scores(
     else:
         totals, _ = program.accumulate(originals, chunks, description="originals", quiet=quiet)
         theirs, n = finalize_moments(totals.pool3, program.shift.pool3), originals.num
-    keep = ("tokens", "psnr", "ssim")[: 3 if min(originals.shape[:2]) >= WINDOW else 2]
+    keep = ("tokens",) * (codes is not None) + ("psnr",) + ("ssim",) * (min(originals.shape[:2]) >= WINDOW)
     totals, store = program.accumulate(reconstructed, chunks, keep=keep, description="reconstructions", quiet=quiet)
     kept = {name: store.concatenate(name) for name in keep}
     ours = finalize_moments(totals.pool3, program.shift.pool3)
@@ -79,4 +80,6 @@ def _compute_scores(
     numbers["psnr"] = float(np.minimum(kept["psnr"], PSNR_OF_EQUAL).mean(dtype=np.float64))
     if "ssim" in kept:
         numbers["ssim"] = float(kept["ssim"].mean(dtype=np.float64))
-    return numbers | measure_code_usage(np.bincount(kept["tokens"].reshape(-1), minlength=codes))
+    if codes is not None:
+        numbers |= measure_code_usage(np.bincount(kept["tokens"].reshape(-1), minlength=codes))
+    return numbers

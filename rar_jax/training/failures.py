@@ -45,5 +45,5 @@ def dump_failure(workdir: Workdir, stage: str, state: State, batch: Batch) -> st
     return (
         f"{stage}: {consecutive} consecutive bad updates (non-finite or spiking loss or gradient) at step {step}, "
         f"after {rollbacks} rollback(s); {skipped} updates were skipped in all. State and batch are in {folder}. "
-        "Train in a new --workdir with a lower learning_rate or a longer warmup; this one keeps its last good checkpoint"
+        "Train in a new --workdir with a lower learning_rate or a longer warmup; this one keeps its last good step"
     )

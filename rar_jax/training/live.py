@@ -28,9 +28,9 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.grids import Grid, pick_evenly
 from rar_jax.runs.logging import RunLogger
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import sample_images, to_uint8
+from rar_jax.sampling import reconstruct_images, sample_images
 from rar_jax.training.objective import Objective
-from rar_jax.training.step import Batch, encode_batch
+from rar_jax.training.step import Batch, with_tokens
 from rar_jax.weights.stages import trained_params
 
 PAIRS = 12  # validation images of a tokenizer's grid
@@ -50,19 +50,19 @@ class Validator:
 
     Args:
       records: rounded down to divide over the mesh.
-      frozen: parameters of the objective's encoder, if it has one: images are encoded once, here.
+      frozen: the tokenizer's parameters, where images are encoded while training: here once.
     """
 
     def __init__(self, objective: Objective, records: int, mesh: Mesh, frozen: Any = None) -> None:
         parts, records = batch_divisor(mesh), min(records, len(objective.heldout))
         self._count = math.ceil(records / 512)
         size = max(records // self._count // parts, 1) * parts
-        encode = jax.jit(functools.partial(encode_batch, objective.encoder), out_shardings=batch_sharding(mesh))
+        encode = jax.jit(functools.partial(with_tokens, objective.tokenizer), out_shardings=batch_sharding(mesh))
         self._batches: list[tuple[str, Batch]] = []
         for i in range(self._count):
             rows = (i * size + local_rows(mesh, size)) % len(objective.heldout)
             batch = make_global_batch(drop_metadata(objective.heldout.gather(rows)), mesh)
-            if objective.encoder is not None:
+            if objective.tokenizer is not None:
                 with sharded(mesh):
                     batch = encode(frozen, batch)
             for name, extra in objective.variants(size).items():
@@ -212,10 +212,9 @@ def make_reconstruction_grid(experiment: Experiment, mesh: Mesh, reporter: RunLo
     records = heldout.gather(np.array(pick_evenly(len(heldout), PAIRS)))
     originals = records["images"]
     names = tuple(experiment.data.class_names[label].split(",")[0] for label in records["labels"])
-    module, config = experiment.tokenizer.module, experiment.tokenizer.config
 
     def reconstruct(params: Any, _: None, images: jax.Array) -> jax.Array:
-        return to_uint8(module.decode(config, params, module.encode(config, params, images)))
+        return reconstruct_images(experiment.tokenizer, params, images)[0]
 
     def make_grid(images: np.ndarray) -> Grid:
         return Grid(np.stack([originals, images]), ("original", "reconstruction"), names)

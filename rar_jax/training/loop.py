@@ -63,7 +63,7 @@ def train(
         return
     objective = make_objective(experiment, stage, workdir)
     assert recipe is not None  # `make_objective` refuses a missing classifier
-    frozen = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.encoder else None
+    frozen = trained_params(experiment, "tokenizer", workdir, mesh)[0] if objective.on_the_fly else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.exhaustion(*oom_hint(experiment, stage)))
         stack.enter_context(sharded(mesh))
@@ -86,7 +86,7 @@ def train(
 class Trainer:
     """The training of one stage.
 
-    frozen: the encoder's parameters, an argument of the step that is neither donated nor saved.
+    frozen: the tokenizer's parameters where it encodes images: an argument of the step, neither donated nor saved.
     state, step: the current ones. saved_step: the newest step on disk. in_flight: a step that the devices may still
     compute, and its metrics. skipped, consecutive_bad: the guard's counts after the last logged step. shown: metrics
     of the progress line.
@@ -108,7 +108,7 @@ class Trainer:
         self.stage: str = objective.meta["stage"]
         stage = self.stage
         self.keys: Any = training_keys(experiment.seed, stage)  # of the initialization and of the steps
-        self.setup: Setup = compile_training(objective.model, objective.config, recipe, mesh, objective.encoder)
+        self.setup: Setup = compile_training(objective.model, objective.config, recipe, mesh, objective.tokenizer)
         self.evaluators: list[Evaluator] = [Validator(objective, recipe.eval_records, mesh, self.frozen)]
         self.evaluators += make_live_evaluators(experiment, stage, workdir, mesh, self.reporter)
         self.checkpointer: Checkpointer = Checkpointer(

@@ -33,7 +33,7 @@ class Objective:
     """What the loop needs to know about a stage. `model` is a module with the contract functions init, axes, loss, ...
 
     variants: batch size -> validation losses by name, each what it adds to a batch. meta: metadata of each checkpoint.
-    encoder: the tokenizer, if the sources hold images and the loss takes tokens.
+    tokenizer: of a generator. on_the_fly: it encodes images while the generator is trained.
     """
 
     model: Any
@@ -42,7 +42,8 @@ class Objective:
     heldout: Source
     variants: Variants
     meta: dict[str, Any]
-    encoder: Model | None = None
+    tokenizer: Model | None = None
+    on_the_fly: bool = False
 
 
 def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Objective:
@@ -59,8 +60,9 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
         _check_tokenizer(workdir.checkpoints(stage), meta["tokenizer_sha256"])
     offered = getattr(module, "validation_variants", None)
     variants = functools.partial(offered, config) if offered else lambda size: {"": {}}
-    encoder = Model(experiment.tokenizer.module, with_device_dtype(experiment.tokenizer.config)) if on_the_fly else None
-    return Objective(module, config, train, heldout, variants, meta, encoder)
+    tokenizer = Model(experiment.tokenizer.module, with_device_dtype(experiment.tokenizer.config))
+    of_generator = tokenizer if stage == "generator" else None
+    return Objective(module, config, train, heldout, variants, meta, of_generator, on_the_fly)
 
 
 def _check_tokenizer(folder: Path, sha256: str | None) -> None:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rar_jax.models import Model
+from rar_jax.keys import fold_in_domain
+from rar_jax.models import Model, draw_tokens, encode_tokens
 from rar_jax.parallel.rules import param_shardings, replicated
 from rar_jax.sections import Recipe
 from rar_jax.training import guard
@@ -33,7 +34,7 @@ class Setup(NamedTuple):
     """The jitted functions of a training, sharded over a mesh.
 
     abstract_state: shapes and shardings. init: key -> state. step: (state, batch, root key, frozen) -> (state,
-    metrics); it donates the state, and frozen are the encoder's parameters, if there is one.
+    metrics); it donates the state. frozen: the tokenizer's parameters, where batches hold images to encode.
     """
 
     abstract_state: State
@@ -41,10 +42,10 @@ class Setup(NamedTuple):
     step: Any
 
 
-def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh, encoder: Model | None = None) -> Setup:
+def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh, tokenizer: Model | None = None) -> Setup:
     """Set up the training of a contract module; its axes and rules.py say how the state is sharded.
 
-    encoder: a tokenizer that encodes the images of a batch within the step.
+    tokenizer: of a generator: it makes the tokens of a batch within the step, see `with_tokens`.
 
     Raises: ConfigError if a parameter does not divide over the mesh.
     """
@@ -56,11 +57,16 @@ def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh, encode
     after_step = getattr(model, "after_step", None)
 
     def step(state: State, batch: Batch, root: jax.Array, frozen: Any = None) -> tuple[State, Metrics]:
-        # Each function encodes its own batch: with accumulation only one part's activations exist at a time.
-        def encode_first(function: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda params, batch, **rest: function(config, params, encode_batch(encoder, frozen, batch), **rest)
+        # Each function makes its own tokens: with accumulation only one part's activations exist at a time.
+        def with_own_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(params: Any, batch: Batch, *, key: jax.Array, **rest: Any) -> Any:
+                return function(config, params, with_tokens(tokenizer, frozen, batch, key=key), key=key, **rest)
 
-        train_step = make_train_step(encode_first(model.loss), tx, recipe, after_step and encode_first(after_step))
+            return call
+
+        train_step = make_train_step(
+            with_own_tokens(model.loss), tx, recipe, after_step and with_own_tokens(after_step)
+        )
         return train_step(state, batch, root)
 
     return Setup(
@@ -70,11 +76,18 @@ def compile_training(model: Any, config: Any, recipe: Recipe, mesh: Mesh, encode
     )
 
 
-def encode_batch(encoder: Model | None, params: Any, batch: Batch) -> Batch:
-    """Replace the images of a batch by their tokens, if there is an encoder. Traceable."""
-    if encoder is None:
+def with_tokens(tokenizer: Model | None, params: Any, batch: Batch, *, key: jax.Array | None = None) -> Batch:
+    """Make the tokens of a generator's batch from its images, or from what a token store keeps. Traceable.
+
+    key: the loss's; None draws nothing.
+    """
+    if tokenizer is None:
         return batch
-    tokens = encoder.module.encode(encoder.config, params, batch["images"])
+    key = None if key is None else fold_in_domain(key, "draw")
+    if "images" in batch:
+        tokens = encode_tokens(tokenizer, params, batch["images"], key=key)
+    else:
+        tokens = draw_tokens(tokenizer, batch["tokens"], key=key)
     return {**{name: x for name, x in batch.items() if name != "images"}, "tokens": tokens}
 
 

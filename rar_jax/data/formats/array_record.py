@@ -1,6 +1,6 @@
 """array_record:PATH, records of a label (4 bytes, little-endian, signed) and an encoded image.
 
-A classes.txt in the folder names the classes, one per line. TFDS datasets prepared as ArrayRecord are read by tfds:NAME.
+A classes.txt in the folder names the classes, one per line. tfds:NAME reads TFDS datasets prepared as ArrayRecord.
 """
 
 from __future__ import annotations

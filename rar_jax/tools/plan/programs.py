@@ -36,8 +36,8 @@ class DoesNotFitError(RuntimeError):
 
 def set_up_training(experiment: Experiment, mesh: Any) -> Setup:
     """The generator's training on a mesh, which may be abstract."""
-    encoder = experiment.tokenizer if experiment.data.on_the_fly else None
-    return compile_training(experiment.generator.module, experiment.generator.config, experiment.train, mesh, encoder)
+    generator, recipe = experiment.generator, experiment.train
+    return compile_training(generator.module, generator.config, recipe, mesh, experiment.tokenizer)
 
 
 def lower_training(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
