@@ -79,17 +79,21 @@ class Format:
     read_config: Callable[..., Any]
     make_table: Callable[[Any], Table]
 
-    def load(self, path: str | pathlib.Path, **facts: Any) -> tuple[Any, dict[str, Any]]:
+    def load(self, path: str | pathlib.Path, *, ema: bool = True, **facts: Any) -> tuple[Any, dict[str, Any]]:
         """Read a torch or .safetensors file: the Config, and float32 NumPy arrays in the tree of `init`.
+
+        Args:
+          ema: where the file has raw weights and their moving average, read the average.
+          facts: fields of the Config that names and shapes do not tell.
 
         Raises: WeightsError for a damaged file, missing or surplus keys, wrong shapes, or values that are not finite.
         """
-        config, lazy = self.open_params(path, **facts)
+        config, lazy = self.open_params(path, ema=ema, **facts)
         return config, jax.tree.map(lambda leaf: leaf[...], lazy)
 
-    def open_params(self, path: str | pathlib.Path, **facts: Any) -> tuple[Any, dict[str, Any]]:
+    def open_params(self, path: str | pathlib.Path, *, ema: bool = True, **facts: Any) -> tuple[Any, dict[str, Any]]:
         """Like `load`, but the leaves are LazyArrays: only names and shapes are read and checked."""
-        state = open_tensors(path)
+        state = open_tensors(path, ema=ema)
         try:
             config = self.read_config(state, **facts)
             shapes = param_shapes(self.init, config)

@@ -20,7 +20,7 @@ import pathlib
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import ml_dtypes
@@ -43,7 +43,15 @@ _DTYPES: dict[str, np.dtype] = {
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
 }
 _STREAM_HEADER = (0x1950A86A20F9469CFC6C, 1001)
+# Keys under which training scripts put a state dict, and what their wrappers put before its names.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+_EMA_WRAPPERS = ("model_ema", "ema", "ema_state_dict", "state_dict_ema")
+_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+# What checkpoints hold beside tensors, such as the arguments of the script: read as nothing.
+_HARMLESS = (
+    "argparse.Namespace", "types.SimpleNamespace", "torch.Size", "torch.device", "numpy.dtype", "_codecs.encode",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+)  # fmt: skip
 # The largest RAR has a pickle of 0.1 MB with 3000 tuples.
 _PICKLE_LIMIT, _TUPLE_LIMIT = 1 << 28, 20_000  # bytes; tuples
 
@@ -59,11 +67,14 @@ class StoredTensor:
     read: Callable[[], np.ndarray]
 
 
-def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
+def open_tensors(path: str | pathlib.Path, *, ema: bool = True) -> dict[str, StoredTensor]:
     """Open a .safetensors, torch zip or torch stream file; the content decides, then the suffix.
 
-    A torch file's dict inside one of the keys "state_dict", "model", "model_state_dict", "module", or alone under any
-    key, is unwrapped.
+    A torch file's dict inside a key such as "state_dict" or "model", or alone under any key, is unwrapped. Prefixes of
+    wrappers, such as "module.", are taken off the names.
+
+    Args:
+      ema: where a torch file has raw weights and their moving average, open the average.
 
     Returns: tensors by name, of the stored shapes and dtypes (bfloat16 by ml_dtypes). Their values are not read yet.
     Raises: WeightsError for anything wrong with the file; nothing in the file is executed.
@@ -87,9 +98,17 @@ def open_tensors(path: str | pathlib.Path) -> dict[str, StoredTensor]:
         open_file = _open_safetensors
     if open_file is None:
         raise WeightsError(f"{path} is no weights file (safetensors, or torch's zip or pickle): it starts {head[:8]!r}")
-    tensors = _name_errors(path, lambda: open_file(path))
+    wrappers = (*_EMA_WRAPPERS, *_WRAPPERS) if ema else _WRAPPERS
+    tensors = _name_errors(path, lambda: _strip_prefixes(open_file(path, wrappers)))
     read = functools.partial(functools.partial, _name_errors, path)
     return {name: StoredTensor(tensor.shape, read(tensor.read)) for name, tensor in tensors.items()}
+
+
+def _strip_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    tensors = {name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 T = TypeVar("T")
@@ -110,7 +129,7 @@ def _name_errors(path: pathlib.Path, action: Callable[[], T]) -> T:
 # ---------------------------------------------------------------- the containers
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
+def _open_safetensors(path: pathlib.Path, _: Sequence[str]) -> dict[str, StoredTensor]:
     def read(name: str) -> np.ndarray:
         # Opened for each tensor: an open map would keep all that was read in memory.
         with safetensors.safe_open(path, "np") as file:
@@ -121,7 +140,7 @@ def _open_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
 
 
-def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
+def _open_zip(path: pathlib.Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
     archive = zipfile.ZipFile(path)  # open as long as its tensors are: each read checks the member's CRC
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -143,10 +162,10 @@ def _open_zip(path: pathlib.Path) -> dict[str, StoredTensor]:
         return info.file_size, functools.partial(archive.read, info)
 
     content = _next_pickle(io.BytesIO(archive.read(pickles[0])), {})
-    return _locate_tensors(_find_state_dict(content), locate)
+    return _locate_tensors(_find_state_dict(content, wrappers), locate)
 
 
-def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:
+def _open_stream(path: pathlib.Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:
     def read(start: int, size: int) -> bytes:
         with path.open("rb") as file:
             file.seek(start)
@@ -169,7 +188,7 @@ def _open_stream(path: pathlib.Path) -> dict[str, StoredTensor]:
                 raise WeightsError(f"truncated within storage {key}: download it again")
             storages[key] = size, functools.partial(read, start + 8, size)
             start += 8 + size
-    return _locate_tensors(_find_state_dict(content), storages.__getitem__)
+    return _locate_tensors(_find_state_dict(content, wrappers), storages.__getitem__)
 
 
 # ---------------------------------------------------------------- the pickle
@@ -208,6 +227,18 @@ class _Rebuild:
         return _Tensor(stored, offset, tuple(shape), tuple(strides))
 
 
+class _Nothing:
+    """Stands for a harmless object that is no tensor: takes any arguments and keeps none."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> _Nothing:
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, dtypes: dict[str, np.dtype]) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -221,6 +252,8 @@ class _Unpickler(pickle.Unpickler):
             return _Rebuild()
         if full in _DTYPES:
             return full  # its name is enough, and text cannot be called
+        if full in _HARMLESS:
+            return _Nothing
         raise WeightsError(f"refused: the file asks for {full}, which is no part of a state dict of tensors")
 
     def persistent_load(self, pid: Any, /) -> _Storage:
@@ -254,12 +287,12 @@ def _next_pickle(stream: io.BytesIO | mmap.mmap, dtypes: dict[str, np.dtype]) ->
 # ---------------------------------------------------------------- tensors
 
 
-def _find_state_dict(content: Any) -> dict[str, _Tensor]:
-    """The state dict of a pickle's content, unwrapped if it is in another dict."""
+def _find_state_dict(content: Any, wrappers: Sequence[str]) -> dict[str, _Tensor]:
+    """The state dict of a pickle's content, unwrapped if it is in another dict. wrappers: their keys, the first wins."""
     for _ in range(4):
         if not isinstance(content, dict) or any(isinstance(v, _Tensor) for v in content.values()):
             break
-        wrapper = next((k for k in _WRAPPERS if isinstance(content.get(k), dict)), None)
+        wrapper = next((k for k in wrappers if isinstance(content.get(k), dict)), None)
         if wrapper is None and len(content) != 1:
             break
         content = content[wrapper] if wrapper else next(iter(content.values()))

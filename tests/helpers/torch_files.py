@@ -82,6 +82,6 @@ def write_state_dict(path, state):
     return write_zip(path, content, {str(key): x for key, x in enumerate(state.values())})
 
 
-def read_tensors(path):
+def read_tensors(path, **options):
     """All tensors of a file by name."""
-    return {name: tensor.read() for name, tensor in open_tensors(path).items()}
+    return {name: tensor.read() for name, tensor in open_tensors(path, **options).items()}

@@ -89,6 +89,25 @@ def test_unwraps_a_nested_state_dict(tmp_path, write):
     check_example(read_tensors(write(tmp_path / "b", {"anything": {"state_dict": example()}}, storages)))
 
 
+@pytest.mark.parametrize("write", [write_zip, write_stream])
+def test_the_average_is_read_before_the_raw_weights(tmp_path, write):
+    """Beside arguments of the script and numbers, which are no tensors."""
+    storages = {"0": np.array([1.0], np.float32), "1": np.array([2.0], np.float32)}
+    raw, average = ({"module._orig_mod.w": tensor(Storage("FloatStorage", key, 1), (1,), (1,))} for key in storages)
+    content = {"model": raw, "ema": {"state_dict": average}, "epoch": 3, "args": Call("argparse", "Namespace")}
+    path = write(tmp_path / "w", content, storages)
+    assert {name: x.tolist() for name, x in read_tensors(path).items()} == {"w": [2.0]}
+    assert {name: x.tolist() for name, x in read_tensors(path, ema=False).items()} == {"w": [1.0]}
+
+
+def test_prefixes_of_wrappers_are_taken_off(tmp_path):
+    names = ("module.a._fsdp_wrapped_module.w", "module._fsdp_wrapped_module.b")
+    safetensors.numpy.save_file({name: COUNTS for name in names}, tmp_path / "w.safetensors")
+    assert sorted(read_tensors(tmp_path / "w.safetensors")) == ["a.w", "b"]
+    safetensors.numpy.save_file({"module.a": COUNTS, "b": COUNTS}, tmp_path / "v.safetensors")  # no wrapper's
+    assert sorted(read_tensors(tmp_path / "v.safetensors")) == ["b", "module.a"]
+
+
 @pytest.mark.parametrize(
     "kind", ["Half", "BFloat16", "Double", "Float", "Long", "Int", "Short", "Char", "Byte", "Bool"]
 )
