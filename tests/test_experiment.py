@@ -28,6 +28,7 @@ from rar_jax.sections import Data, Recipe
 from rar_jax.weights.registry import GENERATORS, preset
 
 ROOT = pathlib.Path(__file__).parents[1]
+FIT = "make config.generator fit config.tokenizer"
 NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[!_]*.py"))
 
 
@@ -55,8 +56,7 @@ def refusal(*overrides: str) -> str:
 def test_resolved_config(name: str, golden: pathlib.Path) -> None:
     path = golden / "experiments" / f"{name}.json"
     resolved = json.loads(json.dumps(experiment_of(name).resolved()))
-    names = resolved["data"]["class_names"]
-    if len(names) > 20:
+    if len(names := resolved["data"]["class_names"]) > 20:
         resolved["data"]["class_names"] = f"{len(names)} names from {names[0]} to {names[-1]}"
     if os.environ.get("UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
@@ -216,13 +216,11 @@ def test_batches_divide_over_four_devices(name: str) -> None:
         ),
         (
             ["generator.num_tokens=25"],
-            "the generator draws 25 ids of 64 codes, the tokenizer decodes 16 ids of 64 codes: "
-            "make config.generator fit config.tokenizer",
+            "the generator draws 25 ids of 64 codes, the tokenizer decodes 16 ids of 64 codes: " + FIT,
         ),
         (
             ["tokenizer.codebook_size=128"],
-            "the generator draws 16 ids of 64 codes, the tokenizer decodes 16 ids of 128 codes: "
-            "make config.generator fit config.tokenizer",
+            "the generator draws 16 ids of 64 codes, the tokenizer decodes 16 ids of 128 codes: " + FIT,
         ),
         (["generator.num_classes=11"], "generator.num_classes is 11, data.num_classes is 10: make them equal"),
         (["classifier.num_classes=11"], "classifier.num_classes is 11, data.num_classes is 10: make them equal"),

@@ -62,7 +62,8 @@ class BucketWriter:
     def start(self, state: Any, folder: Path, commit: Callable[[], None]) -> None:
         names, arrays = _names(state), jax.tree.leaves(state)
         if (processes := jax.process_count()) == 1:
-            self._manager.serialize(arrays, [_array_spec(folder, name) for name in names], on_commit_callback=commit)
+            specs = [_array_spec(folder, name) for name in names]
+            _call_in_thread(self._manager.serialize, arrays, specs, on_commit_callback=commit)
             return
         part = folder / f"process_{jax.process_index()}"
 
@@ -71,7 +72,7 @@ class BucketWriter:
             commit()
 
         specs = [_array_spec(part, name) for name in names]
-        self._manager.serialize(arrays, specs, on_commit_callback=merge_and_commit)
+        _call_in_thread(self._manager.serialize, arrays, specs, on_commit_callback=merge_and_commit)
 
     def check(self) -> None:
         self._manager.check_for_errors()
@@ -83,6 +84,12 @@ class BucketWriter:
 def make_writer(folder: Path) -> DiskWriter | BucketWriter:
     """Return the writer for a folder."""
     return BucketWriter() if isinstance(folder, BucketPath) else DiskWriter()
+
+
+def _call_in_thread(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """Call a function that runs an event loop. In the thread of a notebook one is running already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args, **keywords).result()
 
 
 def _array_spec(folder: Path, name: str) -> dict[str, Any]:
@@ -119,7 +126,7 @@ def load_arrays(folder: Path, names: list[str], shardings: list[Any] | None = No
     """Read arrays: NumPy arrays, or with shardings jax.Arrays, of which each process reads its own shards."""
     specs = [_array_spec(folder, name) for name in names]
     if shardings is not None:
-        return GlobalAsyncCheckpointManager().deserialize(shardings, specs)
+        return _call_in_thread(GlobalAsyncCheckpointManager().deserialize, shardings, specs)
     opened = [tensorstore.open(spec, open=True) for spec in specs]
     return [np.asarray(read.result()) for read in [array.result().read() for array in opened]]
 

@@ -1,5 +1,6 @@
 """Checkpoints are restored bitwise on any mesh; a damaged one is named and skipped; every failure is reported."""
 
+import asyncio
 import hashlib
 import itertools
 import json
@@ -100,6 +101,13 @@ def test_saved_on_four_devices_and_restored_on_other_meshes(saved: pathlib.Path,
     assert jax.tree.structure(state) == jax.tree.structure(numbers(2))
     for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(shardings_of(state, mesh)), strict=True):
         assert x.sharding.is_equivalent_to(at, x.ndim)
+
+
+def test_restored_where_an_event_loop_is_running(saved: pathlib.Path) -> None:
+    async def cell() -> Any:  # of a notebook
+        return restore(saved, one())
+
+    assert bits(asyncio.run(cell())) == bits(numbers(2))
 
 
 def test_saved_on_one_device_and_restored_on_four(tmp_path: pathlib.Path) -> None:
