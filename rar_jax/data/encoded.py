@@ -26,8 +26,8 @@ MOST_BAD, MOST_BAD_SHARE = 100, 0.01
 class Problems(list[tuple[str, str]]):
     """The first 1000 problems of a source as (name, reason), and the number of all."""
 
-    KEPT = 1000
-    total = 0
+    KEPT: int = 1000
+    total: int = 0
 
     def add(self, name: str, reason: str) -> None:
         self.total += 1

@@ -21,13 +21,17 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> jax.Array:
     """Multiply x (*rows, *in) by kernel (*in, *out), summed in `dtype`: (*rows, *out).
 
     The gradient is written out to sum over one flat dimension of rows: XLA:CPU transposes a factor to sum over several
     (docs/measurements/training.md).
     """
+    return _matmul(x, kernel, ins, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> jax.Array:
     contracted = tuple(range(x.ndim - ins, x.ndim)), tuple(range(ins))
     return _dot(x, kernel, contracted, dtype)
 
@@ -38,7 +42,7 @@ def _dot(x: jax.Array, y: jax.Array, contracted: Any, dtype: jnp.dtype) -> jax.A
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array, ins: int, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
-    return matmul(x, kernel, ins, dtype), (x, kernel)
+    return _matmul(x, kernel, ins, dtype), (x, kernel)
 
 
 def _matmul_backward(ins: int, dtype: jnp.dtype, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +53,7 @@ def _matmul_backward(ins: int, dtype: jnp.dtype, saved: Any, g: jax.Array) -> tu
     return _dot(g_ro, kernel, outs, x.dtype).reshape(x.shape), _dot(x_ri, g_ro, ((0,), (0,)), kernel.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nn.Module):

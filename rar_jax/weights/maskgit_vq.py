@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from rar_jax.errors import WeightsError
@@ -64,4 +65,6 @@ def _released_name(path: str) -> str:
 
 
 FORMAT = Format(_CODEBOOK, init, _read_config, make_table)
-load, open_params, save = FORMAT.load, FORMAT.open_params, FORMAT.save
+load: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.load
+open_params: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.open_params
+save: Callable[..., None] = FORMAT.save

@@ -5,6 +5,9 @@ The released position tables are oversized (n + 1024, n + 1024 and n + 100 rows)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from rar_jax.generators.rar import Config, init
 from rar_jax.weights.mapping import Format, Mapped, State, get_tensor, map_linear, map_norm
 
@@ -52,4 +55,6 @@ def _read_config(state: State) -> Config:
 
 
 FORMAT = Format("pos_embed", init, _read_config, lambda shapes: TABLE)
-load, open_params, save = FORMAT.load, FORMAT.open_params, FORMAT.save
+load: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.load
+open_params: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.open_params
+save: Callable[..., None] = FORMAT.save

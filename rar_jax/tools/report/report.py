@@ -39,31 +39,33 @@ class Run:
 
     def __post_init__(self) -> None:
         require(self.path.is_dir(), f"{self.path} is not a folder: give the --workdir of rar-jax run")
-        self.config = flatten(Workdir(self.path).read_config())
-        self.metrics, rows = read_metrics(self.path), ledger.read_ledger(self.path)
+        self.config: dict[str, Any] = flatten(Workdir(self.path).read_config())
+        self.metrics: list[Any] = read_metrics(self.path)
+        rows = ledger.read_ledger(self.path)
         self._read_summary()
-        self.grids = list(filter(None, map(self._read_grids, STAGES[::-1])))
-        self.pictures = [(name, make_data_url(self.path / name)) for name in PICTURES if (self.path / name).is_file()]
+        self.grids: list[dict[str, Any]] = list(filter(None, map(self._read_grids, STAGES[::-1])))
+        drawn = [name for name in PICTURES if (self.path / name).is_file()]
+        self.pictures: list[tuple[str, str]] = [(name, make_data_url(self.path / name)) for name in drawn]
         keys = ("device", "devices", "processes", "host", "versions")
         starts = [flatten({key: row[key] for key in keys if key in row}) for row in rows if row["event"] == "start"]
-        self.environments = [facts for i, facts in enumerate(starts) if facts not in starts[:i]]
-        self.ledger = [format_ledger_row(row) for row in rows[-LEDGER_ROWS:]]
-        self.results = dict(self._read_results())
+        self.environments: list[dict[str, Any]] = [facts for i, facts in enumerate(starts) if facts not in starts[:i]]
+        self.ledger: list[list[Any]] = [format_ledger_row(row) for row in rows[-LEDGER_ROWS:]]
+        self.results: dict[str, dict[str, Any]] = dict(self._read_results())
 
     def _read_summary(self) -> None:
         summary = inspect_workdir(str(self.path), max_problems=100, verify=False, quiet=True)
         self.problems += [f"{row['name']}: {row['reason']}" for row in summary["problems"]]
         state = "running" if summary["running"] else "finished" if summary["finished"] else "not finished"
         shown = {"experiment": summary["experiment"], "state": state, "last stop": summary["last_stop"]}
-        self.facts = (shown | {"next": summary["next"], "folder": self.path} | summary["events"]).items()
-        self.progress = []
+        self.facts: Any = (shown | {"next": summary["next"], "folder": self.path} | summary["events"]).items()
+        self.progress: list[tuple[str, str, int, int | None]] = []
         for stage, found in summary["stages"].items():
             last, steps = max((row["step"] for row in self.metrics if row["stage"] == stage), default=0), found["steps"]
             self.progress.append((stage, f"step {last} of {steps}" if steps else "from existing weights", last, steps))
         spent = dict(summary["seconds"])
         wall = spent.pop("wall", 0)
-        self.times = [(kind, f"{s:,.0f} s", s, wall) for kind, s in spent.items()]
-        self.goodput = (f"{wall:,.0f} s", f"goodput {summary['goodput']:.1%}") if wall else None
+        self.times: list[tuple[str, str, float, float]] = [(kind, f"{s:,.0f} s", s, wall) for kind, s in spent.items()]
+        self.goodput: tuple[str, str] | None = (f"{wall:,.0f} s", f"goodput {summary['goodput']:.1%}") if wall else None
 
     def _read_grids(self, stage: str) -> dict[str, Any] | None:
         """The grids of a stage by step. Grids of another layout than the newest are left out."""
