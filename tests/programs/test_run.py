@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -180,7 +181,8 @@ def test_pipeline(workdir: pathlib.Path) -> None:
     guided = pipeline.sample(labels, seed=0, guidance=rar_jax.Guidance(8.0))
     assert (guided != images).any()
     # Inside a program of one's own, with the weights as an argument.
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(np.arange(5))
+    root = jax.random.fold_in(jax.random.key(0), zlib.crc32(b"sample"))  # keys.py, written out
+    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(5))
     ours = jax.jit(pipeline.sample_fn)(pipeline.params, np.asarray(labels), keys, pipeline.guidance)
     np.testing.assert_array_equal(ours, images)
     with pytest.raises(ConfigError, match=r"label 10 is outside the classes 0\.\.9"):
