@@ -4,9 +4,9 @@ r"""RAR-B (261 M parameters), fine-tuned from the released weights on a folder o
         --config.tokenizer.weights=maskgit-vqgan-imagenet-f16-256.bin --config.init_from=rar_b.bin
 
 PATH as for experiments/my_images.py. Without the two files named, those that were downloaded before are used (any
-`rar-jax sample --weights rar_b --download ...`). The tokenizer is taken as it is; of the generator all is taken over
-but the rows of the classes, which start anew. A step costs as much per image as one of experiments/rar_b.py: it needs
-an accelerator, and no number has been measured with it yet.
+`rar-jax sample --weights rar_b --download ...`). The tokenizer is taken as it is; the generator keeps all its weights
+except the class embeddings, which are initialized. A step costs as much per image as one of experiments/rar_b.py, so
+it needs an accelerator. It has not been measured yet.
 """
 
 import ml_collections

@@ -235,8 +235,9 @@ class _Nothing:
     def __new__(cls, *_: Any, **__: Any) -> _Nothing:
         return object.__new__(cls)
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def __setstate__(self, state: Any) -> None:
+        """Discard what a pickle would set."""
+        del state
 
 
 class _Unpickler(pickle.Unpickler):
@@ -288,7 +289,7 @@ def _next_pickle(stream: io.BytesIO | mmap.mmap, dtypes: dict[str, np.dtype]) ->
 
 
 def _find_state_dict(content: Any, wrappers: Sequence[str]) -> dict[str, _Tensor]:
-    """The state dict of a pickle's content, unwrapped if it is in another dict. wrappers: their keys, the first wins."""
+    """Return the state dict of a pickle's content, unwrapped from other dicts by these keys: the first one wins."""
     for _ in range(4):
         if not isinstance(content, dict) or any(isinstance(v, _Tensor) for v in content.values()):
             break

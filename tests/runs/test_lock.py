@@ -1,4 +1,4 @@
-"""One writer per work directory, on a disk or in a bucket: refused while the other lives, taken over when it is dead."""
+"""One writer per work directory, on a disk or in a bucket. A second writer is refused until the first is dead."""
 
 from __future__ import annotations
 

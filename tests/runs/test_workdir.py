@@ -85,8 +85,8 @@ def test_the_directory_of_another_experiment_is_named(begun: Workdir) -> None:
         f"{begun.path} belongs to a run of 'digits' with another config. Choose another --workdir, or undo: "
         "name: digits -> other; seed: 0 -> 1"
     )
-    told = refusal(begun, changed(train=many))
-    assert told.count(" -> ") == MAX_SHOWN and told.endswith(f"; and {len(many) - MAX_SHOWN} more")
+    message = refusal(begun, changed(train=many))
+    assert message.count(" -> ") == MAX_SHOWN and message.endswith(f"; and {len(many) - MAX_SHOWN} more")
 
 
 def test_of_long_values_the_difference_is_told(tmp_path: pathlib.Path) -> None:

@@ -113,8 +113,8 @@ def test_a_zoo(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> No
     assert list(counts(found).values()) == [10, 1, 0, 1] and sum(found["formats"].values()) == 10
     few = report(capsys, 1, "folder:zoo", "--problems", "3")
     assert (few["num_problems"], few["problems"]) == (8, found["problems"][:3])
-    told = text(capsys, 1, "folder:zoo", "--problems", "3")
-    assert "problems: 8\n" in told and "stray.jpg" in told and "page.png" not in told
+    printed = text(capsys, 1, "folder:zoo", "--problems", "3")
+    assert "problems: 8\n" in printed and "stray.jpg" in printed and "page.png" not in printed
     with Image.open("grid.png") as picture:
         assert picture.width > 8 * 128 and 3 * 128 < picture.height < 4 * 128 + 40  # three classes have images
         white = np.asarray(picture.convert("L"))[-140:-20, -130:]
