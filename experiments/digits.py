@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
             checkpoint_every=200,
         )
     )  # fmt: skip
-    config.guidance = ml_collections.ConfigDict(dict(scale=2.0, power=1.0, temperature=1.0))
+    config.sampling = ml_collections.ConfigDict(dict(scale=2.0, power=1.0, temperature=1.0))
     config.evaluate = ml_collections.ConfigDict(dict(samples=1000, live_samples=360, batch_size=200, grid_per_class=10))
     config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     return config

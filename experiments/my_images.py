@@ -50,5 +50,5 @@ def get_config() -> ml_collections.ConfigDict:
             checkpoint_every=250,
         )
     )  # fmt: skip
-    config.guidance = ml_collections.ConfigDict(dict(scale=2.0, power=1.0, temperature=1.0))
+    config.sampling = ml_collections.ConfigDict(dict(scale=2.0, power=1.0, temperature=1.0))
     return config

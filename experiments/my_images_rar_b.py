@@ -31,6 +31,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict(
         dict(steps=5000, batch_size=64, learning_rate=1e-4, warmup="10%", eval_every=500, checkpoint_every=500)
     )
-    config.guidance = ml_collections.ConfigDict(dict(scale=4.0, power=1.0, temperature=1.0))
+    config.sampling = ml_collections.ConfigDict(dict(scale=4.0, power=1.0, temperature=1.0))
     config.evaluate = ml_collections.ConfigDict(dict(grid_per_class=4))
     return config

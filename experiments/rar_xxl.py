@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict(
         dict(steps=250_000, batch_size=2048, warmup="25%", log_every=100, eval_every=5000, checkpoint_every=2500)
     )
-    config.guidance = ml_collections.ConfigDict(dict(scale=8.0, power=1.2, temperature=1.02))
+    config.sampling = ml_collections.ConfigDict(dict(scale=8.0, power=1.2, temperature=1.02))
     config.evaluate = ml_collections.ConfigDict(dict(grid_per_class=4))
     config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=4, tensor=1))
     return config

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rar_jax.pipeline import Pipeline, load
-    from rar_jax.sampling import Guidance
 
-__all__ = ["Guidance", "Pipeline", "load"]
+__all__ = ["Pipeline", "load"]
 __version__ = "0.2.0"
 
-_HOMES = {"Guidance": "rar_jax.sampling", "Pipeline": "rar_jax.pipeline", "load": "rar_jax.pipeline"}
+_HOMES = {"Pipeline": "rar_jax.pipeline", "load": "rar_jax.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

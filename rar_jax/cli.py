@@ -31,6 +31,11 @@ Durations are steps (1000), a share of the training ('50%') or epochs ('200ep').
 An experiment file is code: only use files that you trust.
 """
 
+SETTINGS = """
+Change any setting of the generator's sampler; by default they are the published ones, or the experiment's:
+  --sampling.scale=4 --sampling.temperature=1.02      --sampling.scale=None is no guidance
+"""
+
 Argument = tuple[str, dict[str, Any]]  # name and keywords of `add_argument`
 
 
@@ -59,6 +64,7 @@ class Verb(NamedTuple):
     arguments: Sequence[Argument]
     text: str = ""
     processes: bool = False  # runs as one or many processes
+    sampling: bool = False  # takes --sampling.NAME=VALUE
 
     @property
     def has_config(self) -> bool:
@@ -75,7 +81,6 @@ SPLIT = arg("--split", "of a source (default train)", default="train", choices=(
 JSON = flag("--json", "print JSON")
 SAMPLING = (
     arg("--seed", "same seed, same images (default 0)", type=int, default=0),
-    arg("--guidance", "SCALE[,POWER[,TEMPERATURE]] (default: the model's)"),
     arg("--dtype", "of the generator's matmuls: float32 (default) or bfloat16"),
     arg("--tensor", "devices that share one copy of the generator (default 1)", type=int, default=1),
 )
@@ -137,10 +142,16 @@ Rerun the same command after an interruption. Train on a store with --config.dat
             arg("--out", "folder for the images", required=True, **FILE),
             arg("--classes", "numbers, ranges or names: 3,7-9,sneaker (default: all)"),
             arg("--per-class", "images per class (default 4)", type=int, default=4),
+            arg("--complete", "draw a part of this image", metavar="IMAGE", **FILE),
+            arg("--mask", "with --complete: an image of the same size, white where to draw", metavar="IMAGE", **FILE),
+            flag(
+                "--keep-pixels", "with --complete: keep the other pixels as they are, not as the tokenizer decodes them"
+            ),
             *SAMPLING,
             arg("--batch-size", "images at a time (default: all, at most 64)", type=int),
         ),
         processes=True,
+        sampling=True,
     ),
     "evaluate": Verb(
         "programs.evaluate:print_scores",
@@ -177,6 +188,7 @@ Rerun the same command after an interruption. Train on a store with --config.dat
   rar-jax evaluate --config digits --workdir runs/digits      fd_classifier: Frechet distance on classifier features
 FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines them. Rerun to resume.""",
         processes=True,
+        sampling=True,
     ),
     "convert": Verb(
         "programs.convert:convert_weights",
@@ -261,7 +273,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rar-jax", description=DESCRIPTION, formatter_class=formatter)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
-        text = f"{verb.summary}\n\n{verb.text}\n{OVERRIDES if verb.has_config else ''}"
+        text = f"{verb.summary}\n\n{verb.text}\n{OVERRIDES * verb.has_config}{SETTINGS * verb.sampling}"
         sub = verbs.add_parser(name, help=verb.summary, description=text, formatter_class=formatter)
         sub.add_argument("--quiet", action="store_true", help="print only results and errors")
         sub.add_argument("--progress", action="store_true", help="print progress every 10 s even without a terminal")
@@ -274,34 +286,41 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate `--config.a.b=5` and `--config.a.b 5` from the other words, as "a.b=5"."""
+def split_overrides(words: Sequence[str], section: str) -> tuple[list[str], list[str]]:
+    """Separate `--section.a.b=5` and `--section.a.b 5` from the other words, as "a.b=5"."""
     rest, overrides, queue = [], [], list(words)
     while queue:
         word = queue.pop(0)
-        if not word.startswith("--config."):
+        if not word.startswith(f"--{section}."):
             rest.append(word)
             continue
         if "=" not in word and queue and not queue[0].startswith("--"):
             word = f"{word}={queue.pop(0)}"
-        overrides.append(word.removeprefix("--config."))
+        overrides.append(word.removeprefix(f"--{section}."))
     return rest, overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rar-jax`. Exit codes: 0 done, 1 failed, 2 wrong command or experiment, 75 preempted, 130 interrupted."""
-    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv, "config")
+    words, settings = split_overrides(words, "sampling")
     parser = make_parser()
     args, unknown = parser.parse_known_args(words)
     if unknown:
         word, dot, key = unknown[0].partition(".")
-        hint = f" Did you mean --config.{key}?" if dot and difflib.get_close_matches(word, ["--config"]) else ""
+        near = difflib.get_close_matches(word, ["--config", "--sampling"], n=1) if dot else []
+        hint = f" Did you mean {near[0]}.{key}?" if near else ""
         parser.error(f"unknown argument {unknown[0]}; see rar-jax {args.verb} --help.{hint}")
     keywords = dict(vars(args))
     name, progress = keywords.pop("verb"), keywords.pop("progress")
     place = [keywords.pop(key, None) for key in ("coordinator_address", "process_count", "process_index")]
     if overrides and not keywords.get("config"):
         return _fail(name, f"there is no --config that --config.{overrides[0]} could change", 2)
+    if settings and (not VERBS[name].sampling or keywords.get("config")):
+        use = "give it to sample or evaluate" + f", or --config.sampling.{settings[0]}" * VERBS[name].has_config
+        return _fail(name, f"--sampling.{settings[0]} is not for this command: {use}", 2)
+    if VERBS[name].sampling:
+        keywords["sampling"] = settings
     try:
         if name == "doctor":  # checks what the other verbs import
             return import_function(name)(**keywords)
@@ -336,6 +355,7 @@ def _run_processes(name: str, keywords: dict[str, Any], overrides: list[str], pl
 
 def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
     """Open the experiment and the work directory, and call the verb. Actionable errors are one line on stderr."""
+    from rar_jax.config import parse_overrides
     from rar_jax.experiment import open_experiment
     from rar_jax.parallel.memory import exhaustion
     from rar_jax.runs.bucket import is_url
@@ -349,6 +369,8 @@ def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
             if source:  # tokenize counts the classes and images of this source
                 overrides = [*overrides, f"data.source={source}"]
             keywords["experiment"] = open_experiment(config, overrides) if config else None
+        if "sampling" in keywords:
+            keywords["sampling"] = parse_overrides(keywords["sampling"])
         if keywords.get("workdir") is not None:
             keywords["workdir"] = Workdir(keywords["workdir"]).fetch()
         if is_url(keywords.get("weights") or ""):

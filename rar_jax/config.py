@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import ml_collections
+import numpy as np
 
 from rar_jax.errors import ConfigError
 
@@ -30,7 +31,7 @@ Steps = Annotated[int, "steps"]
 # Top-level values; all have a default.
 TOP_LEVEL = ("seed", "precision", "init_from", "wandb")
 # Sections whose every field has a default.
-OPTIONAL_SECTIONS = ("guidance", "evaluate", "mesh")
+OPTIONAL_SECTIONS = ("sampling", "evaluate", "mesh")
 
 
 # ---------------------------------------------------------------- files
@@ -80,9 +81,21 @@ def load_experiment(name: str, overrides: Iterable[str] = ()) -> ml_collections.
     return config
 
 
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the values of "key=value" strings: Python literals; anything else is text."""
+    parsed: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        require(bool(equals and key), f"override '{override}' is not of the form section.key=value")
+        try:
+            parsed[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: nested too deeply
+            parsed[key] = text
+    return parsed
+
+
 def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    require(bool(equals and key), f"override '{override}' is not of the form section.key=value")
+    ((key, value),) = parse_overrides([override]).items()
     *sections, last = key.split(".")
     node: Any = config
     for depth, name in enumerate(sections):
@@ -97,10 +110,6 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     if not sections and last not in node and last not in TOP_LEVEL:
         raise ConfigError(f"config has no key '{last}'.{nearest(last, node.keys())}")
     # A section may lack a key, because fields have defaults; `build` checks the name.
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: nested too deeply
-        value = text
     with config.unlocked(), config.ignore_type():
         node[last] = value
 
@@ -162,7 +171,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             args = args[:1] * len(value)
         require(len(value) == len(args), f"{where} is {_show(value)}: it must have {len(args)} entries")
         return tuple(_convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
-    if hint is float and type(value) is int:
+    if hint is float and (type(value) is int or isinstance(value, (float, np.floating))):
         return float(value)
     plain = origin or hint
     if not isinstance(plain, type) or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):

@@ -21,14 +21,14 @@ from rar_jax.models import Model, check_pair, find_module, load_model
 from rar_jax.networks import classifier
 from rar_jax.parallel.mesh import MeshConfig, batch_divisor
 from rar_jax.parallel.rules import param_shardings
-from rar_jax.sampling import Guidance
+from rar_jax.sampling import make_sampling
 from rar_jax.sections import Data, Evaluate, Recipe
 
 log: logging.Logger = logging.getLogger(__name__)
 
 STAGES = ("tokenizer", "classifier", "generator")
 RECIPES = {"tokenizer": "tokenizer_train", "classifier": "classifier_train", "generator": "train"}
-SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "guidance", "evaluate", "mesh")
+SECTIONS = ("data", "tokenizer", "tokenizer_train", "generator", "train", "classifier", "sampling", "evaluate", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Experiment:
     tokenizer: Model
     generator: Model
     train: Recipe
-    guidance: Guidance
+    sampling: Any
     evaluate: Evaluate
     mesh: MeshConfig
     seed: int
@@ -78,7 +78,7 @@ class Experiment:
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
-            out[kind] = {"name": model.module.__name__.rpartition(".")[2], **to_dict(model.config)}
+            out[kind] = {"name": model.name, **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
         return {key: value for key, value in out.items() if value is not None}
@@ -151,14 +151,15 @@ def rebuild(config: Mapping[str, Any]) -> Experiment:
 
     Raises: ConfigError for a key that does not exist, as in a directory of another version.
     """
-    types = {"data": Data, "guidance": Guidance, "evaluate": Evaluate, "mesh": MeshConfig}
+    types = {"data": Data, "evaluate": Evaluate, "mesh": MeshConfig}
     types |= {"classifier": classifier.Config} | dict.fromkeys(RECIPES.values(), Recipe)
     made: dict[str, Any] = {
         name: build(types[name], value, where=f"config.{name}") if name in types else value
         for name, value in config.items()
-        if name not in ("tokenizer", "generator")
+        if name not in ("tokenizer", "generator", "sampling")
     }
     made |= {kind[:-1]: load_model(config, kind) for kind in ("tokenizers", "generators")}
+    made["sampling"] = make_sampling(made["generator"], config.get("sampling", {}), where="config.sampling")
     known = [f.name for f in dataclasses.fields(Experiment)]
     if wrong := made.keys() - known:
         raise ConfigError(f"config has no section '{min(wrong)}'.{nearest(min(wrong), known)}")
@@ -210,13 +211,14 @@ def resolve(config: Any, name: str) -> Experiment:
         section = {**shape, **config.classifier}
         judge = build(classifier.Config, section, where="config.classifier", ignore=("train",))
         judge_train = _resolve_recipe(config.classifier.get("train"), "config.classifier.train", data)
+    generator = _resolve_model(config.generator, "generators", values.precision, train, data)
     experiment = Experiment(
         name=name,
         data=data,
         tokenizer=_resolve_model(config.tokenizer, "tokenizers", values.precision, tokenizer_train or train, data),
-        generator=_resolve_model(config.generator, "generators", values.precision, train, data),
+        generator=generator,
         train=train,
-        guidance=build(Guidance, {"scale": 0.0, **config.get("guidance", {})}, where="config.guidance"),
+        sampling=make_sampling(generator, config.get("sampling", {}), where="config.sampling"),
         evaluate=build(Evaluate, config.get("evaluate", {}), where="config.evaluate"),
         mesh=build(MeshConfig, config.get("mesh", {}), where="config.mesh"),
         seed=values.seed,

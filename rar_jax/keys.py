@@ -5,6 +5,7 @@
                      1, then the step                 labels and tokens that are dropped, orders, noise of the losses
                      ..., then "draw"                 tokens, by tokenizers that are random
     untrained                                         parameters of the generator that the trained one is compared with
+    validation       the batch's number                 orders, masks, times and noise of the validation losses; the seed is 0
     sample           the sample's number              its tokens: one key per sample, whatever its batch and mesh
 
 All are threefry keys; `mesh.find_devices` refuses the setting that changes their numbers. Only dropout bits come from a

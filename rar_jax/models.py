@@ -9,9 +9,10 @@ import pathlib
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from rar_jax.config import build, nearest, require
 from rar_jax.errors import ConfigError
@@ -39,12 +40,28 @@ class TokenSpec:
         return jax.ShapeDtypeStruct((size, *self.shape), self.dtype)
 
 
+class Aux(NamedTuple):
+    """What a loss returns beside its value.
+
+    metrics: float32 scalars, "loss" among them. outputs: what the rest of the step needs: reconstructions, tokens.
+    """
+
+    metrics: dict[str, jax.Array]
+    outputs: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A module of generators/ or tokenizers/ with its Config."""
 
     module: ModuleType
     config: Any
+
+    @property
+    def name(self) -> str:
+        """The name in a config, for `find_module`."""
+        package, _, name = self.module.__name__.rpartition(".")
+        return name if package in ("rar_jax.generators", "rar_jax.tokenizers") else self.module.__name__
 
     def param_shapes(self) -> Any:
         """Return the tree of the parameters' shapes and dtypes, without making them."""
@@ -101,8 +118,33 @@ def encode_tokens(tokenizer: Model, params: Any, images: jax.Array, *, key: jax.
     return draw_tokens(tokenizer, stored, key=key)
 
 
+def find_known_tokens(generator: Model, tokenizer: Model, mask: np.ndarray) -> np.ndarray:
+    """Return the places, bool, of an image's tokens of which no pixel of a mask, bool (y, x), is to be drawn.
+
+    Raises: ConfigError if the pair cannot complete images.
+    """
+    require(hasattr(generator.module, "complete"), f"generator '{generator.name}' cannot complete images")
+    has_places = hasattr(tokenizer.module, "known_tokens")
+    require(has_places, f"tokenizer '{tokenizer.name}' has no tokens that belong to pixels: it cannot complete images")
+    return np.asarray(tokenizer.module.known_tokens(tokenizer.config, ~mask))
+
+
+def prepare_params(generator: Model, params: Any, *, dtype: Any = None) -> Any:
+    """Return parameters for decoding in `dtype`, by the generator's `prepare` if it has one. Traceable."""
+    prepare = getattr(generator.module, "prepare", None)
+    return prepare(generator.config, params, dtype=dtype) if prepare else params
+
+
 def find_module(kind: str, name: str) -> ModuleType:
-    """Import rar_jax/<kind>/<name>.py. Raises: ConfigError with the nearest name if there is no such file."""
+    """Import rar_jax/<kind>/<name>.py, or the module of a name with dots: "my_package.my_generator".
+
+    Raises: ConfigError, with the nearest name, if there is no such file.
+    """
+    if "." in name:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{kind[:-1]} '{name}': {error}. Is its folder in PYTHONPATH?") from None
     known = module_names(kind)
     if name not in known:
         raise ConfigError(f"no {kind[:-1]} '{name}'.{nearest(name, known)}")
@@ -110,6 +152,6 @@ def find_module(kind: str, name: str) -> ModuleType:
 
 
 def module_names(kind: str) -> list[str]:
-    """Return the names of all files in rar_jax/<kind>/, which are its registry."""
+    """Return the names of all files in rar_jax/<kind>/."""
     folder = pathlib.Path(__file__).parent / kind
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))

@@ -1,15 +1,21 @@
-"""From labels to images in one traceable function: guidance, per-sample keys, generator, tokenizer, rounding."""
+"""From labels to images in one traceable function, and what samplers share: settings, guidance, draws.
+
+Shape suffixes: b batch, v codes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rar_jax.config import require
-from rar_jax.errors import ConfigError
+from rar_jax.config import build, require, to_dict
 from rar_jax.models import Model, encode_tokens
 
 ROUNDINGS = ("truncate", "round")
@@ -30,7 +36,7 @@ def sample_images(
     params: dict[str, Any],
     labels: jax.Array,
     keys: jax.Array,
-    guidance: Guidance,
+    sampling: SamplingSettings,
     *,
     rounding: str = "truncate",
 ) -> jax.Array:
@@ -40,8 +46,31 @@ def sample_images(
       params: {"generator": of init or prepare, "tokenizer"}.
       labels: int (b,). keys: typed keys (b,), see `keys.sample_keys`.
     """
-    tokens_bn = generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
-    return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens_bn), rounding)
+    tokens = generator.module.sample(generator.config, params["generator"], labels, keys=keys, sampling=sampling)
+    return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens), rounding)
+
+
+def complete_images(
+    generator: Model,
+    tokenizer: Model,
+    params: dict[str, Any],
+    labels: jax.Array,
+    keys: jax.Array,
+    sampling: SamplingSettings,
+    image: jax.Array,
+    known: np.ndarray,
+) -> jax.Array:
+    """uint8 images (b, y, x, c) of the given classes that share the known tokens of an image (y, x, c); traceable.
+
+    known: NumPy bool, of the places of an image's tokens: the first axes of their shape.
+    """
+    rows = labels.shape[0]
+    tokens = encode_tokens(tokenizer, params["tokenizer"], image[None])
+    tokens = generator.module.complete(
+        generator.config, params["generator"], labels, keys=keys, sampling=sampling,
+        tokens=jnp.broadcast_to(tokens, (rows, *tokens.shape[1:])), known=np.broadcast_to(known, (rows, *known.shape)),
+    )  # fmt: skip
+    return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens))
 
 
 def reconstruct_images(
@@ -52,66 +81,142 @@ def reconstruct_images(
     return to_uint8(tokenizer.module.decode(tokenizer.config, params, tokens), rounding), tokens
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
-class Guidance:
-    """How strongly sampling follows the class, and how sharp its draws are.
+# ---------------------------------------------------------------- settings
 
-    Attributes:
-      scale: guidance scale g. 0 or 1 is no guidance: only the class branch is computed.
-      power: 0 holds g from the first step on; p > 0 rises from 1 to g along a cosine of (step / N) ** p.
-      temperature: logits are divided by it before the softmax.
 
-    A Guidance may be passed to a jitted function: the numbers are traced, so that a sweep over them compiles
-    once, and only whether there is any guidance at all (whether the batch is doubled) is static.
+# What settings of these names must be, in every system.
+_RULES = (
+    ("scale", lambda x: x >= 0, "0 or more, or None for no guidance"),
+    ("power", lambda x: x >= 0, "0 (constant guidance) or more"),
+    ("temperature", lambda x: x > 0, "above 0; for argmax use greedy"),
+    ("top_p", lambda x: 0 < x <= 1, "in (0, 1], or None to keep all"),
+)
+
+
+class SamplingSettings:
+    """Base of each generator's `Sampling`, a frozen dataclass of its settings and their defaults.
+
+    It may be passed to a jitted function. Fields annotated `float` or `float | None` are traced: another number does
+    not recompile, None in place of a number does. All other fields are static.
     """
 
-    scale: float
-    power: float = 0.0
-    temperature: float = 1.0
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_pytree_node(cls, _flatten, functools.partial(_unflatten, cls))
 
     def __post_init__(self) -> None:
-        for name in ("scale", "power", "temperature"):
-            require(abs(getattr(self, name)) < 1e30, f"{name} is {getattr(self, name)}: it must be a number of float32")
-        require(self.scale >= 0, f"scale is {self.scale}: it must be 0 (no guidance) or more")
-        require(self.power >= 0, f"power is {self.power}: it must be 0 (constant guidance) or more")
-        require(self.temperature > 0, f"temperature is {self.temperature}: it must be above 0; for argmax use greedy")
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the null-class branch is needed; known while tracing."""
-        known: bool | None = self.__dict__.get("_enabled")
-        return self.scale not in (0, 1) if known is None else known
-
-    def weight(self, step: jax.Array | int, num_steps: int) -> jax.Array:
-        """w(s) = 1 + (g - 1) (1 - cos(pi (s / N)^p)) / 2, float32; 0^0 is 1, and w is 1 without guidance.
-
-        Args:
-          step: generation step s, 0-based, int32 of any shape.
-          num_steps: number of tokens N of one sample.
-        """
-        share = jnp.asarray(step, jnp.float32) / num_steps
-        # (1 - cos x) / 2 = sin^2 (x / 2), which does not cancel for small x.
-        rise = jnp.sin(jnp.pi / 2 * share ** jnp.asarray(self.power, jnp.float32)) ** 2
-        return 1.0 + (jnp.asarray(self.scale, jnp.float32) - 1.0) * rise if self.enabled else jnp.ones_like(share)
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[bool]]:
-        """Pytree protocol: the numbers are leaves, `enabled` is static."""
-        return (self.scale, self.power, self.temperature), (self.enabled,)
-
-    @classmethod
-    def tree_unflatten(cls, aux: tuple[bool], leaves: tuple[Any, ...]) -> Guidance:
-        """Pytree protocol: leaves may be tracers, so nothing is checked here."""
-        guidance = object.__new__(cls)
-        for name, value in zip(("scale", "power", "temperature"), leaves, strict=True):
-            object.__setattr__(guidance, name, value)
-        object.__setattr__(guidance, "_enabled", aux[0])
-        return guidance
+        settings = {name: getattr(self, name) for name in _traced_fields(type(self))}
+        for name, value in settings.items():
+            require(value is None or abs(value) < 1e30, f"{name} is {value}: it must be a number of float32")
+        for name, valid, rule in _RULES:
+            value = settings.get(name)
+            require(value is None or valid(value), f"{name} is {value}: it must be {rule}")
 
 
-def parse_guidance(text: str | None) -> Guidance | None:
-    """Return the Guidance of "SCALE[,POWER[,TEMPERATURE]]", None of None."""
-    try:
-        return Guidance(*(float(x) for x in text.split(","))) if text else None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--guidance {text}: give SCALE[,POWER[,TEMPERATURE]] ({error})") from None
+@functools.cache
+def _traced_fields(cls: type) -> tuple[str, ...]:
+    return tuple(name for name, hint in typing.get_type_hints(cls).items() if hint in (float, float | None))
+
+
+def _flatten(settings: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    traced, names = _traced_fields(type(settings)), [f.name for f in dataclasses.fields(settings)]
+    static = tuple(getattr(settings, name) for name in names if name not in traced)
+    return tuple(getattr(settings, name) for name in traced), static
+
+
+def _unflatten(cls: type, static: tuple[Any, ...], traced: tuple[Any, ...]) -> Any:
+    settings, values, others = object.__new__(cls), iter(traced), iter(static)  # tracers cannot be checked
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        value = next(values if field.name in _traced_fields(cls) else others)
+        object.__setattr__(settings, field.name, value)
+    return settings
+
+
+def make_sampling(generator: Model, changes: Mapping[str, Any], base: Any = None, *, where: str = "sampling") -> Any:
+    """Make a generator's Sampling: the defaults, or `base`, with some settings changed.
+
+    Raises: ConfigError for a setting that the generator does not have (with the nearest), or a value that it cannot be.
+    """
+    settings = {**to_dict(base or {}), **changes}
+    return build(generator.module.Sampling, settings, where=f"{where} of generator '{generator.name}'")
+
+
+# ---------------------------------------------------------------- guidance
+
+Schedule = Literal["constant", "linear", "cosine", "power-cosine"]
+
+
+def weigh_guidance(
+    scale: jax.Array | float,
+    share: jax.Array | float,
+    *,
+    schedule: Schedule = "constant",
+    power: jax.Array | float = 1.0,
+    start: float = 1.0,
+    interval: tuple[float, float] | None = None,
+) -> jax.Array:
+    """Return the weight of guidance in the course of sampling, float32 of the shape of `share`.
+
+    It rises from `start` (the weight that is no guidance) to `scale` with x = share, in [0, 1], of the steps or tokens
+    that are done, as each system counts them:
+    constant 1; linear x; cosine sin(pi/2 x); power-cosine (1 - cos(pi x^power)) / 2, where 0^0 is 1.
+
+    interval: (low, high); the weight is `start` unless low < share <= high.
+    """
+    x = jnp.asarray(share, jnp.float32)
+    if schedule == "constant":
+        rise = jnp.ones_like(x)
+    elif schedule == "linear":
+        rise = x
+    elif schedule == "cosine":
+        rise = jnp.sin(jnp.pi / 2 * x)
+    else:  # (1 - cos y) / 2 = sin^2 (y / 2), which does not cancel for small y
+        rise = jnp.sin(jnp.pi / 2 * x ** jnp.asarray(power, jnp.float32)) ** 2
+    weight = start + (jnp.asarray(scale, jnp.float32) - start) * rise
+    return weight if interval is None else jnp.where((interval[0] < x) & (x <= interval[1]), weight, start)
+
+
+def guide(
+    conditional: jax.Array,
+    unconditional: jax.Array,
+    weight: jax.Array | float,
+    *,
+    origin: Literal["null", "class"] = "null",
+) -> jax.Array:
+    """Combine the predictions c for the class and u for the null class: u + w (c - u), or c + w (c - u)."""
+    return (unconditional if origin == "null" else conditional) + weight * (conditional - unconditional)
+
+
+# ---------------------------------------------------------------- draws
+
+
+def keep_top_k(logits: jax.Array, k: int | None) -> jax.Array:
+    """Set logits (..., v) below the k-th largest to -inf. Equal ones stay. None keeps all."""
+    if k is None or k >= logits.shape[-1]:
+        return logits
+    return jnp.where(logits < jax.lax.top_k(logits, k)[0][..., -1:], -jnp.inf, logits)
+
+
+def keep_top_p(logits: jax.Array, p: jax.Array | float | None) -> jax.Array:
+    """Keep the most likely logits (..., v), until their probabilities exceed p in sum; -inf for the others.
+
+    The most likely one always stays. None keeps all.
+    """
+    if p is None:
+        return logits
+    order = jnp.argsort(-logits, axis=-1)
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+    before = jnp.cumsum(probs, axis=-1) - probs
+    dropped = jnp.take_along_axis(before > p, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(dropped, -jnp.inf, logits)
+
+
+def draw_ids(logits_bv: jax.Array, keys: jax.Array, uniforms_b: jax.Array | None = None) -> jax.Array:
+    """Draw an id from each row of logits, int32 (b,), with its own key.
+
+    uniforms_b: in place of keys: the first id whose cumulative probability exceeds it.
+    """
+    if uniforms_b is None:
+        return jax.vmap(jax.random.categorical)(keys, logits_bv).astype(jnp.int32)
+    cumulative_bv = jnp.cumsum(jax.nn.softmax(logits_bv), axis=-1)
+    above_bv = cumulative_bv > uniforms_b[:, None] * cumulative_bv[:, -1:]
+    return jnp.argmax(above_bv, axis=-1).astype(jnp.int32)

@@ -74,6 +74,7 @@ def test_a_verb_takes_its_arguments(name: str) -> None:
     keywords = {options.get("dest", flag.lstrip("-").replace("-", "_")) for flag, options in verb.arguments} | {"quiet"}
     if verb.has_config:
         keywords = keywords - {"config"} | {"experiment"}
+    keywords |= {"sampling"} if verb.sampling else set()
     bound = inspect.signature(cli.import_function(name)).bind(**dict.fromkeys(keywords))
     assert keywords <= bound.arguments.keys() | set(bound.arguments.get("options", bound.arguments.get("settings", {})))
 
@@ -95,8 +96,10 @@ def test_a_verb_takes_its_arguments(name: str) -> None:
         (("run", "--config", "digits", "--workdir", ""), "argument --workdir: it is empty: give a folder"),
         (("run", "--config", "digits", "--workdir", "x", "y"), "unknown argument y; see rar-jax run --help"),
         (("train", "--config", "digits", "--workdir", "x", "--stage", "decoder"), "no stage 'decoder'"),
-        (("sample", "--weights", "x", "--out", "y", "--config.guidance.scale=3"), "--config.guidance.scale=3"),
+        (("sample", "--weights", "x", "--out", "y", "--config.sampling.scale=3"), "--config.sampling.scale=3"),
         (("evaluate", "--workdir", "x", "--config.seed=3"), "no --config"),
+        (("run", "--config", "digits", "--workdir", "x", "--sampling.scale=3"), "or --config.sampling.scale=3"),
+        (("inspect", "x", "--sampling.scale=3"), "--sampling.scale=3 is not for this command: give it to sample"),
         (("sample", "--weights", "x", "--out", "y", "--seed", "z"), "argument --seed: invalid int value: 'z'"),
     ],
 )
@@ -142,7 +145,7 @@ def test_overrides_are_written_with_an_equals_sign_or_a_space() -> None:
         "--config.x",
         "--quiet",
     ]
-    rest, overrides = cli.split_overrides(words)
+    rest, overrides = cli.split_overrides(words, "config")
     assert rest == ["train", "--config", "digits", "--quiet"]
     assert overrides == ["train.steps=5", "train.warmup=-1", "x"]
 
@@ -165,9 +168,7 @@ def test_a_folder_of_someone_else(tmp_path: pathlib.Path, capsys: pytest.Capture
             ["--weights", "/nowhere"],
             "/nowhere: no such directory or weights file, and no released one: those are rar_b,",
         ),
-        (["--guidance", "strong"], "--guidance strong: give SCALE[,POWER[,TEMPERATURE]]"),
-        (["--guidance", "1,2,3,4"], "--guidance 1,2,3,4: give SCALE[,POWER[,TEMPERATURE]]"),
-        (["--guidance", "-1"], "--guidance -1: give SCALE[,POWER[,TEMPERATURE]] (scale is -1.0: "),
+        (["--sampling.scale"], "override 'scale' is not of the form section.key=value"),
     ],
 )
 def test_wrong_sampling(
@@ -175,7 +176,6 @@ def test_wrong_sampling(
 ) -> None:
     weights = [] if "--weights" in flags else ["--weights", str(tmp_path)]
     out = tmp_path / "out"
-    flags = [f"--guidance={flags[1]}"] if flags[0] == "--guidance" else flags
     line = failure(capsys, "sample", "--out", str(out), *weights, *flags)
     assert line.startswith(f"rar-jax sample: {problem}") and not out.exists()
 
@@ -220,5 +220,6 @@ def test_commands_of_the_documentation_parse(page: str, command: str) -> None:
     text = re.split(r" {2,}(?=\S)", command)[0]  # without the remark behind it
     for placeholder, value in (("...", "FILE"), (" N ", " 2 "), (" K", " 1")):
         text = text.replace(placeholder, value)
-    words, _ = cli.split_overrides(shlex.split(text)[1:])
+    words, _ = cli.split_overrides(shlex.split(text)[1:], "config")
+    words, _ = cli.split_overrides(words, "sampling")
     assert cli.make_parser().parse_args(words).verb in cli.VERBS

@@ -141,7 +141,9 @@ def test_generator_and_sampler_trace(name: str) -> None:
     }
 
     def loss(params: Any, batch: Any, key: Any, step: Any) -> Any:
-        return jax.value_and_grad(lambda p: module.loss(config, p, batch, key=key, step=step), has_aux=True)(params)
+        return jax.value_and_grad(
+            lambda p: module.loss(config, p, batch, key=key, step=step, train=True), has_aux=True
+        )(params)
 
     (value, _), grads = jax.eval_shape(loss, params, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
     assert (value.shape, value.dtype) == ((), jnp.float32) and shapes_of(grads) == shapes_of(params)
@@ -152,11 +154,11 @@ def test_generator_and_sampler_trace(name: str) -> None:
         "tokenizer": jax.eval_shape(lambda: tokenizer.module.init(tokenizer.config, jax.random.key(0))),
     }
 
-    def sample(params: Any, labels: Any, ids: Any, guidance: Any) -> Any:
-        return sample_images(experiment.generator, tokenizer, params, labels, sample_keys(0, ids), guidance)
+    def sample(params: Any, labels: Any, ids: Any, sampling: Any) -> Any:
+        return sample_images(experiment.generator, tokenizer, params, labels, sample_keys(0, ids), sampling)
 
     ints = jax.ShapeDtypeStruct((b,), jnp.int32)
-    images = jax.eval_shape(sample, both, ints, ints, experiment.guidance)
+    images = jax.eval_shape(sample, both, ints, ints, experiment.sampling)
     data = experiment.data
     assert (images.shape, images.dtype) == ((b, data.image_size, data.image_size, data.channels), jnp.uint8)
 
@@ -175,7 +177,7 @@ def test_tokenizer_traces(name: str) -> None:
     assert (decoded.shape, decoded.dtype) == (shape, jnp.float32)
 
     def loss(params: Any, batch: Any, key: Any) -> Any:
-        return jax.grad(lambda p: module.loss(config, p, batch, key=key, step=0)[0])(params)
+        return jax.grad(lambda p: module.loss(config, p, batch, key=key, step=0, train=True)[0])(params)
 
     batch = {"images": images, "labels": jax.ShapeDtypeStruct((b,), jnp.int32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -235,7 +237,7 @@ def test_batches_divide_over_four_devices(name: str) -> None:
             ["mesh.data=3"],
             "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not multiply to 4 devices: set one size to -1",
         ),
-        (["guidance.scale=-1"], "config.guidance: scale is -1.0: it must be 0 (no guidance) or more"),
+        (["sampling.scale=-1"], "config.guidance: scale is -1.0: it must be 0 (no guidance) or more"),
         (["generator.name=raar"], "no generator 'raar'. Did you mean 'rar'?"),
         (["train.warmup=100%"], "config.train: warmup is 800: it must be shorter than the 800 steps"),
         (["train.steps=50%"], "config.train.steps is '50%': this duration needs steps or epochs"),
@@ -256,7 +258,7 @@ def test_impossible_combinations(overrides: list[str], problem: str) -> None:
         ("train", "bach_size", "batch_size"),
         ("classifier", "featurs", "features"),
         ("classifier.train", "stesp", "steps"),
-        ("guidance", "skale", "scale"),
+        ("sampling", "skale", "scale"),
         ("evaluate", "sampels", "samples"),
         ("mesh", "fdsp", "fsdp"),
     ],
@@ -274,11 +276,11 @@ def test_a_missing_section(section: str) -> None:
     assert str(caught.value) == f"config lacks the section '{section}'"
 
 
-@pytest.mark.parametrize("section", ["guidance", "evaluate", "mesh", "seed", "precision"])
+@pytest.mark.parametrize("section", ["sampling", "evaluate", "mesh", "seed", "precision"])
 def test_a_section_that_may_be_missing(section: str) -> None:
     config = load_experiment("digits")
     del config[section]
-    defaults = {"guidance": ("scale", 0.0), "evaluate": ("samples", 1000), "mesh": ("data", -1)}
+    defaults = {"sampling": ("scale", None), "evaluate": ("samples", 1000), "mesh": ("data", -1)}
     resolved = resolve(config, "digits").resolved()
     if section in defaults:
         key, value = defaults[section]
@@ -323,7 +325,7 @@ def test_without_a_classifier_nothing_is_judged_by_one() -> None:
 def test_the_imagenet_recipes_are_the_papers(name: str) -> None:
     """rar.md, sections 2 to 4: sizes and guidance as the released files have them, durations in steps."""
     experiment, known = experiment_of(name), GENERATORS[name]
-    assert preset(experiment.generator.config) is known and experiment.guidance == known.guidance
+    assert preset(experiment.generator.config) is known and experiment.sampling == known.sampling
     train, config = experiment.train, experiment.generator.config
     assert (train.steps, train.batch_size, train.warmup) == (250_000, 2048, 62_500)
     assert (config.anneal_start, config.anneal_end, config.num_heads) == (125_000, 187_500, 16)

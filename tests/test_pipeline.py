@@ -13,19 +13,20 @@ import rar_jax
 from rar_jax import cli
 from rar_jax.errors import CheckpointError, ConfigError, DeviceMemoryError
 from rar_jax.generators import rar as generator
+from rar_jax.generators.rar import Sampling
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.weights import maskgit_vq, rar
 from rar_jax.weights import registry as released
 
 LABELS = [3, 1, 4, 1, 5]
-GUIDANCE = rar_jax.Guidance(3.0, 1.0, 1.1)
+SAMPLING = {"scale": 3.0, "power": 1.0, "temperature": 1.1}
 
 
 @pytest.fixture(scope="module")
 def images(released_pair: Any) -> np.ndarray:
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
-    return pipeline.sample(LABELS, seed=7, guidance=GUIDANCE)
+    return pipeline.sample(LABELS, seed=7, **SAMPLING)
 
 
 def test_images(images: np.ndarray) -> None:
@@ -37,8 +38,8 @@ def test_a_converted_directory_gives_the_same(released_pair: Any, tmp_path: path
     argv = ["--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--out", tmp_path / "d"]
     assert cli.main(["convert", "--quiet", *map(str, argv)]) == 0
     pipeline = rar_jax.load(tmp_path / "d")
-    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=7, guidance=GUIDANCE), images)
-    assert pipeline.guidance == rar_jax.Guidance(0.0) and pipeline.class_names == tuple("0123456789")
+    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=7, **SAMPLING), images)
+    assert pipeline.sampling == Sampling() and pipeline.class_names == tuple("0123456789")
     with pytest.raises(ConfigError, match="has its own tokenizer: leave tokenizer out"):
         rar_jax.load(tmp_path / "d", tokenizer=released_pair.tokenizer)
 
@@ -47,7 +48,7 @@ def test_a_converted_directory_gives_the_same(released_pair: Any, tmp_path: path
 def test_a_mesh_gives_the_same(released_pair: Any, images: np.ndarray, mesh: tuple[int, int, int]) -> None:
     devices = make_mesh(MeshConfig(*mesh))
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer, mesh=devices)
-    again = pipeline.sample(LABELS, seed=7, guidance=GUIDANCE)
+    again = pipeline.sample(LABELS, seed=7, **SAMPLING)
     # Sums in another order: a pixel may be truncated to the number below.
     assert np.abs(again.astype(int) - images).max() <= 1 and np.mean(again != images) < 0.01
 
@@ -55,7 +56,7 @@ def test_a_mesh_gives_the_same(released_pair: Any, images: np.ndarray, mesh: tup
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_batches_do_not_matter(released_pair: Any, images: np.ndarray, batch_size: int) -> None:
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer)
-    batches = list(pipeline.sample_batches(LABELS, seed=7, guidance=GUIDANCE, batch_size=batch_size))
+    batches = list(pipeline.sample_batches(LABELS, seed=7, **SAMPLING, batch_size=batch_size))
     assert len(batches) == pipeline.batch_count(5, batch_size) and [len(b) for b in batches][:-1] == [batch_size] * (
         len(batches) - 1
     )
@@ -75,11 +76,11 @@ def test_inside_a_program_of_ones_own(released_pair: Any, images: np.ndarray) ->
     from rar_jax.keys import sample_keys
 
     @jax.jit
-    def mean_colour(params: Any, labels: jax.Array, guidance: rar_jax.Guidance) -> jax.Array:
+    def mean_colour(params: Any, labels: jax.Array, sampling: Sampling) -> jax.Array:
         keys = sample_keys(7, jnp.arange(5))
-        return pipeline.sample_fn(params, labels, keys, guidance).astype(jnp.float32).mean(axis=(1, 2))
+        return pipeline.sample_fn(params, labels, keys, sampling).astype(jnp.float32).mean(axis=(1, 2))
 
-    ours = mean_colour(pipeline.params, jnp.asarray(LABELS), GUIDANCE)
+    ours = mean_colour(pipeline.params, jnp.asarray(LABELS), SAMPLING)
     np.testing.assert_allclose(ours, images.astype(np.float64).mean(axis=(1, 2)), atol=0.5)
 
 
@@ -91,7 +92,7 @@ def test_the_program_of_the_guide(released_pair: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(rar_jax, "load", lambda name, download: pipeline)
     names: dict[str, Any] = {}
     exec(code, names)
-    ours = pipeline.sample([3, 1], seed=0, guidance=rar_jax.Guidance(16.0, 2.75)).mean(axis=(1, 2, 3))
+    ours = pipeline.sample([3, 1], seed=0, scale=4.0).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(names["means"], ours, atol=0.5)
 
 
@@ -124,13 +125,13 @@ def test_bfloat16_chooses_as_float32_does(golden: pathlib.Path, parity: Any) -> 
 def test_bfloat16_samples(released_pair: Any) -> None:
     pipeline = rar_jax.load(released_pair.generator, tokenizer=released_pair.tokenizer, dtype="bfloat16")
     assert pipeline.generator_params["layers"][0]["mlp"]["fc1"]["kernel"].dtype == jnp.bfloat16
-    assert pipeline.sample(LABELS, seed=7, guidance=GUIDANCE).shape == (5, 16, 16, 3)
+    assert pipeline.sample(LABELS, seed=7, **SAMPLING).shape == (5, 16, 16, 3)
 
 
 # ---------------------------------------------------------------- presets
 
 
-def test_a_released_size_brings_its_guidance_and_names(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_released_size_brings_its_settings_and_names(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the file, and through a converted directory."""
     config = generator.Config(width=16, depth=1, num_heads=2, mlp_width=32)  # 256 tokens, 1024 codes, 1000 classes
     rar.save(tmp_path / "w.safetensors", config, generator.init(config, jax.random.key(0)))
@@ -152,7 +153,7 @@ def test_a_released_size_brings_its_guidance_and_names(tmp_path: pathlib.Path, m
         rar_jax.load(tmp_path / "w.safetensors", tokenizer=tmp_path / "vq.safetensors"),
         rar_jax.load(tmp_path / "d"),
     ):
-        assert pipeline.guidance == rar_jax.Guidance(15.5, 2.5, 1.02)
+        assert pipeline.sampling == Sampling(15.5, 2.5, 1.02)
         assert pipeline.class_names[207] == "golden retriever"
 
 
@@ -165,7 +166,7 @@ def test_a_damaged_directory(released_pair: Any, tmp_path: pathlib.Path) -> None
     (tmp_path / "d" / "checkpoints" / "generator" / "0" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no good generator checkpoint: convert it again"):
         rar_jax.load(tmp_path / "d")
-    (tmp_path / "d" / "config.json").write_text('{"version": "0.2", "name": "x", "guidance": 3}')
+    (tmp_path / "d" / "config.json").write_text('{"version": "0.2", "name": "x", "sampling": 3}')
     with pytest.raises(ConfigError, match=r"config\.json is damaged: it lacks the section 'data'"):
         rar_jax.load(tmp_path / "d")
 
@@ -194,7 +195,7 @@ def test_what_is_missing(released_pair: Any, tmp_path: pathlib.Path) -> None:
         ({"labels": [1], "seed": 1.5}, "seed is 1.5"),
         ({"labels": [1], "batch_size": 1.5}, "batch_size is 1.5"),
         ({"labels": [1], "batch_size": 0}, "batch_size is 0"),
-        ({"labels": [1], "guidance": 4.0}, "guidance is 4.0: give rar_jax.Guidance"),
+        ({"labels": [1], "skale": 4.0}, "sampling of generator 'rar' has no key 'skale'. Did you mean 'scale'?"),
     ],
 )
 def test_wrong_calls(released_pair: Any, keywords: dict[str, Any], says: str) -> None:

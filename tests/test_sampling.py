@@ -1,5 +1,6 @@
-"""The guidance schedule against the released one, and what is traced and what is static in a Guidance."""
+"""What samplers share, against the released schedule and NumPy in float64; what is traced and what is static in settings."""
 
+import dataclasses
 import math
 import pathlib
 from typing import Any
@@ -8,117 +9,174 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from rar_jax.errors import ConfigError
-from rar_jax.sampling import ROUNDINGS, Guidance, to_uint8
+from rar_jax.generators import rar
+from rar_jax.models import Model
+from rar_jax.sampling import (
+    ROUNDINGS,
+    SamplingSettings,
+    draw_ids,
+    guide,
+    keep_top_k,
+    keep_top_p,
+    make_sampling,
+    to_uint8,
+    weigh_guidance,
+)
 
-CURVES = [
-    (4.0, 0.0, "4_0"),
-    (16.0, 2.75, "16_2.75"),
-    (6.9, 1.5, "6.9_1.5"),
-    (8.0, 1.2, "8_1.2"),
-    (15.5, 2.5, "15.5_2.5"),
-]
+CURVES = {
+    "4_0": (4.0, 0.0),
+    "16_2.75": (16.0, 2.75),
+    "6.9_1.5": (6.9, 1.5),
+    "8_1.2": (8.0, 1.2),
+    "15.5_2.5": (15.5, 2.5),
+}
 
 
-@pytest.mark.parametrize(("scale", "power", "name"), CURVES)
-def test_weight_is_the_released_schedule(golden: pathlib.Path, scale: float, power: float, name: str) -> None:
-    expected = np.load(golden / "rar_tiny.npz")[f"cfgscale_{name}"]
-    assert expected.shape == (256,)
-    ours = Guidance(scale, power).weight(jnp.arange(256), 256)
-    assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=1e-6, atol=0)
-    one_by_one = [float(Guidance(scale, power).weight(s, 256)) for s in (0, 1, 128, 255)]
-    np.testing.assert_allclose(one_by_one, expected[[0, 1, 128, 255]], rtol=1e-6, atol=0)
+# ---------------------------------------------------------------- guidance
 
 
-def test_every_golden_curve_is_compared(golden: pathlib.Path) -> None:
-    names = {key for key in np.load(golden / "rar_tiny.npz").files if key.startswith("cfgscale_")}
-    assert names == {f"cfgscale_{name}" for _, _, name in CURVES}
+def test_power_cosine_is_the_released_schedule(golden: pathlib.Path) -> None:
+    released = np.load(golden / "rar_tiny.npz")
+    assert {f"cfgscale_{name}" for name in CURVES} == {key for key in released.files if key.startswith("cfgscale_")}
+    for name, (scale, power) in CURVES.items():
+        ours = weigh_guidance(scale, np.arange(256) / 256, schedule="power-cosine", power=power)
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(np.asarray(ours, np.float64), released[f"cfgscale_{name}"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rise"),
+    [
+        ("constant", np.ones_like),
+        ("linear", lambda x: x),
+        ("cosine", lambda x: np.cos(np.pi / 2 * (1 - x))),
+        ("power-cosine", lambda x: (1 - np.cos(np.pi * x**1.5)) / 2),
+    ],
+)
+def test_schedules_in_float64(schedule: Any, rise: Any) -> None:
+    share = np.linspace(0, 1, 17)
+    found = jax.jit(lambda scale, x: weigh_guidance(scale, x, schedule=schedule, power=1.5))(7.0, share)
+    np.testing.assert_allclose(found, 1 + 6 * rise(share), rtol=2e-6)
+    # From 0, for c + w (c - u), and only within an interval.
+    found = weigh_guidance(7.0, share, schedule=schedule, power=1.5, start=0.0, interval=(0.25, 0.5))
+    inside = (share > 0.25) & (share <= 0.5)
+    np.testing.assert_allclose(found, np.where(inside, 7 * rise(share), 0), rtol=2e-6, atol=2e-6)
 
 
 def test_small_steps_do_not_cancel() -> None:
     """1 - cos(x) in float32 is 0 for x < 3e-4; the rise over w = 1 is still right, seen through a huge scale."""
-    scale, power, n = 1e9, 2.0, 256
     for s in (1, 2, 3):
-        exact = (scale - 1) * (1 - math.cos(math.pi * (s / n) ** power)) / 2
-        assert float(Guidance(scale, power).weight(s, n)) - 1 == pytest.approx(exact, rel=1e-5)
+        exact = (1e9 - 1) * (1 - math.cos(math.pi * (s / 256) ** 2)) / 2
+        found = weigh_guidance(1e9, s / 256, schedule="power-cosine", power=2.0)
+        assert float(found) - 1 == pytest.approx(exact, rel=1e-5)
 
 
-def test_power_zero_is_constant_from_the_first_step() -> None:
-    """0 ** 0 is 1."""
-    assert (np.asarray(Guidance(4.0, 0.0).weight(jnp.arange(8), 8)) == 4.0).all()
-    traced = jax.jit(lambda g, s: g.weight(s, 8))(Guidance(4.0, 0.0), jnp.arange(8))
-    assert (np.asarray(traced) == 4.0).all()
+def test_both_forms_of_guidance() -> None:
+    c, u = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    np.testing.assert_allclose(guide(c, u, 3.0), u + 3 * (c - u), rtol=1e-6)
+    np.testing.assert_allclose(guide(c, u, 2.0, origin="class"), guide(c, u, 3.0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [0, 1, 0.0, 1.0])
-@pytest.mark.parametrize("power", [0.0, 1.5])
-def test_scales_zero_and_one_are_no_guidance(scale: float, power: float) -> None:
-    guidance = Guidance(scale, power)
-    assert guidance.enabled is False
-    assert np.array_equal(guidance.weight(jnp.arange(5), 5), np.ones(5, np.float32))
+# ---------------------------------------------------------------- draws
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0001, 2, 16.0])
-def test_any_other_scale_is_guidance(scale: float) -> None:
-    assert Guidance(scale).enabled is True
-    assert float(Guidance(scale).weight(3, 8)) == np.float32(scale)
+def test_top_k_keeps_equal_ones() -> None:
+    logits = jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    kept = np.isfinite(keep_top_k(logits, 2))
+    np.testing.assert_array_equal(kept, [[1, 0, 1, 1, 0], [1, 1, 0, 0, 0]])
+    assert keep_top_k(logits, None) is logits and keep_top_k(logits, 9) is logits
 
 
-def test_enabled_is_static_and_the_numbers_are_traced() -> None:
-    traces: list[bool] = []
+def test_top_p_keeps_the_first_above_the_line() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((50, 32)).astype(np.float32) * 2
+    for p in (0.05, 0.5, 0.9):
+        kept = np.isfinite(jax.jit(keep_top_p)(logits, p))
+        for row, found in zip(logits.astype(np.float64), kept, strict=True):
+            order = np.argsort(-row)
+            before = np.cumsum(np.concatenate([[0.0], scipy.special.softmax(row)[order]]))[:-1]
+            expected = np.zeros(32, bool)
+            expected[order[before <= p]] = True
+            np.testing.assert_array_equal(found, expected)
+    assert keep_top_p(jnp.asarray(logits), None) is not None and np.isfinite(keep_top_p(logits, None)).all()
+
+
+def test_uniforms_draw_by_cumulative_probabilities() -> None:
+    rng = np.random.default_rng(1)
+    logits, uniforms = rng.standard_normal((200, 16)).astype(np.float32), rng.random(200, np.float32)
+    keys = jax.random.split(jax.random.key(0), 200)
+    cumulative = np.cumsum(scipy.special.softmax(logits.astype(np.float64), axis=-1), axis=-1)
+    expected = (cumulative <= uniforms[:, None]).sum(axis=-1)
+    np.testing.assert_array_equal(draw_ids(jnp.asarray(logits), keys, jnp.asarray(uniforms)), expected)
+    # Of probability 0, none is drawn, and the largest uniform draws the last that has any.
+    masked = jnp.where(jnp.arange(16) < 5, logits, -jnp.inf)
+    assert int(draw_ids(masked, keys, jnp.full(200, 1 - 2.0**-24)).max()) == 4
+    drawn = draw_ids(jnp.broadcast_to(masked[:1], (200, 16)), keys)
+    assert drawn.dtype == jnp.int32 and set(np.unique(drawn)) <= set(range(5)) and len(np.unique(drawn)) > 2
+
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(SamplingSettings):
+    """One field of each kind."""
+
+    scale: float | None = None
+    temperature: float = 1.0
+    top_p: float | None = None
+    num_steps: int = 8
+    schedule: str = "linear"
+
+
+def test_numbers_are_traced_and_the_rest_is_static() -> None:
+    traced: list[Any] = []
 
     @jax.jit
-    def weights(guidance: Guidance, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        assert isinstance(guidance.scale, jax.core.Tracer)
-        traces.append(guidance.enabled)
-        return guidance.weight(step, 16), guidance.temperature * jnp.ones(())
+    def use(settings: Settings) -> jax.Array:
+        assert isinstance(settings.temperature, jax.core.Tracer) and isinstance(settings.num_steps, int)
+        traced.append(settings)
+        return settings.temperature * settings.num_steps + (0.0 if settings.scale is None else settings.scale)
 
-    step = jnp.arange(16)
-    sweep = [Guidance(2.0), Guidance(4.0, 1.0), Guidance(7.5, 2.75, 1.02), Guidance(0.5, 0.0, 0.9)]
-    for guidance in sweep:
-        weight, temperature = weights(guidance, step)
-        np.testing.assert_allclose(weight, guidance.weight(step, 16), rtol=1e-6)
-        assert float(temperature) == np.float32(guidance.temperature)
-    assert traces == [True]
-    for guidance in (Guidance(0.0), Guidance(1.0, 2.0), Guidance(0.0, temperature=2.0)):
-        assert np.array_equal(weights(guidance, step)[0], np.ones(16))
-    assert traces == [True, False]
-
-
-def test_it_passes_through_trees_unchanged() -> None:
-    guidance = Guidance(3.0, 1.5, 0.9)
-    leaves, structure = jax.tree.flatten(guidance)
-    assert leaves == [3.0, 1.5, 0.9]
-    again = structure.unflatten(leaves)
-    assert again == guidance and again.enabled is True
-    # Whether it is enabled was decided when it was taken apart: other numbers do not change the program.
-    assert structure.unflatten([1.0, 0.0, 1.0]).enabled is True
-    assert jax.tree.structure(Guidance(2.0)) == structure != jax.tree.structure(Guidance(1.0))
-    assert jax.tree.structure(again) == structure
+    for settings in (Settings(), Settings(temperature=2.0), Settings(temperature=0.5)):
+        assert float(use(settings)) == 8 * settings.temperature
+    assert len(traced) == 1
+    assert [float(use(Settings(scale=scale))) for scale in (2.0, 3.0)] == [10.0, 11.0] and len(traced) == 2
+    use(Settings(num_steps=9)), use(Settings(schedule="cosine"))
+    assert len(traced) == 4
+    leaves, structure = jax.tree.flatten(Settings(scale=3.0))
+    assert leaves == [3.0, 1.0] and structure.unflatten(leaves) == Settings(scale=3.0)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "problem"),
+    ("changes", "problem"),
     [
-        ({"scale": -0.1}, "scale is -0.1: it must be 0 (no guidance) or more"),
+        ({"scale": -0.1}, "scale is -0.1: it must be 0 or more, or None for no guidance"),
         ({"scale": float("nan")}, "scale is nan: it must be a number of float32"),
-        ({"scale": 2.0, "power": -1.0}, "power is -1.0: it must be 0 (constant guidance) or more"),
-        ({"scale": 2.0, "temperature": 0.0}, "temperature is 0.0: it must be above 0; for argmax use greedy"),
-        ({"scale": 2.0, "temperature": -1.0}, "temperature is -1.0: it must be above 0; for argmax use greedy"),
+        ({"scale": 1e40}, "scale is 1e+40: it must be a number of float32"),
+        ({"power": -1.0}, "power is -1.0: it must be 0 (constant guidance) or more"),
+        ({"temperature": 0.0}, "temperature is 0.0: it must be above 0; for argmax use greedy"),
+        ({"scale": "high"}, "sampling of generator 'rar'.scale is 'high' (str): it must be float"),
+        ({"num_steps": 4}, "sampling of generator 'rar' has no key 'num_steps'. It has: greedy, power, "),
     ],
 )
-def test_impossible_numbers(arguments: dict[str, Any], problem: str) -> None:
+def test_impossible_settings(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Guidance(**arguments)
-    assert str(caught.value) == problem
+        make_sampling(Model(rar, rar.TINY), changes)
+    assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("numbers", [(float("inf"),), (4.0, 1.0, float("inf")), (1e40,), (float("nan"),)])
-def test_numbers_that_float32_does_not_have(numbers: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigError, match="it must be a number of float32"):
-        Guidance(*numbers)
+def test_changes_start_from_the_base() -> None:
+    base = rar.Sampling(16.0, 2.75)
+    made = make_sampling(Model(rar, rar.TINY), {"temperature": np.float32(2), "scale": 4}, base)
+    assert made == rar.Sampling(4.0, 2.75, 2.0) and type(made.temperature) is type(made.scale) is float
+    assert make_sampling(Model(rar, rar.TINY), {"scale": None}, base).scale is None
+
+
+# ---------------------------------------------------------------- pixels
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

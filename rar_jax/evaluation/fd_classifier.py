@@ -73,7 +73,7 @@ class ClassifierScorer:
         """Draw `num` samples of a generator with these parameters."""
         experiment, params = self.experiment, {"generator": generator_params, "tokenizer": self._tokenizer_params}
         models = experiment.generator, experiment.tokenizer
-        return batch_samples(models, params, experiment.guidance, num=num, seed=seed)
+        return batch_samples(models, params, experiment.sampling, num=num, seed=seed)
 
     def score(
         self,

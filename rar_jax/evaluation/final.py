@@ -43,7 +43,7 @@ def score_run(experiment: Experiment, workdir: Workdir, mesh: Mesh, *, quiet: bo
     made_from = {
         "experiment": experiment.name,
         "weights": {stage: finished(experiment, stage, workdir) for stage in experiment.stages},
-        "guidance": to_dict(experiment.guidance),
+        "sampling": to_dict(experiment.sampling),
         "evaluate": to_dict(experiment.evaluate),
         "seed": experiment.seed,
         "rounding": "truncate",
@@ -82,7 +82,7 @@ def _score_with_inception(experiment: Experiment, workdir: Workdir, quiet: bool)
     reference_path = pathlib.Path(config.reference) if config.reference else None
     where = {"reference_path": reference_path, "chunks": workdir.chunks}
     program = open_program(pathlib.Path(config.inception), settings, **where)
-    how = {"samples": config.samples, "guidance": experiment.guidance, "quiet": quiet}
+    how = {"samples": config.samples, "sampling": to_dict(experiment.sampling), "quiet": quiet}
     result = score_samples(program, workdir.path, workdir.path / "evaluation", **how)
     return {f"{k}_n{config.samples}": v for k, v in list_numbers(result).items()}
 

@@ -18,7 +18,7 @@ from rar_jax.metrics.reconstruction import compare_images
 from rar_jax.models import Model
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding
-from rar_jax.sampling import Guidance, reconstruct_images, sample_images
+from rar_jax.sampling import SamplingSettings, reconstruct_images, sample_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 def batch_samples(
     models: tuple[Model, Model],
     params: dict[str, Any],
-    guidance: Guidance,
+    sampling: SamplingSettings,
     *,
     num: int,
     seed: int,
@@ -78,13 +78,13 @@ def batch_samples(
     """
     generator, tokenizer = models
     classes = generator.config.num_classes
-    settings = {"guidance": to_dict(guidance), "seed": seed, "rounding": rounding}
+    settings = {"sampling": to_dict(sampling), "seed": seed, "rounding": rounding}
     return ImageBatches(
         num=num,
         shape=tokenizer.module.image_spec(tokenizer.config).shape,
         read=lambda ids_sb: {"ids": ids_sb, "labels": (ids_sb % classes).astype(np.int32)},
         make=_Sampler(generator, tokenizer, rounding),
-        params={**params, "seed": np.uint32(seed), "guidance": guidance},
+        params={**params, "seed": np.uint32(seed), "sampling": sampling},
         made_from={**(made_from or {}), **settings},
         classes=classes,
     )
@@ -98,7 +98,7 @@ class _Sampler:
 
     def __call__(self, params: Any, rows: Any) -> dict[str, jax.Array]:
         keys = sample_keys(params["seed"], rows["ids"])
-        arguments = params, rows["labels"], keys, params["guidance"]
+        arguments = params, rows["labels"], keys, params["sampling"]
         return {"images": sample_images(self.generator, self.tokenizer, *arguments, rounding=self.rounding)}
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from rar_jax.config import require
+from rar_jax.config import require, to_dict
 from rar_jax.evaluation.chunks import ChunkStore
 from rar_jax.evaluation.image_batches import ImageBatches, batch_image_set, batch_samples
 from rar_jax.evaluation.image_sets import ImageSet
@@ -28,7 +28,6 @@ from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.pictures import save_image_grid
-from rar_jax.sampling import Guidance
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import open_weights
 
@@ -42,7 +41,7 @@ def score_samples(
     *,
     samples: int,
     tokenizer: str | None = None,
-    guidance: Guidance | None = None,
+    sampling: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     step: int | None = None,
     download: bool = False,
@@ -52,14 +51,15 @@ def score_samples(
     """Score samples of a directory or released file, and draw out/grid.png.
 
     weights, tokenizer, dtype, step, download: as in `rar_jax.load`.
+    sampling: settings that differ from the weights' own.
     samples_npz: write the images to out/samples.npz, as ADM's `arr_0`.
 
     Returns: what out/result.json holds. Raises: as `score_batches` and `rar_jax.load`.
     """
     pipeline = load(weights, tokenizer=tokenizer, mesh=program.mesh, dtype=dtype, download=download, step=step)
-    settings, guidance = program.settings, guidance or pipeline.guidance
+    settings, chosen = program.settings, pipeline.make_sampling(sampling or {})
     batches = batch_samples(
-        (pipeline.generator, pipeline.tokenizer), pipeline.params, guidance, num=samples, seed=settings.seed,
+        (pipeline.generator, pipeline.tokenizer), pipeline.params, chosen, num=samples, seed=settings.seed,
         rounding=settings.rounding, made_from=_hash_weights(weights, tokenizer, dtype, step),
     )  # fmt: skip
     description = "evaluate" if step is None else f"step {step}"
@@ -70,7 +70,7 @@ def score_samples(
         write_npz(out / "samples.npz", {}, ((samples, *batches.shape[:2], 3), _to_rgb(store.load_kept("images"))))
     classes = min(pipeline.generator.config.num_classes, 8)
     # The same images that were scored, except for the rounding.
-    images = pipeline.sample(np.arange(classes), seed=settings.seed, guidance=guidance)
+    images = pipeline.sample(np.arange(classes), seed=settings.seed, **to_dict(chosen))
     if is_main():
         save_image_grid(images, [name.split(",")[0] for name in pipeline.class_names[:classes]], out / "grid.png")
     from_main(lambda: write_json(out / "result.json", result))

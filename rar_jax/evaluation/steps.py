@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from rar_jax.config import require
@@ -15,7 +16,6 @@ from rar_jax.runs.bucket import Path
 from rar_jax.runs.checkpoint import best_steps, good_steps, mark_best
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import Guidance
 
 
 def score_steps(
@@ -25,7 +25,7 @@ def score_steps(
     *,
     steps: str,
     samples: int,
-    guidance: Guidance | None = None,
+    sampling: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def score_steps(
     wanted = _find_steps(folder, steps)
     reference = program.reference
     metric = "fid" if reference else "inception_score"
-    options: dict[str, Any] = {"samples": samples, "guidance": guidance, "dtype": dtype, "quiet": quiet}
+    options: dict[str, Any] = {"samples": samples, "sampling": sampling, "dtype": dtype, "quiet": quiet}
     results = {step: score_samples(program, workdir, out / f"step_{step}", step=step, **options) for step in wanted}
     best = (min if reference else max)(wanted, key=lambda step: results[step][metric])
     name, value = f"evaluate/{metric}_n{samples}", results[best][metric]

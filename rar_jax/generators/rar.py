@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,12 +23,13 @@ import numpy as np
 from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.config import Steps, require, require_at_least
-from rar_jax.models import TokenSpec
+from rar_jax.models import Aux, TokenSpec
 from rar_jax.networks import decoding
 from rar_jax.networks.boxes import logical_axes
 from rar_jax.networks.layers import INIT, Dense, attention_weights, layer_norm, modulate
 from rar_jax.networks.transformer import Transformer
-from rar_jax.sampling import Guidance
+from rar_jax.objectives.classes import cross_entropy, drop_labels
+from rar_jax.sampling import SamplingSettings, draw_ids, guide, weigh_guidance
 
 Params = dict[str, Any]
 
@@ -195,7 +197,7 @@ def random_ratio(config: Config, step: jax.Array | int) -> jax.Array:
     return jnp.clip((config.anneal_end - jnp.asarray(step, jnp.float32)) / span, 0.0, 1.0)
 
 
-def random_orders(config: Config, key: jax.Array, ratio: jax.Array, batch: int) -> jax.Array:
+def random_orders(config: Config, key: jax.Array, ratio: jax.Array | float, batch: int) -> jax.Array:
     """Return orders (b, n) int32: with probability `ratio` a uniform permutation, else raster."""
     key_which, key_order = jax.random.split(key)
     shuffled_bn = jnp.argsort(jax.random.bits(key_order, (batch, config.num_tokens)), axis=1)
@@ -205,47 +207,52 @@ def random_orders(config: Config, key: jax.Array, ratio: jax.Array, batch: int) 
 
 
 def loss(
-    config: Config, params: Params, batch: dict[str, jax.Array], *, key: jax.Array | None, step: jax.Array | int
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    config: Config,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    key: jax.Array,
+    step: jax.Array | int,
+    train: bool,
+    **_: Any,
+) -> tuple[jax.Array, Aux]:
     """Return the mean cross-entropy in nats a token (RAR, section 3), and metrics {"loss", "bits", "random_ratio"}.
 
     Args:
-      batch: "tokens" int (b, n) in raster order, "labels" int (b,), optionally "orders" (b, n) in place of drawn ones.
-      key: for orders, label dropout and dropout. None evaluates: no dropout of any kind, raster order.
+      batch: "tokens" int (b, n) in raster order, "labels" int (b,); optionally "orders" int (b, n) and "drop" bool (b,)
+        (labels that become the null class) in place of drawn ones.
+      key: for orders, dropped labels and dropout.
       step: sets the share of random orders.
+      train: False evaluates: no dropout of any kind, raster order.
     """
-    tokens_bn, labels_b = batch["tokens"].astype(jnp.int32), batch["labels"].astype(jnp.int32)
-    ratio = random_ratio(config, step)
-    orders_bn, rngs = batch.get("orders"), None
-    if key is not None:
-        key_order, key_label, key_dropout = jax.random.split(key, 3)
-        if orders_bn is None:
-            orders_bn = random_orders(config, key_order, ratio, tokens_bn.shape[0])
-        dropped_b = jax.random.uniform(key_label, labels_b.shape) < config.label_dropout
-        labels_b = jnp.where(dropped_b, config.num_classes, labels_b)
-        rngs = {"dropout": key_dropout}
-    elif orders_bn is None:
-        orders_bn = jnp.broadcast_to(jnp.arange(config.num_tokens)[None], tokens_bn.shape)
-    model = RAR(config, deterministic=key is None, dtype=jnp.dtype(config.dtype))
+    tokens_bn, orders_bn, ratio = batch["tokens"].astype(jnp.int32), batch.get("orders"), random_ratio(config, step)
+    key_order, key_label, key_dropout = jax.random.split(key, 3)
+    if orders_bn is None:
+        orders_bn = random_orders(config, key_order, ratio if train else 0.0, tokens_bn.shape[0])
+    labels_b = drop_labels(batch, key_label, rate=config.label_dropout if train else 0.0, null=config.num_classes)
+    model = RAR(config, deterministic=not train, dtype=jnp.dtype(config.dtype))
+    rngs = {"dropout": key_dropout} if train else None
     logits_bnv: Any = model.apply({"params": params}, tokens_bn, labels_b, orders_bn, rngs=rngs)
-    targets_bn = jnp.take_along_axis(tokens_bn, orders_bn, axis=1)
-    log_probs_bnv = jax.nn.log_softmax(logits_bnv)
-    value = -jnp.mean(jnp.take_along_axis(log_probs_bnv, targets_bn[..., None], axis=-1))
+    value = cross_entropy(logits_bnv, jnp.take_along_axis(tokens_bn, orders_bn, axis=1))
     metrics = {"loss": value, "bits": value / math.log(2)}
-    return value, metrics if key is None else metrics | {"random_ratio": ratio}
+    return value, Aux(metrics | {"random_ratio": ratio} if train else metrics)
 
 
-def validation_variants(config: Config, size: int) -> dict[str, dict[str, np.ndarray]]:
+def validation_variants(config: Config, size: int, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
     """Return validation variants by name, as additions to a batch: raster order, and fixed random orders."""
-    orders_bn = np.argsort(np.random.default_rng(0).random((size, config.num_tokens)), axis=1)
-    return {"raster": {}, "random": {"orders": orders_bn.astype(np.int32)}}
+    return {"raster": {}, "random": {"orders": random_orders(config, key, 1.0, size)}}
 
 
-def logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array) -> jax.Array:
+def logits(
+    config: Config, params: Params, tokens: jax.Array, labels: jax.Array, orders: jax.Array | None = None
+) -> jax.Array:
     """Return teacher-forced logits, float32 (b, n, v), without dropout.
 
-    tokens: int (b, n) in raster order. orders: int (b, n); row i predicts the token at raster position orders[b, i].
+    tokens: int (b, n) in raster order. orders: int (b, n); row i predicts the token at raster position orders[b, i];
+      default raster order.
     """
+    if orders is None:
+        orders = jnp.broadcast_to(jnp.arange(config.num_tokens)[None], tokens.shape)
     out: Any = RAR(config).apply({"params": params}, jnp.asarray(tokens), jnp.asarray(labels), jnp.asarray(orders))
     return out
 
@@ -285,50 +292,79 @@ def prepare(config: Config, params: Params, *, dtype: Any = None) -> Params:
     return {**tables, **outer, "layers": decoding.prepare_blocks(blocks, dtype=dtype)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling(SamplingSettings):
+    """How RAR draws. The published settings are of each size: weights/rar.py.
+
+    Attributes:
+      scale: guidance scale g; None is no guidance, and only the class branch is computed.
+      power: 0 holds g from the first step on; p > 0 rises from 1 to g along a cosine of (step / n)^p.
+      temperature: logits are divided by it.
+      greedy: take the most likely token instead of drawing.
+    """
+
+    scale: float | None = None
+    power: float = 0.0
+    temperature: float = 1.0
+    greedy: bool = False
+
+
 def sample(
-    config: Config,
-    params: Params,
-    labels: jax.Array,
-    *,
-    keys: jax.Array,
-    guidance: Guidance,
-    greedy: bool = False,
-    prefix: jax.Array | None = None,
+    config: Config, params: Params, labels: jax.Array, *, keys: jax.Array, sampling: Sampling, given: Any = None
 ) -> jax.Array:
     """Draw the tokens of images in raster order with a KV cache (RAR, section 3; guidance: appendix).
 
     Args:
       params: of `init` or `prepare`. labels: int (b,); `num_classes` is the null class.
       keys: typed PRNG keys (b,), one per sample: a sample does not depend on its batch.
-      guidance: scale, power and temperature; without guidance only the class branch is computed.
-      greedy: take the most likely token instead of drawing.
-      prefix: int (b, k), the first tokens; the rest is completed.
+      given: optionally "uniforms" (b, n), in place of draws.
 
     Returns: int32 (b, n).
     """
-    n, params = config.num_tokens, prepare(config, params)
-    labels_b = jnp.asarray(labels, jnp.int32)
-    batch, given = labels_b.shape[0], 0 if prefix is None else prefix.shape[1]
-    require(given <= n, f"the prefix has {given} tokens, an image has {n}")
-    given_bn = jnp.zeros((batch, n), jnp.int32)
-    if prefix is not None:
-        given_bn = given_bn.at[:, :given].set(jnp.asarray(prefix, jnp.int32))
+    no_tokens = jnp.zeros((len(labels), 0), jnp.int32)
+    return _sample_after(config, params, labels, no_tokens, keys, sampling, (given or {}).get("uniforms"))
+
+
+def complete(
+    config: Config, params: Params, labels: jax.Array, *, keys: jax.Array, sampling: Sampling, tokens: Any, known: Any
+) -> jax.Array:
+    """Draw the tokens that are not known, int32 (b, n). The known ones come back unchanged.
+
+    tokens: int (b, n), any value where not known. known: NumPy bool (b, n), True for the first tokens of each row.
+    Raises: ConfigError for known tokens that are not the first ones: RAR draws in raster order.
+    """
+    places_n = np.arange(config.num_tokens)
+    is_prefix = bool((np.asarray(known) == (places_n < np.sum(known[0]))).all())
+    require(is_prefix, "rar draws in raster order: it can only complete images whose first tokens are known")
+    return _sample_after(config, params, labels, jnp.asarray(tokens)[:, places_n[known[0]]], keys, sampling)
+
+
+def _sample_after(
+    config: Config, params: Params, labels: jax.Array, known_bk: jax.Array, keys: Any, sampling: Sampling,
+    uniforms_bn: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Draw the tokens after the first k, which are known."""
+    n, known = config.num_tokens, known_bk.shape[1]
+    known_bn = jnp.pad(known_bk.astype(jnp.int32), ((0, 0), (0, n - known)))
 
     def draw(slot: jax.Array, logits_vbg: jax.Array) -> tuple[jax.Array, jax.Array]:
         place = jnp.maximum(slot - 1, 0)  # what slot 0 draws is not used
         logits_gbv = logits_vbg.transpose(2, 1, 0)
         logits_bv = logits_gbv[0]
-        if guidance.enabled:
-            logits_bv = logits_gbv[1] + guidance.weight(place, n) * (logits_gbv[0] - logits_gbv[1])
-        if greedy:
-            tokens_b = jnp.argmax(logits_bv, axis=-1)
+        if sampling.scale is not None:
+            schedule: Any = {"schedule": "power-cosine", "power": sampling.power}
+            logits_bv = guide(logits_bv, logits_gbv[1], weigh_guidance(sampling.scale, place / n, **schedule))
+        if sampling.greedy:
+            tokens_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
         else:
             keys_b = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
-            tokens_b = jax.vmap(jax.random.categorical)(keys_b, logits_bv / guidance.temperature)
-        tokens_b = jnp.where(place < given, given_bn[:, place], tokens_b.astype(jnp.int32))
+            uniforms_b = None if uniforms_bn is None else jnp.asarray(uniforms_bn)[:, place]
+            tokens_b = draw_ids(logits_bv / sampling.temperature, keys_b, uniforms_b)
+        tokens_b = jnp.where(place < known, known_bn[:, place], tokens_b)
         return tokens_b, tokens_b
 
-    return _slot_by_slot(config, params, labels_b, draw, guided=guidance.enabled).T
+    labels_b = jnp.asarray(labels, jnp.int32)
+    return _slot_by_slot(config, prepare(config, params), labels_b, draw, guided=sampling.scale is not None).T
 
 
 def cached_logits(config: Config, params: Params, tokens: jax.Array, labels: jax.Array) -> jax.Array:

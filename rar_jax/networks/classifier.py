@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rar_jax.config import require, require_at_least
+from rar_jax.models import Aux
 from rar_jax.networks.boxes import logical_axes
 
 Params = dict[str, Any]
@@ -135,26 +136,34 @@ def decay_mask(config: Config) -> Params:
 
 
 def loss(
-    config: Config, params: Params, batch: Mapping[str, jax.Array], *, key: jax.Array | None, step: jax.Array | int
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    config: Config,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    key: jax.Array,
+    step: jax.Array | int,
+    train: bool,
+    **_: Any,
+) -> tuple[jax.Array, Aux]:
     """Return the mean cross-entropy of a batch in nats, and {"loss", "accuracy"}; float32 scalars.
 
     Args:
       batch: "images" (b, y, x, c) uint8, or float in [0, 1]; "labels" (b,) int32.
-      key: for augmentation and dropout; None evaluates without either and without label smoothing.
+      key: for augmentation and dropout.
+      train: False evaluates, without either and without label smoothing.
     """
     del step
     images_byxc, rngs, smoothing = _to_float(batch["images"]), None, 0.0
-    if key is not None:
+    if train:
         augment_key, dropout_key = jax.random.split(key)
         images_byxc, rngs = _augment(config, images_byxc, augment_key), {"dropout": dropout_key}
         smoothing = config.label_smoothing
     network = _network(config)
-    _, logits_bc = network.apply({"params": params}, images_byxc, deterministic=key is None, rngs=rngs)
+    _, logits_bc = network.apply({"params": params}, images_byxc, deterministic=not train, rngs=rngs)
     target_bc = jax.nn.one_hot(batch["labels"], config.num_classes) * (1 - smoothing) + smoothing / config.num_classes
     value = -(target_bc * jax.nn.log_softmax(logits_bc)).sum(axis=-1).mean()
     accuracy = (logits_bc.argmax(axis=-1) == batch["labels"]).mean(dtype=jnp.float32)
-    return value, {"loss": value, "accuracy": accuracy}
+    return value, Aux({"loss": value, "accuracy": accuracy})
 
 
 def features(config: Config, params: Params, images: jax.Array) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from rar_jax.runs.checkpoint import save_params
 from rar_jax.runs.manifest import file_sha256, write_json
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import Guidance
+from rar_jax.sampling import make_sampling
 from rar_jax.weights import registry as released
 from rar_jax.weights.loading import Weights, open_weights, recognize_file
 
@@ -79,7 +79,7 @@ def _write_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, A
         ("save", "hash", "source"), description=f"convert {weights.path.name}", unit="parts", quiet=quiet
     ):
         if step == "save":
-            find_module("weights", config["name"]).save(out, weights.model.config, weights.place())
+            find_module("weights", weights.model.name).save(out, weights.model.config, weights.place())
         elif step == "hash":
             record |= {"sha256": file_sha256(out), "bytes": out.stat().st_size}
         else:
@@ -94,7 +94,7 @@ def _write_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, 
     config: dict[str, Any] = {
         "name": generator.path.stem,
         "data": {"class_names": list(imagenet.class_names()) if known else numbers},
-        "guidance": to_dict(known.guidance if known else Guidance(0.0)),
+        "sampling": to_dict(make_sampling(generator.model, (known and known.sampling) or {})),
         "converted_from": {"generator": _describe_source(generator), "tokenizer": _describe_source(tokenizer)},
         "converted_by": MADE_BY,
     }
@@ -110,11 +110,11 @@ def _write_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, 
         os.replace(partial, out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror or error}): choose another path") from error
-    return {"directory": str(out), **{k: config[k] for k in ("name", "guidance", "converted_from")}}
+    return {"directory": str(out), **{k: config[k] for k in ("name", "sampling", "converted_from")}}
 
 
 def _describe_model(model: Model) -> dict[str, Any]:
-    return {"name": model.module.__name__.rpartition(".")[2], **to_dict(model.config)}
+    return {"name": model.name, **to_dict(model.config)}
 
 
 def _describe_source(weights: Weights) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from rar_jax.parallel.mesh import make_mesh
 from rar_jax.parallel.processes import is_main
 from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
-from rar_jax.sampling import parse_guidance
 from rar_jax.weights.inception import WHERE
 
 
@@ -42,7 +41,7 @@ def print_scores(
     split: Split,
     image_size: int | None,
     samples: int,
-    guidance: str | None,
+    sampling: dict[str, Any],
     dtype: str | None,
     tensor: int,
     samples_npz: bool,
@@ -70,7 +69,7 @@ def print_scores(
             "evaluate needs --inception (FID), or --config and --workdir (fd_classifier): "
             f"give Inception's weights, {WHERE}"
         )
-    require(experiment is None, "--inception reads no --config: give --guidance for other settings than the model's")
+    require(experiment is None, "--inception reads no --config: change settings of sampling with --sampling.NAME=VALUE")
     given = [x for x in (weights, workdir, images, make_reference) if x is not None]
     directory = str(workdir.path) if workdir else None
     source = tokenizer or weights or directory
@@ -87,7 +86,7 @@ def print_scores(
     if out is None:
         raise ConfigError("give --out: where to write the result")
     require(not make_reference or out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
-    chosen, checked, named = parse_guidance(guidance), Settings(**settings), images or make_reference
+    checked, named = Settings(**settings), images or make_reference
     image_set = open_image_set(named, split, image_size=image_size) if named else None
     chunks = workdir.chunks if workdir else None
     program = open_program(inception, checked, reference_path=reference, tensor=tensor, chunks=chunks)
@@ -98,13 +97,13 @@ def print_scores(
     elif image_set:
         text = format_scores(score_images(program, image_set, out, quiet=quiet))
     elif steps and workdir:
-        how = {"steps": steps, "samples": samples, "guidance": chosen, "dtype": dtype, "quiet": quiet}
+        how = {"steps": steps, "samples": samples, "sampling": sampling, "dtype": dtype, "quiet": quiet}
         text = format_steps(score_steps(program, workdir.path, out, **how))
     else:
         model = weights or directory
         assert model is not None
         how = {"tokenizer": tokenizer, "download": download, "samples_npz": samples_npz, "quiet": quiet}
-        how |= {"samples": samples, "guidance": chosen, "dtype": dtype}
+        how |= {"samples": samples, "sampling": sampling, "dtype": dtype}
         text = format_scores(score_samples(program, model, out, **how))
     if workdir is not None:
         workdir.send()

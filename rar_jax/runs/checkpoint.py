@@ -35,7 +35,7 @@ from rar_jax.runs.disk import is_full
 from rar_jax.runs.manifest import MANIFEST, verify_from_disk, verify_manifest, write_json, write_manifest
 
 BEST, META, DISCARDED, ARRAYS = "best.json", "meta.json", "discarded.json", "state-"
-EMA = "extra.ema."
+EMA = "ema."
 MAX_FAILURES = 3  # saves in a row that may fail because the disk is full or the bucket unreachable
 log: logging.Logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from rar_jax.runs.manifest import write_json
 
 FORMAT = "0.2"  # the version of rar_jax that introduced this layout
 # Sections that may change when a run is resumed: mesh, sampling, evaluation, logging.
-FREE_SECTIONS = ("mesh", "guidance", "evaluate", "wandb")
+FREE_SECTIONS = ("mesh", "sampling", "evaluate", "wandb")
 DIRECT = ("checkpoints/", "tokens/", "dump/", "evaluation/chunks/", ".")  # what is written to a bucket directly
 REMOTE = ".remote"  # in the temporary folder of a directory in a bucket: its URL, so that the folder can be opened, too
 MAX_SHOWN = 12  # differences of two configs in one message

@@ -16,9 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rar_jax.config import Steps, require, require_at_least
-from rar_jax.models import TokenSpec
+from rar_jax.models import Aux, TokenSpec
 from rar_jax.networks import vqgan
 from rar_jax.networks.boxes import logical_axes
 
@@ -156,6 +157,12 @@ def decode(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
     return jnp.clip(decode_unclipped(config, params, tokens), 0.0, 1.0)
 
 
+def known_tokens(config: Config, pixel_mask: np.ndarray) -> np.ndarray:
+    """Return the tokens, bool (N,), of which every pixel of a mask, bool (H, W), is known."""
+    side = config.downsampling
+    return pixel_mask.reshape(config.grid, side, config.grid, side).all(axis=(1, 3)).reshape(-1)
+
+
 def decode_unclipped(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
     """Return the decoder's output (B, H, W, C) float32 as it is; see `decode`."""
     return _reconstruct(config, params, _codes(params["codebook"], tokens))
@@ -192,14 +199,21 @@ def _reconstruct(config: Config, params: Params, codes_bnz: jax.Array) -> jax.Ar
 
 
 def loss(
-    config: Config, params: Params, batch: Mapping[str, jax.Array], *, key: jax.Array | None, step: jax.Array | int
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    config: Config,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    key: jax.Array,
+    step: jax.Array | int,
+    train: bool,
+    **_: Any,
+) -> tuple[jax.Array, Aux]:
     """Return the training loss of batch["images"] (B, H, W, C), float in [0, 1] or uint8, and metrics.
 
     Metrics: loss, l1, l2, codebook, psnr (dB, mean over the clipped images), codebook_usage (share of the codes that
     the batch uses), perplexity (of their distribution). Nothing is random.
     """
-    del key, step
+    del key, step, train
     images = _unit(batch["images"])
     latents_bnz = _flat(latents(config, params, images))
     tokens_bn = _nearest(params["codebook"], latents_bnz)
@@ -225,18 +239,27 @@ def loss(
         "codebook_usage": jnp.mean((counts_v > 0).astype(jnp.float32)),
         "perplexity": jnp.exp(-jnp.sum(jax.scipy.special.xlogy(shares_v, shares_v))),
     }
-    return total, metrics
+    return total, Aux(metrics)
 
 
 def after_step(
-    config: Config, params: Params, batch: Mapping[str, jax.Array], *, key: jax.Array, step: jax.Array | int
-) -> Params:
+    config: Config,
+    params: Params,
+    extra: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    outputs: Any,
+    adversary_outputs: Any,
+    key: jax.Array,
+    step: jax.Array | int,
+) -> tuple[Params, Any]:
     """Replace codes that no latent of the batch uses by random latents, every `restart_every` steps.
 
     Step 0 is one of them, so that the codebook starts where the data is.
     """
+    del outputs, adversary_outputs
     if config.restart_every == 0:
-        return params
+        return params, extra
 
     def restart(codebook_vz: jax.Array) -> jax.Array:
         latents_bnz = _flat(latents(config, params, batch["images"]))
@@ -250,7 +273,7 @@ def after_step(
     step = jnp.asarray(step)
     due = (step % config.restart_every == 0) & (step < config.restart_until)
     codebook_vz = jax.lax.cond(due, restart, lambda codebook: codebook, jnp.asarray(params["codebook"]))
-    return {**params, "codebook": codebook_vz}
+    return {**params, "codebook": codebook_vz}, extra
 
 
 def _counts(config: Config, tokens_bn: jax.Array) -> jax.Array:

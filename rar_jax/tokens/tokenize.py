@@ -272,7 +272,7 @@ def _make_card(experiment: Experiment, source: ImageSource, what: str, tokenizer
         "crops": list(CROPS[crop]),
         "source": what,
         "tokenizer_sha256": tokenizer_sha256,
-        "tokenizer": {"name": tokenizer.module.__name__.rpartition(".")[2], **to_dict(tokenizer.config)},
+        "tokenizer": {"name": tokenizer.name, **to_dict(tokenizer.config)},
     }
 
 

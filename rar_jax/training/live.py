@@ -19,7 +19,7 @@ from rar_jax.evaluation.image_batches import ImageBatches, batch_samples
 from rar_jax.evaluation.program import Program, Settings, load_inception
 from rar_jax.evaluation.reference import read_reference
 from rar_jax.experiment import Experiment, open_source
-from rar_jax.keys import sample_keys
+from rar_jax.keys import domain_key, sample_keys
 from rar_jax.metrics import frechet, inception_score, moments
 from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.arrays import drop_metadata, local_rows, make_global_batch, put_on_mesh
@@ -58,30 +58,33 @@ class Validator:
         self._count = math.ceil(records / 512)
         size = max(records // self._count // parts, 1) * parts
         encode = jax.jit(functools.partial(with_tokens, objective.tokenizer), out_shardings=batch_sharding(mesh))
-        self._batches: list[tuple[str, Batch]] = []
+        self._batches: list[tuple[str, Batch, jax.Array]] = []
         for i in range(self._count):
             rows = (i * size + local_rows(mesh, size)) % len(objective.heldout)
             batch = make_global_batch(drop_metadata(objective.heldout.gather(rows)), mesh)
             if objective.tokenizer is not None:
                 with sharded(mesh):
                     batch = encode(frozen, batch)
-            for name, extra in objective.variants(size).items():
-                self._batches.append((name and f"{name}_", {**batch, **put_on_mesh(extra, batch_sharding(mesh))}))
+            key = put_on_mesh(jax.random.fold_in(domain_key(0, "validation"), i), replicated(mesh))
+            for name, added in objective.variants(size, key).items():
+                variant = {**batch, **put_on_mesh(jax.device_get(added), batch_sharding(mesh))}
+                self._batches.append((name and f"{name}_", variant, key))
+        loss = functools.partial(objective.model.loss, objective.config, train=False)
         self._loss = jax.jit(
-            lambda params, batch, step: objective.model.loss(objective.config, params, batch, key=None, step=step)[1],
+            lambda params, batch, key, step: loss(params, batch, key=key, step=step)[1].metrics,
             out_shardings=replicated(mesh),
         )
 
     def compile(self, params: Any) -> None:
-        shapes = {str(jax.tree.map(jnp.shape, batch)): batch for _, batch in self._batches}
-        for batch in shapes.values():
-            self._loss.lower(params, batch, np.int32(0)).compile()
+        shapes = {str(jax.tree.map(jnp.shape, batch)): (batch, key) for _, batch, key in self._batches}
+        for batch, key in shapes.values():
+            self._loss.lower(params, batch, key, np.int32(0)).compile()
 
     def evaluate(self, params: Any, step: int, poll: Poll) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for prefix, batch in self._batches:
+        for prefix, batch, key in self._batches:
             poll()
-            for name, value in jax.device_get(self._loss(params, batch, np.int32(step))).items():
+            for name, value in jax.device_get(self._loss(params, batch, key, np.int32(step))).items():
                 key = f"validation/{prefix}{name}"
                 totals[key] = totals.get(key, 0.0) + float(value) / self._count
         return totals
@@ -142,7 +145,7 @@ class InceptionEvaluator:
     def _batch_samples(self, params: Any) -> ImageBatches:
         experiment, params = self._experiment, {"generator": params, "tokenizer": self._tokenizer}
         models = experiment.generator, experiment.tokenizer
-        return batch_samples(models, params, experiment.guidance, num=self._samples, seed=experiment.seed)
+        return batch_samples(models, params, experiment.sampling, num=self._samples, seed=experiment.seed)
 
 
 @dataclasses.dataclass
@@ -197,7 +200,7 @@ def make_sample_grid(experiment: Experiment, workdir: Workdir, mesh: Mesh, repor
     def sample(params: Any, tokenizer: Any, labels_b: jax.Array, ids_b: jax.Array) -> jax.Array:
         params, models = {"generator": params, "tokenizer": tokenizer}, (experiment.generator, experiment.tokenizer)
         keys_b = sample_keys(jnp.uint32(experiment.seed), ids_b)
-        return sample_images(*models, params, labels_b, keys_b, experiment.guidance)
+        return sample_images(*models, params, labels_b, keys_b, experiment.sampling)
 
     def make_grid(images: np.ndarray) -> Grid:
         return Grid(images.reshape(len(classes), columns, *images.shape[1:]), names, ("",) * columns)

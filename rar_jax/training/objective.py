@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.loader import Source
@@ -25,14 +24,14 @@ from rar_jax.tokens.opening import open_tokens
 from rar_jax.training.step import Setup, State
 from rar_jax.weights.stages import finished, given_generator
 
-Variants = Callable[[int], dict[str, dict[str, np.ndarray]]]
+Variants = Callable[[int, jax.Array], dict[str, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What the loop needs to know about a stage. `model` is a module with the contract functions init, axes, loss, ...
 
-    variants: batch size -> validation losses by name, each what it adds to a batch. meta: metadata of each checkpoint.
+    variants: (batch size, key) -> validation losses by name, each what it adds to a batch. meta: metadata of each checkpoint.
     tokenizer: of a generator. on_the_fly: it encodes images while the generator is trained.
     """
 
@@ -59,7 +58,7 @@ def make_objective(experiment: Experiment, stage: str, workdir: Workdir) -> Obje
         meta["tokenizer_sha256"] = finished(experiment, "tokenizer", workdir)
         _check_tokenizer(workdir.checkpoints(stage), meta["tokenizer_sha256"])
     offered = getattr(module, "validation_variants", None)
-    variants = functools.partial(offered, config) if offered else lambda size: {"": {}}
+    variants = functools.partial(offered, config) if offered else lambda size, key: {"": {}}
     tokenizer = Model(experiment.tokenizer.module, with_device_dtype(experiment.tokenizer.config))
     of_generator = tokenizer if stage == "generator" else None
     return Objective(module, config, train, heldout, variants, meta, of_generator, on_the_fly)
@@ -82,5 +81,5 @@ def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -
     adapt = functools.partial(module.adapt, experiment.generator.config, other_config=weights.model.config)
     adapt = jax.jit(adapt, out_shardings=jax.tree.map(lambda s: s.sharding, setup.abstract_state["params"]))
     params = adapt(state["params"], other_params=weights.place(mesh))
-    extra = {name: jax.tree.map(jnp.copy, params) for name in state["extra"]}  # an EMA starts from the parameters
-    return {**state, "params": params, "extra": extra}, {"path": str(weights.path), "sha256": weights.sha256()}
+    ema = jax.tree.map(jnp.copy, params) if state["ema"] else {}
+    return {**state, "params": params, "ema": ema}, {"path": str(weights.path), "sha256": weights.sha256()}

@@ -92,7 +92,7 @@ def recognize_file(path: pathlib.Path) -> tuple[str, str]:
 def read_directory(path: pathlib.Path) -> dict[str, Any]:
     """Read config.json of a work directory or a converted one. Raises: ConfigError if it lacks a section."""
     config = Workdir(path).read_config()
-    for section in ("data", "guidance", "tokenizer", "generator"):
+    for section in ("data", "sampling", "tokenizer", "generator"):
         has_section = isinstance(config.get(section), dict)
         require(has_section, f"{path}/config.json is damaged: it lacks the section '{section}'. Restore it from a copy")
     return {"name": path.name, **config}

@@ -10,26 +10,25 @@ from typing import Any
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.generators import rar
 from rar_jax.runs.manifest import file_sha256
-from rar_jax.sampling import Guidance
 
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """A file on the Hugging Face hub; for a generator also its size and guidance (arXiv 2411.00776 and its code)."""
+    """A file on the Hugging Face hub; for a generator also its size and sampling settings (arXiv 2411.00776 and its code)."""
 
     repository: str
     file: str
     width: int = 0
     depth: int = 0
     mlp_width: int = 0
-    guidance: Guidance | None = None
+    sampling: dict[str, float] | None = None
 
 
 GENERATORS = {
-    "rar_b": Released("yucornetto/RAR", "rar_b.bin", 768, 24, 3072, Guidance(16.0, 2.75, 1.0)),
-    "rar_l": Released("yucornetto/RAR", "rar_l.bin", 1024, 24, 4096, Guidance(15.5, 2.5, 1.02)),
-    "rar_xl": Released("yucornetto/RAR", "rar_xl.bin", 1280, 32, 5120, Guidance(6.9, 1.5, 1.02)),
-    "rar_xxl": Released("yucornetto/RAR", "rar_xxl.bin", 1408, 40, 6144, Guidance(8.0, 1.2, 1.02)),
+    "rar_b": Released("yucornetto/RAR", "rar_b.bin", 768, 24, 3072, dict(scale=16.0, power=2.75, temperature=1.0)),
+    "rar_l": Released("yucornetto/RAR", "rar_l.bin", 1024, 24, 4096, dict(scale=15.5, power=2.5, temperature=1.02)),
+    "rar_xl": Released("yucornetto/RAR", "rar_xl.bin", 1280, 32, 5120, dict(scale=6.9, power=1.5, temperature=1.02)),
+    "rar_xxl": Released("yucornetto/RAR", "rar_xxl.bin", 1408, 40, 6144, dict(scale=8.0, power=1.2, temperature=1.02)),
 }
 TOKENIZER = "maskgit-vqgan-imagenet-f16-256"
 FILES = GENERATORS | {TOKENIZER: Released("fun-research/TiTok", f"{TOKENIZER}.bin")}

@@ -1,6 +1,7 @@
 """What every file in rar_jax/tokenizers/ must do. A new file is tested the moment it exists."""
 
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,13 @@ def test_loss_trains(tokenizer: ModuleType) -> None:
     batch = {"images": images_of(tokenizer), "labels": jnp.zeros((4,), jnp.int32)}
     params = tokenizer.init(config, jax.random.key(0))
     if hasattr(tokenizer, "after_step"):  # puts the codebook where the data is
-        params = tokenizer.after_step(config, params, batch, key=jax.random.key(1), step=jnp.int32(0))
-    grad = jax.jit(jax.value_and_grad(lambda p: tokenizer.loss(config, p, batch, key=jax.random.key(2), step=0)[0]))
+        rest = {"outputs": None, "adversary_outputs": None, "key": jax.random.key(1), "step": jnp.int32(0)}
+        params, _ = tokenizer.after_step(config, params, {}, batch, **rest)
+
+    def loss(params: Any) -> jax.Array:
+        return tokenizer.loss(config, params, batch, key=jax.random.key(2), step=0, train=True)[0]
+
+    grad = jax.jit(jax.value_and_grad(loss))
     before, grads = grad(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)

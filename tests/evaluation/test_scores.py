@@ -191,7 +191,7 @@ def test_samples_give_the_same_sums_on_any_mesh(released_pair: Any, tmp_path: pa
         network = program.load_inception(pathlib.Path(), mesh, settings)
         scorer = Program(network, mesh, settings, reference)
         models = pipeline.generator, pipeline.tokenizer
-        batches = image_batches.batch_samples(models, pipeline.params, pipeline.guidance, num=27, seed=3)
+        batches = image_batches.batch_samples(models, pipeline.params, pipeline.sampling, num=27, seed=3)
         out = tmp_path / f"{devices}_{batch_size}"
         totals, store = scorer.accumulate(batches, out, keep=("images",), description="", quiet=True)
         found.append(totals)
@@ -294,7 +294,7 @@ def test_one_line_for_a_wrong_command(
         ((*network, *weights, "--out", out, "--seed", "-1"), "seed is -1"),
         ((*network, *weights, "--out", out, "--protocol", "clean"), "protocol is 'clean'"),
         ((*network, *weights, "--out", out, "--rounding", "up"), "rounding is 'up'"),
-        ((*network, *weights, "--out", out, "--guidance", "a"), "--guidance a: give SCALE"),
+        ((*network, *weights, "--out", out, "--sampling.scale=a"), "scale is 'a' (str): it must be float"),
         ((*network, "--make-reference", tmp_path / "x.npz", "--out", tmp_path / "r"), "a reference is a .npz file"),
         ((*network, "--images", tmp_path / "none", "--out", out), "none"),
         ((*network, *weights, "--out", out, "--image-size", "16"), "--image-size is of a source in --images"),
@@ -345,7 +345,7 @@ def test_the_commands_from_images_to_numbers(
         return capsys.readouterr().out
 
     assert "n 12\n" in run("--make-reference", tmp_path / "x.npz", "--out", reference)
-    argv = (*weights, "--samples", "15", "--reference", reference, "--seed", "2", "--guidance", "1,1,1", "--out", out)
+    argv = (*weights, "--samples", "15", "--reference", reference, "--seed", "2", "--out", out)
     text = run(*argv)
     for name in ("fid ", "sfid", "inception_score", "precision", "recall", "kid"):
         assert name in text

@@ -39,6 +39,6 @@ def get_config() -> ConfigDict:
             checkpoint_every=8,
         )
     )  # fmt: skip
-    config.guidance = ConfigDict(dict(scale=2.0, power=1.0))
+    config.sampling = ConfigDict(dict(scale=2.0, power=1.0))
     config.evaluate = ConfigDict(dict(samples=40, live_samples=20, batch_size=20, grid_per_class=2))
     return config

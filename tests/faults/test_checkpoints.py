@@ -173,7 +173,7 @@ def kept_state() -> dict[str, Any]:
         return {"blocks": {"kernel": values.reshape(4, 8), "bias": values[:8].astype(jax.numpy.bfloat16)}}
 
     moments = ({"count": jax.numpy.int32(12), "mu": tree(3)}, {})
-    return {"step": jax.numpy.int32(12), "params": tree(1), "opt_state": moments, "extra": {"ema": tree(2)}}
+    return {"step": jax.numpy.int32(12), "params": tree(1), "opt_state": moments, "ema": tree(2), "extra": {}}
 
 
 def test_a_checkpoint_of_version_0_2_opens(two_steps: pathlib.Path) -> None:
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_version_0_2_opens(two_steps: pathlib.Path) -> None:
         read = orbax.restore(at, restore_args=as_numpy)
     assert np.array_equal(read["params"]["blocks"]["kernel"], expected["params"]["blocks"]["kernel"])
     kernel = load_params(two_steps, 12)["blocks"]["kernel"]
-    assert np.array_equal(kernel, expected["extra"]["ema"]["blocks"]["kernel"])
+    assert np.array_equal(kernel, expected["ema"]["blocks"]["kernel"])
     assert read_meta(two_steps, 12) == {"stage": "test", "step": 12}
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import scipy.special
 
+from rar_jax.errors import ConfigError
 from rar_jax.generators import rar
-from rar_jax.sampling import Guidance
+from rar_jax.generators.rar import Sampling
+from rar_jax.sampling import weigh_guidance
 from rar_jax.weights import rar as released
 from rar_jax.weights.mapping import released_shapes
 
@@ -52,29 +54,30 @@ def test_teacher_logits(tiny: Any, parity: Any) -> None:
 def test_teacher_loss(tiny: Any, parity: Any) -> None:
     config, params, g = tiny
     batch = {name: jnp.asarray(g[name]) for name in ("tokens", "labels", "orders")}
-    value, metrics = rar.loss(config, params, batch, key=None, step=0)
+    value, aux = rar.loss(config, params, batch, key=jax.random.key(0), step=0, train=False)
     parity.check_close("loss", value, g["teacher_loss"], 1e-5)
-    assert float(metrics["loss"]) == float(value)
-    # With a key but no dropouts, the loss is the same.
-    assert float(rar.loss(config, params, batch, key=jax.random.key(0), step=0)[0]) == pytest.approx(
-        float(value), abs=1e-6
-    )
+    assert float(aux.metrics["loss"]) == float(value)
+    # In training without dropouts, the loss is the same.
+    trained, _ = rar.loss(config, params, batch, key=jax.random.key(0), step=0, train=True)
+    assert float(trained) == pytest.approx(float(value), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_greedy_samples(tiny: Any, name: str, parity: Any) -> None:
     config, params, g = tiny
     scale, power, temperature = map(float, g["cfg_values"][list(g["cfg_names"]).index(name)])
-    guidance = Guidance(scale, power, temperature)
+    sampling = rar.Sampling(scale or None, power, temperature, greedy=True)
     keys = jax.random.split(jax.random.key(0), len(g["labels"]))
-    sample = jax.jit(functools.partial(rar.sample, config, greedy=True))
-    ids = sample(params, g["labels"], keys=keys, guidance=guidance)
-    parity.check_same("greedy samples, tokens that differ (four guidance settings)", ids, g[f"greedy_{name}_ids"])
+    sample = jax.jit(functools.partial(rar.sample, config))
+    ids = sample(params, g["labels"], keys=keys, sampling=sampling)
+    parity.check_same("greedy samples, tokens that differ (four settings)", ids, g[f"greedy_{name}_ids"])
     # The probabilities of every step, through the uncached network and the schedule.
     order = raster(len(ids), config)
     class_bnv = rar.logits(config, params, ids, g["labels"], order)
     null_bnv = rar.logits(config, params, ids, np.full_like(g["labels"], config.num_classes), order)
-    weight_n = guidance.weight(jnp.arange(config.num_tokens), config.num_tokens)
+    weight_n = weigh_guidance(
+        scale, jnp.arange(config.num_tokens) / config.num_tokens, schedule="power-cosine", power=power
+    )
     guided_bnv = null_bnv + weight_n[None, :, None] * (class_bnv - null_bnv)
     probs = jax.nn.softmax((guided_bnv if scale else class_bnv) / temperature)
     parity.check_close("greedy samples, step probabilities", probs, g[f"greedy_{name}_probs"], 1e-5)
@@ -201,24 +204,27 @@ def test_label_dropout_puts_the_null_class() -> None:
     config = dataclasses.replace(rar.TINY, dropout=0.0, attention_dropout=0.0, label_dropout=0.999999)
     params = random_params(config)
     batch = {"tokens": jnp.ones((4, 16), jnp.int32), "labels": jnp.arange(4), "orders": raster(4, config)}
-    loss = jax.jit(lambda batch, key: rar.loss(config, params, batch, key=key, step=0)[0])
-    dropped = float(loss(batch, jax.random.key(0)))
-    null = float(loss(batch | {"labels": jnp.full((4,), config.num_classes)}, None))
+    loss = functools.partial(jax.jit(rar.loss, static_argnums=0, static_argnames="train"), config, params)
+    given: Any = {"key": jax.random.key(0), "step": 0}
+    dropped = float(loss(batch, **given, train=True)[0])
+    null = float(loss(batch | {"labels": jnp.full((4,), config.num_classes)}, **given, train=False)[0])
     assert dropped == pytest.approx(null, abs=1e-6)
-    assert null != pytest.approx(float(loss(batch, None)), abs=1e-4)
+    assert null != pytest.approx(float(loss(batch, **given, train=False)[0]), abs=1e-4)
 
 
 @pytest.mark.parametrize("which", ["dropout", "attention_dropout"])
-def test_dropout_changes_the_loss_only_with_a_key(which: str) -> None:
+def test_dropout_changes_the_loss_only_in_training(which: str) -> None:
     config = dataclasses.replace(
         rar.TINY, **{"dropout": 0.0, "attention_dropout": 0.0, "label_dropout": 0.0, which: 0.5}
     )
     params = random_params(config)
     batch = {"tokens": jnp.ones((4, 16), jnp.int32), "labels": jnp.arange(4), "orders": raster(4, config)}
-    loss = jax.jit(lambda key: rar.loss(config, params, batch, key=key, step=0)[0])
-    losses = [float(loss(key)) for key in (None, jax.random.key(0), jax.random.key(1))]
+    loss = jax.jit(
+        lambda key, train: rar.loss(config, params, batch, key=key, step=0, train=train)[0], static_argnums=1
+    )
+    losses = [float(loss(jax.random.key(key), train)) for key, train in ((0, False), (0, True), (1, True))]
     assert len({round(x, 5) for x in losses}) == 3
-    assert losses[1] == float(loss(jax.random.key(0)))
+    assert losses[1] == float(loss(jax.random.key(0), True)) and losses[0] == float(loss(jax.random.key(1), False))
 
 
 def test_remat_unroll_and_bfloat16() -> None:
@@ -227,7 +233,7 @@ def test_remat_unroll_and_bfloat16() -> None:
     batch = {"tokens": jnp.ones((4, 16), jnp.int32), "labels": jnp.arange(4)}
 
     def grads(config: rar.Config) -> Any:
-        grad = jax.jit(jax.grad(lambda p: rar.loss(config, p, batch, key=jax.random.key(3), step=3)[0]))
+        grad = jax.jit(jax.grad(lambda p: rar.loss(config, p, batch, key=jax.random.key(3), step=3, train=True)[0]))
         return grad(params)
 
     plain = grads(config)
@@ -248,58 +254,78 @@ def keys_of(n: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(jnp.arange(n))
 
 
-@pytest.mark.parametrize("guidance", [Guidance(0.0, temperature=1.3), Guidance(3.0, 1.5, 0.9)])
-def test_cached_is_uncached(guidance: Guidance) -> None:
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.3), Sampling(3.0, 1.5, 0.9)])
+def test_cached_is_uncached(sampling: Sampling) -> None:
     """Draw by draw: the uncached network, the schedule in NumPy float64 and the same noise give the same tokens."""
     config = rar.TINY
     params, labels = random_params(config), jnp.asarray([0, 3, 9])
-    tokens = rar.sample(config, params, labels, keys=keys_of(3), guidance=guidance)
+    tokens = rar.sample(config, params, labels, keys=keys_of(3), sampling=sampling)
     order = raster(3, config)
     class_bnv = np.asarray(rar.logits(config, params, tokens, labels, order), np.float64)
     null_bnv = np.asarray(rar.logits(config, params, tokens, jnp.full((3,), config.num_classes), order), np.float64)
     n = config.num_tokens
     close = 0
     for s in range(n):
-        rise = (1 - np.cos(np.pi * (s / n) ** guidance.power)) / 2
-        w = 1 + (guidance.scale - 1) * rise if guidance.scale else 1.0
+        rise = (1 - np.cos(np.pi * (s / n) ** sampling.power)) / 2
+        w = 1 + (sampling.scale - 1) * rise if sampling.scale else 1.0
         guided = null_bnv[:, s] + w * (class_bnv[:, s] - null_bnv[:, s])
         for i in range(3):
             noise = jax.random.gumbel(jax.random.fold_in(keys_of(3)[i], s), (config.codebook_size,))
-            perturbed = guided[i] / guidance.temperature + np.asarray(noise, np.float64)
+            perturbed = guided[i] / sampling.temperature + np.asarray(noise, np.float64)
             best, second = np.sort(perturbed)[::-1][:2]
             close += best - second < 1e-5
             assert perturbed[int(tokens[i, s])] > best - 1e-5
     assert close == 0
 
 
+def test_given_uniforms_draw_by_cumulative_probabilities() -> None:
+    config, labels, sampling = rar.TINY, jnp.asarray([0, 3, 9]), Sampling(3.0, 1.5, 0.9)
+    params, uniforms = random_params(config), np.random.default_rng(0).random((3, config.num_tokens), np.float32)
+    tokens = rar.sample(config, params, labels, keys=keys_of(3), sampling=sampling, given={"uniforms": uniforms})
+    null = jnp.full((3,), config.num_classes)
+    class_bnv, null_bnv = (np.asarray(rar.logits(config, params, tokens, x), np.float64) for x in (labels, null))
+    steps = np.arange(config.num_tokens)[None, :, None] / config.num_tokens
+    weights = 1 + (sampling.scale - 1) * (1 - np.cos(np.pi * steps**sampling.power)) / 2
+    cumulative = scipy.special.softmax((null_bnv + weights * (class_bnv - null_bnv)) / sampling.temperature, axis=-1)
+    expected = (np.cumsum(cumulative, axis=-1) <= uniforms[..., None]).sum(axis=-1)
+    np.testing.assert_array_equal(tokens, expected)
+
+
 def test_a_sample_depends_on_its_key_and_label_alone() -> None:
-    config, labels, guidance = rar.TINY, jnp.asarray([1, 2, 3, 4]), Guidance(2.0, 1.0)
+    config, labels, sampling = rar.TINY, jnp.asarray([1, 2, 3, 4]), Sampling(2.0, 1.0)
     params, keys = random_params(config), keys_of(4)
-    together = rar.sample(config, params, labels, keys=keys, guidance=guidance)
+    together = rar.sample(config, params, labels, keys=keys, sampling=sampling)
     for i in range(4):
-        alone = rar.sample(config, params, labels[i : i + 1], keys=keys[i : i + 1], guidance=guidance)
+        alone = rar.sample(config, params, labels[i : i + 1], keys=keys[i : i + 1], sampling=sampling)
         np.testing.assert_array_equal(alone[0], together[i])
-    other = rar.sample(config, params, labels, keys=keys[::-1], guidance=guidance)
+    other = rar.sample(config, params, labels, keys=keys[::-1], sampling=sampling)
     assert (np.asarray(other) != np.asarray(together)).any(axis=1).all()
 
 
 @pytest.mark.parametrize("given", [0, 1, 7, 15, 16])
 def test_completion_from_a_prefix(given: int) -> None:
-    config, labels, guidance = rar.TINY, jnp.asarray([1, 2]), Guidance(2.0)
+    config, labels, sampling = rar.TINY, jnp.asarray([1, 2]), Sampling(2.0)
     params, keys = random_params(config), keys_of(2)
-    whole = rar.sample(config, params, labels, keys=keys, guidance=guidance)
-    completed = rar.sample(config, params, labels, keys=keys, guidance=guidance, prefix=whole[:, :given])
-    np.testing.assert_array_equal(completed, whole)
+    whole = rar.sample(config, params, labels, keys=keys, sampling=sampling)
+    known = np.arange(config.num_tokens) < np.full((2, 1), given)
+
+    def complete(tokens: jax.Array) -> jax.Array:
+        tokens = jnp.where(known, tokens, 7)  # the others do not matter
+        return rar.complete(config, params, labels, keys=keys, sampling=sampling, tokens=tokens, known=known)
+
+    np.testing.assert_array_equal(complete(whole), whole)
     if given:
-        changed = (whole[:, :given] + 1) % config.codebook_size
-        other = rar.sample(config, params, labels, keys=keys, guidance=guidance, prefix=changed)
-        np.testing.assert_array_equal(other[:, :given], changed)
+        changed = (whole + 1) % config.codebook_size
+        np.testing.assert_array_equal(complete(changed)[:, :given], changed[:, :given])
+    if 0 < given < config.num_tokens:
+        with pytest.raises(ConfigError, match="it can only complete images whose first tokens are known"):
+            rar.complete(config, params, labels, keys=keys, sampling=sampling, tokens=whole, known=known[:, ::-1])
 
 
 def test_prepared_parameters_sample_the_same() -> None:
     config, labels = rar.TINY, jnp.asarray([1, 2])
     params = random_params(config)
-    kwargs: Any = {"keys": keys_of(2), "guidance": Guidance(2.0)}
+    kwargs: Any = {"keys": keys_of(2), "sampling": Sampling(2.0)}
     a = rar.sample(config, params, labels, **kwargs)
     b = rar.sample(config, rar.prepare(config, params), labels, **kwargs)
     np.testing.assert_array_equal(a, b)

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rar_jax.generators import rar
+from rar_jax.generators.rar import Sampling
 from rar_jax.keys import sample_keys
 from rar_jax.parallel import processes
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated, sharded
 from rar_jax.runs.checkpoint import Checkpointer
-from rar_jax.sampling import Guidance
+from rar_jax.sampling import weigh_guidance
 from rar_jax.sections import Recipe
 from rar_jax.training.step import compile_training
 
@@ -71,7 +72,7 @@ def restore(folder: pathlib.Path, meshes: list[str]) -> list[float]:
             for shard in x.addressable_shards:
                 assert np.asarray(shard.data).tobytes() == expected[shard.index].tobytes(), (mesh.shape, path)
         loss = jax.jit(
-            lambda params, batch: rar.loss(CONFIG, params, batch, key=jax.random.key(1), step=1)[0],
+            lambda params, batch: rar.loss(CONFIG, params, batch, key=jax.random.key(1), step=1, train=True)[0],
             out_shardings=replicated(mesh),
         )
         with sharded(mesh):
@@ -82,7 +83,7 @@ def restore(folder: pathlib.Path, meshes: list[str]) -> list[float]:
 
 
 def sample(ways: list[str], count: int = 40) -> dict[str, int]:
-    guidance = Guidance(3.0, 1.5, 0.9)
+    sampling = Sampling(3.0, 1.5, 0.9)
     params = random_values(jax.eval_shape(lambda key: rar.init(CONFIG, key), jax.random.key(0)))
     params = jax.tree.map(lambda x: 4 * x, params)  # so that logits differ
     labels, ids = np.arange(count) % CONFIG.num_classes, np.arange(count)
@@ -92,7 +93,7 @@ def sample(ways: list[str], count: int = 40) -> dict[str, int]:
         at = batch_sharding(mesh)
         lain = place_params(params, mesh)
         draw = jax.jit(
-            lambda params, labels, ids: rar.sample(CONFIG, params, labels, keys=sample_keys(7, ids), guidance=guidance),
+            lambda params, labels, ids: rar.sample(CONFIG, params, labels, keys=sample_keys(7, ids), sampling=sampling),
             out_shardings=replicated(mesh),
         )
         with sharded(mesh):
@@ -108,13 +109,15 @@ def sample(ways: list[str], count: int = 40) -> dict[str, int]:
     logits = jax.jit(functools.partial(rar.logits, CONFIG))
     null = np.full(count, CONFIG.num_classes)
     class_bnv, null_bnv = (np.asarray(logits(params, first, x, order), np.float64) for x in (labels, null))
-    w_n = np.array([float(guidance.weight(s, CONFIG.num_tokens)) for s in range(CONFIG.num_tokens)])
+    w_n = np.asarray(
+        weigh_guidance(3.0, np.arange(CONFIG.num_tokens) / CONFIG.num_tokens, schedule="power-cosine", power=1.5)
+    )
     noise = jax.vmap(
         lambda key: jax.vmap(lambda s: jax.random.gumbel(jax.random.fold_in(key, s), (CONFIG.codebook_size,)))(
             jnp.arange(CONFIG.num_tokens)
         )
     )(sample_keys(7, jnp.asarray(ids)))
-    perturbed = (null_bnv + w_n[:, None] * (class_bnv - null_bnv)) / guidance.temperature + np.asarray(noise)
+    perturbed = (null_bnv + w_n[:, None] * (class_bnv - null_bnv)) / sampling.temperature + np.asarray(noise)
     best = np.sort(perturbed, axis=-1)
     tie = best[..., -1] - best[..., -2] < TIE
     counted = {"tokens": 0, "differing": 0}

@@ -66,7 +66,7 @@ def trained(path: pathlib.Path) -> pathlib.Path:
     result = {
         "fd_classifier": {"reference": "the 1437 training images", "samples_n40": 1.25},
         "last_validation": {"generator": {"step": 1000, "validation/raster_loss": 0.5}},
-        "made_from": {"weights": {"generator": SHA}, "guidance": {"scale": 2.0}, "seed": 7, "rounding": "truncate"},
+        "made_from": {"weights": {"generator": SHA}, "sampling": {"scale": 2.0}, "seed": 7, "rounding": "truncate"},
         "made_on": {"device": "cpu", "features": "float32", "generator_dtype": "float32", "protocol": "none"},
         "fid_n50000": 2.5,
     }
@@ -75,7 +75,7 @@ def trained(path: pathlib.Path) -> pathlib.Path:
     made_from = {
         "images": 50000, "protocol": "adm", "inception_sha256": "f" * 64, "features": "float64", "reference_sha256": "e" * 64,
         "generator_sha256": SHA, "tokenizer_sha256": "d" * 64, "generator_dtype": "bfloat16",
-        "guidance": {"scale": 4.0, "power": 1.5}, "seed": 3, "rounding": "round",
+        "sampling": {"scale": 4.0, "power": 1.5}, "seed": 3, "rounding": "round",
     }  # fmt: skip
     scored = {"fid": 2.5, "n": 50000, "reference": "in.npz", "made_from": made_from, "remarks": [NASTY], "seconds": 9.0}
     versions = {"jax": "0.10.2", "rar_jax": "0.1.0"}

@@ -26,7 +26,7 @@ def _batch(config: classifier.Config, n: int = 6) -> dict[str, jax.Array]:
 
 
 # Jitted: op by op, the small programs take longer to compile than to run.
-_loss = jax.jit(classifier.loss, static_argnums=0, static_argnames=("step",))
+_loss = jax.jit(classifier.loss, static_argnums=0, static_argnames=("step", "train"))
 _features = jax.jit(classifier.features, static_argnums=0)
 
 
@@ -49,12 +49,12 @@ def test_trees_agree_and_hold_plain_arrays() -> None:
 
 
 def test_loss_is_finite_and_its_gradient_reaches_every_leaf() -> None:
-    (value, metrics), gradient = jax.jit(
+    (value, aux), gradient = jax.jit(
         jax.value_and_grad(
-            lambda p: classifier.loss(TINY, p, _batch(TINY), key=jax.random.key(1), step=0), has_aux=True
+            lambda p: classifier.loss(TINY, p, _batch(TINY), key=jax.random.key(1), step=0, train=True), has_aux=True
         )
     )(_params(TINY))
-    assert np.isfinite(value) and set(metrics) == {"loss", "accuracy"}
+    assert np.isfinite(value) and set(aux.metrics) == {"loss", "accuracy"}
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
@@ -64,25 +64,25 @@ def test_28_colour_pixels_with_three_stages() -> None:
     batch = _batch(config)
     out = _features(config, _params(config), batch["images"])
     assert out["features"].shape == (6, 8) and out["logits"].shape == (6, 7)
-    value, _ = _loss(config, _params(config), batch, key=jax.random.key(1), step=0)
+    value, _ = _loss(config, _params(config), batch, key=jax.random.key(1), step=0, train=True)
     assert np.isfinite(value)
 
 
 def test_evaluation_is_fixed_and_training_is_keyed() -> None:
-    def loss(key: jax.Array | None) -> float:
-        return float(_loss(TINY, _params(TINY), _batch(TINY), key=key, step=0)[0])
+    def loss(key: int, train: bool) -> float:
+        return float(_loss(TINY, _params(TINY), _batch(TINY), key=jax.random.key(key), step=0, train=train)[0])
 
-    assert loss(None) == loss(None)
-    assert loss(jax.random.key(1)) == loss(jax.random.key(1)) != loss(jax.random.key(2))
+    assert loss(1, False) == loss(2, False)
+    assert loss(1, True) == loss(1, True) != loss(2, True)
 
 
 def test_loss_and_features_tell_one_story() -> None:
     batch = _batch(TINY)
-    value, metrics = _loss(TINY, _params(TINY), batch, key=None, step=0)
+    value, aux = _loss(TINY, _params(TINY), batch, key=jax.random.key(0), step=0, train=False)
     logits_bc = _features(TINY, _params(TINY), batch["images"])["logits"]
     expected = optax.softmax_cross_entropy_with_integer_labels(logits_bc, batch["labels"]).mean()
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
-    assert float(metrics["accuracy"]) == float((logits_bc.argmax(axis=-1) == batch["labels"]).mean())
+    assert float(aux.metrics["accuracy"]) == float((logits_bc.argmax(axis=-1) == batch["labels"]).mean())
 
 
 def test_uint8_and_float_images_mean_the_same() -> None:
@@ -145,7 +145,7 @@ def test_learns_real_digits() -> None:
 
     @jax.jit
     def train(params: Any, state: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
-        gradient = jax.grad(lambda p: classifier.loss(config, p, batch, key=key, step=0)[0])(params)
+        gradient = jax.grad(lambda p: classifier.loss(config, p, batch, key=key, step=0, train=True)[0])(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -153,4 +153,4 @@ def test_learns_real_digits() -> None:
         batch = {"images": jnp.asarray(train_x[rows]), "labels": jnp.asarray(train_y[rows])}
         params, state = train(params, state, batch, jax.random.key(step))
     held = {"images": jnp.asarray(held_x), "labels": jnp.asarray(held_y)}
-    assert _loss(config, params, held, key=None, step=0)[1]["accuracy"] > 0.85
+    assert _loss(config, params, held, key=jax.random.key(0), step=0, train=False)[1].metrics["accuracy"] > 0.85

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from rar_jax.generators import rar
+from rar_jax.generators.rar import Sampling
 from rar_jax.networks import decoding
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, sharded
-from rar_jax.sampling import Guidance
 from rar_jax.weights.registry import GENERATORS
 
 
@@ -88,7 +88,7 @@ def random_params(seed: int) -> Any:
 def test_stages_change_nothing(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two stages, as this size has by itself, or others."""
     params, labels = random_params(0), jnp.asarray([3, 1, 3])
-    keywords: Any = {"keys": jax.random.split(jax.random.key(1), 3), "guidance": Guidance(2.0, 1.0)}
+    keywords: Any = {"keys": jax.random.split(jax.random.key(1), 3), "sampling": Sampling(2.0, 1.0)}
     expected = rar.sample(rar.TINY, params, labels, **keywords)
     monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [17 * i // stages for i in range(stages + 1)])
     np.testing.assert_array_equal(rar.sample(rar.TINY, params, labels, **keywords), expected)
@@ -144,7 +144,7 @@ def test_the_cache_is_written_in_place() -> None:
     rows, stages, head_dim = 3 * 2 * rar.TINY.num_heads, (8, 9), rar.TINY.width // rar.TINY.num_heads
 
     def draw(params: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
-        return rar.sample(rar.TINY, params, labels, keys=keys, guidance=Guidance(2.0, 1.0))
+        return rar.sample(rar.TINY, params, labels, keys=keys, sampling=Sampling(2.0, 1.0))
 
     text = (
         jax.jit(draw).lower(random_params(0), jnp.arange(3), jax.random.split(jax.random.key(1), 3)).compile().as_text()
@@ -179,12 +179,12 @@ def test_on_a_mesh(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch)
     labels, keys = jnp.asarray([3, 1, 3, 10, 0, 2, 5, 5]), jax.random.split(jax.random.key(1), 8)
     tokens = jax.random.randint(jax.random.key(2), (8, 16), 0, 32)
     expected = rar.cached_logits(config, params, tokens, labels)
-    drawn = rar.sample(config, params, labels, keys=keys, guidance=Guidance(2.0))
+    drawn = rar.sample(config, params, labels, keys=keys, sampling=Sampling(2.0))
     mesh = make_mesh(MeshConfig(*shape))
     tokens, labels, keys = jax.device_put((tokens, labels, keys), batch_sharding(mesh))
     with sharded(mesh):
         ours = jax.jit(lambda p, t, c: rar.cached_logits(config, p, t, c))(params, tokens, labels)
-        again = jax.jit(lambda p, c, k: rar.sample(config, p, c, keys=k, guidance=Guidance(2.0)))(params, labels, keys)
+        again = jax.jit(lambda p, c, k: rar.sample(config, p, c, keys=k, sampling=Sampling(2.0)))(params, labels, keys)
     np.testing.assert_allclose(ours, expected, atol=2e-5)
     np.testing.assert_array_equal(again, drawn)
     assert rows == [8, 16, *(each // (shape[0] * shape[1]) for each in (8, 16))]  # cached_logits has no guidance

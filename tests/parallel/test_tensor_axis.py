@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from rar_jax import Guidance, cli, load
+from rar_jax import cli, load
 from rar_jax.errors import ConfigError
 from rar_jax.evaluation import program
+from rar_jax.generators.rar import Sampling
 from rar_jax.keys import sample_keys
 from rar_jax.metrics import sums
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 
-GUIDANCE = Guidance(2.0, 1.0, 1.0)
+SAMPLING = Sampling(2.0, 1.0, 1.0)
 
 
 def drawn(pair: Any, tensor: int) -> tuple[np.ndarray, int]:
@@ -28,7 +29,7 @@ def drawn(pair: Any, tensor: int) -> tuple[np.ndarray, int]:
     @jax.jit
     def tokens(params: Any) -> jax.Array:
         return model.module.sample(
-            model.config, params, labels, keys=sample_keys(3, np.arange(len(labels))), guidance=GUIDANCE
+            model.config, params, labels, keys=sample_keys(3, np.arange(len(labels))), sampling=SAMPLING
         )
 
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
@@ -60,7 +61,13 @@ def test_evaluate_scores_the_same_samples(
     made = ["--make-reference", str(tmp_path / "images.npz"), "--out", str(tmp_path / "reference.npz")]
     assert cli.main([*argv, *made]) == 0, capsys.readouterr().err
     argv += ["--weights", str(released_pair.generator), "--tokenizer", str(released_pair.tokenizer), "--samples=24"]
-    argv += ["--samples-npz", "--guidance=2,1,1", "--reference", str(tmp_path / "reference.npz")]
+    argv += [
+        "--samples-npz",
+        "--sampling.scale=2",
+        "--sampling.power=1",
+        "--reference",
+        str(tmp_path / "reference.npz"),
+    ]
     results, images = [], []
     for tensor in (1, 2):
         out = tmp_path / str(tensor)

@@ -148,14 +148,14 @@ def test_the_same_command_does_nothing(workdir: pathlib.Path, capsys: pytest.Cap
     assert "generator: up to date, skipped" in out and "fd_classifier" in out and "Try next" in out
 
 
-def test_new_guidance_scores_again_without_training(workdir: pathlib.Path) -> None:
+def test_new_sampling_settings_score_again_without_training(workdir: pathlib.Path) -> None:
     before = json.loads((workdir / "result.json").read_text())
     assert (
-        main(["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.guidance.temperature=0.5"]) == 0
+        main(["run", "--config", TINY, "--workdir", str(workdir), "--quiet", "--config.sampling.temperature=0.5"]) == 0
     )
     after = json.loads((workdir / "result.json").read_text())
     assert after["made_from"]["weights"] == before["made_from"]["weights"]
-    assert after["made_from"]["guidance"]["temperature"] == 0.5
+    assert after["made_from"]["sampling"]["temperature"] == 0.5
     assert after["fd_classifier"]["samples_n40"] != before["fd_classifier"]["samples_n40"]
     assert main(["run", "--config", TINY, "--workdir", str(workdir), "--quiet"]) == 0
     again = json.loads((workdir / "result.json").read_text())
@@ -178,16 +178,16 @@ def test_pipeline(workdir: pathlib.Path) -> None:
     on_four = rar_jax.load(workdir, mesh=make_mesh(MeshConfig(data=2, fsdp=2)))
     np.testing.assert_array_equal(on_four.sample(labels, seed=0), images)
     assert (pipeline.sample(labels, seed=1) != images).any()
-    guided = pipeline.sample(labels, seed=0, guidance=rar_jax.Guidance(8.0))
+    guided = pipeline.sample(labels, seed=0, scale=8.0)
     assert (guided != images).any()
     # Inside a program of one's own, with the weights as an argument.
     root = jax.random.fold_in(jax.random.key(0), zlib.crc32(b"sample"))  # keys.py, written out
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(np.arange(5))
-    ours = jax.jit(pipeline.sample_fn)(pipeline.params, np.asarray(labels), keys, pipeline.guidance)
+    ours = jax.jit(pipeline.sample_fn)(pipeline.params, np.asarray(labels), keys, pipeline.sampling)
     np.testing.assert_array_equal(ours, images)
     with pytest.raises(ConfigError, match=r"label 10 is outside the classes 0\.\.9"):
         pipeline.sample([10])
-    for misuse in ({"labels": [3.9]}, {"labels": [3], "guidance": 2.0}, {"labels": [3], "batch_size": 0}):
+    for misuse in ({"labels": [3.9]}, {"labels": [3], "skale": 2.0}, {"labels": [3], "batch_size": 0}):
         with pytest.raises(ConfigError):
             pipeline.sample(**misuse)  # pyright: ignore
     with pytest.raises(ConfigError, match="seed is 1099511627776"):
@@ -204,9 +204,9 @@ def test_sample_verb(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "pictures"
     args = ["sample", "--weights", str(workdir), "--classes", "3,7-8", "--per-class", "2", "--out", str(out)]
     args[4] = "3,7-8,3"  # a class named twice is drawn once
-    assert main([*args, "--guidance", "2,1", "--quiet"]) == 0
+    assert main([*args, "--sampling.scale=2", "--sampling.power=1", "--quiet"]) == 0
     assert len(list(out.glob("0*.png"))) == 6 and (out / "grid.png").is_file()
-    expected = rar_jax.load(workdir).sample([3, 3, 7, 7, 8, 8], guidance=rar_jax.Guidance(2.0, 1.0))
+    expected = rar_jax.load(workdir).sample([3, 3, 7, 7, 8, 8], scale=2, power=1.0)
     np.testing.assert_array_equal(np.asarray(Image.open(out / "0007_001.png")), expected[3, ..., 0])
 
 

@@ -7,17 +7,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rar_jax import Guidance, cli, load
+from rar_jax import cli, load
 
 
 def test_from_released_files_to_pictures(
     released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["sample", "--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--classes", "7,3"]
-    argv += ["--per-class", "3", "--seed", "5", "--guidance", "2,1,1", "--batch-size", "2", "--out", tmp_path / "out"]
+    argv += [
+        "--per-class",
+        "3",
+        "--seed",
+        "5",
+        "--sampling.scale=2",
+        "--sampling.power=1",
+        "--batch-size",
+        "2",
+        "--out",
+        tmp_path / "out",
+    ]
     assert cli.main([str(a) for a in argv]) == 0
     expected = load(released_pair.generator, tokenizer=released_pair.tokenizer).sample(
-        [7, 7, 7, 3, 3, 3], seed=5, guidance=Guidance(2.0, 1.0, 1.0), batch_size=2
+        [7, 7, 7, 3, 3, 3], seed=5, scale=2.0, power=1, batch_size=2
     )
     names = ["0007_000", "0007_001", "0007_002", "0003_000", "0003_001", "0003_002"]
     for name, image in zip(names, expected, strict=True):

@@ -34,8 +34,8 @@ def numbers(seed: int, ema: bool = True) -> dict[str, Any]:
         bits = {"kernel": rng.integers(0, 2**32, (8, 12), np.uint32), "bias": rng.integers(0, 2**32, (8,), np.uint32)}
         return {name: x.view(np.float32) for name, x in bits.items()}
 
-    state = {"step": np.int32(seed), "params": tree(), "opt_state": ({"mu": tree()}, {}), "extra": {}}
-    return state | ({"extra": {"ema": tree()}} if ema else {})
+    state = {"step": np.int32(seed), "params": tree(), "opt_state": ({"mu": tree()}, {}), "ema": {}, "extra": {}}
+    return state | ({"ema": tree()} if ema else {})
 
 
 def shardings_of(state: Any, mesh: Mesh) -> Any:
@@ -120,7 +120,7 @@ def test_saved_on_one_device_and_restored_on_four(tmp_path: pathlib.Path) -> Non
 def test_load_params_gives_the_ema_where_there_is_one(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for step in (1, 2):
         params = load_params(saved, step)
-        assert bits(params) == bits(numbers(step)["extra"]["ema"]) != bits(numbers(step)["params"])
+        assert bits(params) == bits(numbers(step)["ema"]) != bits(numbers(step)["params"])
         assert all(type(x) is np.ndarray for x in jax.tree.leaves(params))
     save(tmp_path, range(3, 4), ema=False)
     assert bits(load_params(tmp_path, 3)) == bits(numbers(3, ema=False)["params"])

@@ -17,7 +17,7 @@ CONFIG: dict[str, Any] = {
     "train": {"steps": 100, "warmup": 5},
     "tokenizer": {"name": "maskgit_vq", "width_multipliers": (1, 2)},
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-    "guidance": {"scale": 2.0},
+    "sampling": {"scale": 2.0},
     "evaluate": {"samples": 1000},
 }
 
@@ -120,10 +120,10 @@ def test_another_version(begun: Workdir, version: str | None) -> None:
 
 
 def test_free_sections_may_change_and_are_written(begun: Workdir) -> None:
-    assert FREE_SECTIONS == ("mesh", "guidance", "evaluate", "wandb")
-    other = changed(mesh={"fsdp": 4}, guidance={"scale": 4.0, "power": 1.0}, evaluate={"samples": 50}, wandb="digits")
+    assert FREE_SECTIONS == ("mesh", "sampling", "evaluate", "wandb")
+    other = changed(mesh={"fsdp": 4}, sampling={"scale": 4.0, "power": 1.0}, evaluate={"samples": 50}, wandb="digits")
     begun.claim(other)
-    assert begun.read_config()["mesh"]["fsdp"] == 4 and begun.read_config()["guidance"] == {"scale": 4.0, "power": 1.0}
+    assert begun.read_config()["mesh"]["fsdp"] == 4 and begun.read_config()["sampling"] == {"scale": 4.0, "power": 1.0}
     # A free section does not carry a bound one past the check.
     assert "undo: seed: 0 -> 1" in refusal(begun, changed(mesh={"fsdp": 2}, seed=1))
 

@@ -115,8 +115,13 @@ def test_an_impossible_configuration_is_one_clear_line(change, message):
 def test_loss_metrics_and_uint8(params):
     raw = jax.random.randint(jax.random.key(2), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
     labels = jnp.zeros((2,), jnp.int32)
-    run = jax.jit(lambda images: maskgit_vq.loss(TINY, params, {"images": images, "labels": labels}, key=None, step=0))
-    loss, metrics = run(raw)
+    run = jax.jit(
+        lambda images: maskgit_vq.loss(
+            TINY, params, {"images": images, "labels": labels}, key=jax.random.key(0), step=0, train=False
+        )
+    )
+    loss, aux = run(raw)
+    metrics = aux.metrics
     same, _ = run(raw / 255.0)
     np.testing.assert_allclose(loss, same, rtol=1e-6)
     assert set(metrics) >= {"loss", "l1", "l2", "psnr", "codebook_usage", "perplexity"}
@@ -138,7 +143,7 @@ def test_loss_metrics_and_uint8(params):
 
 def _gradient(config, params, images):
     def objective(params):
-        return maskgit_vq.loss(config, params, {"images": images}, key=jax.random.key(0), step=0)[0]
+        return maskgit_vq.loss(config, params, {"images": images}, key=jax.random.key(0), step=0, train=True)[0]
 
     return jax.jit(jax.grad(objective))(params)
 
@@ -181,8 +186,12 @@ def test_each_codebook_term_teaches_only_its_side(params, images):
 
 
 def _after_step(config, params, images, step):
-    run = jax.jit(lambda p, s: maskgit_vq.after_step(config, p, {"images": images}, key=jax.random.key(3), step=s))
-    return run(params, step)
+    def run(params, step):
+        nothing = {"outputs": None, "adversary_outputs": None}
+        batch, key = {"images": images}, jax.random.key(3)
+        return maskgit_vq.after_step(config, params, {}, batch, key=key, step=step, **nothing)[0]
+
+    return jax.jit(run)(params, jnp.int32(step))
 
 
 def test_restart_replaces_exactly_the_unused_codes_by_latents(params, images):
@@ -206,7 +215,7 @@ def test_restart_keeps_its_schedule(params, images, step, due):
 
 def test_restart_can_be_off_and_copes_with_fewer_latents_than_codes(params, images):
     off = dataclasses.replace(TINY, restart_every=0)
-    assert maskgit_vq.after_step(off, params, {"images": images}, key=jax.random.key(0), step=0) is params
+    np.testing.assert_array_equal(_after_step(off, params, images, 0)["codebook"], params["codebook"])
     large = dataclasses.replace(TINY, codebook_size=100)
     params = maskgit_vq.init(large, jax.random.key(0))
     assert _after_step(large, params, images[:1], 0)["codebook"].shape == (100, TINY.latent_width)

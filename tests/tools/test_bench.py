@@ -74,7 +74,7 @@ def check(report: dict[str, Any], unit: str, items: int, sizes: tuple[int, ...] 
 def test_sample(tiny: Experiment) -> None:
     report = bench_experiment(tiny, Options("sample", batch_sizes=(4, 8), repeats=2))
     check(report, "images", 1)
-    assert report["guided"] and report["dtype"] == "float32"
+    assert report["sampling"]["scale"] and report["dtype"] == "float32"
     four, eight = (r["flops"] for r in report["results"])
     # 17 positions; 2 layers of width 32 and an MLP of 64; adaLN of 14 x 32 outputs for each label and for the null class, over
     # a mesh once per sample. Attention reads both stages of the cache: 8 positions of 8, 9 of 17.
@@ -85,7 +85,7 @@ def test_sample(tiny: Experiment) -> None:
         for b in (4, 8)
     ]
     assert [four, eight] == by_hand
-    assert "images/s" in format_bench(report) and "guided" in format_bench(report)
+    assert "images/s" in format_bench(report) and ", scale 2" in format_bench(report)
 
 
 def test_sample_to_images_costs_the_decoder_too(tiny: Experiment) -> None:
@@ -156,7 +156,7 @@ def test_evaluate_whole(tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> No
     whole = bench_experiment(tiny, Options("evaluate", batch_sizes=(4,), repeats=2, whole=True))
     alone = bench_experiment(tiny, Options("sample", batch_sizes=(4,), repeats=2, decode=True))
     check(whole, "images", 1, (4,))
-    assert whole["guided"] and whole["results"][0]["flops"] == alone["results"][0]["flops"]
+    assert whole["sampling"]["scale"] and whole["results"][0]["flops"] == alone["results"][0]["flops"]
 
 
 def test_tokenize(tiny: Experiment) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from rar_jax.errors import TripCountError
 from rar_jax.generators import rar
+from rar_jax.generators.rar import Sampling
 from rar_jax.keys import sample_keys
-from rar_jax.sampling import Guidance
 from rar_jax.tools.costs import Cost, count_costs
 
-RAR_B, UNGUIDED, GUIDED = rar.Config(), Guidance(0.0), Guidance(2.0)
+RAR_B, UNGUIDED, GUIDED = rar.Config(), Sampling(), Sampling(2.0)
 
 
 def count(function: Any, *args: Any) -> Cost:
@@ -64,7 +64,7 @@ def test_a_training_step(config: rar.Config) -> None:
     batch = {"tokens": tokens, "labels": jax.ShapeDtypeStruct((4,), jnp.int32)}
 
     def loss(params: Any, batch: Any) -> Any:
-        return rar.loss(config, params, batch, key=jax.random.key(0), step=0)[0]
+        return rar.loss(config, params, batch, key=jax.random.key(0), step=0, train=True)[0]
 
     params = param_shapes(config)
     step = count(jax.grad(loss), params, batch)
@@ -81,14 +81,14 @@ def test_remat_computes_blocks_again() -> None:
     def flops(remat: bool) -> float:
         config = dataclasses.replace(rar.TINY, remat=remat)
         batch = {"tokens": jnp.zeros((4, 16), jnp.int32), "labels": jnp.zeros(4, jnp.int32)}
-        loss = functools.partial(rar.loss, config, batch=batch, key=jax.random.key(0), step=0)
+        loss = functools.partial(rar.loss, config, batch=batch, key=jax.random.key(0), step=0, train=True)
         return count(jax.grad(loss, has_aux=True), param_shapes(config)).flops
 
     blocks = 2 * 4 * 17 * (block_weights(rar.TINY) + 2 * 6 * 32**2) + 2 * 4 * 2 * 2 * 32 * 17**2
     assert 0.5 * blocks < flops(True) - flops(False) <= blocks
 
 
-@pytest.mark.parametrize("guidance", [UNGUIDED, GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize("sampling", [UNGUIDED, GUIDED], ids=["unguided", "guided"])
 @pytest.mark.parametrize(
     ("config", "batch", "ends", "periods", "within"),
     [
@@ -105,7 +105,7 @@ def test_sampling(
     ends: tuple[int, ...],
     periods: tuple[int, ...],
     within: float | None,
-    guidance: Guidance,
+    sampling: Sampling,
 ) -> None:
     """Against what the sampler executes, and for RAR-B against the least that it must.
 
@@ -114,10 +114,10 @@ def test_sampling(
         at a time. within: of the least.
     """
     params = jax.eval_shape(functools.partial(rar.prepare, config), param_shapes(config))
-    labels, guided = jax.ShapeDtypeStruct((batch,), jnp.int32), guidance.enabled
+    labels, guided = jax.ShapeDtypeStruct((batch,), jnp.int32), sampling.scale is not None
 
     def sample(params: Any, labels: jax.Array) -> jax.Array:
-        return rar.sample(config, params, labels, keys=sample_keys(0, jnp.arange(batch)), guidance=guidance)
+        return rar.sample(config, params, labels, keys=sample_keys(0, jnp.arange(batch)), sampling=sampling)
 
     cost, rows, conditions = count(sample, params, labels), batch * (1 + guided), batch + guided
     pairs = sum((end - begin) * end for begin, end in zip((0, *ends), ends, strict=False))
@@ -138,7 +138,7 @@ def test_a_cache_in_bfloat16_moves_half_the_bytes() -> None:
     def moved(dtype: str) -> float:
         params = jax.eval_shape(functools.partial(rar.prepare, rar.TINY, dtype=dtype), param_shapes(rar.TINY))
         keys = sample_keys(0, jnp.arange(2))
-        sample = functools.partial(rar.sample, rar.TINY, labels=jnp.arange(2), keys=keys, guidance=UNGUIDED)
+        sample = functools.partial(rar.sample, rar.TINY, labels=jnp.arange(2), keys=keys, sampling=UNGUIDED)
         return count(sample, params).bytes
 
     c, halves = rar.TINY, 17 * block_weights(rar.TINY) + 2 * 2 * 2 * 32 * causal_pairs(rar.TINY)

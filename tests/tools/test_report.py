@@ -182,7 +182,7 @@ def test_scores_stand_beside_what_they_depend_on(page: Page) -> None:
         ["fid", "2.5"],
         ["n", "50000"],
         ["made_from.reference_sha256", "e" * 12 + "…"],
-        ["made_from.guidance.power", "1.5"],
+        ["made_from.sampling.power", "1.5"],
         ["made_on.mesh.fsdp", "2"],
         ["made_on.versions.jax", "0.10.2"],
     ):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rar_jax.models import Aux
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated
 from rar_jax.sections import Recipe
@@ -75,9 +76,9 @@ def test_hardly_any_deviation_is_no_reason() -> None:
 def test_a_bad_update_changes_nothing_on_any_shard(config: MeshConfig | None) -> None:
     """A NaN in one row, which lies on one device, and a parameter whose gradient stays finite."""
 
-    def loss(params: Any, batch: Any, *, key: Any, step: Any) -> Any:
+    def loss(params: Any, batch: Any, **_: Any) -> Any:
         value = jnp.mean(jnp.square(batch["x"] @ params["a"]["kernel"] @ params["b"]["kernel"])) + params["c"].sum()
-        return value, {"loss": value}
+        return value, Aux({"loss": value})
 
     recipe = Recipe(steps=20, batch_size=8, ema_decay=0.9, learning_rate=0.01)
     mesh = make_mesh(config) if config else make_mesh(MeshConfig(), jax.devices()[:1])
@@ -92,7 +93,7 @@ def test_a_bad_update_changes_nothing_on_any_shard(config: MeshConfig | None) ->
     rows = np.random.default_rng(0).standard_normal((6, 8, 8)).astype(np.float32)
 
     def shards(state: Any) -> list[bytes]:
-        kept = {name: state[name] for name in ("params", "opt_state", "extra")}
+        kept = {name: state[name] for name in ("params", "opt_state", "ema", "extra")}
         return [np.asarray(s.data).tobytes() for x in jax.tree.leaves(kept) for s in x.addressable_shards]
 
     before, told = shards(state), []

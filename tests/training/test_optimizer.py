@@ -131,7 +131,7 @@ def four(tiny: Any) -> FourSteps:
     config, params, g = tiny
     tx = optax.chain(recording(), make_optimizer(TINY_RUN, rar.decay_mask(config)))
     state = make_init(lambda key: params, tx, TINY_RUN)(jax.random.key(0))
-    step = jax.jit(make_train_step(functools.partial(rar.loss, config), tx, TINY_RUN))
+    step = jax.jit(make_train_step(functools.partial(rar.loss, config, train=True), tx, TINY_RUN))
     history, first_grads = [], None
     for k in range(4):
         state, metrics = step(state, batch_of(g, k), jax.random.key(0))

@@ -100,7 +100,7 @@ def test_an_ema_lies_as_the_parameters(files: dict[str, pathlib.Path], devices: 
     state, _ = start_from(experiment, setup.init(jax.random.key(0)), setup, mesh)
     assert devices == 1 or not all(x.is_fully_replicated for x in jax.tree.leaves(state["params"]))
     same = jax.tree.map(
-        lambda x, ema: bool(x.sharding == ema.sharding and (x == ema).all()), state["params"], state["extra"]["ema"]
+        lambda x, ema: bool(x.sharding == ema.sharding and (x == ema).all()), state["params"], state["ema"]
     )
     assert jax.tree.all(same)
 

@@ -1,5 +1,6 @@
 """The train step on a small network of its own: accumulation, EMA, what follows the update, randomness, places."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rar_jax.models import Aux
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, param_shardings, replicated
 from rar_jax.sections import Recipe
@@ -27,11 +29,11 @@ def init(key: jax.Array) -> dict[str, Any]:
     }
 
 
-def loss(params: Any, batch: Any, *, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(params: Any, batch: Any, *, key: jax.Array, step: jax.Array, extra: Any = None) -> tuple[jax.Array, Aux]:
     """Mean over rows of a regression: no randomness, so that parts of a batch add up to the whole."""
     hidden = jnp.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"][None])
     value = jnp.mean(jnp.square(hidden @ params["last"]["kernel"] - batch["y"]))
-    return value, {"loss": value, "mean_x": jnp.mean(batch["x"])}
+    return value, Aux({"loss": value, "mean_x": jnp.mean(batch["x"])}, outputs={"x": batch["x"]})
 
 
 def batch_of(step: int, rows: int = 16) -> dict[str, np.ndarray]:
@@ -54,7 +56,8 @@ def run(recipe: Recipe, steps: int, mesh: Any = None, **step_arguments: Any) -> 
     """Some steps from the same start, sharded and with the old state donated as training does it."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     tx = make_optimizer(recipe, MASK)
-    init_state = make_init(init, tx, recipe)
+    init_extra = step_arguments.pop("init_extra", None)
+    init_state = make_init(init, tx, recipe, init_extra and (lambda key: init_extra()))
     shapes = jax.eval_shape(init_state, jax.random.key(0))
     shardings = state_shardings(shapes, param_shardings(AXES, shapes["params"], mesh), replicated(mesh), tx)
     step_fn = make_train_step(step_arguments.pop("loss", loss), tx, recipe, **step_arguments)
@@ -65,7 +68,7 @@ def run(recipe: Recipe, steps: int, mesh: Any = None, **step_arguments: Any) -> 
         state, metrics = step(state, jax.device_put(batch_of(k), batch_sharding(mesh)), jax.random.key(ROOT))
         out.metrics.append({name: float(value) for name, value in metrics.items()})
         out.params.append(jax.tree.map(np.array, state["params"]))
-        out.ema.append(jax.tree.map(np.array, state["extra"].get("ema")))
+        out.ema.append(jax.tree.map(np.array, state["ema"]))
     assert int(state["step"]) == steps
     return out._replace(state=state)
 
@@ -103,10 +106,10 @@ def test_accumulation_in_four_parts_is_the_whole_batch(plain: Run, mesh: MeshCon
 def test_parts_of_a_batch_draw_different_numbers() -> None:
     """Each part reports its own draw: with one key for all, the mean of four would be the draw itself."""
 
-    def drawing(params: Any, batch: Any, *, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        value, metrics = loss(params, batch, key=key, step=step)
+    def drawing(params: Any, batch: Any, *, key: jax.Array, **rest: Any) -> tuple[jax.Array, Aux]:
+        value, aux = loss(params, batch, key=key, **rest)
         draw = jax.random.uniform(key)
-        return value, metrics | {"draw": draw, "square": draw**2}
+        return value, Aux(aux.metrics | {"draw": draw, "square": draw**2})
 
     first, second = run(recipe_of(accumulation=4), 2, loss=drawing).metrics
     for metrics in (first, second):
@@ -127,9 +130,11 @@ def test_the_step_reports_the_norm_of_the_gradient_before_clipping(plain: Run) -
 
 
 def test_randomness_is_a_function_of_root_and_step() -> None:
-    def drawing(params: Any, batch: Any, *, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        value, metrics = loss(params, batch, key=key, step=step)
-        return value, metrics | {"draw": jax.random.uniform(key), "step": step.astype(jnp.float32)}
+    def drawing(
+        params: Any, batch: Any, *, key: jax.Array, step: jax.Array, extra: Any = None
+    ) -> tuple[jax.Array, Aux]:
+        value, aux = loss(params, batch, extra=extra, key=key, step=step)
+        return value, Aux(aux.metrics | {"draw": jax.random.uniform(key), "step": step.astype(jnp.float32)})
 
     recipe = recipe_of()
     tx = make_optimizer(recipe, MASK)
@@ -159,19 +164,23 @@ def test_ema_is_the_recurrence_in_float64(plain: Run, averaged: Run) -> None:
 
 
 def test_evaluated_params(plain: Run, averaged: Run) -> None:
-    assert evaluated_params(averaged.state) is averaged.state["extra"]["ema"]
-    assert plain.state["extra"] == {} and evaluated_params(plain.state) is plain.state["params"]
+    assert evaluated_params(averaged.state) is averaged.state["ema"]
+    assert plain.state["ema"] == {} and evaluated_params(plain.state) is plain.state["params"]
 
 
-def test_after_step_follows_the_update_and_the_ema_sees_it(plain: Run) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_after_step_follows_the_update_and_the_ema_sees_it(plain: Run, accumulation: int) -> None:
     calls: list[Any] = []
 
-    def after_step(params: Any, batch: Any, *, key: jax.Array, step: jax.Array) -> Any:
+    def after_step(params: Any, extra: Any, batch: Any, *, outputs: Any, key: jax.Array, step: jax.Array) -> Any:
         calls.append((key.shape, batch["x"].shape))
         bias = params["first"]["bias"] * 0 + 100.0 + step
-        return {**params, "first": {**params["first"], "bias": bias}}
+        same = jnp.all(outputs["x"] == batch["x"])  # in the order of the batch, from two parts too
+        return {**params, "first": {**params["first"], "bias": bias}}, {"calls": extra["calls"] + same}
 
-    after = run(recipe_of(ema_decay=0.5), 2, after_step=after_step)
+    init_extra = functools.partial(dict, calls=jnp.zeros(()))
+    after = run(recipe_of(ema_decay=0.5, accumulation=accumulation), 2, after_step=after_step, init_extra=init_extra)
+    assert float(after.state["extra"]["calls"]) == 2
     np.testing.assert_array_equal(after.params[0]["first"]["bias"], np.full(12, 100.0))
     np.testing.assert_array_equal(after.params[1]["first"]["bias"], np.full(12, 101.0))
     np.testing.assert_allclose(
@@ -196,5 +205,5 @@ def test_moments_and_ema_lie_as_the_parameters_do(averaged: Run) -> None:
     assert set(held.values()) == {4 * (2 * 8 * 12 // 4 + 12 // 2) + 256}
     kernel = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     adam = [x for x in jax.tree.leaves(state["opt_state"]) if x.shape == (8, 12)]
-    assert len(adam) == 2 and all(x.sharding == kernel for x in [*adam, state["extra"]["ema"]["first"]["kernel"]])
+    assert len(adam) == 2 and all(x.sharding == kernel for x in [*adam, state["ema"]["first"]["kernel"]])
     assert state["step"].sharding.is_fully_replicated

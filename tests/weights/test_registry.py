@@ -9,13 +9,12 @@ import pytest
 from hub import CONTENT, SHA256, Hub, served
 
 from rar_jax.errors import ConfigError, WeightsError
-from rar_jax.generators.rar import TINY, Config
-from rar_jax.sampling import Guidance
+from rar_jax.generators.rar import TINY, Config, Sampling
 from rar_jax.weights import registry as released
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "guidance"),
+    ("name", "sizes", "sampling"),
     [
         ("rar_b", (768, 24, 3072), (16.0, 2.75, 1.0)),
         ("rar_l", (1024, 24, 4096), (15.5, 2.5, 1.02)),
@@ -23,11 +22,11 @@ from rar_jax.weights import registry as released
         ("rar_xxl", (1408, 40, 6144), (8.0, 1.2, 1.02)),
     ],
 )
-def test_presets(name: str, sizes: tuple[int, int, int], guidance: tuple[float, float, float]) -> None:
+def test_presets(name: str, sizes: tuple[int, int, int], sampling: tuple[float, float, float]) -> None:
     """rar.md, sections 2 and 4."""
     width, depth, mlp_width = sizes
     found = released.preset(Config(width=width, depth=depth, mlp_width=mlp_width))
-    assert found is released.GENERATORS[name] and found.guidance == Guidance(*guidance)
+    assert found is released.GENERATORS[name] and Sampling(**found.sampling) == Sampling(*sampling)
     assert found.file == f"{name}.bin"
     assert released.preset(Config(width=width, depth=depth, mlp_width=mlp_width, num_classes=10)) is None
     assert released.preset(Config(width=width, depth=depth + 1, mlp_width=mlp_width)) is None

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rar_jax.config import require
+from rar_jax.config import require, to_dict
 from rar_jax.experiment import Experiment
 from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.progress import track_progress
@@ -53,7 +53,7 @@ def bench_experiment(
         "devices": mesh.size,
         "jax_version": jax.__version__,
         "dtype": dtype,
-        "guided": experiment.guidance.enabled,
+        "sampling": to_dict(experiment.sampling),
         "ceilings": ceilings._asdict(),
         "results": [{**result, **compare_to_ceilings(result, ceilings)} for result in results],
     }
@@ -119,12 +119,13 @@ def compare_to_ceilings(result: Mapping[str, Any], ceilings: Ceilings) -> dict[s
 
 def format_bench(report: Mapping[str, Any]) -> str:
     """The report of `bench_experiment` as a table."""
-    ceilings, guidance = report["ceilings"], ", guided" if report["guided"] else ", without guidance"
+    ceilings = report["ceilings"]
+    sampling = "".join(f", {name} {value}" for name, value in report["sampling"].items() if value is not None)
     lines = [
         f"bench {report['bench']} of {report['config']}, random weights: "
         f"{report['devices']} {report['device_kind']} device(s), "
         f"jax {report['jax_version']}{', ' + report['dtype'] if report['dtype'] else ''}"
-        f"{guidance if report['bench'] in ('sample', 'evaluate') else ''}",
+        f"{sampling if report['bench'] in ('sample', 'evaluate') else ''}",
         f"this machine, measured: {_format_si(ceilings['flops_per_second'])}FLOP/s in a large matmul, "
         f"{_format_si(ceilings['bytes_per_second'])}B/s of memory",
     ]

@@ -22,7 +22,7 @@ from rar_jax.errors import TripCountError
 from rar_jax.experiment import Experiment
 from rar_jax.keys import sample_keys
 from rar_jax.metrics.features import extract_features
-from rar_jax.models import Model, TokenSpec, store_spec, token_spec
+from rar_jax.models import Model, TokenSpec, prepare_params, store_spec, token_spec
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.networks.layers import dropout_bits
 from rar_jax.parallel.arrays import prefetch_batches
@@ -124,25 +124,23 @@ def get_setting(model: Model, name: str) -> Any:
 def make_sample_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:
     """Labels to tokens; with `decode` to images, with `whole` to Inception features."""
     generator, tokenizer = experiment.generator, experiment.tokenizer
-    prepared = generator.module.prepare(
-        generator.config, draw_params(generator, mesh), dtype=select_dtype(experiment, options)
-    )
+    prepared = prepare_params(generator, draw_params(generator, mesh), dtype=select_dtype(experiment, options))
     params = {"generator": prepared}
     if options.decode or options.whole:
         params["tokenizer"] = draw_params(tokenizer, mesh)
     if options.whole:
         params["inception"] = _draw_inception(mesh)
 
-    def sample(params: Any, labels: jax.Array, keys: jax.Array, guidance: Any) -> Any:
+    def sample(params: Any, labels: jax.Array, keys: jax.Array, sampling: Any) -> Any:
         if "tokenizer" not in params:
-            return generator.module.sample(generator.config, params["generator"], labels, keys=keys, guidance=guidance)
-        images = sample_images(generator, tokenizer, params, labels, keys, guidance)
+            return generator.module.sample(generator.config, params["generator"], labels, keys=keys, sampling=sampling)
+        images = sample_images(generator, tokenizer, params, labels, keys, sampling)
         return extract_features(params["inception"], images) if "inception" in params else images
 
     for size in select_batch_sizes(experiment, mesh, options):
         labels = jnp.arange(size, dtype=jnp.int32) % experiment.data.num_classes
         batch = jax.device_put((labels, sample_keys(0, jnp.arange(size))), batch_sharding(mesh))
-        yield _make_network_case(mesh, size, sample, params, *batch, experiment.guidance)
+        yield _make_network_case(mesh, size, sample, params, *batch, experiment.sampling)
 
 
 def make_train_cases(experiment: Experiment, mesh: Mesh, options: Options) -> Iterator[Case]:

@@ -16,7 +16,7 @@ from rar_jax.errors import TripCountError
 from rar_jax.evaluation.image_batches import batch_samples
 from rar_jax.evaluation.program import Network, Program, Settings
 from rar_jax.experiment import Experiment
-from rar_jax.models import Model, token_spec
+from rar_jax.models import Model, prepare_params, token_spec
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.tokens.tokenize import jit_encode
@@ -63,7 +63,7 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
     Raises: DoesNotFitError.
     """
     generator, tokenizer = experiment.generator, experiment.tokenizer
-    prepare = functools.partial(generator.module.prepare, generator.config)
+    prepare = functools.partial(prepare_params, generator)
     params = shape_params(generator, mesh)
     prepared, at = jax.eval_shape(prepare, params), replicated(mesh)
     if mesh.shape["tensor"] > 1:  # the compiler chooses the shardings
@@ -73,7 +73,7 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
     inception = _place(jax.eval_shape(Inception().init, jax.random.key(0), image)["params"], replicated(mesh))
     program = Program(Network(inception, "none"), mesh, Settings(batch_size=batch_size), None)
     params = {"generator": _place(prepared, at), "tokenizer": shape_params(tokenizer, mesh)}
-    samples = batch_samples((generator, tokenizer), params, experiment.guidance, num=batch_size, seed=0)
+    samples = batch_samples((generator, tokenizer), params, experiment.sampling, num=batch_size, seed=0)
     return program.lower(samples)
 
 
@@ -117,7 +117,7 @@ def count_model_flops(experiment: Experiment) -> float | None:
     None if a loop of the loss depends on data.
     """
     generator, key = experiment.generator, jax.random.key(0)
-    loss = functools.partial(generator.module.loss, generator.config, key=key, step=0)
+    loss = functools.partial(generator.module.loss, generator.config, key=key, step=0, train=True)
     params = jax.eval_shape(functools.partial(generator.module.init, generator.config), key)
     try:
         return 3 * count_costs(jax.make_jaxpr(loss)(params, _shape_tokens(experiment))).flops
