@@ -1,7 +1,6 @@
-"""The guidance schedule against the released one, and what is traced and what is static in a Guidance."""
+"""The guidance schedule at its limits, and what is traced and what is static in a Guidance."""
 
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -11,30 +10,6 @@ import pytest
 
 from rar_jax.errors import ConfigError
 from rar_jax.sampling import ROUNDINGS, Guidance, to_uint8
-
-CURVES = [
-    (4.0, 0.0, "4_0"),
-    (16.0, 2.75, "16_2.75"),
-    (6.9, 1.5, "6.9_1.5"),
-    (8.0, 1.2, "8_1.2"),
-    (15.5, 2.5, "15.5_2.5"),
-]
-
-
-@pytest.mark.parametrize(("scale", "power", "name"), CURVES)
-def test_weight_is_the_released_schedule(golden: pathlib.Path, scale: float, power: float, name: str) -> None:
-    expected = np.load(golden / "rar_tiny.npz")[f"cfgscale_{name}"]
-    assert expected.shape == (256,)
-    ours = Guidance(scale, power).weight(jnp.arange(256), 256)
-    assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=1e-6, atol=0)
-    one_by_one = [float(Guidance(scale, power).weight(s, 256)) for s in (0, 1, 128, 255)]
-    np.testing.assert_allclose(one_by_one, expected[[0, 1, 128, 255]], rtol=1e-6, atol=0)
-
-
-def test_every_golden_curve_is_compared(golden: pathlib.Path) -> None:
-    names = {key for key in np.load(golden / "rar_tiny.npz").files if key.startswith("cfgscale_")}
-    assert names == {f"cfgscale_{name}" for _, _, name in CURVES}
 
 
 def test_small_steps_do_not_cancel() -> None:
