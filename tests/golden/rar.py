@@ -142,22 +142,28 @@ def _measure_network(system: System) -> Iterator[Check]:
 
 
 def _measure_samples(system: System) -> Iterator[Check]:
-    """Tokens, and the probabilities of every decoding step through the uncached network and the schedule."""
+    """Tokens, and the probabilities of every decoding step through the schedule, without and with the KV cache."""
     config, params, arrays, logits = system
-    labels = arrays["labels"]
-    raster = np.broadcast_to(np.arange(config.num_tokens), (len(labels), config.num_tokens))
+    labels = jnp.asarray(arrays["labels"])
+    null = jnp.full_like(labels, config.num_classes)
+    raster = jnp.broadcast_to(jnp.arange(config.num_tokens), (len(labels), config.num_tokens))
+    networks = {
+        "": lambda ids, labels: logits(params, ids, labels, raster),
+        ", with the cache": functools.partial(jax.jit(functools.partial(rar.cached_logits, config)), params),
+    }
     for name, (scale, power, temperature) in zip(arrays["cfg_names"], arrays["cfg_values"].tolist(), strict=True):
         sampling = _make_sampling(scale, power, temperature)
-        ids = _sample_greedily(config, params, jnp.asarray(labels), sampling)
+        ids = _sample_greedily(config, params, labels, sampling)
         differ = count_different(ids, arrays[f"greedy_{name}_ids"])
         yield Check("greedy samples, tokens that differ", 0, differ)
-        guided = logits(params, ids, labels, raster)
-        if scale:
-            null = logits(params, ids, np.full_like(labels, config.num_classes), raster)
-            weight_n = _compute_weight(sampling, jnp.arange(config.num_tokens), config.num_tokens)
-            guided = null + weight_n[None, :, None] * (guided - null)
-        probs = jax.nn.softmax(guided / temperature)
-        yield Check("greedy samples, step probabilities", 1e-5, max_difference(probs, arrays[f"greedy_{name}_probs"]))
+        weight_n = _compute_weight(sampling, jnp.arange(config.num_tokens), config.num_tokens)
+        for how, network in networks.items():
+            guided = network(ids, labels)
+            if scale:
+                null_bnv = network(ids, null)
+                guided = null_bnv + weight_n[None, :, None] * (guided - null_bnv)
+            difference = max_difference(jax.nn.softmax(guided / temperature), arrays[f"greedy_{name}_probs"])
+            yield Check(f"greedy samples, step probabilities{how}", 1e-5, difference)
 
 
 def _measure_schedules(arrays: Arrays) -> Iterator[Check]:
