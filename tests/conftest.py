@@ -14,13 +14,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
-import ast
 import dataclasses
-import math
 import pathlib
-import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -71,18 +68,6 @@ class Parity:
         self.rows[quantity] = (worst, bound)
         assert float(measured) <= bound, f"{quantity}: {measured}, bound {bound}"
 
-    def check_close(self, quantity: str, ours: Any, theirs: Any, bound: float) -> None:
-        """Asserts that the largest difference of two arrays is at most the bound."""
-        a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        assert a.shape == b.shape, (quantity, a.shape, b.shape)
-        self.check(quantity, np.abs(a - b).max(initial=0.0), bound)
-
-    def check_same(self, quantity: str, ours: Any, theirs: Any) -> None:
-        """Asserts that no entry of two arrays differs."""
-        a, b = np.asarray(ours), np.asarray(theirs)
-        assert a.shape == b.shape, (quantity, a.shape, b.shape)
-        self.check(quantity, float((a != b).sum()), 0)
-
     def table(self) -> str:
         """Markdown."""
         rows = [f"| {name} | {bound:g} | {measured:.2g} |" for name, (measured, bound) in self.rows.items()]
@@ -103,14 +88,10 @@ def parity() -> Iterator[Parity]:
 
 @pytest.fixture(scope="session")
 def inception_state() -> dict[str, np.ndarray]:
-    """Random weights of the FID network by released name, those the golden features were made with (golden/README.md)."""
-    known, state = np.load(GOLDEN / "inception_names_shapes.npz"), dict(np.load(GOLDEN / "inception_small_tensors.npz"))
-    for name, text in zip(known["names"].tolist(), known["shapes"].tolist(), strict=True):
-        shape = ast.literal_eval(text)
-        if name not in state:
-            normal = np.random.default_rng([zlib.crc32(name.encode()), 3]).standard_normal(shape, dtype=np.float32)
-            state[name] = normal * np.float32(np.sqrt(2 / math.prod(shape[1:])))
-    return state
+    """Random weights of the FID network by released name: those of the golden features."""
+    from tests.golden.inception import make_state
+
+    return make_state(GOLDEN / "inception")
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def test_the_second_implementation_is_that_of_the_golden_features(
     inception_state: dict[str, np.ndarray], golden: pathlib.Path
 ) -> None:
     """It was not made from ours: torch-fidelity's network gave the golden numbers."""
-    known = np.load(golden / "inception_features.npz")
+    known = np.load(golden / "inception" / "inception_features.npz")
     ours = inception_numpy.features(inception_state, known["images_nchw_64"][:1].transpose(0, 2, 3, 1))
     for name, expected in (("pool3", "pool3"), ("spatial", "spatial"), ("logits", "logits_unbiased")):
         expected = known[f"{expected}_f64_64"][:1]

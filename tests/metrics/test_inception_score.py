@@ -1,12 +1,10 @@
-import pathlib
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rar_jax.metrics import inception_score as inception
+from tests.golden.inception import score_in_batches
 
 _split_sums = jax.jit(inception.sum_split)
 
@@ -22,39 +20,8 @@ def _brute(logits_nc: np.ndarray, split_size: int) -> float:
     return float(np.mean(scores))
 
 
-def _stream(logits_nc: np.ndarray, split_size: int, batch: int) -> float:
-    """In batches of one size: the tail of every split is padded with NaN, of weight 0."""
-    splits = []
-    for begin in range(0, len(logits_nc), split_size):
-        split = logits_nc[begin : begin + split_size]
-        total: Any = inception.init_split_sums(logits_nc.shape[1])
-        for start in range(0, len(split), batch):
-            rows = split[start : start + batch]
-            padded = np.full((batch, logits_nc.shape[1]), np.nan, np.float32)
-            padded[: len(rows)] = rows
-            sums = _split_sums(jnp.asarray(padded), jnp.arange(batch) < len(rows))
-            total = jax.tree.map(jnp.add, total, sums)
-        splits.append(total)
-    return inception.score_splits(splits)
-
-
 def _logits(n: int = 103, c: int = 11, scale: float = 3.0) -> np.ndarray:
     return (np.random.default_rng(0).standard_normal((n, c)) * scale).astype(np.float32)
-
-
-@pytest.mark.parametrize("split_size", [200, 600])
-def test_golden(split_size: int, golden: pathlib.Path, parity: Any) -> None:
-    metrics = np.load(golden / "metrics.npz")
-    expected = metrics[f"inception_score_split{split_size}"]
-    ours = inception.inception_score(metrics["logits"], split_size=split_size)
-    parity.check_close("Inception Score", ours, expected, 1e-12)
-    parity.check_close("Inception Score, sums in graph", _stream(metrics["logits"], split_size, 64), expected, 1e-5)
-
-
-def test_golden_is_one_split_by_default(golden: pathlib.Path) -> None:
-    metrics = np.load(golden / "metrics.npz")
-    expected = float(metrics["inception_score_split600"])
-    assert inception.inception_score(metrics["logits"]) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("split_size", [1, 20, 50, 103, 5000])
@@ -66,7 +33,7 @@ def test_equals_brute_force_with_a_shorter_last_split(split_size: int) -> None:
 @pytest.mark.parametrize(("split_size", "batch"), [(50, 16), (50, 50), (103, 7), (40, 128)])
 def test_streaming_equals_the_whole(split_size: int, batch: int) -> None:
     expected = inception.inception_score(_logits(), split_size=split_size)
-    assert _stream(_logits(), split_size, batch) == pytest.approx(expected, rel=1e-6)
+    assert score_in_batches(_logits(), split_size, batch) == pytest.approx(expected, rel=1e-6)
 
 
 def test_splits_are_consecutive_so_class_sorted_samples_are_capped() -> None:
@@ -74,7 +41,7 @@ def test_splits_are_consecutive_so_class_sorted_samples_are_capped() -> None:
     by_class, interleaved = np.repeat(confident_cc, 100, axis=0), np.tile(confident_cc, (100, 1))
     for score in (
         lambda x: inception.inception_score(x, split_size=200),
-        lambda x: _stream(x, split_size=200, batch=64),
+        lambda x: score_in_batches(x, split_size=200, batch=64),
     ):
         assert score(by_class) == pytest.approx(2, rel=1e-5)  # two classes a split
         assert score(interleaved) == pytest.approx(10, rel=1e-5)
@@ -103,7 +70,7 @@ def test_probabilities_that_underflow_are_no_nan() -> None:
     # exp(-1000) is 0 in float64, and 0 * log 0 is NaN.
     logits = np.asarray([[1000.0, 0.0, -1000.0], [0.0, 1000.0, -1000.0]])
     assert inception.inception_score(logits) == pytest.approx(2, rel=1e-12)
-    assert _stream(logits, split_size=2, batch=2) == pytest.approx(2, rel=1e-6)
+    assert score_in_batches(logits, split_size=2, batch=2) == pytest.approx(2, rel=1e-6)
 
 
 def test_logits_far_from_zero_lose_nothing() -> None:

@@ -11,8 +11,8 @@ from rar_jax.weights.mapping import write_safetensors
 
 
 def test_a_file_is_recognized_by_its_keys(golden: pathlib.Path) -> None:
-    assert recognize_file(golden / "rar_tiny.bin") == ("generators", "rar")
-    assert recognize_file(golden / "maskgit_vq_tiny.bin") == ("tokenizers", "maskgit_vq")
+    assert recognize_file(golden / "rar" / "rar_tiny.bin") == ("generators", "rar")
+    assert recognize_file(golden / "maskgit_vq" / "maskgit_vq_tiny.bin") == ("tokenizers", "maskgit_vq")
 
 
 def test_a_file_of_no_known_model_names_the_keys(tmp_path: pathlib.Path) -> None:
@@ -23,6 +23,6 @@ def test_a_file_of_no_known_model_names_the_keys(tmp_path: pathlib.Path) -> None
 
 def test_a_file_of_the_other_kind_is_refused(golden: pathlib.Path) -> None:
     with pytest.raises(WeightsError, match=r"is a tokenizer \(maskgit_vq\), not a generator"):
-        open_weights(golden / "maskgit_vq_tiny.bin", "generators")
+        open_weights(golden / "maskgit_vq" / "maskgit_vq_tiny.bin", "generators")
     with pytest.raises(WeightsError, match=r"is a generator \(rar\), not a tokenizer"):
-        open_weights(golden / "rar_tiny.bin", "tokenizers", num_tokens=16)
+        open_weights(golden / "rar" / "rar_tiny.bin", "tokenizers", num_tokens=16)

@@ -1,6 +1,5 @@
 """Released tokenizer files in and out."""
 
-import json
 import pathlib
 
 import jax
@@ -14,8 +13,7 @@ from rar_jax.tokenizers import maskgit_vq
 from rar_jax.weights import maskgit_vq as interop
 from rar_jax.weights.mapping import param_shapes
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-TINY_FILE = GOLDEN / "maskgit_vq_tiny.bin"
+TINY_FILE = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq" / "maskgit_vq_tiny.bin"
 
 
 def _write(path, state):
@@ -23,20 +21,8 @@ def _write(path, state):
     return path
 
 
-def test_the_configuration_is_read_off_the_shapes():
-    config, params = interop.load(TINY_FILE)
-    facts = json.loads((GOLDEN / "config.json").read_text())
-    assert config == maskgit_vq.Config(
-        image_size=facts["res"],
-        base_width=facts["hc"],
-        width_multipliers=tuple(facts["mult"]),
-        blocks_per_level=facts["rb"],
-        latent_width=facts["z"],
-        codebook_size=facts["codes"],
-    )
-    expected = jax.eval_shape(lambda key: maskgit_vq.init(config, key), jax.random.key(0))
-    assert jax.tree.structure(params) == jax.tree.structure(expected)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+def test_the_image_size_is_eight_tokens_a_side_or_given():
+    assert interop.load(TINY_FILE)[0].image_size == 16
     assert interop.load(TINY_FILE, image_size=32)[0].image_size == 32
 
 
@@ -52,20 +38,6 @@ def test_the_released_names_of_the_released_architecture():
         "quantize.embedding.weight",
     } <= names
     assert not {"encoder.conv_in.bias", "decoder.up.0.upsample_conv.weight"} & names
-
-
-def test_save_writes_the_released_layout(tmp_path):
-    config, params = interop.load(TINY_FILE)
-    path = tmp_path / "w.safetensors"
-    interop.save(path, config, params)
-    released, written = read_tensors(TINY_FILE), read_tensors(path)
-    assert released.keys() == written.keys()
-    for key, value in released.items():
-        np.testing.assert_array_equal(written[key], value)
-    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-    again, same = interop.load(path)
-    assert again == config
-    jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
 def test_save_and_load_of_other_architectures(tmp_path):

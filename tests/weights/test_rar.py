@@ -1,4 +1,4 @@
-"""Released RAR files in and out: bitwise, and clear errors for files that are not right."""
+"""Saving RAR's parameters, and clear errors for files that are not right."""
 
 import pathlib
 from collections.abc import Callable
@@ -13,43 +13,12 @@ from torch_files import read_tensors
 from rar_jax.errors import WeightsError
 from rar_jax.generators.rar import TINY, init, prepare
 from rar_jax.weights import rar
+from tests.golden import count_different
 
 
 @pytest.fixture(scope="module")
 def released(golden: pathlib.Path) -> dict[str, np.ndarray]:
-    return read_tensors(golden / "rar_tiny.bin")
-
-
-def test_everything_is_read_off_the_shapes(golden: pathlib.Path) -> None:
-    config, params = rar.load(golden / "rar_tiny.bin")
-    assert (config.width, config.depth, config.num_heads, config.mlp_width) == (64, 3, 4, 160)
-    assert (config.num_tokens, config.codebook_size, config.num_classes) == (16, 32, 10)
-    assert jax.tree.map(np.shape, params) == jax.tree.map(
-        lambda x: x.shape, jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    )
-
-
-def test_released_to_ours_to_released_is_the_same_to_the_bit(
-    golden: pathlib.Path, released: dict[str, np.ndarray], tmp_path: pathlib.Path, parity: Any
-) -> None:
-    config, params = rar.load(golden / "rar_tiny.bin")
-    path = tmp_path / "again.safetensors"
-    rar.save(path, config, params)
-    again = safetensors.numpy.load_file(path)
-    assert again.keys() == released.keys() and [p.name for p in tmp_path.iterdir()] == [path.name]
-    for name, value in released.items():
-        assert again[name].dtype == value.dtype and again[name].shape == value.shape, name
-        if name in rar.UNUSED_ROWS:  # those are zeros
-            used = config.num_tokens + 2
-            parity.check_same(
-                "released -> ours -> released, numbers that differ", again[name][:, :used], value[:, :used]
-            )
-            assert not again[name][:, used:].any()
-        else:
-            parity.check_same("released -> ours -> released, numbers that differ", again[name], value)
-    config_again, params_again = rar.load(path)
-    assert config_again == config
-    assert jax.tree.all(jax.tree.map(np.array_equal, params_again, params))
+    return read_tensors(golden / "rar" / "rar_tiny.bin")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -61,7 +30,7 @@ def test_ours_to_released_and_back(tmp_path: pathlib.Path, dtype: str | None, pa
     config, again = rar.load(tmp_path / "ours.safetensors")
     assert (config.num_heads, config.num_tokens) == (TINY.num_heads, TINY.num_tokens)
     for ours, back in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
-        parity.check_same("ours -> saved -> loaded, numbers that differ", back, ours)
+        parity.check("ours -> saved -> loaded, numbers that differ", count_different(back, ours), 0)
 
 
 def test_parameters_for_decoding_are_not_saved(tmp_path: pathlib.Path) -> None:
@@ -72,7 +41,7 @@ def test_parameters_for_decoding_are_not_saved(tmp_path: pathlib.Path) -> None:
 def test_torch_makes_the_authors_file_of_ours(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The two lines of docs/released_weights.md."""
     torch: Any = pytest.importorskip("torch", reason="torch is not one of our packages")
-    rar.save(tmp_path / "ours.safetensors", *rar.load(golden / "rar_tiny.bin"))
+    rar.save(tmp_path / "ours.safetensors", *rar.load(golden / "rar" / "rar_tiny.bin"))
     ours = read_tensors(tmp_path / "ours.safetensors")
     torch.save({name: torch.from_numpy(x.copy()) for name, x in ours.items()}, tmp_path / "theirs.bin")
     theirs = read_tensors(tmp_path / "theirs.bin")
@@ -126,6 +95,6 @@ def test_wrong_files(
 
 def test_a_tokenizer_is_no_generator(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(WeightsError, match=r"maskgit_vq_tiny\.bin: 'lm_head.weight' is missing"):
-        rar.load(golden / "maskgit_vq_tiny.bin")
+        rar.load(golden / "maskgit_vq" / "maskgit_vq_tiny.bin")
     with pytest.raises(WeightsError, match=r"written as \.safetensors"):
         rar.save(tmp_path / "x.bin", TINY, init(TINY, jax.random.key(0)))

@@ -18,7 +18,7 @@ from torch_files import Call, Storage, dumps, read_tensors, tensor, write_stream
 
 from rar_jax.errors import WeightsError
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq_tiny.bin"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq" / "maskgit_vq_tiny.bin"
 
 
 WEIGHT = np.arange(12, dtype=np.float32)
