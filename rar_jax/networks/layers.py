@@ -174,11 +174,11 @@ def has_fused_attention(head_dim: int, dtype: Any) -> bool:
 
     NVIDIA GPUs have it since Ampere, in 16 bits, for head dims that are multiples of 8 up to 128.
     """
-    if target_platform() != "gpu":
+    fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    if not fits or target_platform() != "gpu":
         return False
     capability = str(getattr(jax.devices("gpu")[0], "compute_capability", ""))
-    is_ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
-    return is_ampere and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
 
 class Attention(nn.Module):

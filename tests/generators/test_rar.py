@@ -61,14 +61,15 @@ def test_teacher_loss(tiny: Any, parity: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_greedy_samples(tiny: Any, name: str, parity: Any) -> None:
+def test_greedy_samples(tiny: Any, name: str, scanned: bool, parity: Any) -> None:
     config, params, g = tiny
     scale, power, temperature = map(float, g["cfg_values"][list(g["cfg_names"]).index(name)])
     guidance = Guidance(scale, power, temperature)
     keys = jax.random.split(jax.random.key(0), len(g["labels"]))
     sample = jax.jit(functools.partial(rar.sample, config, greedy=True))
-    ids = sample(params, g["labels"], keys=keys, guidance=guidance)
+    ids = sample(rar.prepare(config, params, scanned=scanned), g["labels"], keys=keys, guidance=guidance)
     parity.check_same("greedy samples, tokens that differ (four guidance settings)", ids, g[f"greedy_{name}_ids"])
     # The probabilities of every step, through the uncached network and the schedule.
     order = raster(len(ids), config)
