@@ -8,6 +8,7 @@ from flax.core import meta
 from scipy import ndimage
 
 from rar_jax.networks import vqgan
+from rar_jax.weights import maskgit_vq as weights
 
 
 def _names(tree):
@@ -112,6 +113,14 @@ def test_the_nearest_code_is_that_of_all_distances(size):
     found = np.take_along_axis(distances, ours[..., None], -1)[..., 0]
     np.testing.assert_allclose(found, np.where(np.isnan(found), found, distances.min(-1)), atol=1e-5)
     assert (ours == distances.argmin(-1)).mean() > 0.98
+
+
+def test_golden_tokens_from_distances_in_parts(golden, monkeypatch):
+    expected, (_, params) = np.load(golden / "maskgit_vq_tiny.npz"), weights.load(golden / "maskgit_vq_tiny.bin")
+    latents_byxz = np.moveaxis(expected["latents_nchw"], 1, -1)
+    latents_bnz = jnp.asarray(latents_byxz.reshape(len(latents_byxz), -1, latents_byxz.shape[-1]))
+    monkeypatch.setattr(vqgan, "CODES_AT_A_TIME", len(params["codebook"]) // 3)
+    np.testing.assert_array_equal(vqgan.nearest_codes(params["codebook"], latents_bnz), expected["tokens"])
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
