@@ -33,6 +33,10 @@ class ReferenceFileError(RarJaxError, ValueError):
     """A file of statistics or images is damaged, dangerous or not the expected kind."""
 
 
+class NonFiniteError(RarJaxError, ValueError):
+    """Images to score have pixels that are not finite numbers."""
+
+
 class DecodeError(RarJaxError, ValueError):
     """An image cannot be decoded. The message is the reason, without the record's name."""
 

@@ -24,10 +24,15 @@ ROUNDINGS = ("truncate", "round")
 def to_uint8(images_byxc: jax.Array, rounding: str = "truncate") -> jax.Array:
     """Round images of nominal range [0, 1] to uint8, by truncation as RAR's evaluation does, or to the nearest.
 
-    What is outside the range is clipped; NaN becomes 0.
+    What is outside the range is clipped; NaN becomes 0: see `has_nonfinite`.
     """
     scaled_byxc = jnp.nan_to_num(jnp.clip(images_byxc, 0.0, 1.0)) * 255.0
     return (jnp.round(scaled_byxc) if rounding == "round" else scaled_byxc).astype(jnp.uint8)
+
+
+def has_nonfinite(images_byxc: jax.Array) -> jax.Array:
+    """Return bool (b,): whether an image has a pixel that is not finite, before `to_uint8`."""
+    return ~jnp.isfinite(images_byxc).all(axis=(1, 2, 3))
 
 
 def sample_images(
@@ -37,17 +42,27 @@ def sample_images(
     labels: jax.Array,
     keys: jax.Array,
     sampling: SamplingSettings,
-    *,
-    rounding: str = "truncate",
 ) -> jax.Array:
-    """uint8 images (b, y, x, c) of the given classes; traceable.
+    """uint8 images (b, y, x, c) of the given classes, see `sample_pixels`; traceable."""
+    return to_uint8(sample_pixels(generator, tokenizer, params, labels, keys, sampling))
+
+
+def sample_pixels(
+    generator: Model,
+    tokenizer: Model,
+    params: dict[str, Any],
+    labels: jax.Array,
+    keys: jax.Array,
+    sampling: SamplingSettings,
+) -> jax.Array:
+    """Images (b, y, x, c) of the given classes as the tokenizer decodes them, nominally in [0, 1]; traceable.
 
     Args:
       params: {"generator": of init or prepare, "tokenizer"}.
       labels: int (b,). keys: typed keys (b,), see `keys.sample_keys`.
     """
     tokens = generator.module.sample(generator.config, params["generator"], labels, keys=keys, sampling=sampling)
-    return to_uint8(tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens), rounding)
+    return tokenizer.module.decode(tokenizer.config, params["tokenizer"], tokens)
 
 
 def complete_images(
@@ -77,8 +92,14 @@ def reconstruct_images(
     tokenizer: Model, params: Any, images: jax.Array, *, rounding: str = "truncate"
 ) -> tuple[jax.Array, jax.Array]:
     """Return images (b, y, x, c) after encoding and decoding, uint8, and their tokens. Nothing is drawn. Traceable."""
+    pixels, tokens = reconstruct_pixels(tokenizer, params, images)
+    return to_uint8(pixels, rounding), tokens
+
+
+def reconstruct_pixels(tokenizer: Model, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `reconstruct_images`, images as the tokenizer decodes them."""
     tokens = encode_tokens(tokenizer, params, images)
-    return to_uint8(tokenizer.module.decode(tokenizer.config, params, tokens), rounding), tokens
+    return tokenizer.module.decode(tokenizer.config, params, tokens), tokens
 
 
 # ---------------------------------------------------------------- settings

@@ -14,13 +14,15 @@ from rar_jax.weights.registry import GENERATORS
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--models", nargs="+", default=["rar_b", "rar_xxl"])
+parser.add_argument("--scanned", action="store_true", help="layers scanned, as on TPUs and GPUs")
 parser.add_argument("--images", nargs="+", type=int, default=[1, 8, 32])
 args = parser.parse_args()
 print("| model | images | tracing, s | compiling, s |\n|---|---|---|---|")
 for name in args.models:
     size = GENERATORS[name]
     config = rar.Config(width=size.width, depth=size.depth, mlp_width=size.mlp_width)
-    params = jax.eval_shape(lambda: rar.prepare(config, rar.init(config, jax.random.key(0))))  # noqa: B023
+    params = jax.eval_shape(functools.partial(rar.init, config), jax.random.key(0))
+    params = jax.eval_shape(functools.partial(rar.prepare, config, scanned=args.scanned), params)
     for images in args.images:
         labels = jax.ShapeDtypeStruct((images,), jnp.int32)
         keys = jax.eval_shape(functools.partial(sample_keys, 0, jnp.arange(images)))

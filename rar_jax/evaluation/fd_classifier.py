@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.sources import ImageSource
-from rar_jax.evaluation.image_batches import ImageBatches, batch_samples, batch_source, row_sharding
+from rar_jax.evaluation.image_batches import ImageBatches, batch_samples, batch_source, check_finite, row_sharding
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.keys import domain_key
 from rar_jax.metrics.frechet import frechet_distance, frechet_distance_of_moments
@@ -31,10 +31,11 @@ TRAIN_BLOCK = 1000  # training images on the devices at a time
 
 
 class ClassifierSums(NamedTuple):
-    """Sums over images: moments of features, and number of correct classes."""
+    """Sums over images: moments of features, and numbers of correct classes and of images with non-finite pixels."""
 
     moments: Moments
     correct: Any
+    nonfinite: Any
 
 
 class ClassifierScorer:
@@ -59,14 +60,16 @@ class ClassifierScorer:
     def _scan(self, params: Any, rows: Any, weights_sb: Any, *, make: Any, keep: tuple[str, ...]) -> Any:
         def add_batch(total: ClassifierSums, batch: Any) -> tuple[ClassifierSums, Any]:
             rows, weights_b = batch
-            images = make(params["images"], rows)["images"]
+            drawn = make(params["images"], rows)
+            images = drawn["images"]
             out = classifier.features(self._config, params["classifier"], images)
             moments = update_moments(total.moments, out["features"], weights_b, params["shift"])
             correct_b = (out["logits"].argmax(axis=-1) == rows["labels"]) * weights_b
             made = {"images": images, "features": out["features"]}
-            return ClassifierSums(moments, total.correct + correct_b.sum()), {name: made[name] for name in keep}
+            bad = total.nonfinite + jnp.sum(drawn.get("nonfinite", 0) * weights_b)
+            return ClassifierSums(moments, total.correct + correct_b.sum(), bad), {name: made[name] for name in keep}
 
-        start = ClassifierSums(init_moments(len(self.mean)), jnp.zeros(()))
+        start = ClassifierSums(init_moments(len(self.mean)), jnp.zeros(()), jnp.zeros(()))
         return jax.lax.scan(add_batch, start, (rows, weights_sb))
 
     def draw(self, generator_params: Any, num: int, *, seed: int) -> ImageBatches:
@@ -90,7 +93,7 @@ class ClassifierScorer:
         chunk: batches in one run of the program. show: wraps the first ids of the chunks. poll: called before each.
         """
         size = chunk * min(self.experiment.evaluate.batch_size, batches.num)
-        total = ClassifierSums(Moments(0.0, 0.0, 0.0), 0.0)
+        total = ClassifierSums(Moments(0.0, 0.0, 0.0), 0.0, 0.0)
         kept: dict[str, list[np.ndarray]] = {name: [] for name in keep}
         for start in show(range(ids.start, ids.stop, size)):
             poll()
@@ -146,6 +149,8 @@ class ClassifierScorer:
         batches = self.draw(generator_params, self.experiment.evaluate.live_samples, seed=0)
         n = batches.num
         sums, _ = self.score(batches, range(n), chunk=1, poll=poll)
+        if sums.nonfinite:
+            return {f"nonfinite_images_n{n}": float(sums.nonfinite)}
         distance = self.compute_distance_in_graph(sums)
         return {f"fd_classifier_n{n}": distance, "asked_class_share": float(sums.correct) / n}
 
@@ -181,6 +186,7 @@ def score_with_classifier(
         show = functools.partial(track_progress, description=f"evaluate {description}", unit="chunks", quiet=quiet)
         few, first = scorer.score(batches, range(n_few), keep=("images",), show=show)
         rest, others = scorer.score(batches, range(n_few, batches.num), keep=("images",), show=show)
+        check_finite(few.nonfinite + rest.nonfinite, batches.num)
         return few, add_in_float64(few, rest), np.concatenate([*first["images"], *others["images"]])
 
     real_few, real, real_images = score(batch_source(scorer.heldout), "held-out images")

@@ -12,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rar_jax.config import to_dict
 from rar_jax.data.sources import ImageSource
+from rar_jax.errors import NonFiniteError
 from rar_jax.evaluation.image_sets import ImageSet
 from rar_jax.keys import sample_keys
 from rar_jax.metrics.reconstruction import compare_images
 from rar_jax.models import Model
 from rar_jax.parallel.mesh import batch_divisor
 from rar_jax.parallel.rules import batch_sharding
-from rar_jax.sampling import SamplingSettings, reconstruct_images, sample_images
+from rar_jax.sampling import SamplingSettings, has_nonfinite, reconstruct_pixels, sample_pixels, to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class ImageBatches:
     num: number of images.
     shape: (y, x, c) of one.
     read: function of ids (steps, b) -> rows, a dict of arrays (steps, b, ...).
-    make: traceable, hashable function of (params, rows (b, ...)) -> {"images": uint8 (b, y, x, c), other arrays}.
+    make: traceable, hashable function of (params, rows (b, ...)) -> {"images": uint8 (b, y, x, c), other arrays}; of
+      images that are made as floats, "nonfinite": bool (b,).
     params: what `make` reads, on the devices.
     made_from: what the images depend on, as JSON.
     classes: number of classes that the images are evenly drawn from, if known.
@@ -55,6 +57,15 @@ class ImageBatches:
         ids_sb = np.arange(start, start + steps * size, dtype=np.int32).reshape(steps, size)
         weights_sb = (ids_sb < start + count).astype(np.float32)
         return self.read(np.minimum(ids_sb, start + count - 1)), weights_sb
+
+
+def check_finite(nonfinite: float, num: int) -> None:
+    """Raise NonFiniteError if some of `num` images have pixels that are not finite: scores would count them as black."""
+    if nonfinite:
+        raise NonFiniteError(
+            f"{int(nonfinite)} of {num} images have non-finite pixels, so there is no score: check that the tokenizer "
+            "belongs to the generator and that its weights are finite, or use --dtype float32"
+        )
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -98,8 +109,8 @@ class _Sampler:
 
     def __call__(self, params: Any, rows: Any) -> dict[str, jax.Array]:
         keys = sample_keys(params["seed"], rows["ids"])
-        arguments = params, rows["labels"], keys, params["sampling"]
-        return {"images": sample_images(self.generator, self.tokenizer, *arguments, rounding=self.rounding)}
+        pixels = sample_pixels(self.generator, self.tokenizer, params, rows["labels"], keys, params["sampling"])
+        return {"images": to_uint8(pixels, self.rounding), "nonfinite": has_nonfinite(pixels)}
 
 
 def batch_image_set(images: ImageSet) -> ImageBatches:
@@ -147,5 +158,6 @@ class _Reconstructor:
     rounding: str
 
     def __call__(self, params: Any, rows: Any) -> dict[str, jax.Array]:
-        images, tokens = reconstruct_images(self.tokenizer, params, rows["images"], rounding=self.rounding)
-        return {"images": images, "tokens": tokens, **compare_images(rows["images"], images)}
+        pixels, tokens = reconstruct_pixels(self.tokenizer, params, rows["images"])
+        images, bad = to_uint8(pixels, self.rounding), has_nonfinite(pixels)
+        return {"images": images, "tokens": tokens, "nonfinite": bad, **compare_images(rows["images"], images)}

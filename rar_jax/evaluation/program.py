@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rar_jax.config import require
 from rar_jax.errors import ConfigError
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
-from rar_jax.evaluation.image_batches import ImageBatches, row_sharding
+from rar_jax.evaluation.image_batches import ImageBatches, check_finite, row_sharding
 from rar_jax.evaluation.reference import Reference, read_reference
 from rar_jax.metrics import sums
 from rar_jax.metrics.features import extract_features
@@ -144,7 +144,8 @@ class Program:
                 made = make(params["images"], rows)
             out = extract_features(params["inception"], made["images"], resize=PROTOCOLS[self.settings.protocol])
             made = {**made, "pool3": out["pool3"]}
-            return sums.update_sums(total, out, weights_b, params["shift"]), {name: made[name] for name in keep}
+            total = sums.update_sums(total, out, weights_b, params["shift"], made.get("nonfinite", 0))
+            return total, {name: made[name] for name in keep}
 
         return Chunk(*jax.lax.scan(add_batch, sums.init_sums(self._dtype), (rows, weights_sb)))
 
@@ -176,7 +177,10 @@ class Program:
     def accumulate(
         self, batches: ImageBatches, out: pathlib.Path, *, keep: tuple[str, ...] = (), description: str, quiet: bool
     ) -> tuple[ScoreTotals, ChunkStore]:
-        """Score all images in chunks, and resume after the last finished chunk in `self.chunks`, by default `out`."""
+        """Score all images in chunks, and resume after the last finished chunk in `self.chunks`, by default `out`.
+
+        Raises: NonFiniteError at the end, with the number of images.
+        """
         shift = hashlib.sha256(b"".join(x.tobytes() for x in self.shift)).hexdigest()
         made_from = {**self.describe_inputs(batches), **self.describe_execution(), "shift_sha256": shift}
         store, settings = ChunkStore(self.chunks or out, made_from, keep), self.settings
@@ -184,6 +188,7 @@ class Program:
             store, lambda start, count: self.score(batches, start, count, keep), images=batches.num,
             chunk=settings.chunk, split_size=settings.split_size, description=description, quiet=quiet,
         )  # fmt: skip
+        check_finite(totals.nonfinite, totals.done)
         return totals, store
 
     def describe_inputs(self, batches: ImageBatches) -> dict[str, Any]:

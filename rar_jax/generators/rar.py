@@ -274,8 +274,10 @@ def attention(config: Config, params: Params, tokens: jax.Array, labels: jax.Arr
 # ---------------------------------------------------------------- sampling
 
 
-def prepare(config: Config, params: Params, *, dtype: Any = None) -> Params:
+def prepare(config: Config, params: Params, *, dtype: Any = None, scanned: bool | None = None) -> Params:
     """Convert parameters to the decoding layout of `sample`: kernels (*out, *in), one tree per layer.
+
+    With `scanned` (default: on TPUs and GPUs), one tree of stacked layers, which are compiled once.
 
     With `dtype` "bfloat16" the blocks multiply and cache in bfloat16; sums, activations, norms, tables and the head
     stay float32 (docs/measurements/bfloat16.md). Prepared parameters are returned unchanged.
@@ -289,7 +291,7 @@ def prepare(config: Config, params: Params, *, dtype: Any = None) -> Params:
         for name in ("final_adaln", "lm_head")
     }
     blocks = jax.tree.map(jnp.asarray, params["transformer"]["blocks"])
-    return {**tables, **outer, "layers": decoding.prepare_blocks(blocks, dtype=dtype)}
+    return {**tables, **outer, "layers": decoding.prepare_blocks(blocks, dtype=dtype, scanned=scanned)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 The arithmetic is the same; the layout is the one that is fast for a few rows (docs/measurements/sampling.md):
 * Products are weights (out, in) times features (in, rows).
-* Layers are separate arrays and the loop over them is unrolled. A scan would copy each layer's weights.
+* On CPUs, layers are separate arrays and the loop over them is unrolled: a scan would copy each layer's weights. On TPUs
+  and GPUs, where compiling all layers takes minutes, layers are stacked and scanned.
 * The modulation depends on class and position only. It is computed for many positions at a time, once per class.
 * The cache is allocated in stages, and attention reads only stages in use. A fused kernel reads only filled positions.
 
 Shape suffixes: d width, f hidden width of the MLP, h heads, k head dim, b batch, g branches of guidance (class, null),
-m cached positions, e distinct classes, s positions modulated at a time.
+m cached positions, e distinct classes, s positions modulated at a time, l layers.
 """
 
 from __future__ import annotations
@@ -23,27 +24,35 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from rar_jax.networks.layers import gelu, has_fused_attention, matmul_precision, modulate
-from rar_jax.parallel.rules import batch_per_device, is_sharded
+from rar_jax.parallel.rules import batch_per_device, is_sharded, target_platform
 
 Params = dict[str, Any]
 KeysValues = tuple[jax.Array, jax.Array]  # each (*r, m, k) with rows r = b, g, h, or one dimension of them all
+Layers = tuple[Params, ...] | Params  # one tree per layer, or one tree of stacked arrays (l, ...), to be scanned
 
 # ---------------------------------------------------------------- parameters
 
 
-def prepare_blocks(blocks: Params, *, dtype: Any = None) -> tuple[Params, ...]:
-    """Unstack the parameters of Transformer's blocks: one tree per layer, kernels (*out, *in) in `dtype`."""
-    (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(blocks)}
+def prepare_blocks(blocks: Params, *, dtype: Any = None, scanned: bool | None = None) -> Layers:
+    """Return the parameters of Transformer's blocks with kernels (*out, *in) in `dtype`.
 
-    def arrange(path: Any, x: jax.Array, layer: int) -> jax.Array:
+    Args:
+      scanned: whether layers stay stacked. Default: by the platform that code is traced for, True except on CPUs.
+    """
+    scanned = target_platform() != "cpu" if scanned is None else scanned
+
+    def arrange(path: Any, x: jax.Array) -> jax.Array:
         if path[-1].key != "kernel":
-            return x[layer]
-        return outputs_first(x[layer], inputs=2 if path[-2].key == "proj" else 1, dtype=dtype)
+            return x
+        return outputs_first(x, inputs=2 if path[-2].key == "proj" else 1, dtype=dtype)
 
-    return tuple(
-        jax.tree_util.tree_map_with_path(lambda path, x, layer=layer: arrange(path, x, layer), blocks)
-        for layer in range(depth)
-    )
+    def arrange_layer(layer: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(arrange, layer)
+
+    if scanned:
+        return jax.vmap(arrange_layer)(blocks)
+    (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(blocks)}
+    return tuple(arrange_layer(jax.tree.map(lambda x, i=i: x[i], blocks)) for i in range(depth))
 
 
 def outputs_first(kernel: jax.Array, *, inputs: int = 1, dtype: Any = None) -> jax.Array:
@@ -119,26 +128,42 @@ def _attend_fused(q_rk: jax.Array, stage: KeysValues, filled: jax.Array) -> jax.
 
 
 def block(
-    params: Params, x_dbg: jax.Array, modulation_6dbg: jax.Array, cache: Sequence[KeysValues], place: jax.Array
+    params: Params,
+    x_dbg: jax.Array,
+    modulation_6dbg: jax.Array,
+    cache: Sequence[KeysValues],
+    place: jax.Array,
+    layer: jax.Array | None = None,
 ) -> tuple[jax.Array, KeysValues]:
-    """Apply transformer.Block at position `place` of the last stage; return the output and the updated stage."""
+    """Apply transformer.Block at position `place` of the last stage; return the output and the updated stage.
+
+    layer: index into the cache, if its arrays hold all layers: (l, *r, m, k).
+    """
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.unstack(modulation_6dbg)
     attn, mlp = params["attn"], params["mlp"]
     qkv_3hkbg = dense(attn["qkv"], modulate(apply_layer_norm(params["norm1"], x_dbg), shift_a, scale_a))
     q_hkbg = apply_layer_norm(attn["q_norm"], qkv_3hkbg[0], axis=1)
     k_hkbg = apply_layer_norm(attn["k_norm"], qkv_3hkbg[1], axis=1)
-    old = cache[-1]
-    rows, (h, k, b, g) = old[0].shape[:-2], q_hkbg.shape
+    *rows, _, _ = cache[-1][0].shape[0 if layer is None else 1 :]
+    h, k, b, g = q_hkbg.shape
     q_rk, k_rk, v_rk = (x.transpose(2, 3, 0, 1).reshape(*rows, k) for x in (q_hkbg, k_hkbg, qkv_3hkbg[2]))
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(stage, new[..., None, :].astype(stage.dtype), place, axis=new.ndim - 1)
-        for stage, new in zip(old, (k_rk, v_rk), strict=True)
-    )
-    out_hkbg = attend(q_rk, [*cache[:-1], (keys, values)], place + 1).reshape(b, g, h, k).transpose(2, 3, 0, 1)
-    x_dbg = x_dbg + gate_a * dense(attn["proj"], out_hkbg)
+
+    def write(stage: jax.Array, new_rk: jax.Array) -> jax.Array:
+        new = jnp.expand_dims(new_rk.astype(stage.dtype), -2 if layer is None else (0, -2))
+        return jax.lax.dynamic_update_slice(
+            stage, new, (*(() if layer is None else (layer,)), *(0 for _ in rows), place, 0)
+        )
+
+    def of_layer(stage: KeysValues) -> KeysValues:
+        return stage if layer is None else tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in stage)
+
+    keys, values = cache[-1]
+    written = write(keys, k_rk), write(values, v_rk)
+    out_rk = attend(q_rk, [of_layer(stage) for stage in (*cache[:-1], written)], place + 1)
+    x_dbg = x_dbg + gate_a * dense(attn["proj"], out_rk.reshape(b, g, h, k).transpose(2, 3, 0, 1))
     h_fbg = dense(mlp["fc1"], modulate(apply_layer_norm(params["norm2"], x_dbg), shift_m, scale_m))
     x_dbg = x_dbg + gate_m * dense(mlp["fc2"], gelu(h_fbg))
-    return with_logical_constraint(x_dbg, (None, "batch", None)), (keys, values)
+    return with_logical_constraint(x_dbg, (None, "batch", None)), written
 
 
 # ---------------------------------------------------------------- modulation, slots at a time
@@ -243,13 +268,15 @@ def generate(
     Returns: the kept arrays, stacked: (slots, ...).
     """
     layers = params["layers"]
-    adalns = [*(layer["adaln"] for layer in layers), params["final_adaln"]]
-    kernel_3hkd = layers[0]["attn"]["qkv"]["kernel"]
+    scanned = isinstance(layers, dict)
+    # Stacked, those of all layers are one linear layer: kernel (l, 6, d, d).
+    adalns = [*([layers["adaln"]] if scanned else [layer["adaln"] for layer in layers]), params["final_adaln"]]
+    depth, kernel_3hkd = _count_layers(layers), _shape_layer(layers)["attn"]["qkv"]["kernel"]
     token_b = jnp.zeros(given.rows[0], jnp.int32)
     logits_vbg = jax.ShapeDtypeStruct((len(params["lm_head"]["bias"]), *given.rows), jnp.float32)
     of_slot = jax.eval_shape(draw, jax.ShapeDtypeStruct((), jnp.int32), logits_vbg)[1]
     kept_s = jnp.zeros((slots, *of_slot.shape), of_slot.dtype)
-    done: list[list[KeysValues]] = []  # of each stage that is over, of each layer
+    done: list[Any] = []  # of each stage that is over: keys and values of each layer, or of all
 
     def one_stage(begin: int, end: int, token_b: jax.Array, kept_s: jax.Array) -> Any:
         period = given.slots_at_a_time(end - begin)
@@ -271,8 +298,9 @@ def generate(
         _, heads, head_dim, _ = kernel_3hkd.shape
         # XLA's CPU product makes one dimension of the rows; were they more, it would copy the cache at every slot.
         rows = (*given.rows, heads) if is_sharded() else (math.prod(given.rows) * heads,)
-        empty = jnp.zeros((*rows, end - begin, head_dim), kernel_3hkd.dtype)
-        carry = [(empty, empty) for _ in layers], token_b, kept_s
+        shape = (*((depth,) if scanned else ()), *rows, end - begin, head_dim)
+        empty = (jnp.zeros(shape, kernel_3hkd.dtype),) * 2
+        carry = empty if scanned else [empty] * depth, token_b, kept_s
         return jax.lax.fori_loop(0, -(-(end - begin) // period), some_slots, carry)
 
     for begin, end in itertools.pairwise(_stage_ends(params, slots, batch_per_device(math.prod(given.rows)))):
@@ -282,34 +310,50 @@ def generate(
 
 
 def _apply_layers(
-    params: Params,
-    x_dbg: jax.Array,
-    modulations: list[jax.Array],
-    done: list[list[KeysValues]],
-    stage: list[KeysValues],
-    position: jax.Array,
-) -> tuple[jax.Array, list[KeysValues]]:
+    params: Params, x_dbg: jax.Array, modulations: list[jax.Array], done: list[Any], stage: Any, position: jax.Array
+) -> tuple[jax.Array, Any]:
     """Apply all layers and the head at one position; return logits (v, b, g) and the stage's updated cache."""
-    written = []
-    for i, layer in enumerate(params["layers"]):
-        cache = [*(before[i] for before in done), stage[i]]
-        x_dbg, new = block(layer, x_dbg, modulations[i], cache, position)
-        written.append(new)
+    if isinstance(layers := params["layers"], dict):
+
+        def body(carry: Any, layer: Any) -> tuple[Any, None]:
+            x_dbg, stage = carry
+            of_layer, modulation_6dbg, i = layer
+            return block(of_layer, x_dbg, modulation_6dbg, [*done, stage], position, i), None
+
+        each = layers, modulations[0], jnp.arange(_count_layers(layers))
+        (x_dbg, written), _ = jax.lax.scan(body, (x_dbg, stage), each)
+    else:
+        written = []
+        for i, layer in enumerate(layers):
+            x_dbg, new = block(layer, x_dbg, modulations[i], [*(before[i] for before in done), stage[i]], position)
+            written.append(new)
     scale_dbg, shift_dbg = modulations[-1]  # the opposite order to the blocks
     x_dbg = modulate(normalize(x_dbg, axis=0), shift_dbg, scale_dbg)
     return dense(params["lm_head"], x_dbg), written
 
 
+def _count_layers(layers: Layers) -> int:
+    return jax.tree.leaves(layers)[0].shape[0] if isinstance(layers, dict) else len(layers)
+
+
+def _shape_layer(layers: Layers) -> Params:
+    """Shapes and dtypes of one layer's parameters."""
+    return jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0], x) if isinstance(x, dict) else x[0], layers)
+
+
 def _stage_ends(params: Params, slots: int, rows: int) -> list[int]:
     """Choose where the stages of the cache begin and end. A fused kernel needs one stage.
 
-    Each stage compiles one more loop over all layers, of at most 80 in all (docs/measurements/compiling.py). It pays
-    where the cache is about as large as the weights.
+    Each stage compiles one more loop over the layers: unrolled, of at most 80 in all (docs/measurements/compiling.py).
+    It pays where the cache is about as large as the weights.
     """
-    _, _, head_dim, width = (kernel := params["layers"][0]["attn"]["qkv"]["kernel"]).shape
+    layers = params["layers"]
+    layer = _shape_layer(layers)
+    _, _, head_dim, width = (kernel := layer["attn"]["qkv"]["kernel"]).shape
     if _is_fused(head_dim, kernel.dtype):
         return [0, slots]
-    kernels = [x for x in jax.tree.leaves({k: v for k, v in params["layers"][0].items() if k != "adaln"}) if x.ndim > 1]
+    kernels = [x for x in jax.tree.leaves({k: v for k, v in layer.items() if k != "adaln"}) if len(x.shape) > 1]
     share = 2 * width * slots * rows / sum(x.size for x in kernels)  # of the cache to the weights
-    stages = min(1 if share < 0.25 else 2 if share < 1 else 4, max(1, 80 // len(params["layers"])))
+    stages = 1 if share < 0.25 else 2 if share < 1 else 4
+    stages = stages if isinstance(layers, dict) else min(stages, max(1, 80 // len(layers)))
     return [slots * i // stages for i in range(stages + 1)]

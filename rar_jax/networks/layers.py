@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rar_jax.parallel.rules import target_platform
+
 # torch's trunc_normal_(std=0.02) cuts at an absolute +-2, which is no cut; JAX's truncated_normal would cut at 2 sigma.
 INIT = nn.initializers.normal(0.02)
 
@@ -167,15 +169,16 @@ def attention_weights(q_bnhk: jax.Array, k_bnhk: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(jnp.tri(n, dtype=bool)[None, None], scores_bhnm, -jnp.inf))
 
 
-def has_fused_attention(head_dim: int, dtype: Any, device: Any = None) -> bool:
-    """Whether a device (default: the first) has cuDNN's fused attention.
+def has_fused_attention(head_dim: int, dtype: Any) -> bool:
+    """Whether code that is traced here runs on GPUs with cuDNN's fused attention.
 
     NVIDIA GPUs have it since Ampere, in 16 bits, for head dims that are multiples of 8 up to 128.
     """
-    device = jax.devices()[0] if device is None else device
-    capability = str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
-    is_ampere = capability.replace(".", "").isdigit() and float(capability) >= 8.0
-    return is_ampere and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    if not fits or target_platform() != "gpu":
+        return False
+    capability = str(getattr(jax.devices("gpu")[0], "compute_capability", ""))
+    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
 
 class Attention(nn.Module):

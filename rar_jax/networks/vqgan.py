@@ -3,7 +3,7 @@
 Source: MaskGIT (arXiv 2202.04200) with the details of the released ImageNet f16 file. The names of the
 submodules are the released keys with "_" for "." around numbers ("down_0_block_1" is "down.0.block.1").
 
-Shape suffixes: b batch, y height, x width, c image channels, d feature width, z latent width.
+Shape suffixes: b batch, y height, x width, c image channels, d feature width, z latent width, v codes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,40 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+CODES_AT_A_TIME = 4096  # distances to all 2**18 codes of the largest tables would take gigabytes
+
+
+def nearest_codes(codebook_vz: jax.Array, latents_bnz: jax.Array) -> jax.Array:
+    """Return the index of the nearest code, int32 (b, n); of equally near ones the first. No gradient passes.
+
+    Distances are float32, to `CODES_AT_A_TIME` codes at a time.
+    """
+    codes_vz, latents_bnz = jax.lax.stop_gradient((jnp.asarray(codebook_vz, jnp.float32), latents_bnz))
+    size, width = codes_vz.shape
+    # |z|^2 is the same for all codes; leaving it out also keeps the differences between codes exact.
+    norms_v = jnp.sum(jnp.square(codes_vz), axis=1)
+
+    def nearest(codes_vz: jax.Array, norms_v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        products_bnv = jnp.einsum("bnz,vz->bnv", latents_bnz, codes_vz, precision=jax.lax.Precision.HIGHEST)
+        distances_bnv = norms_v[None, None, :] - 2.0 * products_bnv
+        return jnp.min(distances_bnv, axis=-1), jnp.argmin(distances_bnv, axis=-1).astype(jnp.int32)
+
+    if size <= CODES_AT_A_TIME:
+        return nearest(codes_vz, norms_v)[1]
+
+    def closer(best: tuple[jax.Array, jax.Array], part: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+        first, codes_vz, norms_v = part
+        distances_bn, ids_bn = nearest(codes_vz, norms_v)
+        is_closer_bn = distances_bn < best[0]
+        return (jnp.where(is_closer_bn, distances_bn, best[0]), jnp.where(is_closer_bn, first + ids_bn, best[1])), None
+
+    padding = -size % CODES_AT_A_TIME  # no latent is near to codes of infinite norm
+    codes = jnp.pad(codes_vz, ((0, padding), (0, 0))).reshape(-1, CODES_AT_A_TIME, width)
+    norms = jnp.pad(norms_v, (0, padding), constant_values=jnp.inf).reshape(-1, CODES_AT_A_TIME)
+    firsts = jnp.arange(len(norms), dtype=jnp.int32) * CODES_AT_A_TIME
+    none = jnp.full(latents_bnz.shape[:-1], jnp.inf), jnp.zeros(latents_bnz.shape[:-1], jnp.int32)
+    return jax.lax.scan(closer, none, (firsts, codes, norms))[0][1]
 
 
 class Conv(nn.Module):

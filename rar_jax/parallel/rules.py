@@ -88,6 +88,12 @@ def is_sharded() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def target_platform() -> str:
+    """Return the platform that code is traced for: of the mesh inside `sharded`, else the default: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def batch_per_device(batch: int) -> int:
     """Return the number of samples per device inside `sharded`; all of them outside."""
     mesh = jax.sharding.get_abstract_mesh()

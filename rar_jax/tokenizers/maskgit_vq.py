@@ -149,7 +149,7 @@ def latents(config: Config, params: Params, images: jax.Array) -> jax.Array:
 
 def encode(config: Config, params: Params, images: jax.Array) -> jax.Array:
     """Return tokens (B, N) int32, row by row, of images (B, H, W, C), float in [0, 1] or uint8."""
-    return _nearest(params["codebook"], _flat(latents(config, params, images)))
+    return vqgan.nearest_codes(params["codebook"], _flat(latents(config, params, images)))
 
 
 def decode(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
@@ -182,14 +182,6 @@ def _codes(codebook_vz: jax.Array, tokens_bn: jax.Array) -> jax.Array:
     return jnp.take(codebook_vz, tokens_bn, axis=0, mode="fill")
 
 
-def _nearest(codebook_vz: jax.Array, latents_bnz: jax.Array) -> jax.Array:
-    # |z|^2 is the same for all codes; leaving it out also keeps the differences between codes exact.
-    codebook_vz = jnp.asarray(codebook_vz, jnp.float32)
-    products_bnv = jnp.einsum("bnz,vz->bnv", latents_bnz, codebook_vz, precision=jax.lax.Precision.HIGHEST)
-    norms_v = jnp.sum(jnp.square(codebook_vz), axis=1)
-    return jnp.argmin(norms_v[None, None, :] - 2.0 * products_bnv, axis=-1).astype(jnp.int32)
-
-
 def _reconstruct(config: Config, params: Params, codes_bnz: jax.Array) -> jax.Array:
     latents_byxz = codes_bnz.reshape(codes_bnz.shape[0], config.grid, config.grid, config.latent_width)
     return jnp.asarray(_decoder(config).apply({"params": params["decoder"]}, latents_byxz), jnp.float32)
@@ -216,7 +208,7 @@ def loss(
     del key, step, train
     images = _unit(batch["images"])
     latents_bnz = _flat(latents(config, params, images))
-    tokens_bn = _nearest(params["codebook"], latents_bnz)
+    tokens_bn = vqgan.nearest_codes(params["codebook"], latents_bnz)
     codes_bnz = _codes(params["codebook"], tokens_bn)
     # Straight through: the decoder sees the codes, the encoder gets the gradient of what the decoder saw.
     outputs = _reconstruct(config, params, latents_bnz + jax.lax.stop_gradient(codes_bnz - latents_bnz))
@@ -263,7 +255,7 @@ def after_step(
 
     def restart(codebook_vz: jax.Array) -> jax.Array:
         latents_bnz = _flat(latents(config, params, batch["images"]))
-        used_v = _counts(config, _nearest(codebook_vz, latents_bnz)) > 0
+        used_v = _counts(config, vqgan.nearest_codes(codebook_vz, latents_bnz)) > 0
         latents_mz = latents_bnz.reshape(-1, config.latent_width)
         # Without replacement where there are enough latents: of two equal codes one is dead at once.
         few = latents_mz.shape[0] < config.codebook_size

@@ -76,8 +76,8 @@ def _count(jaxpr: Any, values: Sequence[_Value], read: set[Any], *, in_loop: boo
         elif name == "cond":
             cost = max(_count_call(branch, given[1:], read, in_loop)[0] for branch in eqn.params["branches"])
         elif name in VIEWS:
-            size = eqn.outvars[0].aval.size * eqn.invars[0].aval.dtype.itemsize
-            made = [given[0]._replace(stored=min(given[0].stored, size))]
+            share = min(1, eqn.outvars[0].aval.size / max(eqn.invars[0].aval.size, 1))
+            made = [given[0]._replace(stored=given[0].stored * share)]
         elif name == "dynamic_update_slice" and given[0].stored:
             made = [_Value(stored=(given[0].stored + _size(eqn.invars[1])) / 2)]
         elif inner := list(jax.extend.core.jaxprs_in_params(eqn.params)):

@@ -136,6 +136,8 @@ class InceptionEvaluator:
             poll()
             count = min(self._size, n - start)
             totals.add(self._program.score(samples, start, count).sums, count)
+        if totals.nonfinite:
+            return {f"nonfinite_images_n{n}": float(totals.nonfinite)}
         metrics = {f"inception_score_n{n}": inception_score.score_splits(totals.splits)}
         if self._reference is not None:
             given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (self._reference.cov, totals.pool3))

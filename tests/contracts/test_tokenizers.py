@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare import assert_same_tokens
 
-from rar_jax.models import find_module, module_names
+from rar_jax.models import TokenSpec, find_module, module_names
 
 
 @pytest.fixture(scope="module", params=module_names("tokenizers"))
@@ -41,7 +42,19 @@ def test_encode_and_decode_keep_the_spec(tokenizer: ModuleType) -> None:
     assert decoded.shape == images.shape and decoded.dtype == jnp.float32
     assert float(decoded.min()) >= 0 and float(decoded.max()) <= 1
     # The batch an image is encoded in does not matter.
-    np.testing.assert_array_equal(tokenizer.encode(config, params, images[1:2])[0], tokens[1])
+    assert_same_tokens(spec, tokenizer.encode(config, params, images[1:2])[0], tokens[1])
+
+
+def test_latents_may_be_rounded_and_ids_may_not() -> None:
+    latents = np.random.default_rng(0).standard_normal((2, 16, 4)).astype(np.float32)
+    one = np.arange(latents.size).reshape(latents.shape) == 70
+    ids, latent_spec, id_spec = np.arange(32), TokenSpec((16, 4), "float32"), TokenSpec((16,), "int64", 32)
+    assert_same_tokens(id_spec, ids, ids)
+    assert_same_tokens(latent_spec, latents + np.float32(1e-5) * one, latents)
+    wrong = latents + np.float32(1e-3) * one, latents[::-1], latents.astype(np.float64), np.full_like(latents, np.nan)
+    for spec, ours, theirs in (*((latent_spec, x, latents) for x in wrong), (id_spec, ids + (ids == 3), ids)):
+        with pytest.raises(AssertionError):
+            assert_same_tokens(spec, ours, theirs)
 
 
 def test_loss_trains(tokenizer: ModuleType) -> None:

@@ -85,7 +85,11 @@ def test_a_reference_of_another_protocol_is_refused(tmp_path: pathlib.Path) -> N
 
 @pytest.mark.usefixtures("cheap")
 def test_the_command(
-    released_pair: Any, images: np.ndarray, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    released_pair: Any,
+    images: np.ndarray,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = ["evaluate", "--reconstruction", "--inception", "i", "--out", str(tmp_path / "out"), "--quiet"]
     assert cli.main([*command, "--images", str(tmp_path / "png")]) == 2
@@ -94,6 +98,13 @@ def test_the_command(
     assert cli.main([*command, *arguments]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("rfid", "psnr", "ssim", "codebook_usage", "perplexity", "n 30"))
+    encode = maskgit_vq.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(maskgit_vq, "encode", lambda *args: jnp.where(encode(*args) == 3, 32, encode(*args)))
+        assert cli.main([*command, *arguments]) == 1
+    tokens = encode(*interop.load(released_pair.tokenizer), images)
+    expected = int((np.asarray(tokens) == 3).any(axis=1).sum())
+    assert f"{expected} of 30 images have non-finite pixels" in capsys.readouterr().err and expected > 0
     files = ImageFiles()
     files.write_folder(tmp_path / "data" / "train", files.image_set())
     files.write_folder(tmp_path / "data" / "val", files.image_set((1, 0, 0)))

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from image_files import ImageFiles
@@ -15,12 +16,13 @@ from PIL import Image
 
 from rar_jax import cli, load
 from rar_jax.data.sources import load_source
-from rar_jax.errors import ConfigError
+from rar_jax.errors import ConfigError, NonFiniteError
 from rar_jax.evaluation import chunks, image_batches, program, scores
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
 from rar_jax.evaluation.image_sets import open_image_set
 from rar_jax.evaluation.program import Program, Settings
 from rar_jax.evaluation.reference import Reference, write_reference
+from rar_jax.generators import rar
 from rar_jax.metrics import frechet, moments
 from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
@@ -176,7 +178,7 @@ def mesh_of(devices: int) -> Any:
 def close(ours: ScoreTotals, theirs: ScoreTotals) -> float:
     """Largest difference, over the largest number of its array."""
     a, b = ours.to_arrays(), theirs.to_arrays()
-    return max(float(np.abs(a[k] - b[k]).max() / np.abs(b[k]).max()) for k in b)
+    return max(float(np.abs(a[k] - b[k]).max() / (np.abs(b[k]).max() or 1)) for k in b)
 
 
 @pytest.mark.slow
@@ -222,6 +224,24 @@ def test_images_give_the_same_sums_on_any_mesh(tmp_path: pathlib.Path) -> None:
         out = tmp_path / f"{devices}_{batch_size}"
         found.append(scorer.accumulate(batches, out, description="", quiet=True)[0])
         assert close(found[-1], found[0]) < 1e-6, (devices, batch_size)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_images_that_are_not_finite_are_counted_and_an_error(
+    released_pair: Any, tmp_path: pathlib.Path, computed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two classes of ten get a token outside the codebook; the last image, which pads batches, is one of them."""
+    draw = rar.sample
+
+    def sample(config: Any, params: Any, labels: jax.Array, **keywords: Any) -> jax.Array:
+        tokens_bn = draw(config, params, labels, **keywords)
+        return tokens_bn.at[:, 5].set(jnp.where((labels == 3) | (labels == 9), 32, tokens_bn[:, 5]))
+
+    monkeypatch.setattr(rar, "sample", sample)
+    for _ in range(2):  # the count is stored with the sums
+        with pytest.raises(NonFiniteError, match="8 of 40 images have non-finite pixels"):
+            score(released_pair, tmp_path, None)
+    assert len(computed) == 2 and not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.usefixtures("cheap")

@@ -112,7 +112,7 @@ def test_live_scores_ask_before_each_batch(
     scorers = make_live_evaluators(experiment, "generator", Workdir(workdir), make_mesh(experiment.mesh), reporter)
     for scorer in scorers:
         scorer.compile(params)
-    monkeypatch.setattr(image_batches, "sample_images", None)  # nothing is traced again
+    monkeypatch.setattr(image_batches, "sample_pixels", None)  # nothing is traced again
     monkeypatch.setattr(frechet, "frechet_distance_in_graph", None)
     for scorer in scorers:
         polls: list[None] = []

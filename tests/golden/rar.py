@@ -145,9 +145,10 @@ def _measure_samples(system: System) -> Iterator[Check]:
     }
     for name, (scale, power, temperature) in zip(arrays["cfg_names"], arrays["cfg_values"].tolist(), strict=True):
         sampling = _make_sampling(scale, power, temperature)
-        ids = _sample(config, params, labels, sampling)
-        differ = count_different(ids, arrays[f"greedy_{name}_ids"])
-        yield Check("greedy samples, tokens that differ", 0, differ)
+        for scanned in (True, False):
+            ids = _sample(config, rar.prepare(config, params, scanned=scanned), labels, sampling)
+            differ = count_different(ids, arrays[f"greedy_{name}_ids"])
+            yield Check(f"greedy samples{', scanned layers' * scanned}, tokens that differ", 0, differ)
         share_n = jnp.arange(config.num_tokens) / config.num_tokens
         weight_n = weigh_guidance(scale, share_n, schedule="power-cosine", power=power)
         for how, network in networks.items():

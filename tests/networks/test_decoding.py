@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from rar_jax.generators import rar
 from rar_jax.generators.rar import Sampling
 from rar_jax.networks import decoding
-from rar_jax.parallel.mesh import MeshConfig, make_mesh
+from rar_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, sharded
 from rar_jax.weights.registry import GENERATORS
 
@@ -84,18 +85,19 @@ def random_params(seed: int) -> Any:
     return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
-@pytest.mark.parametrize("stages", [1, 3, 4])
-def test_stages_change_nothing(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two stages, as this size has by itself, or others."""
+@pytest.mark.parametrize(("stages", "scanned"), [(1, False), (3, False), (4, False), (2, True), (4, True)])
+def test_stages_and_scans_change_nothing(stages: int, scanned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages, as this size has by itself, or others; layers unrolled, as on a CPU, or scanned."""
     params, labels = random_params(0), jnp.asarray([3, 1, 3])
     keywords: Any = {"keys": jax.random.split(jax.random.key(1), 3), "sampling": Sampling(2.0, 1.0)}
     expected = rar.sample(rar.TINY, params, labels, **keywords)
+    params = rar.prepare(rar.TINY, params, scanned=scanned)
     monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [17 * i // stages for i in range(stages + 1)])
     np.testing.assert_array_equal(rar.sample(rar.TINY, params, labels, **keywords), expected)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_modulations_in_several_parts_of_a_stage(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stages", "scanned"), [(1, False), (2, False), (2, True)])
+def test_modulations_in_several_parts_of_a_stage(stages: int, scanned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """More slots than are modulated at a time, as in the released sizes: the logits of the network that has no cache."""
     config = dataclasses.replace(rar.TINY, num_tokens=160)
     shapes = jax.eval_shape(lambda: rar.init(config, jax.random.key(0)))
@@ -111,15 +113,15 @@ def test_modulations_in_several_parts_of_a_stage(stages: int, monkeypatch: pytes
 
     monkeypatch.setattr(decoding.Conditions, "slots_at_a_time", told)
     monkeypatch.setattr(decoding, "_stage_ends", lambda *_: [161 * i // stages for i in range(stages + 1)])
-    ours = rar.cached_logits(config, rar.prepare(config, params), tokens, labels)
+    ours = rar.cached_logits(config, rar.prepare(config, params, scanned=scanned), tokens, labels)
     assert parts == {1: [3], 2: [2, 2]}[stages]
     orders = jnp.broadcast_to(jnp.arange(160), (2, 160))
     np.testing.assert_allclose(ours, rar.logits(config, params, tokens, labels, orders), atol=2e-4)
 
 
-@pytest.mark.parametrize("shape", [None, (2, 1, 1), (1, 1, 2)])
+@pytest.mark.parametrize(("shape", "scanned"), [(None, False), (None, True), ((2, 1, 1), True), ((1, 1, 2), False)])
 def test_fused_attention_draws_the_same_and_not_where_heads_are_cut(
-    shape: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int] | None, scanned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """JAX's attention, here by XLA since cuDNN is on GPUs only, in the place where it is taken: the logits as without it."""
     config, params = rar.TINY, random_params(0)
@@ -133,45 +135,59 @@ def test_fused_attention_draws_the_same_and_not_where_heads_are_cut(
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     monkeypatch.setattr(decoding, "has_fused_attention", lambda *_: True)
     with contextlib.nullcontext() if shape is None else sharded(make_mesh(MeshConfig(*shape), jax.devices()[:2])):
-        ours = jax.jit(lambda p, t, c: rar.cached_logits(config, p, t, c))(params, tokens, labels)
+        prepared = rar.prepare(config, params, scanned=scanned)
+        ours = jax.jit(lambda p, t, c: rar.cached_logits(config, p, t, c))(prepared, tokens, labels)
     np.testing.assert_allclose(ours, expected, atol=2e-5)
     one_stage = ("cudnn", (4 * 1 * config.num_heads, 17, 1, config.width // config.num_heads))
-    assert read == ([] if shape == (1, 1, 2) else [one_stage] * config.depth)
+    assert read == ([] if shape == (1, 1, 2) else [one_stage] * (1 if scanned else config.depth))
 
 
-def test_the_cache_is_written_in_place() -> None:
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_cache_is_written_in_place(scanned: bool) -> None:
     """Once for each layer and stage, and no loop has a copy of it: so there is nothing to donate."""
     rows, stages, head_dim = 3 * 2 * rar.TINY.num_heads, (8, 9), rar.TINY.width // rar.TINY.num_heads
 
     def draw(params: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
         return rar.sample(rar.TINY, params, labels, keys=keys, sampling=Sampling(2.0, 1.0))
 
-    text = (
-        jax.jit(draw).lower(random_params(0), jnp.arange(3), jax.random.split(jax.random.key(1), 3)).compile().as_text()
-    )
+    params, labels = rar.prepare(rar.TINY, random_params(0), scanned=scanned), jnp.arange(3)
+    text = jax.jit(draw).lower(params, labels, jax.random.split(jax.random.key(1), 3)).compile().as_text()
     loops = text[: text.index("\nENTRY ")]  # what is outside of them sets it to zero
     for slots in stages:
-        made = re.findall(rf"= f32\[{rows},{slots},{head_dim}\]\S* ([a-z-]+)\(", loops)
-        assert made.count("dynamic-update-slice") == 2 * rar.TINY.depth
+        layers = f"{rar.TINY.depth}," if scanned else ""
+        made = re.findall(rf"= f32\[{layers}{rows},{slots},{head_dim}\]\S* ([a-z-]+)\(", loops)
+        assert made.count("dynamic-update-slice") == 2 * (1 if scanned else rar.TINY.depth)
         assert "copy" not in made and "transpose" not in made
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_stages_cover_the_slots_and_stay_few_to_compile(name: str) -> None:
+@pytest.mark.parametrize("scanned", [False, True])
+def test_stages_cover_the_slots_and_stay_few_to_compile(name: str, scanned: bool) -> None:
     size = GENERATORS[name]
     config = rar.Config(width=size.width, depth=size.depth, mlp_width=size.mlp_width)
     init = functools.partial(rar.init, config)
-    params = jax.eval_shape(lambda: rar.prepare(config, init(jax.random.key(0))))
+    params = jax.eval_shape(lambda: rar.prepare(config, init(jax.random.key(0)), scanned=scanned))
     ends = [decoding._stage_ends(params, 257, rows) for rows in (2, 16, 128, 2048)]
     for stages in ends:
         assert (stages[0], stages[-1]) == (0, 257) and all(a < b for a, b in itertools.pairwise(stages))
-        assert (len(stages) - 1) * config.depth <= 80
+        assert scanned or (len(stages) - 1) * config.depth <= 80
     numbers = [len(stages) - 1 for stages in ends]
     assert numbers[0] == 1 and numbers == sorted(numbers) and numbers[-1] > 1
+    assert not scanned or numbers[-1] == 4
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
-def test_on_a_mesh(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("platform", "form"), [("cpu", tuple), ("gpu", dict), ("tpu", dict)])
+def test_the_platform_decides_whether_layers_are_scanned(platform: str, form: type) -> None:
+    params, device = random_params(0), AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    with use_abstract_mesh(AbstractMesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device)):
+        prepared = jax.eval_shape(functools.partial(rar.prepare, rar.TINY), params)
+    assert isinstance(prepared["layers"], form)
+
+
+@pytest.mark.parametrize(("shape", "scanned"), [
+    ((4, 1, 1), False), ((1, 4, 1), False), ((2, 1, 2), False), ((1, 2, 2), False), ((1, 2, 2), True),
+])  # fmt: skip
+def test_on_a_mesh(shape: tuple[int, int, int], scanned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are cut over the devices and parameters by rules.py: the logits of one device, in stages for the rows that it has."""
     stage_ends, rows = decoding._stage_ends, []
     monkeypatch.setattr(decoding, "_stage_ends", lambda *args: rows.append(args[2]) or stage_ends(*args))
@@ -183,8 +199,10 @@ def test_on_a_mesh(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch)
     mesh = make_mesh(MeshConfig(*shape))
     tokens, labels, keys = jax.device_put((tokens, labels, keys), batch_sharding(mesh))
     with sharded(mesh):
-        ours = jax.jit(lambda p, t, c: rar.cached_logits(config, p, t, c))(params, tokens, labels)
-        again = jax.jit(lambda p, c, k: rar.sample(config, p, c, keys=k, sampling=Sampling(2.0)))(params, labels, keys)
+        prepare = functools.partial(rar.prepare, config, scanned=scanned)
+        ours = jax.jit(lambda p, t, c: rar.cached_logits(config, prepare(p), t, c))(params, tokens, labels)
+        draw = jax.jit(lambda p, c, k: rar.sample(config, prepare(p), c, keys=k, sampling=Sampling(2.0)))
+        again = draw(params, labels, keys)
     np.testing.assert_allclose(ours, expected, atol=2e-5)
     np.testing.assert_array_equal(again, drawn)
     assert rows == [8, 16, *(each // (shape[0] * shape[1]) for each in (8, 16))]  # cached_logits has no guidance

@@ -1,5 +1,6 @@
 """Dropout's own random bits, attention, LayerNorm, GELU and products against NumPy and SciPy in float64."""
 
+import dataclasses
 import functools
 import types
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import scipy.special
 from flax.core import meta
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from rar_jax.generators import rar
 from rar_jax.networks import layers
 from rar_jax.networks.layers import Attention, Dropout, dropout_bits, gelu, has_fused_attention, layer_norm, matmul
+from rar_jax.parallel.mesh import AXES
 
 
 def test_dropout_bits_look_random() -> None:
@@ -99,16 +103,53 @@ def test_fused_attention_is_the_same_and_not_taken_where_weights_are_dropped(
     assert calls == ["cudnn"] * fused
 
 
-def test_where_there_is_fused_attention() -> None:
-    ampere, turing, chip = (
-        types.SimpleNamespace(platform=platform, compute_capability=capability)
-        for platform, capability in (("gpu", "8.0"), ("gpu", "7.5"), ("tpu", ""))
-    )
-    assert has_fused_attention(48, "bfloat16", ampere) and has_fused_attention(128, "float16", ampere)
-    assert not has_fused_attention(48, "float32", ampere) and not has_fused_attention(136, "bfloat16", ampere)
-    assert not has_fused_attention(44, "bfloat16", ampere)
-    assert not has_fused_attention(48, "bfloat16", turing) and not has_fused_attention(48, "bfloat16", chip)
-    assert not has_fused_attention(48, "bfloat16")  # the CPU of the tests
+def on_platform(platform: str, monkeypatch: pytest.MonkeyPatch, capability: str = "9.0") -> Any:
+    """A mesh context of `platform`, on a host whose default device is an NVIDIA GPU."""
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    return use_abstract_mesh(AbstractMesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device))
+
+
+@pytest.mark.parametrize(("platform", "capability", "head_dim", "dtype", "fused"), [
+    ("gpu", "8.0", 48, "bfloat16", True), ("gpu", "9.0", 128, "float16", True), ("gpu", "8.0", 48, "float32", False),
+    ("gpu", "8.0", 136, "bfloat16", False), ("gpu", "8.0", 44, "bfloat16", False),
+    ("gpu", "7.5", 48, "bfloat16", False), ("gpu", "gfx942", 48, "bfloat16", False),
+    ("tpu", "9.0", 48, "bfloat16", False), ("cpu", "9.0", 48, "bfloat16", False),
+])  # fmt: skip
+def test_where_there_is_fused_attention(
+    platform: str, capability: str, head_dim: int, dtype: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_fused_attention(head_dim, dtype)  # the CPU of the tests
+    with on_platform(platform, monkeypatch, capability):
+        assert has_fused_attention(head_dim, dtype) == fused
+    assert has_fused_attention(48, "bfloat16") == (capability in ("8.0", "9.0"))  # the default device
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu", "gpu"])
+def test_a_gpu_host_lowers_the_attention_of_the_platform_of_the_mesh(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training forward pass and the sampler. cuDNN cannot be traced here: a function in its place."""
+    config = dataclasses.replace(rar.TINY, dtype="bfloat16", attention_dropout=0.0)
+    labels = jnp.zeros(1, jnp.int32)
+    params = jax.eval_shape(lambda: rar.init(config, jax.random.key(0)))
+    narrow = jax.eval_shape(lambda p: rar.prepare(config, p, dtype="bfloat16"), params)
+    tokens, key = jnp.zeros((1, 16), jnp.int32), jax.random.key(0)
+
+    @jax.jit
+    def cudnn_attention(q: jax.Array) -> jax.Array:
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **__: cudnn_attention(q))
+    batch = {"tokens": tokens, "labels": labels}
+    loss = jax.jit(lambda p: rar.loss(config, p, batch, key=key, step=0)[0])
+    decode = jax.jit(lambda p: rar.cached_logits(config, p, tokens, labels))
+    with on_platform(platform, monkeypatch):
+        for function, given in ((loss, params), (decode, narrow)):
+            lowered = function.trace(given).lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+            assert ("@cudnn_attention" in lowered.as_text()) == (platform == "gpu")
 
 
 def test_layer_norm_does_not_cancel() -> None:

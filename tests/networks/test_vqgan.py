@@ -8,6 +8,7 @@ from flax.core import meta
 from scipy import ndimage
 
 from rar_jax.networks import vqgan
+from rar_jax.weights import maskgit_vq as weights
 
 
 def _names(tree):
@@ -97,6 +98,43 @@ def test_group_norm_and_silu(width):
     normed = normed * np.asarray(scale, np.float64) + np.asarray(bias, np.float64)
     expected = normed / (1 + np.exp(-normed))
     np.testing.assert_allclose(layer.apply({"params": {"scale": scale, "bias": bias}}, x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1024, vqgan.CODES_AT_A_TIME, 3 * vqgan.CODES_AT_A_TIME - 5])
+def test_the_nearest_code_is_that_of_all_distances(size):
+    """In float64, and of equal codes in several chunks the first; a latent that is not a number has code 0."""
+    codes, latents = jax.random.normal(jax.random.key(0), (size, 8)), jax.random.normal(jax.random.key(1), (2, 50, 8))
+    codes = codes.at[-1].set(codes[3])
+    latents = latents.at[0, 0].set(codes[3]).at[1, 1].set(jnp.nan)
+    ours = np.asarray(vqgan.nearest_codes(codes, latents))
+    x, e = (np.asarray(a, np.float64) for a in (latents, codes))
+    distances = (e**2).sum(1) - 2 * x @ e.T
+    assert ours.dtype == np.int32 and (ours[0, 0], ours[1, 1]) == (3, 0)
+    found = np.take_along_axis(distances, ours[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, np.where(np.isnan(found), found, distances.min(-1)), atol=1e-5)
+    assert (ours == distances.argmin(-1)).mean() > 0.98
+
+
+def test_golden_tokens_from_distances_in_parts(golden, monkeypatch):
+    expected, (_, params) = np.load(golden / "maskgit_vq_tiny.npz"), weights.load(golden / "maskgit_vq_tiny.bin")
+    latents_byxz = np.moveaxis(expected["latents_nchw"], 1, -1)
+    latents_bnz = jnp.asarray(latents_byxz.reshape(len(latents_byxz), -1, latents_byxz.shape[-1]))
+    monkeypatch.setattr(vqgan, "CODES_AT_A_TIME", len(params["codebook"]) // 3)
+    np.testing.assert_array_equal(vqgan.nearest_codes(params["codebook"], latents_bnz), expected["tokens"])
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_distances_to_a_large_codebook_need_little_memory(differentiated):
+    """Temporary memory for 2**18 codes and 1024 latents, all of whose distances take 1 GiB."""
+    codes, latents = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2**18, 8), (4, 256, 8)))
+
+    def straight_through(codes, latents):
+        return jnp.sum(jnp.take(codes, vqgan.nearest_codes(codes, latents), axis=0) * latents)
+
+    function = jax.value_and_grad(straight_through, argnums=(0, 1)) if differentiated else vqgan.nearest_codes
+    memory = jax.jit(function).lower(codes, latents).compile().memory_analysis()
+    # Distances, and minima by XLA's CPU reductions, of one chunk; the codebook once more, in chunks.
+    assert memory.temp_size_in_bytes < 4 * 1024 * vqgan.CODES_AT_A_TIME * 2 + 2 * 4 * 8 * 2**18
 
 
 def test_every_kernel_has_logical_axes():

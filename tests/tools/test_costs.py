@@ -134,6 +134,19 @@ def test_sampling(
         assert cost.bytes == pytest.approx(sampling_bytes(config, batch, guided), rel=0.02)
 
 
+@pytest.mark.parametrize("config", [rar.TINY, RAR_B], ids=["tiny", "rar_b"])
+def test_scanned_layers_cost_what_unrolled_ones_do(config: rar.Config) -> None:
+    def count_form(scanned: bool) -> Cost:
+        params = jax.eval_shape(functools.partial(rar.prepare, config, scanned=scanned), param_shapes(config))
+        keys = sample_keys(0, jnp.arange(8))
+        return count(functools.partial(rar.sample, config, labels=jnp.arange(8), keys=keys, sampling=GUIDED), params)
+
+    scanned, unrolled = count_form(True), count_form(False)
+    assert scanned.flops == unrolled.flops
+    # The position that a step writes counts as half filled in every layer of the stack, not in one.
+    assert scanned.bytes == pytest.approx(unrolled.bytes, rel=0.015)
+
+
 def test_a_cache_in_bfloat16_moves_half_the_bytes() -> None:
     def moved(dtype: str) -> float:
         params = jax.eval_shape(functools.partial(rar.prepare, rar.TINY, dtype=dtype), param_shapes(rar.TINY))

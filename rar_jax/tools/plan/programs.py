@@ -65,9 +65,9 @@ def lower_sampling(experiment: Experiment, mesh: Mesh, batch_size: int) -> jax.s
     generator, tokenizer = experiment.generator, experiment.tokenizer
     prepare = functools.partial(prepare_params, generator)
     params = shape_params(generator, mesh)
-    prepared, at = jax.eval_shape(prepare, params), replicated(mesh)
-    if mesh.shape["tensor"] > 1:  # the compiler chooses the shardings
-        with sharded(mesh):
+    with sharded(mesh):
+        prepared, at = jax.eval_shape(prepare, params), replicated(mesh)
+        if mesh.shape["tensor"] > 1:  # the compiler chooses the shardings
             at = compile_lowered(jax.jit(prepare).lower(params)).output_shardings
     image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
     inception = _place(jax.eval_shape(Inception().init, jax.random.key(0), image)["params"], replicated(mesh))
