@@ -78,7 +78,7 @@ class Experiment:
         out = {f.name: to_dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for kind in ("tokenizer", "generator"):
             model: Model = getattr(self, kind)
-            out[kind] = {"name": model.module.__name__.rpartition(".")[2], **to_dict(model.config)}
+            out[kind] = {"name": model.name, **to_dict(model.config)}
         if (weights := out.pop("tokenizer_weights")) is not None:
             out["tokenizer"]["weights"] = weights
         return {key: value for key, value in out.items() if value is not None}

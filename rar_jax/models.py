@@ -46,6 +46,11 @@ class Model:
     module: ModuleType
     config: Any
 
+    @property
+    def name(self) -> str:
+        """Name of the module's file, as in a config."""
+        return self.module.__name__.rpartition(".")[2]
+
     def param_shapes(self) -> Any:
         """Return the tree of the parameters' shapes and dtypes, without making them."""
         return jax.eval_shape(functools.partial(self.module.init, self.config), jax.random.key(0))
@@ -68,7 +73,7 @@ def check_pair(generator: Model, tokenizer: Model) -> None:
     drawn, decoded = token_spec(generator), token_spec(tokenizer)
     require(
         drawn == decoded,
-        f"the generator draws {drawn}, the tokenizer decodes {decoded}: make config.generator fit config.tokenizer",
+        f"the generator draws {drawn}, the tokenizer decodes {decoded}: make config.generator fit config.tokenizer, or a file by --fact",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from rar_jax.config import build, require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
 from rar_jax.keys import sample_keys
-from rar_jax.models import Model, check_pair, token_spec
+from rar_jax.models import Model, check_pair
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, with_device_dtype
@@ -25,11 +25,8 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.bucket import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import Guidance, reconstruct_images, sample_images
-from rar_jax.weights import registry as released
-from rar_jax.weights.loading import Weights, open_weights, read_directory
-
-# What `load` finds: generator, tokenizer, guidance, class names.
-_Found = tuple[Weights, Weights, Guidance | None, Sequence[str]]
+from rar_jax.weights.loading import Weights, open_pair, read_directory
+from rar_jax.weights.registry import find_file, find_named, find_released
 
 
 class Pipeline:
@@ -38,6 +35,7 @@ class Pipeline:
     Attributes:
       params: {"generator": decoding parameters, "tokenizer": parameters}, an argument of `sample_fn`.
       guidance: the default of `sample`.
+      sources: generator's and tokenizer's Weights, of a Pipeline that `load` made.
       class_names: one per class with its synonyms, "tench, Tinca tinca", or numbers if there are no names.
     """
 
@@ -52,12 +50,14 @@ class Pipeline:
         class_names: Sequence[str] = (),
         mesh: Mesh | None = None,
         dtype: Any = None,
+        sources: Sequence[Weights] = (),
     ) -> None:
         """Build from parameters that are on the devices (of the mesh) already; see `load`."""
         check_pair(generator, tokenizer)
         self.generator: Model = generator
         self.tokenizer: Model = tokenizer
         self.mesh: Mesh | None = mesh
+        self.sources: tuple[Weights, ...] = tuple(sources)
         self.guidance: Guidance = guidance or Guidance(0.0)
         numbers = tuple(str(i) for i in range(generator.config.num_classes))
         self.class_names: tuple[str, ...] = tuple(class_names) or numbers
@@ -167,6 +167,8 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = None,
     download: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    models: Sequence[str] = (),
     step: int | None = None,
 ) -> Pipeline:
     """Load a work directory, a converted directory, or released files.
@@ -182,6 +184,8 @@ def load(
         individual tokens. A GPU without bfloat16 uses float32, with a warning.
       step: of the generator's checkpoints in a work directory; default the newest good one.
       download: fetch released files that are not cached, and check their sha256.
+      facts: Config fields that files do not tell, {"image_size": 256}; files of `convert` and released sizes do.
+      models: names of the modules that read the files; by default the files' keys say it.
 
     Raises: ConfigError, WeightsError or CheckpointError that say what is missing or wrong.
     """
@@ -194,18 +198,18 @@ def load(
     find_devices()
     if is_url(path_or_name):
         path_or_name = Workdir(path_or_name).fetch().path
-    path = released.locate(path_or_name, download=download)
+    path = find_file(path_or_name, download=download)
     if path.is_dir():
         require(tokenizer is None, f"{path} is a directory, which has its own tokenizer: leave tokenizer out")
-        found = _find_directory(path, step)
-    else:
-        if tokenizer is None and path != pathlib.Path(path_or_name):
-            tokenizer = released.TOKENIZER
-        missing = f"{path} is a generator's file: give its tokenizer's too (--tokenizer, load(..., tokenizer=...))"
-        require(tokenizer is not None, missing)
-        found = _find_files(path, released.locate(str(tokenizer), download=download), step)
-    generator, of_images, guidance, class_names = found
+        tokenizer = path
+    elif tokenizer is None and path != pathlib.Path(path_or_name) and (named := find_named(path_or_name)):
+        tokenizer = named[1].tokenizer
+    missing = f"{path} is a generator's file: give its tokenizer's too (--tokenizer, load(..., tokenizer=...))"
+    require(tokenizer is not None, missing)
+    how = {"download": download, "facts": facts, "models": models, "step": step}
+    generator, of_images = open_pair(path_or_name, str(tokenizer), **how)
     check_pair(generator.model, of_images.model)
+    guidance, class_names = _find_defaults(path, generator.model)
     return Pipeline(
         generator.model,
         Model(of_images.model.module, with_device_dtype(of_images.model.config)),
@@ -215,24 +219,14 @@ def load(
         class_names=class_names,
         mesh=mesh,
         dtype=None if dtype is None else matmul_dtype(jnp.dtype(dtype).name),
+        sources=(generator, of_images),
     )
 
 
-def _find_directory(path: pathlib.Path, step: int | None) -> _Found:
-    config = read_directory(path)
-    guidance = build(Guidance, config["guidance"], where="config.guidance")
-    generator, tokenizer = open_weights(path, "generators", step=step), open_weights(path, "tokenizers")
-    return generator, tokenizer, guidance, config["data"].get("class_names", ())
-
-
-def _find_files(path: pathlib.Path, tokenizer: pathlib.Path, step: int | None) -> _Found:
-    generator, of_images = open_pair(path, tokenizer, step=step)
-    known = released.preset(generator.model.config)
-    return generator, of_images, known and known.guidance, imagenet.class_names() if known else ()
-
-
-def open_pair(generator: pathlib.Path, tokenizer: pathlib.Path, *, step: int | None = None) -> tuple[Weights, Weights]:
-    """Open a generator file and its tokenizer's, whose number of tokens the generator knows."""
-    weights = open_weights(generator, "generators", step=step)
-    num_tokens = token_spec(weights.model).shape[0]
-    return weights, open_weights(tokenizer, "tokenizers", num_tokens=num_tokens)
+def _find_defaults(path: pathlib.Path, generator: Model) -> tuple[Guidance | None, Sequence[str]]:
+    if path.is_dir():
+        config = read_directory(path)
+        guidance = build(Guidance, config["guidance"], where="config.guidance")
+        return guidance, config["data"].get("class_names", ())
+    known = find_released(generator)
+    return (Guidance(**known.sampling), imagenet.class_names()) if known else (None, ())

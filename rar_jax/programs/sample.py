@@ -15,6 +15,7 @@ from rar_jax.pipeline import load
 from rar_jax.runs.pictures import save_image_grid
 from rar_jax.runs.progress import track_progress
 from rar_jax.sampling import parse_guidance
+from rar_jax.weights.loading import parse_facts
 
 MAX_IMAGES = 100_000
 ROWS, COLUMNS = 50, 16  # of the grid
@@ -33,6 +34,8 @@ def sample_classes(
     tensor: int,
     batch_size: int | None,
     download: bool,
+    fact: list[str] | None,
+    model: list[str] | None,
     quiet: bool,
 ) -> None:
     """Write out/<class>_<n>.png and out/grid.png, a row per class; all classes if `classes` is None.
@@ -43,7 +46,8 @@ def sample_classes(
     require(per_class >= 1, f"--per-class is {per_class}: it must be at least 1")
     require(not out.exists() or out.is_dir(), f"--out {out} is not a folder: choose another")
     mesh = make_mesh(MeshConfig(tensor=tensor))
-    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, download=download, mesh=mesh)
+    how = {"download": download, "facts": parse_facts(fact), "models": model or ()}
+    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, mesh=mesh, **how)
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)
     labels = list(dict.fromkeys(labels))  # "3,2-4" names 3 twice

@@ -29,7 +29,7 @@ def images():
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN / "maskgit_vq_tiny.npz") as file:
-        return dict(file), *interop.load(GOLDEN / "maskgit_vq_tiny.bin")
+        return dict(file), *interop.load(GOLDEN / "maskgit_vq_tiny.bin", image_size=16)
 
 
 def _nhwc(x):
