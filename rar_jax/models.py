@@ -73,7 +73,7 @@ def check_pair(generator: Model, tokenizer: Model) -> None:
     drawn, decoded = token_spec(generator), token_spec(tokenizer)
     require(
         drawn == decoded,
-        f"the generator draws {drawn}, the tokenizer decodes {decoded}: make config.generator fit config.tokenizer, or a file by --fact",
+        f"the generator draws {drawn}, the tokenizer decodes {decoded}: make config.generator fit config.tokenizer",
     )
 
 

@@ -171,9 +171,7 @@ def load(
     models: Sequence[str] = (),
     step: int | None = None,
 ) -> Pipeline:
-    """Load a work directory, a converted directory, or released files.
-
-    A released file of RAR-B, L, XL or XXL comes with the authors' guidance and ImageNet's class names.
+    """Load a work directory, a converted directory, or released files with the published settings.
 
     Args:
       path_or_name: directory of `rar-jax run` (also gs:// or s3://) or `convert`; a RAR file (.bin, .pth,
@@ -204,11 +202,11 @@ def load(
         tokenizer = path
     elif tokenizer is None and path != pathlib.Path(path_or_name) and (named := find_named(path_or_name)):
         tokenizer = named[1].tokenizer
-    missing = f"{path} is a generator's file: give its tokenizer's too (--tokenizer, load(..., tokenizer=...))"
-    require(tokenizer is not None, missing)
-    how = {"download": download, "facts": facts, "models": models, "step": step}
-    generator, of_images = open_pair(path_or_name, str(tokenizer), **how)
-    check_pair(generator.model, of_images.model)
+    if tokenizer is None:
+        raise ConfigError(f"{path} is a generator's file: give its tokenizer's too (--tokenizer, tokenizer=...)")
+    generator, of_images = pair = open_pair(
+        path_or_name, tokenizer, download=download, facts=facts, models=models, step=step
+    )
     guidance, class_names = _find_defaults(path, generator.model)
     return Pipeline(
         generator.model,
@@ -219,7 +217,7 @@ def load(
         class_names=class_names,
         mesh=mesh,
         dtype=None if dtype is None else matmul_dtype(jnp.dtype(dtype).name),
-        sources=(generator, of_images),
+        sources=pair,
     )
 
 

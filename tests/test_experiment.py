@@ -323,8 +323,8 @@ def test_without_a_classifier_nothing_is_judged_by_one() -> None:
 def test_the_imagenet_recipes_are_the_papers(name: str) -> None:
     """rar.md, sections 2 to 4: sizes and guidance as the released files have them, durations in steps."""
     experiment, known = experiment_of(name), released.FILES[name]
-    train, config = experiment.train, experiment.generator.config
-    assert experiment.generator.param_shapes() == replace(experiment.generator, config=known.config).param_shapes()
+    train, config, model = experiment.train, experiment.generator.config, experiment.generator
+    assert model.param_shapes() == replace(model, config=known.config).param_shapes()
     assert vars(experiment.guidance) == known.sampling
     assert (train.steps, train.batch_size, train.warmup) == (250_000, 2048, 62_500)
     assert (config.anneal_start, config.anneal_end, config.num_heads) == (125_000, 187_500, 16)

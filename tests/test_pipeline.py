@@ -65,7 +65,7 @@ def test_batches_do_not_matter(released_pair: Any, images: np.ndarray, batch_siz
 def test_a_fact_tells_the_size_of_the_image(released_pair: Any, tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(generator.TINY, num_tokens=9)
     rar.save(tmp_path / "w.safetensors", config, generator.init(config, jax.random.key(0)))
-    with pytest.raises(ConfigError, match="draws 9 ids .* decodes 64 ids .*, or a file by --fact"):
+    with pytest.raises(ConfigError, match=r"draws 9 ids .* decodes 64 ids .*, or give --fact image_size=VALUE"):
         rar_jax.load(tmp_path / "w.safetensors", tokenizer=released_pair.tokenizer)
     pipeline = rar_jax.load(tmp_path / "w.safetensors", tokenizer=released_pair.tokenizer, facts={"image_size": 6})
     assert pipeline.sample([1]).shape == (1, 6, 6, 3)

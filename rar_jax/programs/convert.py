@@ -13,7 +13,7 @@ import rar_jax
 from rar_jax.config import require, to_dict
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
-from rar_jax.models import Model, check_pair, find_module
+from rar_jax.models import Model, find_module
 from rar_jax.runs.checkpoint import save_params
 from rar_jax.runs.manifest import file_sha256, write_json
 from rar_jax.runs.progress import track_progress
@@ -86,7 +86,6 @@ def _write_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, A
 
 
 def _write_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
-    check_pair(generator.model, tokenizer.model)
     known = find_released(generator.model)
     numbers = [str(i) for i in range(generator.model.config.num_classes)]
     config: dict[str, Any] = {

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rar_jax.config import parse_value, require
 from rar_jax.errors import CheckpointError, WeightsError
-from rar_jax.models import Model, find_module, load_model, module_names
+from rar_jax.models import Model, check_pair, find_module, load_model, module_names
 from rar_jax.parallel.mesh import find_devices
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.runs.checkpoint import good_step, load_params
@@ -86,10 +86,18 @@ def open_pair(
     models: Sequence[str] = (),
     step: int | None = None,
 ) -> tuple[Weights, Weights]:
-    """Open a generator and its tokenizer as `open_weights` does. Each takes the facts and the model that it knows."""
+    """Open a generator and its tokenizer as `open_weights` does. Each takes the facts and the model that it knows.
+
+    Raises: ConfigError too if they do not fit.
+    """
     how = download, facts or {}, models
     pair = _open(generator, "generators", step, *how), _open(tokenizer, "tokenizers", None, *how)
     _check_use(facts or {}, models, *pair)
+    try:
+        check_pair(pair[0].model, pair[1].model)
+    except ConfigError as error:
+        hint = f", or give --fact {pair[1].facts[0]}=VALUE" if pair[1].facts else ""
+        raise ConfigError(f"{error}{hint}") from None
     return pair
 
 
