@@ -76,7 +76,17 @@ CONFIG = arg("--config", "experiment file, or its bare name (digits)", required=
 WORKDIR = arg("--workdir", "where to write and resume: a folder, gs:// or s3://", required=True, type=location)
 WEIGHTS = "directory of run or convert, generator file, or released name (rar_b)"
 DOWNLOAD = flag("--download", "download released files that are missing, and check them")
-TOKENIZER = (arg("--tokenizer", "the tokenizer's file, with a generator file"), DOWNLOAD)
+READING = (
+    DOWNLOAD,
+    arg(
+        "--fact",
+        "what a file does not tell: image_size=256 (see rar-jax models)",
+        metavar="NAME=VALUE",
+        action="append",
+    ),
+    arg("--model", "module that reads a file, if its keys do not tell: rar", metavar="NAME", action="append"),
+)
+TOKENIZER = (arg("--tokenizer", "the tokenizer's file, with a generator file"), *READING)
 SPLIT = arg("--split", "of a source (default train)", default="train", choices=("train", "heldout"))
 JSON = flag("--json", "print JSON")
 SAMPLING = (
@@ -120,7 +130,7 @@ VERBS = {
             SPLIT,
             arg("--shard-records", "records per shard; an interruption loses one shard (default 65536)", type=int),
             arg("--batch-size", "images at a time over all devices (default 256)", type=int, default=256),
-            DOWNLOAD,
+            *READING,
             arg("--verify", "check a store; with --weights also draw it", metavar="DIR", **FILE),
             arg("--import", "make a store of a JSONL file", metavar="FILE", dest="import_", **FILE),
             arg("--export", "write a store as a JSONL file", metavar="DIR", **FILE),
@@ -202,6 +212,11 @@ FID, sFID, Inception Score, precision, recall and KID as the ADM suite defines t
         """  rar-jax convert --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --out rar_b
   rar-jax convert --weights runs/imagenet --out mine.safetensors          a file with the released names
 Records the sha256 of what was read and written.""",
+    ),
+    "models": Verb(
+        "programs.models:print_models",
+        "List systems with their released files, sizes, published scores and licences.",
+        (flag("--markdown", "print the table of the README"),),
     ),
     "bench": Verb(
         "tools.verbs:print_bench",

@@ -114,6 +114,14 @@ def _apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         node[last] = value
 
 
+def parse_value(text: str) -> Any:
+    """Return the Python literal that the text is, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: nested too deeply
+        return text
+
+
 # ---------------------------------------------------------------- sections
 
 
@@ -147,7 +155,7 @@ def build(
         value, path = section[key], f"{where}.{key}"
         if hints[key] == Steps:
             value = resolve_steps(value, path, total_steps, steps_per_epoch)
-        values[key] = _convert(value, hints[key], path)
+        values[key] = convert_value(value, hints[key], path)
     for name, field in fields.items():
         optional = dataclasses.MISSING is not field.default or dataclasses.MISSING is not field.default_factory
         lacks = f"{where} lacks {name}: set it in the experiment file, or --{where}.{name}=... on the command line"
@@ -158,19 +166,19 @@ def build(
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
+def convert_value(value: Any, hint: Any, where: str) -> Any:
     """Return the value as the annotated type: ints become floats, lists become tuples."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         (inner,) = [a for a in args if a is not type(None)]
-        return None if value is None else _convert(value, inner, where)
+        return None if value is None else convert_value(value, inner, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         if args[-1] is Ellipsis:
             args = args[:1] * len(value)
         require(len(value) == len(args), f"{where} is {_show(value)}: it must have {len(args)} entries")
-        return tuple(_convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+        return tuple(convert_value(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
     if hint is float and (type(value) is int or isinstance(value, (float, np.floating))):
         return float(value)
     plain = origin or hint

@@ -17,7 +17,7 @@ from rar_jax.config import require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
 from rar_jax.keys import sample_keys
-from rar_jax.models import Model, check_pair, find_known_tokens, prepare_params, token_spec
+from rar_jax.models import Model, check_pair, find_known_tokens, prepare_params
 from rar_jax.parallel import memory
 from rar_jax.parallel.arrays import put_on_mesh
 from rar_jax.parallel.mesh import batch_divisor, find_devices, matmul_dtype, with_device_dtype
@@ -25,11 +25,8 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.bucket import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import SamplingSettings, complete_images, make_sampling, reconstruct_images, sample_images
-from rar_jax.weights import registry as released
-from rar_jax.weights.loading import Weights, open_weights, read_directory
-
-# What `load` finds: generator, tokenizer, sampling settings, class names.
-_Found = tuple[Weights, Weights, dict[str, Any], Sequence[str]]
+from rar_jax.weights.loading import Weights, open_pair, read_directory
+from rar_jax.weights.registry import find_file, find_named, find_released
 
 
 class Pipeline:
@@ -38,6 +35,7 @@ class Pipeline:
     Attributes:
       params: {"generator": decoding parameters, "tokenizer": parameters}, an argument of `sample_fn`.
       sampling: settings of `sample`: the published ones, or those of the experiment.
+      sources: generator's and tokenizer's Weights, of a Pipeline that `load` made.
       class_names: one per class with its synonyms, "tench, Tinca tinca", or numbers if there are no names.
     """
 
@@ -52,6 +50,7 @@ class Pipeline:
         class_names: Sequence[str] = (),
         mesh: Mesh | None = None,
         dtype: Any = None,
+        sources: Sequence[Weights] = (),
     ) -> None:
         """Build from parameters that are on the devices (of the mesh) already; see `load`."""
         check_pair(generator, tokenizer)
@@ -59,6 +58,7 @@ class Pipeline:
         self.tokenizer: Model = tokenizer
         self.mesh: Mesh | None = mesh
         self.sampling: Any = make_sampling(generator, sampling or {})
+        self.sources: tuple[Weights, ...] = tuple(sources)
         numbers = tuple(str(i) for i in range(generator.config.num_classes))
         self.class_names: tuple[str, ...] = tuple(class_names) or numbers
         prepared = prepare_params(generator, generator_params, dtype=dtype)
@@ -229,11 +229,11 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = None,
     download: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    models: Sequence[str] = (),
     step: int | None = None,
 ) -> Pipeline:
-    """Load a work directory, a converted directory, or released files.
-
-    A released file of RAR-B, L, XL or XXL comes with the published sampling settings and ImageNet's class names.
+    """Load a work directory, a converted directory, or released files with the published settings.
 
     Args:
       path_or_name: directory of `rar-jax run` (also gs:// or s3://) or `convert`; a RAR file (.bin, .pth,
@@ -244,6 +244,8 @@ def load(
         individual tokens. A GPU without bfloat16 uses float32, with a warning.
       step: of the generator's checkpoints in a work directory; default the newest good one.
       download: fetch released files that are not cached, and check their sha256.
+      facts: Config fields that files do not tell, {"image_size": 256}; files of `convert` and released sizes do.
+      models: names of the modules that read the files; by default the files' keys say it.
 
     Raises: ConfigError, WeightsError or CheckpointError that say what is missing or wrong.
     """
@@ -256,18 +258,18 @@ def load(
     find_devices()
     if is_url(path_or_name):
         path_or_name = Workdir(path_or_name).fetch().path
-    path = released.locate(path_or_name, download=download)
+    path = find_file(path_or_name, download=download)
     if path.is_dir():
         require(tokenizer is None, f"{path} is a directory, which has its own tokenizer: leave tokenizer out")
-        found = _find_directory(path, step)
-    else:
-        if tokenizer is None and path != pathlib.Path(path_or_name):
-            tokenizer = released.TOKENIZER
-        missing = f"{path} is a generator's file: give its tokenizer's too (--tokenizer, load(..., tokenizer=...))"
-        require(tokenizer is not None, missing)
-        found = _find_files(path, released.locate(str(tokenizer), download=download), step)
-    generator, of_images, sampling, class_names = found
-    check_pair(generator.model, of_images.model)
+        tokenizer = path
+    elif tokenizer is None and path != pathlib.Path(path_or_name) and (named := find_named(path_or_name)):
+        tokenizer = named[1].tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"{path} is a generator's file: give its tokenizer's too (--tokenizer, tokenizer=...)")
+    generator, of_images = pair = open_pair(
+        path_or_name, tokenizer, download=download, facts=facts, models=models, step=step
+    )
+    sampling, class_names = _find_defaults(path, generator.model)
     return Pipeline(
         generator.model,
         Model(of_images.model.module, with_device_dtype(of_images.model.config)),
@@ -277,23 +279,13 @@ def load(
         class_names=class_names,
         mesh=mesh,
         dtype=None if dtype is None else matmul_dtype(jnp.dtype(dtype).name),
+        sources=pair,
     )
 
 
-def _find_directory(path: pathlib.Path, step: int | None) -> _Found:
-    config = read_directory(path)
-    generator, tokenizer = open_weights(path, "generators", step=step), open_weights(path, "tokenizers")
-    return generator, tokenizer, config["sampling"], config["data"].get("class_names", ())
-
-
-def _find_files(path: pathlib.Path, tokenizer: pathlib.Path, step: int | None) -> _Found:
-    generator, of_images = open_pair(path, tokenizer, step=step)
-    known = released.preset(generator.model.config)
-    return generator, of_images, (known and known.sampling) or {}, imagenet.class_names() if known else ()
-
-
-def open_pair(generator: pathlib.Path, tokenizer: pathlib.Path, *, step: int | None = None) -> tuple[Weights, Weights]:
-    """Open a generator file and its tokenizer's, whose number of tokens the generator knows."""
-    weights = open_weights(generator, "generators", step=step)
-    num_tokens = token_spec(weights.model).shape[0]
-    return weights, open_weights(tokenizer, "tokenizers", num_tokens=num_tokens)
+def _find_defaults(path: pathlib.Path, generator: Model) -> tuple[Mapping[str, Any], Sequence[str]]:
+    if path.is_dir():
+        config = read_directory(path)
+        return config["sampling"], config["data"].get("class_names", ())
+    known = find_released(generator)
+    return (known.sampling, imagenet.class_names()) if known else ({}, ())

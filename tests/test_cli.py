@@ -46,6 +46,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "sample",
         "evaluate",
         "convert",
+        "models",
         "bench",
         "plan",
         "inspect",
@@ -64,7 +65,9 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     for flag, options in (*cli.VERBS[verb].arguments, ("--progress", {}), ("--quiet", {})):
         assert options.get("metavar", flag) in out, flag
     assert ("--coordinator-address" in out) == (verb in ("run", "train", "tokenize", "sample", "evaluate"))
-    assert ("--config.train.steps=10" in out) == (verb not in ("sample", "convert", "inspect", "report", "doctor"))
+    assert ("--config.train.steps=10" in out) == (
+        verb not in ("sample", "convert", "models", "inspect", "report", "doctor")
+    )
 
 
 @pytest.mark.parametrize("name", cli.VERBS)

@@ -25,7 +25,7 @@ from rar_jax.parallel.mesh import make_mesh
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import sample_images
 from rar_jax.sections import Data, Recipe
-from rar_jax.weights.registry import GENERATORS, preset
+from rar_jax.weights import rar as released
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIT = "make config.generator fit config.tokenizer"
@@ -324,9 +324,10 @@ def test_without_a_classifier_nothing_is_judged_by_one() -> None:
 @pytest.mark.parametrize("name", ["rar_b", "rar_l", "rar_xl", "rar_xxl"])
 def test_the_imagenet_recipes_are_the_papers(name: str) -> None:
     """rar.md, sections 2 to 4: sizes and guidance as the released files have them, durations in steps."""
-    experiment, known = experiment_of(name), GENERATORS[name]
-    assert preset(experiment.generator.config) is known and experiment.sampling == known.sampling
-    train, config = experiment.train, experiment.generator.config
+    experiment, known = experiment_of(name), released.FILES[name]
+    train, config, model = experiment.train, experiment.generator.config, experiment.generator
+    assert model.param_shapes() == replace(model, config=known.config).param_shapes()
+    assert experiment.sampling == known.sampling
     assert (train.steps, train.batch_size, train.warmup) == (250_000, 2048, 62_500)
     assert (config.anneal_start, config.anneal_end, config.num_heads) == (125_000, 187_500, 16)
     assert (train.learning_rate, train.end_learning_rate, train.beta1, train.beta2) == (4e-4, 1e-5, 0.9, 0.96)

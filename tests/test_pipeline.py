@@ -17,7 +17,6 @@ from rar_jax.generators.rar import Sampling
 from rar_jax.parallel.mesh import MeshConfig, make_mesh
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.weights import maskgit_vq, rar
-from rar_jax.weights import registry as released
 from tests.golden import max_difference
 
 LABELS = [3, 1, 4, 1, 5]
@@ -65,10 +64,12 @@ def test_batches_do_not_matter(released_pair: Any, images: np.ndarray, batch_siz
     assert np.abs(again.astype(int) - images).max() <= 1 and np.mean(again != images) < 0.01
 
 
-def test_the_tokens_tell_the_size_of_the_image(released_pair: Any, tmp_path: pathlib.Path) -> None:
+def test_a_fact_tells_the_size_of_the_image(released_pair: Any, tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(generator.TINY, num_tokens=9)
     rar.save(tmp_path / "w.safetensors", config, generator.init(config, jax.random.key(0)))
-    pipeline = rar_jax.load(tmp_path / "w.safetensors", tokenizer=released_pair.tokenizer)
+    with pytest.raises(ConfigError, match=r"draws 9 ids .* decodes 64 ids .*, or give --fact image_size=VALUE"):
+        rar_jax.load(tmp_path / "w.safetensors", tokenizer=released_pair.tokenizer)
+    pipeline = rar_jax.load(tmp_path / "w.safetensors", tokenizer=released_pair.tokenizer, facts={"image_size": 6})
     assert pipeline.sample([1]).shape == (1, 6, 6, 3)
 
 
@@ -138,8 +139,8 @@ def test_a_released_size_brings_its_settings_and_names(tmp_path: pathlib.Path, m
     rar.save(tmp_path / "w.safetensors", config, generator.init(config, jax.random.key(0)))
     vq = tokenizer.Config(image_size=16, base_width=8, width_multipliers=(1,), blocks_per_level=1, latent_width=8)
     maskgit_vq.save(tmp_path / "vq.safetensors", vq, tokenizer.init(vq, jax.random.key(0)))
-    small = dataclasses.replace(released.GENERATORS["rar_l"], width=16, depth=1, mlp_width=32)
-    monkeypatch.setitem(released.GENERATORS, "rar_l", small)
+    read, _ = rar.open_params(tmp_path / "w.safetensors")
+    monkeypatch.setitem(rar.FILES, "rar_l", dataclasses.replace(rar.FILES["rar_l"], config=read))
     argv = [
         "--weights",
         tmp_path / "w.safetensors",

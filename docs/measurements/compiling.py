@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rar_jax.generators import rar
 from rar_jax.keys import sample_keys
 from rar_jax.sampling import Guidance
-from rar_jax.weights.registry import GENERATORS
+from rar_jax.weights.rar import FILES
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--models", nargs="+", default=["rar_b", "rar_xxl"])
@@ -19,8 +19,7 @@ parser.add_argument("--images", nargs="+", type=int, default=[1, 8, 32])
 args = parser.parse_args()
 print("| model | images | tracing, s | compiling, s |\n|---|---|---|---|")
 for name in args.models:
-    size = GENERATORS[name]
-    config = rar.Config(width=size.width, depth=size.depth, mlp_width=size.mlp_width)
+    config = FILES[name].config
     params = jax.eval_shape(functools.partial(rar.init, config), jax.random.key(0))
     params = jax.eval_shape(functools.partial(rar.prepare, config, scanned=args.scanned), params)
     for images in args.images:

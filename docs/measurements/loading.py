@@ -12,12 +12,11 @@ import tempfile
 import jax
 import numpy as np
 
-from rar_jax.generators.rar import Config, init
+from rar_jax.generators.rar import init
 from rar_jax.programs.convert import convert_weights
 from rar_jax.tokenizers import maskgit_vq as tokenizer
 from rar_jax.weights import maskgit_vq, rar
 from rar_jax.weights.mapping import param_shapes, released_shapes, write_safetensors
-from rar_jax.weights.registry import GENERATORS
 
 CHILD = """
 import re, sys, time, jax
@@ -34,8 +33,7 @@ print(f"{size:.2f} GiB | {peak():.2f} GiB | {(peak() - start) / size:.2f} | {tim
 parser = argparse.ArgumentParser()
 parser.add_argument("--size", choices=("b", "l", "xl", "xxl"), default="xl")
 args = parser.parse_args()
-released = GENERATORS[f"rar_{args.size}"]
-config = Config(width=released.width, depth=released.depth, mlp_width=released.mlp_width)
+config = rar.FILES[f"rar_{args.size}"].config
 
 with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)

@@ -25,11 +25,9 @@ from rar_jax.metrics.moments import finalize_moments
 from rar_jax.metrics.sums import ScoreTotals
 from rar_jax.parallel.mesh import matmul_dtype
 from rar_jax.parallel.processes import from_main, is_main
-from rar_jax.pipeline import load
+from rar_jax.pipeline import Pipeline, load
 from rar_jax.runs.manifest import write_json
 from rar_jax.runs.pictures import save_image_grid
-from rar_jax.weights import registry as released
-from rar_jax.weights.loading import open_weights
 
 MAX_REFERENCE_IMAGES = 10_000
 
@@ -40,27 +38,26 @@ def score_samples(
     out: pathlib.Path,
     *,
     samples: int,
-    tokenizer: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     step: int | None = None,
-    download: bool = False,
     samples_npz: bool = False,
     quiet: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Score samples of a directory or released file, and draw out/grid.png.
 
-    weights, tokenizer, dtype, step, download: as in `rar_jax.load`.
+    weights, dtype, step, how (tokenizer, download, facts, models): as in `rar_jax.load`.
     sampling: settings that differ from the weights' own.
     samples_npz: write the images to out/samples.npz, as ADM's `arr_0`.
 
     Returns: what out/result.json holds. Raises: as `score_batches` and `rar_jax.load`.
     """
-    pipeline = load(weights, tokenizer=tokenizer, mesh=program.mesh, dtype=dtype, download=download, step=step)
+    pipeline = load(weights, mesh=program.mesh, dtype=dtype, step=step, **how)
     settings, chosen = program.settings, pipeline.make_sampling(sampling or {})
     batches = batch_samples(
         (pipeline.generator, pipeline.tokenizer), pipeline.params, chosen, num=samples, seed=settings.seed,
-        rounding=settings.rounding, made_from=_hash_weights(weights, tokenizer, dtype, step),
+        rounding=settings.rounding, made_from=_hash_weights(pipeline, dtype),
     )  # fmt: skip
     description = "evaluate" if step is None else f"step {step}"
     result, store = score_batches(
@@ -148,16 +145,10 @@ def score_batches(
     return compute_scores(program, totals, pool3) | describe_scoring(program, batches, remarks, began), store
 
 
-def _hash_weights(
-    weights: str | pathlib.Path, tokenizer: str | None, dtype: str | None, step: int | None
-) -> dict[str, Any]:
-    path = released.locate(weights)
-    other = path if path.is_dir() else released.locate(tokenizer or released.TOKENIZER)
-    return {
-        "generator_sha256": open_weights(path, "generators", step=step).sha256(),
-        "tokenizer_sha256": open_weights(other, "tokenizers").sha256(),
-        "generator_dtype": matmul_dtype(dtype or "float32"),
-    }
+def _hash_weights(pipeline: Pipeline, dtype: str | None) -> dict[str, Any]:
+    generator, tokenizer = (weights.sha256() for weights in pipeline.sources)
+    made_with = matmul_dtype(dtype or "float32")
+    return {"generator_sha256": generator, "tokenizer_sha256": tokenizer, "generator_dtype": made_with}
 
 
 def _check_count(images: int) -> None:

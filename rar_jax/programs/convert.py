@@ -6,21 +6,21 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import rar_jax
 from rar_jax.config import require, to_dict
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
-from rar_jax.models import Model, check_pair, find_module
-from rar_jax.pipeline import open_pair
+from rar_jax.models import Model, find_module
 from rar_jax.runs.checkpoint import save_params
 from rar_jax.runs.manifest import file_sha256, write_json
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import make_sampling
-from rar_jax.weights import registry as released
-from rar_jax.weights.loading import Weights, open_weights, recognize_file
+from rar_jax.weights.loading import Weights, open_pair, open_weights, parse_facts, recognize_file
+from rar_jax.weights.registry import find_file, find_released
 
 SUFFIX = ".safetensors"
 MADE_BY = f"rar_jax {rar_jax.__version__}"
@@ -33,6 +33,8 @@ def convert_weights(
     tokenizer: str | None = None,
     part: str | None = None,
     download: bool = False,
+    fact: Sequence[str] | None = None,
+    model: Sequence[str] | None = None,
     quiet: bool = False,
 ) -> None:
     """Write a file (`out` ends in .safetensors) or a directory.
@@ -40,7 +42,7 @@ def convert_weights(
     Records the sha256 of what was read and written: in out.json beside a file, in config.json of a directory.
 
     Args:
-      weights, tokenizer: as in `rar_jax.load`.
+      weights, tokenizer: as in `rar_jax.load`. fact: "NAME=VALUE" texts. model: names of the modules that read them.
       part: "generator" or "tokenizer"; default: what the file is, the generator of a directory.
 
     Raises: ConfigError, WeightsError or CheckpointError; `out` then does not exist.
@@ -49,27 +51,23 @@ def convert_weights(
     require(not torch, f"--out {out}: give FILE{SUFFIX}; docs/released_weights.md makes a torch file of it")
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
-    path = released.locate(weights, download=download)
+    path = find_file(weights, download=download)
+    how = {"facts": parse_facts(fact), "models": model or ()}
     if out.suffix == SUFFIX:
         sidecar = out.with_name(f"{out.name}.json")
         require(not sidecar.exists(), f"{sidecar} exists, and would be overwritten: move it away")
         require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it separately")
-        record = _write_file(_open_one(path, part), out, quiet)
+        kind = f"{part}s" if part else "generators" if path.is_dir() else recognize_file(path, weights, model or ())[0]
+        record = _write_file(open_weights(weights, kind, **how), out, quiet)
         write_json(sidecar, record)
     else:
         require(path.is_file(), f"{path} is a directory already: give --out FILE{SUFFIX}")
         require(part is None, "--part is for an --out that is a file")
         if tokenizer is None:
             raise ConfigError("a directory holds a generator and its tokenizer: give --tokenizer too")
-        pair = open_pair(path, released.locate(tokenizer, download=download))
-        record = _write_directory(*pair, out, quiet)
+        record = _write_directory(*open_pair(weights, tokenizer, download=download, **how), out, quiet)
     if not quiet:
         print(json.dumps(record, indent=1))
-
-
-def _open_one(path: pathlib.Path, part: str | None) -> Weights:
-    kind = f"{part}s" if part else "generators" if path.is_dir() else recognize_file(path)[0]
-    return open_weights(path, kind)
 
 
 def _write_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
@@ -88,13 +86,12 @@ def _write_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, A
 
 
 def _write_directory(generator: Weights, tokenizer: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
-    check_pair(generator.model, tokenizer.model)
-    known = released.preset(generator.model.config)
+    known = find_released(generator.model)
     numbers = [str(i) for i in range(generator.model.config.num_classes)]
     config: dict[str, Any] = {
         "name": generator.path.stem,
         "data": {"class_names": list(imagenet.class_names()) if known else numbers},
-        "sampling": to_dict(make_sampling(generator.model, (known and known.sampling) or {})),
+        "sampling": to_dict(make_sampling(generator.model, known.sampling if known else {})),
         "converted_from": {"generator": _describe_source(generator), "tokenizer": _describe_source(tokenizer)},
         "converted_by": MADE_BY,
     }

@@ -23,6 +23,7 @@ from rar_jax.parallel.processes import is_main
 from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.inception import WHERE
+from rar_jax.weights.loading import parse_facts
 
 
 def print_scores(
@@ -46,6 +47,8 @@ def print_scores(
     tensor: int,
     samples_npz: bool,
     download: bool,
+    fact: list[str] | None,
+    model: list[str] | None,
     quiet: bool,
     **settings: Any,
 ) -> None:
@@ -86,6 +89,7 @@ def print_scores(
     if out is None:
         raise ConfigError("give --out: where to write the result")
     require(not make_reference or out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
+    how: dict[str, Any] = {"download": download, "facts": parse_facts(fact), "models": model or (), "quiet": quiet}
     checked, named = Settings(**settings), images or make_reference
     image_set = open_image_set(named, split, image_size=image_size) if named else None
     chunks = workdir.chunks if workdir else None
@@ -93,18 +97,18 @@ def print_scores(
     if image_set and make_reference:
         text = format_scores(write_reference(program, image_set, out, quiet=quiet))
     elif image_set and reconstruction and source:
-        text = format_scores(score_reconstructions(program, source, image_set, out, download=download, quiet=quiet))
+        text = format_scores(score_reconstructions(program, source, image_set, out, **how))
     elif image_set:
         text = format_scores(score_images(program, image_set, out, quiet=quiet))
     elif steps and workdir:
-        how = {"steps": steps, "samples": samples, "sampling": sampling, "dtype": dtype, "quiet": quiet}
-        text = format_steps(score_steps(program, workdir.path, out, **how))
+        options = {"samples": samples, "sampling": sampling, "dtype": dtype, "quiet": quiet}
+        text = format_steps(score_steps(program, workdir.path, out, steps=steps, **options))
     else:
-        model = weights or directory
-        assert model is not None
-        how = {"tokenizer": tokenizer, "download": download, "samples_npz": samples_npz, "quiet": quiet}
+        scored = weights or directory
+        assert scored is not None
+        how |= {"tokenizer": tokenizer, "samples_npz": samples_npz}
         how |= {"samples": samples, "sampling": sampling, "dtype": dtype}
-        text = format_scores(score_samples(program, model, out, **how))
+        text = format_scores(score_samples(program, scored, out, **how))
     if workdir is not None:
         workdir.send()
     if is_main():

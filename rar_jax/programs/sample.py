@@ -18,6 +18,7 @@ from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
 from rar_jax.runs.pictures import save_image_grid
 from rar_jax.runs.progress import track_progress
+from rar_jax.weights.loading import parse_facts
 
 MAX_IMAGES = 100_000
 ROWS, COLUMNS = 50, 16  # of the grid
@@ -39,6 +40,8 @@ def sample_classes(
     tensor: int,
     batch_size: int | None,
     download: bool,
+    fact: list[str] | None,
+    model: list[str] | None,
     quiet: bool,
 ) -> None:
     """Write out/<class>_<n>.png and out/grid.png, a row per class; all classes if `classes` is None.
@@ -52,7 +55,8 @@ def sample_classes(
     require((complete is None) == (mask is None), "--complete and --mask go together: give both")
     require(complete is not None or not keep_pixels, "--keep-pixels is of --complete")
     mesh = make_mesh(MeshConfig(tensor=tensor))
-    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, download=download, mesh=mesh)
+    how = {"download": download, "facts": parse_facts(fact), "models": model or ()}
+    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, mesh=mesh, **how)
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)
     labels = list(dict.fromkeys(labels))  # "3,2-4" names 3 twice

@@ -15,7 +15,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from rar_jax.data.loader import Batch, sequential_batches
 from rar_jax.data.sources import ImageSource, Split
 from rar_jax.errors import StoreError
 from rar_jax.experiment import Experiment, open_images, open_source
-from rar_jax.models import Model, store_spec, token_spec
+from rar_jax.models import Model, store_spec
 from rar_jax.parallel.arrays import make_global_batch
 from rar_jax.parallel.mesh import batch_divisor, own_mesh, with_device_dtype
 from rar_jax.parallel.processes import barrier, from_main, is_main
@@ -37,8 +37,7 @@ from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter, find_difference, remove_leftovers
-from rar_jax.weights.loading import Weights, open_weights
-from rar_jax.weights.registry import locate
+from rar_jax.weights.loading import open_weights
 from rar_jax.weights.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -100,6 +99,8 @@ def tokenize_source(
     shard_records: int | None = None,
     batch_size: int = BATCH,
     download: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    models: Sequence[str] = (),
     quiet: bool = False,
 ) -> None:
     """Write a store of the images of `source` into `out`, or resume one.
@@ -114,7 +115,10 @@ def tokenize_source(
     require(crops is None or crops in CROPS, f"--crops {crops}: choose one of {', '.join(CROPS)}")
     require(batch_size >= 1, f"--batch-size is {batch_size}: it must be at least 1")
     require(shard_records is None or shard_records >= 1, f"--shard-records is {shard_records}: it must be at least 1")
-    tokenizer = _open_tokenizer(experiment, weights, download)
+    tokenizer = open_weights(
+        weights, "tokenizers", download=download, facts=facts, models=models, like=experiment.tokenizer
+    )
+    check_tokenizer(experiment, tokenizer, f"--weights {tokenizer.path}")
     images = open_images(experiment.data, source, split, crop=crops)
     card = _make_card(experiment, images, f"{source} ({split})", origin_sha256(tokenizer))
     if from_main(lambda: _check_finished(out, card, len(images))):
@@ -252,13 +256,6 @@ def _print_summary(store: TokenStore, source: ImageSource, written: Written, nam
 
 def _this_process() -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def _open_tokenizer(experiment: Experiment, weights: str, download: bool) -> Weights:
-    num_tokens = token_spec(experiment.tokenizer).shape[0]
-    opened = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
-    check_tokenizer(experiment, opened, f"--weights {opened.path}")
-    return opened
 
 
 def _make_card(experiment: Experiment, source: ImageSource, what: str, tokenizer_sha256: str) -> dict[str, Any]:

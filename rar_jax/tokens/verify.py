@@ -14,14 +14,13 @@ from rar_jax.config import require
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError, StoreError
 from rar_jax.experiment import Experiment
-from rar_jax.models import draw_tokens, store_spec, token_spec
+from rar_jax.models import draw_tokens, load_model, store_spec, token_spec
 from rar_jax.runs.pictures import save_image_grid
 from rar_jax.runs.progress import track_progress
 from rar_jax.sampling import to_uint8
 from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
 from rar_jax.tokens.store import TokenStore
 from rar_jax.weights.loading import open_weights
-from rar_jax.weights.registry import locate
 from rar_jax.weights.stages import origin_sha256
 
 ROWS, COLUMNS = 8, 8  # classes, and images of each, in the picture
@@ -32,13 +31,14 @@ def verify_tokens(
     *,
     weights: str | None = None,
     out: pathlib.Path | None = None,
-    download: bool = False,
     quiet: bool = False,
+    **how: Any,
 ) -> str:
     """Verify a store; with the tokenizer's weights, decode a sample into a PNG.
 
     Args:
       weights: the tokenizer's file, directory or released name. out: the PNG, default folder/verify.png.
+      how: download, facts, models as in `open_weights`.
 
     Returns: a summary of several lines.
     Raises: StoreError if the store is damaged, or was made by another tokenizer than `weights`.
@@ -49,7 +49,7 @@ def verify_tokens(
     text = summarize_store(store)
     if weights is None:
         return text
-    return f"{text}\n  picture    {_draw_sample(store, weights, out or folder / 'verify.png', download)}"
+    return f"{text}\n  picture    {_draw_sample(store, weights, out or folder / 'verify.png', **how)}"
 
 
 def summarize_store(store: TokenStore) -> str:
@@ -86,9 +86,10 @@ def select_sample(store: TokenStore, rows: int = ROWS, columns: int = COLUMNS) -
     return np.array([i for label in shown for i in found[label][:width]], np.int64), shown
 
 
-def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, download: bool) -> pathlib.Path:
-    num_tokens = store.spec.shape[0]
-    given = open_weights(locate(weights, download=download), "tokenizers", num_tokens=num_tokens)
+def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, **how: Any) -> pathlib.Path:
+    made_with = store.card.get("tokenizer")
+    like = load_model({"tokenizer": made_with}, "tokenizers") if made_with else None
+    given = open_weights(weights, "tokenizers", like=like, **how)
     made_by, ours = store.card["tokenizer_sha256"], origin_sha256(given)
     if made_by is not None and made_by not in (ours, given.sha256()):
         raise StoreError(

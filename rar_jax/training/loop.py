@@ -34,7 +34,7 @@ from rar_jax.training.failures import dump_failure, oom_hint
 from rar_jax.training.live import Evaluator, Validator, make_live_evaluators, select_score
 from rar_jax.training.objective import Objective, make_objective, start_from
 from rar_jax.training.step import Batch, Setup, State, compile_training, evaluated_params
-from rar_jax.weights.stages import evaluated, take_over_tokenizer, trained_params
+from rar_jax.weights.stages import copy_tokenizer, evaluated, trained_params
 
 
 class Rollback(Exception):
@@ -59,7 +59,7 @@ def train(
     """
     session, recipe = session or Session(), experiment.recipe(stage)
     if recipe is None and stage == "tokenizer":
-        take_over_tokenizer(experiment, workdir, mesh)
+        copy_tokenizer(experiment, workdir, mesh)
         return
     objective = make_objective(experiment, stage, workdir)
     assert recipe is not None  # `make_objective` refuses a missing classifier

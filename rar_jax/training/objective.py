@@ -22,7 +22,7 @@ from rar_jax.runs.checkpoint import good_step, read_meta
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.opening import open_tokens
 from rar_jax.training.step import Setup, State
-from rar_jax.weights.stages import finished, given_generator
+from rar_jax.weights.stages import finished, open_init_from
 
 Variants = Callable[[int, jax.Array], dict[str, dict[str, jax.Array]]]
 
@@ -77,7 +77,7 @@ def start_from(experiment: Experiment, state: State, setup: Setup, mesh: Mesh) -
 
     Raises: ConfigError if they cannot be made to fit; what `open_weights` raises.
     """
-    weights, module = given_generator(experiment), experiment.generator.module
+    weights, module = open_init_from(experiment), experiment.generator.module
     adapt = functools.partial(module.adapt, experiment.generator.config, other_config=weights.model.config)
     adapt = jax.jit(adapt, out_shardings=jax.tree.map(lambda s: s.sharding, setup.abstract_state["params"]))
     params = adapt(state["params"], other_params=weights.place(mesh))

@@ -1,7 +1,6 @@
 """The FID network's released weights: PyTorch copies of the TensorFlow graph of 2015-12-05.
 
-Known files, with the same numbers: pt_inception-2015-12-05-6726825d.pth (pytorch-fid, release fid_weights) and
-weights-inception-2015-12-05-6726825d.pth (torch-fidelity, release v0.2.0).
+weights-inception-2015-12-05-6726825d.pth (torch-fidelity, release v0.2.0) holds the same numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +19,17 @@ from rar_jax.errors import WeightsError
 from rar_jax.networks.inception import IMAGE_SIZE, Inception
 from rar_jax.weights.lazy import check_finite
 from rar_jax.weights.mapping import check_shapes, flatten_params
+from rar_jax.weights.registry import Released, check_system
 from rar_jax.weights.torch_file import open_tensors
 
-WHERE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+FILES = {
+    "inception": Released(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+        "pt_inception-2015-12-05-6726825d.pth", "Apache-2.0; weights: none stated",
+    ),
+}  # fmt: skip
+WHERE = FILES["inception"].url
+KEYS = ("Mixed_5b.branch1x1.conv.weight",)
 _BATCH_NORM_EPSILON = 1e-3
 _NOT_USED = re.compile(r"fc\.bias|AuxLogits\..*|.*\.bn\.num_batches_tracked")
 
@@ -47,6 +54,7 @@ def load(path: str | pathlib.Path, *, dtype: npt.DTypeLike = np.float32) -> dict
     state = {name: tensor for name, tensor in open_tensors(path).items() if not _NOT_USED.fullmatch(name)}
     expected = _released_shapes(shapes)
     try:
+        check_system(state, "networks", "inception")
         if not state.keys() & expected.keys():
             raise WeightsError("holds no Inception network")
         if "fc.weight" in state and state["fc.weight"].shape == (1000, 2048):

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from rar_jax.config import require
+from rar_jax.config import parse_value, require
 from rar_jax.errors import CheckpointError, ConfigError, WeightsError
-from rar_jax.models import Model, find_module, load_model, module_names
+from rar_jax.models import Model, check_pair, find_module, load_model, module_names
 from rar_jax.parallel.mesh import find_devices
 from rar_jax.parallel.rules import param_shardings
 from rar_jax.runs.checkpoint import good_step, load_params
 from rar_jax.runs.manifest import file_sha256, verify_manifest
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.lazy import put_on_devices
-from rar_jax.weights.torch_file import open_tensors
+from rar_jax.weights.mapping import check_facts
+from rar_jax.weights.registry import find_file, find_named, list_systems, recognize_system
+from rar_jax.weights.torch_file import find_shards, open_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Weights:
     path: pathlib.Path
     restore: Callable[[Any], Any]  # tree of shardings -> tree of jax.Arrays
     sha256: Callable[[], str]  # hex digest of the file, or of the checkpoint's manifest
+    facts: tuple[str, ...] = ()  # that a file of this model does not tell
 
     def place(self, mesh: Mesh | None = None) -> Any:
         """Read float32 parameters, sharded over a mesh as rules.py says, or onto the first device.
@@ -48,45 +52,113 @@ class Weights:
 
 
 def open_weights(
-    path: str | pathlib.Path, kind: str, *, num_tokens: int | None = None, step: int | None = None
+    path_or_name: str | pathlib.Path,
+    kind: str,
+    *,
+    download: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    models: Sequence[str] = (),
+    like: Model | None = None,
+    step: int | None = None,
 ) -> Weights:
-    """Open the generator or tokenizer (kind "generators", "tokenizers") of a file or directory.
+    """Open the generator or tokenizer (kind "generators", "tokenizers") of a file, released name or directory.
 
     Args:
-      num_tokens: of an image, if known: the weights of a convolutional tokenizer do not tell.
+      download: fetch a released file that is not cached.
+      facts: fields of the Config that a file does not tell. models: the module that reads it, if keys do not tell.
+      like: a model that tells facts, if it is of the same module.
       step: of a directory's checkpoints; default the newest good one.
 
-    Raises: ConfigError if there is nothing; WeightsError or CheckpointError if it is damaged or something else.
+    Raises: ConfigError if there is nothing, or for unknown facts; WeightsError or CheckpointError if it is damaged,
+      something else, or lacks facts.
     """
-    path = pathlib.Path(path)
+    weights = _open(path_or_name, kind, step, download, facts or {}, models, like)
+    _check_use(facts or {}, models, weights)
+    return weights
+
+
+def open_pair(
+    generator: str | pathlib.Path,
+    tokenizer: str | pathlib.Path,
+    *,
+    download: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    models: Sequence[str] = (),
+    step: int | None = None,
+) -> tuple[Weights, Weights]:
+    """Open a generator and its tokenizer as `open_weights` does. Each takes the facts and the model that it knows.
+
+    Raises: ConfigError too if they do not fit.
+    """
+    how = download, facts or {}, models
+    pair = _open(generator, "generators", step, *how), _open(tokenizer, "tokenizers", None, *how)
+    _check_use(facts or {}, models, *pair)
+    try:
+        check_pair(pair[0].model, pair[1].model)
+    except ConfigError as error:
+        hint = f", or give --fact {pair[1].facts[0]}=VALUE" if pair[1].facts else ""
+        raise ConfigError(f"{error}{hint}") from None
+    return pair
+
+
+def _open(
+    path_or_name: str | pathlib.Path,
+    kind: str,
+    step: int | None,
+    download: bool,
+    facts: Mapping[str, Any],
+    models: Sequence[str],
+    like: Model | None = None,
+) -> Weights:
+    path = find_file(path_or_name, download=download)
     if path.is_dir():
         return _open_directory(path, kind, step)
     require(step is None, f"{path} is a file and has no steps: only a work directory does")
-    found, name = recognize_file(path)
+    found, name = recognize_file(path, path_or_name, [name for name in models if name in module_names(kind)])
     if found != kind:
         raise WeightsError(f"{path} is a {found[:-1]} ({name}), not a {kind[:-1]}: give a {kind[:-1]} here")
-    known = {} if num_tokens is None else {"num_tokens": num_tokens}
-    config, params = find_module("weights", name).open_params(path, **known)
-    model = Model(find_module(kind, name), config)
-    return Weights(model, path, functools.partial(put_on_devices, params), functools.partial(file_sha256, path))
+    form = find_module("weights", name).FORMAT
+    told = {fact: getattr(like.config, fact) for fact in form.facts} if like and like.module is form.module else {}
+    config, params = form.open_params(path, **told | {fact: facts[fact] for fact in form.facts if fact in facts})
+    restore = functools.partial(put_on_devices, params)
+    return Weights(Model(form.module, config), path, restore, functools.partial(hash_weights, path), tuple(form.facts))
 
 
-def recognize_file(path: pathlib.Path) -> tuple[str, str]:
-    """Find the kind and name of the model that a released file holds, by its keys.
+def _check_use(facts: Mapping[str, Any], models: Sequence[str], *opened: Weights) -> None:
+    """Raise ConfigError for facts and models that nothing opened knows."""
+    check_facts(facts, [fact for weights in opened for fact in weights.facts])
+    names = [weights.model.name for weights in opened]
+    require(set(models) <= set(names), f"--model {', '.join(models)}: these weights are read by {', '.join(names)}")
 
-    Raises: ConfigError if there is no file; WeightsError if it is damaged or of no known model.
+
+def recognize_file(path: pathlib.Path, name: str | pathlib.Path = "", models: Sequence[str] = ()) -> tuple[str, str]:
+    """Find the kind and name of the model that a file holds, by what is said of it, its released name, or its keys.
+
+    Raises: WeightsError if it is damaged or of no known model.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such directory or weights file")
-    state, keys = open_tensors(path), dict[str, str]()
-    for kind in ("generators", "tokenizers"):
-        for name in sorted(set(module_names(kind)) & set(module_names("weights"))):
-            key = find_module("weights", name).FORMAT.key
-            if key in state:
-                return kind, name
-            keys[name] = key
-    expected = ", ".join(f"'{key}' ({name})" for name, key in keys.items())
-    raise WeightsError(f"{path} holds no known model: it has none of {expected}")
+    systems = list_systems()
+    if said := next((name for name in models if name in systems), None):
+        return systems[said][0], said
+    if path != pathlib.Path(name) and (named := find_named(name)) is not None:
+        return systems[named[0]][0], named[0]
+    if (found := recognize_system(open_tensors(path))) is not None:
+        return found
+    keys = ", ".join(f"'{module.KEYS[0]}' ({name})" for name, (_, module) in systems.items())
+    raise WeightsError(f"{path} holds no known model: it has none of {keys}. If it is one, give --model NAME")
+
+
+def parse_facts(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Return the facts of "NAME=VALUE" texts."""
+    pairs = [text.partition("=") for text in texts or ()]
+    for name, equals, _ in pairs:
+        require(bool(name and equals), f"--fact {name}: give NAME=VALUE")
+    return {name: parse_value(value) for name, _, value in pairs}
+
+
+def hash_weights(path: pathlib.Path) -> str:
+    """Return the sha256 of a file, or of the sha256s of an index's shards in their order."""
+    shards = [file_sha256(shard) for shard in find_shards(path)]
+    return shards[0] if shards[1:] == [] else hashlib.sha256("".join(shards).encode()).hexdigest()
 
 
 def read_directory(path: pathlib.Path) -> dict[str, Any]:

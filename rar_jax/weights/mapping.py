@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +19,11 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
-from rar_jax.config import nearest
+from rar_jax.config import convert_value, nearest, parse_value
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.weights.lazy import LazyArray, check_finite
-from rar_jax.weights.torch_file import StoredTensor, open_tensors
+from rar_jax.weights.registry import check_system, list_released
+from rar_jax.weights.torch_file import StoredTensor, open_tensors, read_metadata
 
 State = Mapping[str, StoredTensor]
 
@@ -68,51 +72,101 @@ class Format:
     """The released files of one model: read and written without torch.
 
     Attributes:
-      key: a released name that the files of no other model hold.
-      init: the model's `init(config, key)`.
-      read_config: `read_config(state, **facts)` makes the Config; facts are fields that names and shapes do not tell.
+      module: of generators/ or tokenizers/.
+      read_config: `read_config(state, **facts)` makes the Config. Its keyword arguments are the facts: fields that
+        names and shapes do not tell.
       make_table: makes the table for a tree of shapes.
+      make_buffers: makes, of the Config, tensors of the file that are not our parameters: `load` drops them.
     """
 
-    key: str
-    init: Callable[..., Any]
+    module: ModuleType
     read_config: Callable[..., Any]
     make_table: Callable[[Any], Table]
+    make_buffers: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+
+    @property
+    def facts(self) -> dict[str, bool]:
+        """Names of the facts, and whether a file cannot be read without."""
+        keywords = list(inspect.signature(self.read_config).parameters.values())[1:]
+        return {keyword.name: keyword.default is inspect.Parameter.empty for keyword in keywords}
 
     def load(self, path: str | pathlib.Path, *, ema: bool = True, **facts: Any) -> tuple[Any, dict[str, Any]]:
         """Read a torch or .safetensors file: the Config, and float32 NumPy arrays in the tree of `init`.
 
         Args:
           ema: where the file has raw weights and their moving average, read the average.
-          facts: fields of the Config that names and shapes do not tell.
+          facts: fields of the Config that names and shapes do not tell. A file of `save` tells them, and a published
+            one is recognized by its shapes.
 
-        Raises: WeightsError for a damaged file, missing or surplus keys, wrong shapes, or values that are not finite.
+        Raises: ConfigError for an unknown fact; WeightsError for missing facts, a damaged file, missing or surplus
+          keys, wrong shapes, or values that are not finite.
         """
         config, lazy = self.open_params(path, ema=ema, **facts)
         return config, jax.tree.map(lambda leaf: leaf[...], lazy)
 
     def open_params(self, path: str | pathlib.Path, *, ema: bool = True, **facts: Any) -> tuple[Any, dict[str, Any]]:
         """Like `load`, but the leaves are LazyArrays: only names and shapes are read and checked."""
+        check_facts(facts, self.facts)
         state = open_tensors(path, ema=ema)
         try:
-            config = self.read_config(state, **facts)
-            shapes = param_shapes(self.init, config)
+            check_system(state, *self.module.__name__.split(".")[1:])
+            config = self.read_config(state, **self._find_facts(path, state, facts))
+            shapes = param_shapes(self.module.init, config)
+            check_shapes(state, self.released_shapes(config))
             return config, _open_mapped(path, state, self.make_table(shapes), shapes)
         except (ConfigError, WeightsError) as error:
             raise WeightsError(f"{path}: {error}") from error
 
-    def save(self, path: str | pathlib.Path, config: Any, params: Any) -> None:
-        """Write .safetensors with the released names and shapes, float32. Unused rows are zeros.
+    def _find_facts(self, path: str | pathlib.Path, state: State, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill in the facts that the file's header or a published file of the same shapes tells."""
+        written = read_metadata(path)
+        found = {name: parse_value(written[name]) for name in self.facts if name in written} | dict(facts)
+        if not found.keys() >= {name for name, needed in self.facts.items() if needed}:
+            found = self._recognize_size(state) | found
+        if missing := [name for name, needed in self.facts.items() if needed and name not in found]:
+            raise WeightsError(f"the file does not tell {', '.join(missing)}: give --fact {missing[0]}=VALUE")
+        types = typing.get_type_hints(self.module.Config, include_extras=True)
+        return {name: convert_value(value, types[name], f"--fact {name}") for name, value in found.items()}
 
+    def _recognize_size(self, state: State) -> dict[str, Any]:
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        for _, file in list_released().values():
+            if isinstance(file.config, self.module.Config) and self.released_shapes(file.config) == shapes:
+                return {name: getattr(file.config, name) for name in self.facts}
+        return {}
+
+    def released_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of the tensors that `save` writes."""
+        shapes = param_shapes(self.module.init, config)
+        buffers = {name: value.shape for name, value in self.make_buffers(config).items()}
+        return released_shapes(self.make_table(shapes), shapes) | buffers
+
+    def count_parameters(self, config: Any) -> int:
+        """Return the number of parameters of the released file, also those that we do not use."""
+        buffers = self.make_buffers(config)
+        return sum(math.prod(shape) for name, shape in self.released_shapes(config).items() if name not in buffers)
+
+    def save(self, path: str | pathlib.Path, config: Any, params: Any) -> None:
+        """Write .safetensors with the released names, shapes and buffers, parameters in float32, unused rows as zeros.
+
+        The facts are recorded in the header, so that `load` finds them.
         Raises: WeightsError for another suffix, parameters of other shapes, or a file that cannot be written.
         """
-        shapes = param_shapes(self.init, config)
+        shapes = param_shapes(self.module.init, config)
         ours, expected = ({k: leaf.shape for k, leaf in flatten_params(tree).items()} for tree in (params, shapes))
         for name in sorted(ours.keys() | expected.keys()):
             if ours.get(name) != expected.get(name):
                 raise WeightsError(f"{path}: '{name}' has shape {ours.get(name)}, expected {expected.get(name)}")
-        state = to_released(self.make_table(shapes), params)
-        write_safetensors(path, {name: x.astype(np.float32) for name, x in state.items()})
+        state = {name: x.astype(np.float32) for name, x in to_released(self.make_table(shapes), params).items()}
+        facts = {name: str(getattr(config, name)) for name in self.facts}
+        write_safetensors(path, state | dict(self.make_buffers(config)), facts)
+
+
+def check_facts(facts: Collection[str], known: Collection[str]) -> None:
+    """Raise ConfigError unless all facts are known."""
+    if unknown := [name for name in facts if name not in known]:
+        takes = f"they are {', '.join(known)}" if known else "these files tell everything"
+        raise ConfigError(f"unknown fact '{unknown[0]}': {takes}")
 
 
 def get_tensor(state: State, name: str, ndim: int) -> StoredTensor:
@@ -152,8 +206,10 @@ def to_released(table: Table, params: Any) -> dict[str, np.ndarray]:
     return state
 
 
-def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
-    """Write tensors by name. The file is complete or absent.
+def write_safetensors(
+    path: str | pathlib.Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors by name, and texts into the header. The file is complete or absent.
 
     Raises: WeightsError for a suffix other than .safetensors, or a file that cannot be written.
     """
@@ -162,7 +218,8 @@ def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray])
         raise WeightsError(f"{path}: weights are written as .safetensors (docs/released_weights.md makes .bin of it)")
     partial = path.with_name(f".{path.name}.rar_jax_partial")
     try:
-        safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, partial)
+        arrays = {name: np.ascontiguousarray(x) for name, x in state.items()}
+        safetensors.numpy.save_file(arrays, partial, {"format": "pt", **(metadata or {})})
         os.replace(partial, path)
     except (OSError, safetensors.SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -170,7 +227,6 @@ def write_safetensors(path: str | pathlib.Path, state: Mapping[str, np.ndarray])
 
 
 def _open_mapped(path: str | pathlib.Path, state: State, table: Table, shapes: Any) -> dict[str, Any]:
-    check_shapes(state, released_shapes(table, shapes))
     leaves, parts = flatten_params(shapes), dict[str, list[Any]]()
 
     def read(entry: _Entry) -> np.ndarray:

@@ -6,25 +6,28 @@ A name of ours becomes the released one by three facts: "_" around a number is "
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 from rar_jax.errors import WeightsError
-from rar_jax.tokenizers.maskgit_vq import Config, init
+from rar_jax.tokenizers import maskgit_vq
+from rar_jax.tokenizers.maskgit_vq import Config
 from rar_jax.weights.mapping import Format, Mapped, State, flatten_params, get_tensor
+from rar_jax.weights.registry import Released
 
+FILES = {
+    "maskgit-vqgan-imagenet-f16-256": Released(
+        "fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin", "Apache-2.0; weights: see the model card",
+        config=Config(image_size=256), scores={"rFID": 2.28},
+    ),
+}  # fmt: skip
+KEYS = ("quantize.embedding.weight", "encoder.mid.0.conv1.weight", "encoder.down.0.block.0.conv1.weight")
 _CODEBOOK = "quantize.embedding.weight"
 
 
-def _read_config(state: State, *, image_size: int | None = None, num_tokens: int | None = None) -> Config:
-    """Read the architecture off names and shapes.
-
-    Args:
-      image_size, num_tokens: of an image, which the weights do not tell; either gives the other. The default is 256
-        pixels for five levels as in the released file, else 8 tokens a side.
-    """
+def _read_config(state: State, *, image_size: int) -> Config:
+    """Read the architecture off names and shapes. It fits images of any size."""
     levels = blocks = 0
     while any(key.startswith(f"encoder.down.{levels}.") for key in state):
         levels += 1
@@ -35,10 +38,8 @@ def _read_config(state: State, *, image_size: int | None = None, num_tokens: int
     codebook, base_width = get_tensor(state, _CODEBOOK, 2), conv_in.shape[0]
     if any(kernel.shape[0] % base_width for kernel in kernels):
         raise WeightsError(f"a level's width is not a multiple of {base_width}, that of encoder.conv_in")
-    if num_tokens is not None and math.isqrt(num_tokens) ** 2 == num_tokens:
-        image_size = math.isqrt(num_tokens) * 2 ** (levels - 1)
     return Config(
-        image_size=image_size or (256 if levels == 5 else 8 * 2 ** (levels - 1)),
+        image_size=image_size,
         channels=conv_in.shape[1],
         base_width=base_width,
         width_multipliers=tuple(kernel.shape[0] // base_width for kernel in kernels),
@@ -64,7 +65,7 @@ def _released_name(path: str) -> str:
     return re.sub(r"_(?=\d)|(?<=\d)_", ".", name)
 
 
-FORMAT = Format(_CODEBOOK, init, _read_config, make_table)
+FORMAT = Format(maskgit_vq, _read_config, make_table)
 load: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.load
 open_params: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.open_params
 save: Callable[..., None] = FORMAT.save

@@ -1,4 +1,4 @@
-"""RAR's released weights (yucornetto/RAR: rar_b.bin ... rar_xxl.bin) to and from our parameters.
+"""RAR's released weights to and from our parameters.
 
 The released position tables are oversized (n + 1024, n + 1024 and n + 100 rows). The model uses the first n + 2 rows.
 """
@@ -8,8 +8,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rar_jax.generators.rar import Config, init
+from rar_jax.generators import rar
+from rar_jax.generators.rar import Config
 from rar_jax.weights.mapping import Format, Mapped, State, get_tensor, map_linear, map_norm
+from rar_jax.weights.registry import Released
+
+KEYS = ("target_aware_pos_embed", "timesteps_embeddings")
+
+
+def _describe(
+    size: str, sizes: tuple[int, int, int], sampling: tuple[float, ...], scores: tuple[float, ...]
+) -> Released:
+    """Sizes are (width, depth, mlp_width); settings and scores are those of arXiv 2411.00776 and its code."""
+    width, depth, mlp_width = sizes
+    return Released(
+        "yucornetto/RAR", f"rar_{size}.bin", "Apache-2.0; weights for research",
+        config=Config(
+            width=width, depth=depth, mlp_width=mlp_width, dropout=0.0, attention_dropout=0.0, label_dropout=0.0
+        ),
+        tokenizer="maskgit-vqgan-imagenet-f16-256",
+        sampling=dict(zip(("scale", "power", "temperature"), sampling, strict=True)),
+        scores=dict(zip(("FID", "IS", "precision", "recall"), scores, strict=True)),
+        rounding="truncate", labels="balanced",
+    )  # fmt: skip
+
+
+FILES = {
+    "rar_b": _describe("b", (768, 24, 3072), (16.0, 2.75, 1.0), (1.95, 290.5, 0.82, 0.58)),
+    "rar_l": _describe("l", (1024, 24, 4096), (15.5, 2.5, 1.02), (1.70, 299.5, 0.81, 0.60)),
+    "rar_xl": _describe("xl", (1280, 32, 5120), (6.9, 1.5, 1.02), (1.50, 306.9, 0.80, 0.62)),
+    "rar_xxl": _describe("xxl", (1408, 40, 6144), (8.0, 1.2, 1.02), (1.48, 326.0, 0.80, 0.63)),
+}
 
 UNUSED_ROWS = {"pos_embed": 1022, "target_aware_pos_embed": 1022, "timesteps_embeddings": 98}
 
@@ -54,7 +83,7 @@ def _read_config(state: State) -> Config:
     )
 
 
-FORMAT = Format("pos_embed", init, _read_config, lambda shapes: TABLE)
+FORMAT = Format(rar, _read_config, lambda shapes: TABLE)
 load: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.load
 open_params: Callable[..., tuple[Config, dict[str, Any]]] = FORMAT.open_params
 save: Callable[..., None] = FORMAT.save

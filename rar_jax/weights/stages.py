@@ -21,7 +21,6 @@ from rar_jax.runs.logging import read_metrics
 from rar_jax.runs.workdir import Workdir
 from rar_jax.runs.writers import import_wandb
 from rar_jax.weights.loading import Weights, open_weights
-from rar_jax.weights.registry import locate
 
 
 def finished(experiment: Experiment, stage: str, workdir: Workdir) -> str | None:
@@ -83,14 +82,17 @@ def check_start(experiment: Experiment, workdir: Workdir) -> None:
     if experiment.wandb is not None and is_main():
         import_wandb()
     if experiment.tokenizer_weights and good_step(workdir.checkpoints("tokenizer")) is None:
-        _given_tokenizer(experiment)
+        _open_tokenizer(experiment)
     if experiment.init_from and good_step(workdir.checkpoints("generator")) is None:
-        given_generator(experiment)
+        open_init_from(experiment)
 
 
-def given_generator(experiment: Experiment) -> Weights:
+def open_init_from(experiment: Experiment) -> Weights:
     """Open the weights of config.init_from. Raises: ConfigError if they cannot be adapted."""
-    weights, module = open_weights(locate(str(experiment.init_from)), "generators"), experiment.generator.module
+    weights, module = (
+        open_weights(str(experiment.init_from), "generators", like=experiment.generator),
+        experiment.generator.module,
+    )
     other = weights.model
     require(other.module is module, f"init_from {weights.path} is a {other.module.__name__}, not a {module.__name__}")
     adapt = functools.partial(module.adapt, experiment.generator.config, other_config=other.config)
@@ -99,22 +101,21 @@ def given_generator(experiment: Experiment) -> Weights:
     return weights
 
 
-def take_over_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
+def copy_tokenizer(experiment: Experiment, workdir: Workdir, mesh: Mesh) -> None:
     """Copy the weights of config.tokenizer.weights into a work directory, as its finished tokenizer.
 
     Raises: ConfigError if they do not fit config.tokenizer; what `open_weights` raises.
     """
     if finished(experiment, "tokenizer", workdir):
         return
-    weights = _given_tokenizer(experiment)
+    weights = _open_tokenizer(experiment)
     made_from = {"path": str(weights.path), "sha256": origin_sha256(weights)}
     save_params(workdir.checkpoints("tokenizer"), weights.place(mesh), {"stage": "tokenizer", "made_from": made_from})
 
 
-def _given_tokenizer(experiment: Experiment) -> Weights:
+def _open_tokenizer(experiment: Experiment) -> Weights:
     assert experiment.tokenizer_weights is not None
-    num_tokens = token_spec(experiment.tokenizer).shape[0]
-    weights = open_weights(locate(experiment.tokenizer_weights), "tokenizers", num_tokens=num_tokens)
+    weights = open_weights(experiment.tokenizer_weights, "tokenizers", like=experiment.tokenizer)
     check_tokenizer(experiment, weights, f"tokenizer.weights {weights.path}")
     return weights
 

@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import io
+import json
 import math
 import mmap
 import pathlib
@@ -42,6 +43,7 @@ _DTYPES: dict[str, np.dtype] = {
     "torch.BoolStorage": np.dtype(np.bool_),
     "torch.storage.UntypedStorage": np.dtype(np.uint8),
 }
+INDEX_SUFFIX = ".safetensors.index.json"
 _STREAM_HEADER = (0x1950A86A20F9469CFC6C, 1001)
 # Keys under which training scripts put a state dict, and what their wrappers put before its names.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
@@ -70,6 +72,8 @@ class StoredTensor:
 def open_tensors(path: str | pathlib.Path, *, ema: bool = True) -> dict[str, StoredTensor]:
     """Open a .safetensors, torch zip or torch stream file; the content decides, then the suffix.
 
+    A .safetensors.index.json opens the shards beside it.
+
     A torch file's dict inside a key such as "state_dict" or "model", or alone under any key, is unwrapped. Prefixes of
     wrappers, such as "module.", are taken off the names.
 
@@ -89,19 +93,46 @@ def open_tensors(path: str | pathlib.Path, *, ema: bool = True) -> dict[str, Sto
         raise WeightsError(f"{path} is empty: download it again")
     if head.startswith(b"version https:"):
         raise WeightsError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
-    if head.lstrip()[:1] in (b"<", b"{"):
+    is_index = path.name.endswith(INDEX_SUFFIX)
+    if head.lstrip()[:1] in (b"<", b"{") and not is_index:
         raise WeightsError(f"{path} is a web page or an error message ({head[:12]!r}...): download the file itself")
     formats = {b"PK": _open_zip, b"\x80\x02": _open_stream}
     # The length of a safetensors header may begin with the same two bytes.
     open_file = _open_safetensors if head[8:9] == b"{" else formats.get(head[:2])
     if open_file is None and path.suffix == ".safetensors":
         open_file = _open_safetensors
+    open_file = _open_index if is_index else open_file
     if open_file is None:
         raise WeightsError(f"{path} is no weights file (safetensors, or torch's zip or pickle): it starts {head[:8]!r}")
     wrappers = (*_EMA_WRAPPERS, *_WRAPPERS) if ema else _WRAPPERS
     tensors = _name_errors(path, lambda: _strip_prefixes(open_file(path, wrappers)))
     read = functools.partial(functools.partial, _name_errors, path)
     return {name: StoredTensor(tensor.shape, read(tensor.read)) for name, tensor in tensors.items()}
+
+
+def find_shards(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files that hold the tensors: the shards of a .safetensors.index.json, or the path itself.
+
+    Raises: WeightsError if a shard is missing or not beside its index.
+    """
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    names = _name_errors(path, lambda: sorted(set(json.loads(path.read_text())["weight_map"].values())))
+    for name in names:
+        if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+            raise WeightsError(f"{path}: shard '{name}' is not a .safetensors file beside its index")
+        if not path.with_name(name).is_file():
+            raise WeightsError(f"{path}: shard {name} is missing: download it into {path.parent}")
+    return [path.with_name(name) for name in names]
+
+
+def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
+    """Return the texts in the header of a .safetensors file; other files have none."""
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        return {}
 
 
 def _strip_prefixes(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -138,6 +169,15 @@ def _open_safetensors(path: pathlib.Path, _: Sequence[str]) -> dict[str, StoredT
     with safetensors.safe_open(path, "np") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     return {name: StoredTensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
+
+
+def _open_index(path: pathlib.Path, _: Sequence[str]) -> dict[str, StoredTensor]:
+    shards = {file.name: functools.partial(_open_safetensors, file, ()) for file in find_shards(path)}
+    files = {name: _name_errors(path.with_name(name), open_shard) for name, open_shard in shards.items()}
+    weight_map = json.loads(path.read_text())["weight_map"]
+    if absent := next((name for name, file in weight_map.items() if name not in files[file]), None):
+        raise WeightsError(f"'{absent}' is not in its shard {weight_map[absent]}: download both again")
+    return {name: files[file][name] for name, file in weight_map.items()}
 
 
 def _open_zip(path: pathlib.Path, wrappers: Sequence[str]) -> dict[str, StoredTensor]:

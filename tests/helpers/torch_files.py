@@ -73,8 +73,8 @@ def write_stream(path, content, storages, extra=()):
 
 
 def write_state_dict(path, state):
-    """Write arrays by name as `torch.save` writes a state dict: float32, float16 or int64."""
-    kinds = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage"}
+    """Write arrays by name as `torch.save` writes a state dict: float32, float16, bfloat16 or int64."""
+    kinds = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage", "V2": "BFloat16Storage"}
     content = {}
     for key, (name, x) in enumerate(state.items()):
         strides = tuple(math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))

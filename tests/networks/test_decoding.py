@@ -18,7 +18,7 @@ from rar_jax.generators.rar import Sampling
 from rar_jax.networks import decoding
 from rar_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from rar_jax.parallel.rules import batch_sharding, sharded
-from rar_jax.weights.registry import GENERATORS
+from rar_jax.weights.rar import FILES
 
 
 def layer(out: tuple[int, ...], width: int, seed: int) -> dict[str, jax.Array]:
@@ -160,11 +160,10 @@ def test_the_cache_is_written_in_place(scanned: bool) -> None:
         assert "copy" not in made and "transpose" not in made
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("scanned", [False, True])
 def test_stages_cover_the_slots_and_stay_few_to_compile(name: str, scanned: bool) -> None:
-    size = GENERATORS[name]
-    config = rar.Config(width=size.width, depth=size.depth, mlp_width=size.mlp_width)
+    config = FILES[name].config
     init = functools.partial(rar.init, config)
     params = jax.eval_shape(lambda: rar.prepare(config, init(jax.random.key(0)), scanned=scanned))
     ends = [decoding._stage_ends(params, 257, rows) for rows in (2, 16, 128, 2048)]

@@ -116,7 +116,11 @@ def test_the_nearest_code_is_that_of_all_distances(size):
 
 
 def test_golden_tokens_from_distances_in_parts(golden, monkeypatch):
-    expected, (_, params) = np.load(golden / "maskgit_vq_tiny.npz"), weights.load(golden / "maskgit_vq_tiny.bin")
+    files = golden / "maskgit_vq"
+    expected, (_, params) = (
+        np.load(files / "maskgit_vq_tiny.npz"),
+        weights.load(files / "maskgit_vq_tiny.bin", image_size=16),
+    )
     latents_byxz = np.moveaxis(expected["latents_nchw"], 1, -1)
     latents_bnz = jnp.asarray(latents_byxz.reshape(len(latents_byxz), -1, latents_byxz.shape[-1]))
     monkeypatch.setattr(vqgan, "CODES_AT_A_TIME", len(params["codebook"]) // 3)

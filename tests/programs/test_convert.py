@@ -103,7 +103,7 @@ def test_a_generator_that_does_not_fit_the_tokenizer(
         "--out",
         tmp_path / "o",
     )
-    assert "the generator draws 16 ids of 16 codes, the tokenizer decodes 16 ids of 32 codes" in line
+    assert "the generator draws 16 ids of 16 codes, the tokenizer decodes 64 ids of 32 codes" in line
     assert {p.name for p in tmp_path.iterdir()} == {"other.safetensors"}
 
 

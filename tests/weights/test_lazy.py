@@ -36,8 +36,8 @@ def test_placed_is_loaded(tmp_path: pathlib.Path, suffix: str, mesh: tuple[int, 
 
 
 def test_a_tokenizer_is_placed_too(golden: pathlib.Path) -> None:
-    _, params = maskgit_vq.load(golden / "maskgit_vq" / "maskgit_vq_tiny.bin")
-    _, lazy = maskgit_vq.open_params(golden / "maskgit_vq" / "maskgit_vq_tiny.bin")
+    _, params = maskgit_vq.load(golden / "maskgit_vq" / "maskgit_vq_tiny.bin", image_size=16)
+    _, lazy = maskgit_vq.open_params(golden / "maskgit_vq" / "maskgit_vq_tiny.bin", image_size=16)
     everywhere = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
     placed = put_on_devices(lazy, jax.tree.map(lambda _: everywhere, lazy))
     assert jax.tree.all(jax.tree.map(np.array_equal, placed, params))

@@ -17,6 +17,7 @@ import safetensors.numpy
 from torch_files import Call, Storage, dumps, read_tensors, tensor, write_stream, write_zip
 
 from rar_jax.errors import WeightsError
+from rar_jax.weights.torch_file import open_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "maskgit_vq" / "maskgit_vq_tiny.bin"
 
@@ -147,6 +148,32 @@ def test_safetensors(tmp_path):
         path.write_bytes((tmp_path / "renamed.bin").read_bytes()[:cut])
         with pytest.raises(WeightsError, match=r"w\.safetensors"):
             read_tensors(path)
+
+
+def test_shards_are_read_by_their_index(tmp_path):
+    index, shard = tmp_path / "w.safetensors.index.json", tmp_path / "w-1.safetensors"
+    safetensors.numpy.save_file({"module.a": WEIGHT, "module.other": WEIGHT}, shard)
+    index.write_text('{"metadata": {}, "weight_map": {"module.a": "w-1.safetensors", "module.b": "w-2.safetensors"}}')
+    with pytest.raises(WeightsError, match=r"shard w-2\.safetensors is missing: download it into"):
+        read_tensors(index)
+    safetensors.numpy.save_file({"module.b": COUNTS}, tmp_path / "w-2.safetensors")
+    tensors = open_tensors(index)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {"a": (12,), "b": (5,)}
+    shard.unlink()  # nothing was read yet, and b is in the other shard
+    np.testing.assert_array_equal(tensors["b"].read(), COUNTS)
+    with pytest.raises(WeightsError, match=r"w-1\.safetensors"):
+        tensors["a"].read()
+    for text, message in (
+        ('{"weight_map": {"a": "w-2.safetensors"}}', r"'a' is not in its shard w-2\.safetensors"),
+        ('{"weight_map": {"a": "../w-2.safetensors"}}', "is not a .safetensors file beside its index"),
+        ('{"weight_map": {"a": "w.safetensors.index.json"}}', "is not a .safetensors file beside its index"),
+        ('{"weight_map": 3}', r"index\.json is truncated or damaged"),
+        ('{"error": "not found"}', r"index\.json is truncated or damaged"),
+        ('{"weight', r"index\.json is truncated or damaged"),
+    ):
+        index.write_text(text)
+        with pytest.raises(WeightsError, match=message):
+            read_tensors(index)
 
 
 @pytest.mark.parametrize("length", [0x4B50, 0x0280])
