@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from rar_jax import cli
+from rar_jax.arguments import VERBS, make_parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -57,12 +58,12 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rar-jax run --config experiments/digits.py --workdir runs/digits" in out
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(verb, "--help") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for flag, options in (*cli.VERBS[verb].arguments, ("--progress", {}), ("--quiet", {})):
+    for flag, options in (*VERBS[verb].arguments, ("--progress", {}), ("--quiet", {})):
         assert options.get("metavar", flag) in out, flag
     assert ("--coordinator-address" in out) == (verb in ("run", "train", "tokenize", "sample", "evaluate"))
     assert ("--config.train.steps=10" in out) == (
@@ -70,10 +71,10 @@ def test_help_of_each_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", VERBS)
 def test_a_verb_takes_its_arguments(name: str) -> None:
     """The function of each verb has the arguments of the table as keywords."""
-    verb = cli.VERBS[name]
+    verb = VERBS[name]
     keywords = {options.get("dest", flag.lstrip("-").replace("-", "_")) for flag, options in verb.arguments} | {"quiet"}
     if verb.has_config:
         keywords = keywords - {"config"} | {"experiment"}
@@ -225,4 +226,4 @@ def test_commands_of_the_documentation_parse(page: str, command: str) -> None:
         text = text.replace(placeholder, value)
     words, _ = cli.split_overrides(shlex.split(text)[1:], "config")
     words, _ = cli.split_overrides(words, "sampling")
-    assert cli.make_parser().parse_args(words).verb in cli.VERBS
+    assert make_parser().parse_args(words).verb in VERBS
