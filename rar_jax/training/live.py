@@ -58,6 +58,8 @@ class Validator:
         self._count = math.ceil(records / 512)
         size = max(records // self._count // parts, 1) * parts
         encode = jax.jit(functools.partial(with_tokens, objective.tokenizer), out_shardings=batch_sharding(mesh))
+        root = domain_key(0, "validation")
+        make_key = jax.jit(lambda i: jax.random.fold_in(root, i), out_shardings=replicated(mesh))
         self._batches: list[tuple[str, Batch, jax.Array]] = []
         for i in range(self._count):
             rows = (i * size + local_rows(mesh, size)) % len(objective.heldout)
@@ -65,7 +67,7 @@ class Validator:
             if objective.tokenizer is not None:
                 with sharded(mesh):
                     batch = encode(frozen, batch)
-            key = put_on_mesh(jax.random.fold_in(domain_key(0, "validation"), i), replicated(mesh))
+            key = make_key(np.uint32(i))
             for name, added in objective.variants(size, key).items():
                 variant = {**batch, **put_on_mesh(jax.device_get(added), batch_sharding(mesh))}
                 self._batches.append((name and f"{name}_", variant, key))
@@ -85,8 +87,8 @@ class Validator:
         for prefix, batch, key in self._batches:
             poll()
             for name, value in jax.device_get(self._loss(params, batch, key, np.int32(step))).items():
-                key = f"validation/{prefix}{name}"
-                totals[key] = totals.get(key, 0.0) + float(value) / self._count
+                metric = f"validation/{prefix}{name}"
+                totals[metric] = totals.get(metric, 0.0) + float(value) / self._count
         return totals
 
 
