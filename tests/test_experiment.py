@@ -295,18 +295,14 @@ def test_a_tokenizer_has_a_recipe_or_weights() -> None:
         resolve(config, "digits")
     config.tokenizer.weights = "x.bin"
     experiment = resolve(config, "digits")
-    assert (experiment.tokenizer_weights, experiment.recipe("tokenizer"), experiment.last_step("tokenizer")) == (
-        "x.bin",
-        None,
-        0,
-    )
+    found = experiment.tokenizer_weights, experiment.recipe("tokenizer"), experiment.last_step("tokenizer")
+    assert found == ("x.bin", None, 0)
     assert experiment.resolved()["tokenizer"]["weights"] == "x.bin" and "tokenizer_train" not in experiment.resolved()
     overrides = ["tokenizer.weights=x.bin", "init_from=y", "seed=3"]  # of which digits.py says nothing or otherwise
     given = resolve(load_experiment("digits", overrides), "digits")
     assert (given.tokenizer_weights, given.tokenizer_train, given.init_from, given.seed) == ("x.bin", None, "y", 3)
-    assert (
-        resolve(load_experiment("digits", ["wandb=mine"]), "digits").wandb == "mine" and "wandb" not in given.resolved()
-    )
+    logged = resolve(load_experiment("digits", ["wandb=mine"]), "digits")
+    assert logged.wandb == "mine" and "wandb" not in given.resolved()
     assert refusal("wandb=") == "config: wandb is empty: give a project of Weights & Biases, or None"
     assert refusal("init_from=") == "config: init_from is empty: give a file, a directory or None"
     assert refusal("tokenizer.weights=3") == "config.tokenizer.weights is 3: it must be a path"
