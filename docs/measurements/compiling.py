@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from rar_jax.generators import rar
 from rar_jax.keys import sample_keys
-from rar_jax.sampling import Guidance
 from rar_jax.weights.rar import FILES
 
 parser = argparse.ArgumentParser()
@@ -25,7 +24,7 @@ for name in args.models:
     for images in args.images:
         labels = jax.ShapeDtypeStruct((images,), jnp.int32)
         keys = jax.eval_shape(functools.partial(sample_keys, 0, jnp.arange(images)))
-        draw = functools.partial(rar.sample, config, guidance=Guidance(16.0, power=2.75))
+        draw = functools.partial(rar.sample, config, sampling=rar.Sampling(16.0, power=2.75))
         began = time.perf_counter()
         lowered = jax.jit(lambda p, l, k, draw=draw: draw(p, l, keys=k)).lower(params, labels, keys)  # noqa: E741
         traced = time.perf_counter()

@@ -18,14 +18,13 @@ import matplotlib.pyplot as plt
 
 from rar_jax.generators import rar
 from rar_jax.keys import sample_keys
-from rar_jax.sampling import Guidance
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", default="docs/pictures/scaling.png")
 args = parser.parse_args()
 
 BASE = rar.Config(depth=4)
-GUIDANCE = Guidance(16.0, power=2.75)
+SAMPLING = rar.Sampling(16.0, power=2.75)
 
 
 class Case(NamedTuple):
@@ -42,7 +41,7 @@ def compiled(size: int, config: rar.Config, images: int) -> Case:
     given = jnp.arange(images), sample_keys(0, jnp.arange(images))
 
     def draw(params: rar.Params, labels: jax.Array, keys: jax.Array) -> jax.Array:
-        return rar.sample(config, params, labels, keys=keys, guidance=GUIDANCE)
+        return rar.sample(config, params, labels, keys=keys, sampling=SAMPLING)
 
     began = time.perf_counter()
     program = jax.jit(draw).lower(params, *given).compile()

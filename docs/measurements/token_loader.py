@@ -9,6 +9,7 @@ batches on devices, in line and ahead. About ten minutes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import linecache
 import os
@@ -23,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from rar_jax.models import TokenSpec
+
 RECORDS, TOKENS, BATCH, ROUNDS = 1_000_000, 256, 2048, 5
 CODEBOOK, CLASSES = 1024, 1000
 OURS_BATCHES, THEIRS_BATCHES = 480, 25
@@ -33,7 +36,11 @@ def write(folder: pathlib.Path) -> None:
     """The same records as a token store and as JSONL."""
     from rar_jax.tokens.writer import TokenStoreWriter
 
-    card = {"codebook_size": CODEBOOK, "grid": [TOKENS], "num_classes": CLASSES, "crops": ["whole image"]}
+    card = {
+        "spec": dataclasses.asdict(TokenSpec((TOKENS,), "uint16", CODEBOOK)),
+        "num_classes": CLASSES,
+        "crops": ["whole image"],
+    }
     card |= {"class_names": [str(c) for c in range(CLASSES)], "source": "random", "tokenizer_sha256": None}
     writer = TokenStoreWriter(folder / "store", card, source_records=RECORDS)
     with open(folder / "tokens.jsonl", "w") as file:
@@ -109,8 +116,8 @@ def placing(folder: pathlib.Path) -> list[float]:
     import jax
     import jax.numpy as jnp
 
+    from rar_jax.parallel.arrays import make_global_batch, prefetch_batches
     from rar_jax.parallel.mesh import MeshConfig, make_mesh
-    from rar_jax.parallel.processes import make_global_batch, prefetch_batches
 
     mesh = make_mesh(MeshConfig())
     kernel = jax.device_put(np.ones((TOKENS, 512), np.float32), jax.NamedSharding(mesh, jax.P()))

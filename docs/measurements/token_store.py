@@ -8,6 +8,7 @@ times, and prints the rates and their ratio; then the same for the two ways to s
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import statistics
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from rar_jax.data import loader
+from rar_jax.models import TokenSpec
 from rar_jax.tokens import store as token_store
 from rar_jax.tokens import writer as token_writer
 
@@ -45,9 +47,10 @@ class ArrayRecordSource:
 def write(folder: pathlib.Path) -> tuple[token_store.TokenStore, ArrayRecordSource]:
     rng = np.random.default_rng(0)
     card: dict[str, Any] = dict.fromkeys(token_store.CARD_KEYS, "")
-    card |= {"codebook_size": CODEBOOK, "grid": [16, 16], "num_classes": CLASSES, "crops": ["whole image"]}
+    spec = TokenSpec((TOKENS,), "uint16", CODEBOOK)
+    card |= {"spec": dataclasses.asdict(spec), "num_classes": CLASSES, "crops": ["whole image"]}
     card |= {"class_names": [str(c) for c in range(CLASSES)]}
-    dtype = token_store.record_dtype(num_tokens=TOKENS, codebook_size=CODEBOOK)
+    dtype = token_store.record_dtype(spec)
     paths = [str(folder / f"{j}.array_record") for j in range(SHARDS)]
     array_writers = [ArrayRecordWriter(path, "group_size:1,uncompressed") for path in paths]
     shard_records = RECORDS // SHARDS

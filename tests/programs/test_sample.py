@@ -3,29 +3,27 @@
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from rar_jax import cli, load
+from rar_jax.sampling import to_uint8
+from rar_jax.weights import rar as interop
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 
 
 def test_from_released_files_to_pictures(
     released_pair: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["sample", "--weights", released_pair.generator, "--tokenizer", released_pair.tokenizer, "--classes", "7,3"]
-    argv += [
-        "--per-class",
-        "3",
-        "--seed",
-        "5",
-        "--sampling.scale=2",
-        "--sampling.power=1",
-        "--batch-size",
-        "2",
-        "--out",
-        tmp_path / "out",
-    ]
+    argv += ["--per-class", "3", "--seed", "5", "--sampling.scale=2", "--sampling.power=1", "--batch-size", "2"]
+    argv += ["--out", tmp_path / "out"]
     assert cli.main([str(a) for a in argv]) == 0
     expected = load(released_pair.generator, tokenizer=released_pair.tokenizer).sample(
         [7, 7, 7, 3, 3, 3], seed=5, scale=2.0, power=1, batch_size=2
@@ -40,6 +38,61 @@ def test_from_released_files_to_pictures(
     for name in names:
         assert (tmp_path / "shared" / f"{name}.png").read_bytes() == (tmp_path / "out" / f"{name}.png").read_bytes()
     assert cli.main([*shared, "3"]) == 2 and "'tensor': 3} does not multiply to 4 devices" in capsys.readouterr().err
+
+
+def test_a_part_of_an_image_is_drawn(
+    released_pair: Any, image: np.ndarray, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """White is drawn, from row 5 on: the tokens of rows 4 and 5 are the first of 8x8 that are drawn."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[5:] = 255
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    argv = ["sample", "--weights", str(released_pair.generator), "--tokenizer", str(released_pair.tokenizer), "--quiet"]
+    argv += ["--classes", "3", "--per-class", "2", "--sampling.greedy=True", "--out", str(tmp_path / "out")]
+    argv += ["--complete", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
+
+    def drawn(*more: str) -> np.ndarray:
+        assert cli.main([*argv, *more]) == 0
+        return np.stack([np.asarray(Image.open(tmp_path / "out" / f"0003_00{n}.png")) for n in range(2)])
+
+    pipeline = load(released_pair.generator, tokenizer=released_pair.tokenizer)
+    generator, tokenizer = pipeline.generator, pipeline.tokenizer
+    tokens = np.array(tokenizer.module.encode(tokenizer.config, pipeline.tokenizer_params, image[None]))
+    params, logits = interop.load(released_pair.generator)[1], jax.jit(generator.module.logits, static_argnums=0)
+    for place in range(16, 64):  # by hand, without a cache
+        logits_bnv = logits(generator.config, params, tokens, np.array([3]), np.arange(64)[None])
+        tokens[:, place] = np.argmax(logits_bnv[:, place], axis=-1)
+    expected = np.asarray(to_uint8(tokenizer.module.decode(tokenizer.config, pipeline.tokenizer_params, tokens)))[0]
+    found = drawn()
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    kept = drawn("--keep-pixels")
+    np.testing.assert_array_equal(kept[:, :5], np.stack([image[:5]] * 2))
+    np.testing.assert_array_equal(kept[:, 5:], found[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "problem"),
+    [
+        (slice(0, 4), 16, "it can only complete images whose first tokens are known"),
+        (slice(0, 0), 16, "the mask is False (black) everywhere: there is nothing to draw"),
+        (slice(8, 16), 20, "the mask is bool [20, 20]: it must be bool [16, 16]"),
+    ],
+)
+def test_a_mask_that_cannot_be_drawn(
+    released_pair: Any, image: np.ndarray, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], rows: slice,
+    size: int, problem: str,
+) -> None:  # fmt: skip
+    mask = np.zeros((size, size), np.uint8)
+    mask[rows] = 255
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    argv = ["sample", "--weights", str(released_pair.generator), "--tokenizer", str(released_pair.tokenizer), "--quiet"]
+    argv += ["--classes", "3", "--out", str(tmp_path / "out"), "--complete", str(tmp_path / "image.png")]
+    assert cli.main(argv) == 2 and "--complete and --mask go together" in capsys.readouterr().err
+    assert cli.main([*argv, "--mask", str(tmp_path / "mask.png")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and problem in err
 
 
 def test_every_class_is_drawn_the_last_one_too(released_pair: Any, tmp_path: pathlib.Path) -> None:
