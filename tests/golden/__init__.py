@@ -1,7 +1,7 @@
 """Parity with the authors' code on golden files, by system: `python -m tests.golden NAME FOLDER`.
 
 tests/golden/NAME.py measures what the files of tests/golden/NAME say, and of any other folder of the same format. It has
-FILES, the names that the folder must hold, and `measure(folder)`, which yields checks. docs/dev/testing.md shows how to add one.
+FILES, the names that the folder must hold, and `measure(folder)`, which yields checks. docs/parity.md says how to add one.
 """
 
 from __future__ import annotations
