@@ -140,7 +140,7 @@ def find_module(kind: str, name: str) -> ModuleType:
 
     Raises: ConfigError, with the nearest name, if there is no such file.
     """
-    if "." in name:
+    if isinstance(name, str) and "." in name:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -19,6 +19,7 @@ from rar_jax.config import build, differences, load_experiment
 from rar_jax.data.image_source import ImageSource, Split
 from rar_jax.errors import ConfigError
 from rar_jax.experiment import Experiment, fill_defaults, open_source, rebuild, resolve
+from rar_jax.generators import rar
 from rar_jax.keys import sample_keys
 from rar_jax.models import load_model
 from rar_jax.parallel.mesh import make_mesh
@@ -204,10 +205,7 @@ def test_batches_divide_over_four_devices(name: str) -> None:
             ["tokenizer_train.steps=100", "tokenizer.restart_until=101"],
             "config.tokenizer.restart_until is step 101, after the training's end at 100: give a share ('75%')",
         ),
-        (
-            ["train.batch_size=30"],
-            "train.batch_size 30 is not divisible by the 4 devices of mesh axes data x fsdp",
-        ),
+        (["train.batch_size=30"], "train.batch_size 30 is not divisible by the 4 devices of mesh axes data x fsdp"),
         (
             ["train.batch_size=32", "train.accumulation=16"],
             "train.batch_size 32 in 16 parts is not divisible by the 4 devices of mesh axes data x fsdp",
@@ -233,11 +231,11 @@ def test_batches_divide_over_four_devices(name: str) -> None:
         (["classifier.image_size=16"], "data gives images [8, 8, 1], the classifier takes [16, 16, 1]: make them equal"),
         (["data.num_classes=0"], "config.data: num_classes is 0: it must be at least 1"),
         (["data.class_names=('a',)"], "config.data: class_names has 1 names for 10 classes"),
+        (["mesh.data=3"], "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not multiply to 4 devices: set one size to -1"),
         (
-            ["mesh.data=3"],
-            "mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not multiply to 4 devices: set one size to -1",
+            ["sampling.scale=-1"],
+            "config.sampling of generator 'rar': scale is -1.0: it must be 0 or more, or None for no guidance",
         ),
-        (["sampling.scale=-1"], "config.guidance: scale is -1.0: it must be 0 (no guidance) or more"),
         (["generator.name=raar"], "no generator 'raar'. Did you mean 'rar'?"),
         (["train.warmup=100%"], "config.train: warmup is 800: it must be shorter than the 800 steps"),
         (["train.steps=50%"], "config.train.steps is '50%': this duration needs steps or epochs"),
@@ -264,7 +262,8 @@ def test_impossible_combinations(overrides: list[str], problem: str) -> None:
     ],
 )
 def test_a_misspelt_key_in_each_section(section: str, misspelt: str, meant: str) -> None:
-    assert refusal(f"{section}.{misspelt}=1") == f"config.{section} has no key '{misspelt}'. Did you mean '{meant}'?"
+    where = "sampling of generator 'rar'" if section == "sampling" else section
+    assert refusal(f"{section}.{misspelt}=1") == f"config.{where} has no key '{misspelt}'. Did you mean '{meant}'?"
 
 
 @pytest.mark.parametrize("section", ["data", "tokenizer", "generator", "train"])
@@ -295,14 +294,14 @@ def test_a_tokenizer_has_a_recipe_or_weights() -> None:
         resolve(config, "digits")
     config.tokenizer.weights = "x.bin"
     experiment = resolve(config, "digits")
-    found = experiment.tokenizer_weights, experiment.recipe("tokenizer"), experiment.last_step("tokenizer")
-    assert found == ("x.bin", None, 0)
+    assert (experiment.tokenizer_weights, experiment.recipe("tokenizer")) == ("x.bin", None)
+    assert experiment.last_step("tokenizer") == 0
     assert experiment.resolved()["tokenizer"]["weights"] == "x.bin" and "tokenizer_train" not in experiment.resolved()
     overrides = ["tokenizer.weights=x.bin", "init_from=y", "seed=3"]  # of which digits.py says nothing or otherwise
     given = resolve(load_experiment("digits", overrides), "digits")
     assert (given.tokenizer_weights, given.tokenizer_train, given.init_from, given.seed) == ("x.bin", None, "y", 3)
-    logged = resolve(load_experiment("digits", ["wandb=mine"]), "digits")
-    assert logged.wandb == "mine" and "wandb" not in given.resolved()
+    assert resolve(load_experiment("digits", ["wandb=mine"]), "digits").wandb == "mine"
+    assert "wandb" not in given.resolved()
     assert refusal("wandb=") == "config: wandb is empty: give a project of Weights & Biases, or None"
     assert refusal("init_from=") == "config: init_from is empty: give a file, a directory or None"
     assert refusal("tokenizer.weights=3") == "config.tokenizer.weights is 3: it must be a path"
@@ -323,7 +322,7 @@ def test_the_imagenet_recipes_are_the_papers(name: str) -> None:
     experiment, known = experiment_of(name), released.FILES[name]
     train, config, model = experiment.train, experiment.generator.config, experiment.generator
     assert model.param_shapes() == replace(model, config=known.config).param_shapes()
-    assert experiment.sampling == known.sampling
+    assert experiment.sampling == rar.Sampling(**known.sampling)
     assert (train.steps, train.batch_size, train.warmup) == (250_000, 2048, 62_500)
     assert (config.anneal_start, config.anneal_end, config.num_heads) == (125_000, 187_500, 16)
     assert (train.learning_rate, train.end_learning_rate, train.beta1, train.beta2) == (4e-4, 1e-5, 0.9, 0.96)

@@ -82,7 +82,7 @@ def test_inside_a_program_of_ones_own(released_pair: Any, images: np.ndarray) ->
         keys = sample_keys(7, jnp.arange(5))
         return pipeline.sample_fn(params, labels, keys, sampling).astype(jnp.float32).mean(axis=(1, 2))
 
-    ours = mean_colour(pipeline.params, jnp.asarray(LABELS), SAMPLING)
+    ours = mean_colour(pipeline.params, jnp.asarray(LABELS), pipeline.make_sampling(SAMPLING))
     np.testing.assert_allclose(ours, images.astype(np.float64).mean(axis=(1, 2)), atol=0.5)
 
 

@@ -15,7 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rar_jax.data.sources import ImageSource
-from rar_jax.evaluation.image_batches import ImageBatches, batch_samples, batch_source, check_finite, row_sharding
+from rar_jax.evaluation.image_batches import (
+    ImageBatches,
+    batch_samples,
+    batch_source,
+    require_finite_images,
+    row_sharding,
+)
 from rar_jax.experiment import Experiment, open_source
 from rar_jax.keys import domain_key
 from rar_jax.metrics.frechet import frechet_distance, frechet_distance_of_moments
@@ -186,7 +192,7 @@ def score_with_classifier(
         show = functools.partial(track_progress, description=f"evaluate {description}", unit="chunks", quiet=quiet)
         few, first = scorer.score(batches, range(n_few), keep=("images",), show=show)
         rest, others = scorer.score(batches, range(n_few, batches.num), keep=("images",), show=show)
-        check_finite(few.nonfinite + rest.nonfinite, batches.num)
+        require_finite_images(few.nonfinite + rest.nonfinite, batches.num)
         return few, add_in_float64(few, rest), np.concatenate([*first["images"], *others["images"]])
 
     real_few, real, real_images = score(batch_source(scorer.heldout), "held-out images")

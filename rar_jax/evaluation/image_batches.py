@@ -59,7 +59,7 @@ class ImageBatches:
         return self.read(np.minimum(ids_sb, start + count - 1)), weights_sb
 
 
-def check_finite(nonfinite: float, num: int) -> None:
+def require_finite_images(nonfinite: float, num: int) -> None:
     """Raise NonFiniteError if some of `num` images have pixels that are not finite: scores would count them as black."""
     if nonfinite:
         raise NonFiniteError(

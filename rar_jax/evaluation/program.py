@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rar_jax.config import require
 from rar_jax.errors import ConfigError
 from rar_jax.evaluation.chunks import Chunk, ChunkStore, accumulate_chunks
-from rar_jax.evaluation.image_batches import ImageBatches, check_finite, row_sharding
+from rar_jax.evaluation.image_batches import ImageBatches, require_finite_images, row_sharding
 from rar_jax.evaluation.reference import Reference, read_reference
 from rar_jax.metrics import sums
 from rar_jax.metrics.features import extract_features
@@ -188,7 +188,7 @@ class Program:
             store, lambda start, count: self.score(batches, start, count, keep), images=batches.num,
             chunk=settings.chunk, split_size=settings.split_size, description=description, quiet=quiet,
         )  # fmt: skip
-        check_finite(totals.nonfinite, totals.done)
+        require_finite_images(totals.nonfinite, totals.done)
         return totals, store
 
     def describe_inputs(self, batches: ImageBatches) -> dict[str, Any]:

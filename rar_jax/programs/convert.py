@@ -13,14 +13,14 @@ import rar_jax
 from rar_jax.config import require, to_dict
 from rar_jax.data import imagenet
 from rar_jax.errors import ConfigError
-from rar_jax.models import Model, find_module
+from rar_jax.models import Model
 from rar_jax.runs.checkpoint import save_params
 from rar_jax.runs.manifest import file_sha256, write_json
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import make_sampling
 from rar_jax.weights.loading import Weights, open_pair, open_weights, parse_facts, recognize_file
-from rar_jax.weights.registry import find_file, find_released
+from rar_jax.weights.registry import find_file, find_released, list_systems
 
 SUFFIX = ".safetensors"
 MADE_BY = f"rar_jax {rar_jax.__version__}"
@@ -71,13 +71,17 @@ def convert_weights(
 
 
 def _write_file(weights: Weights, out: pathlib.Path, quiet: bool) -> dict[str, Any]:
-    config = _describe_model(weights.model)
+    config, systems = _describe_model(weights.model), list_systems()
+    require(
+        weights.model.name in systems,
+        f"{weights.model.name} has no released files: rar_jax/weights has no module of it",
+    )
     record: dict[str, Any] = {"file": out.name, "config": config, "made_by": MADE_BY}
     for step in track_progress(
         ("save", "hash", "source"), description=f"convert {weights.path.name}", unit="parts", quiet=quiet
     ):
         if step == "save":
-            find_module("weights", weights.model.name).save(out, weights.model.config, weights.place())
+            systems[weights.model.name][1].save(out, weights.model.config, weights.place())
         elif step == "hash":
             record |= {"sha256": file_sha256(out), "bytes": out.stat().st_size}
         else:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_same_tokens
+from found_models import list_models
 
-from rar_jax.models import find_module, module_names
+from rar_jax.models import find_module
 
 
-@pytest.fixture(scope="module", params=module_names("generators"))
+@pytest.fixture(scope="module", params=list_models("generators"))
 def generator(request: pytest.FixtureRequest) -> ModuleType:
     return find_module("generators", request.param)
 
@@ -136,8 +137,8 @@ def test_known_tokens_stay(generator: ModuleType) -> None:
         return
     config, batch = generator.TINY, batch_of(generator, 3)
     params, keys = nonzero(generator.init(config, jax.random.key(0))), jax.random.split(jax.random.key(5), 3)
-    places = np.arange(math.prod(generator.token_spec(config).shape[:1]))
-    known = np.broadcast_to(places < len(places) // 2, (3, len(places)))
+    places = generator.token_spec(config).shape[: 1 if generator.token_spec(config).vocab else -1]
+    known = np.broadcast_to((np.arange(math.prod(places)) < math.prod(places) // 2).reshape(places), (3, *places))
     tokens = generator.complete(
         config, params, batch["labels"], keys=keys, sampling=generator.Sampling(), tokens=batch["tokens"], known=known
     )

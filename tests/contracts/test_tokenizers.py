@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_same_tokens
+from found_models import list_models
 
-from rar_jax.models import TokenSpec, find_module, module_names
+from rar_jax.models import Model, TokenSpec, encode_tokens, find_module, store_spec
 
 
-@pytest.fixture(scope="module", params=module_names("tokenizers"))
+@pytest.fixture(scope="module", params=list_models("tokenizers"))
 def tokenizer(request: pytest.FixtureRequest) -> ModuleType:
     return find_module("tokenizers", request.param)
 
@@ -33,16 +34,46 @@ def test_trees_agree(tokenizer: ModuleType) -> None:
 def test_encode_and_decode_keep_the_spec(tokenizer: ModuleType) -> None:
     config, images = tokenizer.TINY, images_of(tokenizer)
     params = tokenizer.init(config, jax.random.key(0))
-    tokens = tokenizer.encode(config, params, images)
-    spec = tokenizer.token_spec(config)
+    model, spec, stored = (
+        Model(tokenizer, config),
+        tokenizer.token_spec(config),
+        tokenizer.encode(config, params, images),
+    )
+    assert stored.shape == (4, *store_spec(model).shape)
+    # The batch an image is encoded in does not matter.
+    as_encoded = TokenSpec(stored.shape[1:], str(stored.dtype), spec.vocab)
+    assert_same_tokens(as_encoded, tokenizer.encode(config, params, images[1:2])[0], stored[1])
+    tokens = encode_tokens(model, params, images)
     assert tokens.shape == (4, *spec.shape) and tokens.dtype == spec.dtype
     if spec.vocab is not None:
         assert int(tokens.min()) >= 0 and int(tokens.max()) < spec.vocab
     decoded = tokenizer.decode(config, params, tokens)
-    assert decoded.shape == images.shape and decoded.dtype == jnp.float32
-    assert float(decoded.min()) >= 0 and float(decoded.max()) <= 1
-    # The batch an image is encoded in does not matter.
-    assert_same_tokens(spec, tokenizer.encode(config, params, images[1:2])[0], tokens[1])
+    assert decoded.shape == images.shape and decoded.dtype == jnp.float32 and np.isfinite(decoded).all()
+
+
+def test_tokens_are_drawn_by_the_key_alone(tokenizer: ModuleType) -> None:
+    """Without a key, what `draw` returns is deterministic; tokenizers without `draw` ignore the key."""
+    model, params = Model(tokenizer, tokenizer.TINY), tokenizer.init(tokenizer.TINY, jax.random.key(0))
+    keys = (None, None, jax.random.key(1), jax.random.key(1), jax.random.key(2))
+    a, b, c, d, e = (np.asarray(encode_tokens(model, params, images_of(tokenizer), key=key)) for key in keys)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(c, d)
+    assert np.array_equal(a, c) == np.array_equal(c, e) == (not hasattr(tokenizer, "draw"))
+
+
+def test_a_pixel_belongs_to_one_token(tokenizer: ModuleType) -> None:
+    if not hasattr(tokenizer, "known_tokens"):
+        return
+    config = tokenizer.TINY
+    height, width, _ = tokenizer.image_spec(config).shape
+    unknown = np.zeros(tokenizer.known_tokens(config, np.ones((height, width), bool)).shape, int)
+    for y in range(height):
+        for x in range(width):
+            mask = np.ones((height, width), bool)
+            mask[y, x] = False
+            unknown += ~tokenizer.known_tokens(config, mask)
+    assert unknown.sum() == height * width and (unknown > 0).all()
+    assert unknown.shape == tokenizer.token_spec(config).shape[: unknown.ndim]
 
 
 def test_latents_may_be_rounded_and_ids_may_not() -> None:

@@ -101,7 +101,7 @@ def test_the_command(
     encode = maskgit_vq.encode
     with monkeypatch.context() as patch:
         patch.setattr(maskgit_vq, "encode", lambda *args: jnp.where(encode(*args) == 3, 32, encode(*args)))
-        assert cli.main([*command, *arguments]) == 1
+        assert cli.main([*command, *arguments, "--out", str(tmp_path / "other")]) == 1
     tokens = encode(*interop.load(released_pair.tokenizer), images)
     expected = int((np.asarray(tokens) == 3).any(axis=1).sum())
     assert f"{expected} of 30 images have non-finite pixels" in capsys.readouterr().err and expected > 0

@@ -314,7 +314,6 @@ def test_one_line_for_a_wrong_command(
         ((*network, *weights, "--out", out, "--seed", "-1"), "seed is -1"),
         ((*network, *weights, "--out", out, "--protocol", "clean"), "protocol is 'clean'"),
         ((*network, *weights, "--out", out, "--rounding", "up"), "rounding is 'up'"),
-        ((*network, *weights, "--out", out, "--sampling.scale=a"), "scale is 'a' (str): it must be float"),
         ((*network, "--make-reference", tmp_path / "x.npz", "--out", tmp_path / "r"), "a reference is a .npz file"),
         ((*network, "--images", tmp_path / "none", "--out", out), "none"),
         ((*network, *weights, "--out", out, "--image-size", "16"), "--image-size is of a source in --images"),

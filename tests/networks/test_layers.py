@@ -144,7 +144,7 @@ def test_a_gpu_host_lowers_the_attention_of_the_platform_of_the_mesh(
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **__: cudnn_attention(q))
     batch = {"tokens": tokens, "labels": labels}
-    loss = jax.jit(lambda p: rar.loss(config, p, batch, key=key, step=0)[0])
+    loss = jax.jit(lambda p: rar.loss(config, p, batch, key=key, step=0, train=True)[0])
     decode = jax.jit(lambda p: rar.cached_logits(config, p, tokens, labels))
     with on_platform(platform, monkeypatch):
         for function, given in ((loss, params), (decode, narrow)):
