@@ -16,8 +16,12 @@ import pytest
 from commands import environment
 from PIL import Image
 
+from rar_jax.runs.checkpoint import load_params
+from rar_jax.tokens.store import TokenStore
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding.md").read_text()
+RUNS = {"mine": "pictures", "floats": "pictures_of_floats"}
 PROGRAMS = {"pytest": ["-m", "pytest", "-p", "no:cacheprovider"], "rar-jax": ["-m", "rar_jax"]}
 
 
@@ -55,21 +59,41 @@ def give(command: str, project: pathlib.Path) -> str:
 
 def test_the_page_from_top_to_bottom(project: pathlib.Path) -> None:
     commands = [line for (block,) in blocks("bash") for line in block.splitlines()]
-    contracts = [command for command in commands if command.startswith("pytest")]
-    assert [len(contracts), len(commands)] == [2, 4]
-    for name, command in zip(("places", "patches"), contracts, strict=True):
-        out = give(f"{command} -rA", project)
-        # All of the contract, of this file: nothing was left out but what is optional.
-        passed, known = re.findall(rf"PASSED \S+::(test_\w+)\[\S*{name}\S*\]", out), ROOT / "tests" / "contracts"
-        kind = known / ("test_generators.py" if name == "places" else "test_tokenizers.py")
-        optional = {"test_counts_for_bench_grow_with_the_batch"}
-        assert set(passed) == set(re.findall(r"^def (test_\w+)", kind.read_text(), re.MULTILINE)) - optional, out
-    for command in commands[2:]:
-        give(command, project)
-    result = json.loads((project / "runs/mine/result.json").read_text())["last_validation"]
+    assert [command.split()[0] for command in commands] == [
+        "pytest",
+        "pytest",
+        "rar-jax",
+        "rar-jax",
+        "pytest",
+        "rar-jax",
+        "rar-jax",
+    ]
+    passed: dict[str, set[str]] = {}
+    for command in commands:
+        out = give(command + " -rA" * command.startswith("pytest"), project)
+        for test, name in re.findall(r"PASSED \S+::(test_\w+)\[(?:\S*-)?(places|patches|linear|normals)\b", out):
+            passed.setdefault(name, set()).add(test)
+    for name, tests in passed.items():  # all of the contract: nothing was left out
+        kind = "test_generators.py" if name in ("places", "normals") else "test_tokenizers.py"
+        contract = (ROOT / "tests" / "contracts" / kind).read_text()
+        assert tests == set(re.findall(r"^def (test_\w+)\(\w+: ModuleType", contract, re.MULTILINE)), name
+    assert len(passed) == 4
+
+    validation = {run: json.loads((project / f"runs/{run}/result.json").read_text())["last_validation"] for run in RUNS}
     # What a class and a place tell of a token; knowing nothing, it would be log2(32) = 5 bits.
-    assert 1 < result["generator"]["validation/bits"] < 0.8 * math.log2(32)
-    assert result["tokenizer"]["validation/psnr"] > 15
-    pictures = [np.asarray(Image.open(path)) for path in sorted((project / "pictures").glob("0*.png"))]
-    assert len(pictures) == 80 and {picture.shape for picture in pictures} == {(8, 8)}
-    assert len({picture.tobytes() for picture in pictures}) > 70
+    assert 1 < validation["mine"]["generator"]["validation/bits"] < 0.8 * math.log2(32)
+    assert all(validation[run]["tokenizer"]["validation/psnr"] > 15 for run in RUNS)
+    for folder in RUNS.values():
+        pictures = [np.asarray(Image.open(path)) for path in sorted((project / folder).glob("0*.png"))]
+        assert len(pictures) == 80 and {picture.shape for picture in pictures} == {(8, 8)}
+        assert len({picture.tobytes() for picture in pictures}) > 70
+
+
+def test_normals_are_those_of_the_data(project: pathlib.Path) -> None:
+    """The trained means and spreads, by class and place, against NumPy on the stored latents."""
+    folder = project / "runs" / "floats"
+    params = load_params(folder / "checkpoints" / "generator", 400)
+    store = TokenStore(folder / "tokens" / "train")
+    rows = store.gather(np.arange(len(store)))
+    of_class = rows["tokens"][rows["labels"] == 3]
+    assert np.corrcoef((params["mean"][3] + params["shift"]).ravel(), of_class.mean(axis=0).ravel())[0, 1] > 0.95
