@@ -69,6 +69,7 @@ DOWNLOAD = flag("--download", "download released files that are missing, and che
 READING = (
     DOWNLOAD,
     arg("--fact", "what a file does not tell: image_size=256 (see models)", metavar="NAME=VALUE", action="append"),
+    flag("--raw", "read the parameters as trained, not their moving average (EMA)"),
     arg("--model", "module that reads a file, if its keys do not tell: rar", metavar="NAME", action="append"),
 )
 TOKENIZER = (arg("--tokenizer", "the tokenizer's file, with a generator file"), *READING)

@@ -91,6 +91,7 @@ def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
     from rar_jax.parallel.memory import exhaustion
     from rar_jax.runs.bucket import is_url
     from rar_jax.runs.workdir import Workdir
+    from rar_jax.weights.loading import parse_reading
 
     written = keywords.get("out") or keywords.get("workdir")
     size = "--batch-size" if "batch_size" in keywords else "config.evaluate.batch_size"
@@ -100,6 +101,9 @@ def _run(name: str, keywords: dict[str, Any], overrides: list[str]) -> int:
             if source:  # tokenize counts the classes and images of this source
                 overrides = [*overrides, f"data.source={source}"]
             keywords["experiment"] = open_experiment(config, overrides) if config else None
+        if "raw" in keywords:
+            given = {name: keywords.pop(name) for name in ("download", "fact", "model", "raw")}
+            keywords["reading"] = parse_reading(**given)
         if "sampling" in keywords:
             keywords["sampling"] = parse_overrides(keywords["sampling"])
         if keywords.get("workdir") is not None:

@@ -25,7 +25,7 @@ from rar_jax.parallel.rules import batch_sharding, replicated, sharded
 from rar_jax.runs.bucket import is_url
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import SamplingSettings, complete_images, make_sampling, reconstruct_images, sample_images
-from rar_jax.weights.loading import Weights, open_pair, read_directory
+from rar_jax.weights.loading import Reading, Weights, open_pair, read_directory
 from rar_jax.weights.registry import find_file, find_named, find_released
 
 
@@ -231,6 +231,7 @@ def load(
     download: bool = False,
     facts: Mapping[str, Any] | None = None,
     models: Sequence[str] = (),
+    raw: bool = False,
     step: int | None = None,
 ) -> Pipeline:
     """Load a work directory, a converted directory, or released files with the published settings.
@@ -246,6 +247,7 @@ def load(
       download: fetch released files that are not cached, and check their sha256.
       facts: Config fields that files do not tell, {"image_size": 256}; files of `convert` and released sizes do.
       models: names of the modules that read the files; by default the files' keys say it.
+      raw: read the parameters as trained, not their moving average, where there are both.
 
     Raises: ConfigError, WeightsError or CheckpointError that say what is missing or wrong.
     """
@@ -266,9 +268,8 @@ def load(
         tokenizer = named[1].tokenizer
     if tokenizer is None:
         raise ConfigError(f"{path} is a generator's file: give its tokenizer's too (--tokenizer, tokenizer=...)")
-    generator, of_images = pair = open_pair(
-        path_or_name, tokenizer, download=download, facts=facts, models=models, step=step
-    )
+    reading = Reading(download, facts or {}, models, raw)
+    generator, of_images = pair = open_pair(path_or_name, tokenizer, reading=reading, step=step)
     sampling, class_names = _find_defaults(path, generator.model)
     return Pipeline(
         generator.model,

@@ -19,25 +19,31 @@ from rar_jax.metrics.reconstruction import WINDOW, measure_code_usage
 from rar_jax.models import token_spec
 from rar_jax.parallel.processes import from_main
 from rar_jax.runs.manifest import write_json
-from rar_jax.weights.loading import open_weights
+from rar_jax.weights.loading import Reading, open_weights
 
 PSNR_OF_EQUAL = 100.0  # decibels, instead of infinity, which would be the mean's whole value
 
 
 def score_reconstructions(
-    program: Program, weights: str, images: ImageSet, out: pathlib.Path, *, quiet: bool = False, **how: Any
+    program: Program,
+    weights: str,
+    images: ImageSet,
+    out: pathlib.Path,
+    *,
+    reading: Reading = Reading(),
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Score the reconstructions of images, and write out/result.json.
 
     The rFID is to the program's reference, by default to the images themselves.
 
-    weights: a tokenizer's file or released name, or a directory. how: download, facts, models as in `open_weights`.
+    weights: a tokenizer's file or released name, or a directory. reading: as of `open_weights`.
     Returns: {"rfid", "psnr" (dB, mean over images), "ssim" (of images of 11 pixels and more), "codebook_usage"
       and "perplexity" (of codes), "n", "made_from", ...}.
     Raises: ConfigError, ReferenceFileError, WeightsError.
     """
     began, reference = time.monotonic(), program.reference
-    opened = open_weights(weights, "tokenizers", **how)
+    opened = open_weights(weights, "tokenizers", reading=reading)
     originals, model = batch_image_set(images), opened.model
     takes = model.module.image_spec(model.config).shape
     require(

@@ -47,7 +47,7 @@ def score_samples(
 ) -> dict[str, Any]:
     """Score samples of a directory or released file, and draw out/grid.png.
 
-    weights, dtype, step, how (tokenizer, download, facts, models): as in `rar_jax.load`.
+    weights, dtype, step, how (tokenizer, download, facts, models, raw): as in `rar_jax.load`.
     sampling: settings that differ from the weights' own.
     samples_npz: write the images to out/samples.npz, as ADM's `arr_0`.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from rar_jax.config import require
@@ -25,16 +24,14 @@ def score_steps(
     *,
     steps: str,
     samples: int,
-    sampling: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    quiet: bool = False,
+    **how: Any,
 ) -> dict[str, Any]:
     """Score the generator's checkpoints; finished ones are not computed again.
 
     Writes the files of `score_samples` to out/step_<n>/, out/steps.json, and best.json beside the checkpoints, so that
     a resumed training keeps the best: the lowest FID or, without a reference, the highest Inception Score.
 
-    steps: "all", or numbers with commas: "1000,2000".
+    steps: "all", or numbers with commas: "1000,2000". samples, how: as of `score_samples`.
 
     Returns: {"steps": {n: numbers}, "best", "metric", "n", "remarks"}.
     Raises: ConfigError for a step without a good checkpoint; as `score_samples`.
@@ -43,8 +40,8 @@ def score_steps(
     wanted = _find_steps(folder, steps)
     reference = program.reference
     metric = "fid" if reference else "inception_score"
-    options: dict[str, Any] = {"samples": samples, "sampling": sampling, "dtype": dtype, "quiet": quiet}
-    results = {step: score_samples(program, workdir, out / f"step_{step}", step=step, **options) for step in wanted}
+    how["samples"] = samples
+    results = {step: score_samples(program, workdir, out / f"step_{step}", step=step, **how) for step in wanted}
     best = (min if reference else max)(wanted, key=lambda step: results[step][metric])
     name, value = f"evaluate/{metric}_n{samples}", results[best][metric]
     summary = {

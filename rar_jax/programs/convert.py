@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import rar_jax
@@ -19,7 +18,7 @@ from rar_jax.runs.manifest import file_sha256, write_json
 from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.sampling import make_sampling
-from rar_jax.weights.loading import Weights, open_pair, open_weights, parse_facts, recognize_file
+from rar_jax.weights.loading import Reading, Weights, open_pair, open_weights, recognize_file
 from rar_jax.weights.registry import find_file, find_released, list_systems
 
 SUFFIX = ".safetensors"
@@ -32,9 +31,7 @@ def convert_weights(
     *,
     tokenizer: str | None = None,
     part: str | None = None,
-    download: bool = False,
-    fact: Sequence[str] | None = None,
-    model: Sequence[str] | None = None,
+    reading: Reading = Reading(),
     quiet: bool = False,
 ) -> None:
     """Write a file (`out` ends in .safetensors) or a directory.
@@ -42,7 +39,7 @@ def convert_weights(
     Records the sha256 of what was read and written: in out.json beside a file, in config.json of a directory.
 
     Args:
-      weights, tokenizer: as in `rar_jax.load`. fact: "NAME=VALUE" texts. model: names of the modules that read them.
+      weights, tokenizer: as in `rar_jax.load`.
       part: "generator" or "tokenizer"; default: what the file is, the generator of a directory.
 
     Raises: ConfigError, WeightsError or CheckpointError; `out` then does not exist.
@@ -51,21 +48,22 @@ def convert_weights(
     require(not torch, f"--out {out}: give FILE{SUFFIX}; docs/released_weights.md makes a torch file of it")
     require(not out.exists(), f"--out {out} exists: choose another, or move it away")
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}")
-    path = find_file(weights, download=download)
-    how = {"facts": parse_facts(fact), "models": model or ()}
+    path = find_file(weights, download=reading.download)
     if out.suffix == SUFFIX:
         sidecar = out.with_name(f"{out.name}.json")
         require(not sidecar.exists(), f"{sidecar} exists, and would be overwritten: move it away")
         require(tokenizer is None, "a file holds one model: leave --tokenizer out, and convert it separately")
-        kind = f"{part}s" if part else "generators" if path.is_dir() else recognize_file(path, weights, model or ())[0]
-        record = _write_file(open_weights(weights, kind, **how), out, quiet)
+        kind = (
+            f"{part}s" if part else "generators" if path.is_dir() else recognize_file(path, weights, reading.models)[0]
+        )
+        record = _write_file(open_weights(weights, kind, reading=reading), out, quiet)
         write_json(sidecar, record)
     else:
         require(path.is_file(), f"{path} is a directory already: give --out FILE{SUFFIX}")
         require(part is None, "--part is for an --out that is a file")
         if tokenizer is None:
             raise ConfigError("a directory holds a generator and its tokenizer: give --tokenizer too")
-        record = _write_directory(*open_pair(weights, tokenizer, download=download, **how), out, quiet)
+        record = _write_directory(*open_pair(weights, tokenizer, reading=reading), out, quiet)
     if not quiet:
         print(json.dumps(record, indent=1))
 

@@ -23,7 +23,7 @@ from rar_jax.parallel.processes import is_main
 from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.weights.inception import WHERE
-from rar_jax.weights.loading import parse_facts
+from rar_jax.weights.loading import Reading
 
 
 def print_scores(
@@ -46,9 +46,7 @@ def print_scores(
     dtype: str | None,
     tensor: int,
     samples_npz: bool,
-    download: bool,
-    fact: list[str] | None,
-    model: list[str] | None,
+    reading: Reading,
     quiet: bool,
     **settings: Any,
 ) -> None:
@@ -89,25 +87,23 @@ def print_scores(
     if out is None:
         raise ConfigError("give --out: where to write the result")
     require(not make_reference or out.suffix == ".npz", f"--out {out}: a reference is a .npz file")
-    how: dict[str, Any] = {"download": download, "facts": parse_facts(fact), "models": model or (), "quiet": quiet}
     checked, named = Settings(**settings), images or make_reference
     image_set = open_image_set(named, split, image_size=image_size) if named else None
+    how: dict[str, Any] = {"sampling": sampling, "dtype": dtype, "quiet": quiet, **vars(reading)}
     chunks = workdir.chunks if workdir else None
     program = open_program(inception, checked, reference_path=reference, tensor=tensor, chunks=chunks)
     if image_set and make_reference:
         text = format_scores(write_reference(program, image_set, out, quiet=quiet))
     elif image_set and reconstruction and source:
-        text = format_scores(score_reconstructions(program, source, image_set, out, **how))
+        text = format_scores(score_reconstructions(program, source, image_set, out, reading=reading, quiet=quiet))
     elif image_set:
         text = format_scores(score_images(program, image_set, out, quiet=quiet))
     elif steps and workdir:
-        options = {"samples": samples, "sampling": sampling, "dtype": dtype, "quiet": quiet}
-        text = format_steps(score_steps(program, workdir.path, out, steps=steps, **options))
+        text = format_steps(score_steps(program, workdir.path, out, steps=steps, samples=samples, **how))
     else:
         scored = weights or directory
         assert scored is not None
-        how |= {"tokenizer": tokenizer, "samples_npz": samples_npz}
-        how |= {"samples": samples, "sampling": sampling, "dtype": dtype}
+        how |= {"samples": samples, "tokenizer": tokenizer, "samples_npz": samples_npz}
         text = format_scores(score_samples(program, scored, out, **how))
     if workdir is not None:
         workdir.send()

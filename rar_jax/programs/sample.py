@@ -18,7 +18,7 @@ from rar_jax.parallel.processes import from_main, is_main
 from rar_jax.pipeline import load
 from rar_jax.runs.pictures import save_image_grid
 from rar_jax.runs.progress import track_progress
-from rar_jax.weights.loading import parse_facts
+from rar_jax.weights.loading import Reading
 
 MAX_IMAGES = 100_000
 ROWS, COLUMNS = 50, 16  # of the grid
@@ -39,9 +39,7 @@ def sample_classes(
     dtype: str | None,
     tensor: int,
     batch_size: int | None,
-    download: bool,
-    fact: list[str] | None,
-    model: list[str] | None,
+    reading: Reading,
     quiet: bool,
 ) -> None:
     """Write out/<class>_<n>.png and out/grid.png, a row per class; all classes if `classes` is None.
@@ -55,8 +53,7 @@ def sample_classes(
     require((complete is None) == (mask is None), "--complete and --mask go together: give both")
     require(complete is not None or not keep_pixels, "--keep-pixels is of --complete")
     mesh = make_mesh(MeshConfig(tensor=tensor))
-    how = {"download": download, "facts": parse_facts(fact), "models": model or ()}
-    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, mesh=mesh, **how)
+    pipeline = load(weights, tokenizer=tokenizer, dtype=dtype, mesh=mesh, **vars(reading))
     names = pipeline.class_names
     labels = list(range(len(names))) if classes is None else parse_classes(classes, names)
     labels = list(dict.fromkeys(labels))  # "3,2-4" names 3 twice

@@ -14,7 +14,7 @@ from rar_jax.runs.session import open_session
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.tokenize import tokenize, tokenize_source
 from rar_jax.tokens.verify import export_tokens, import_tokens, verify_tokens
-from rar_jax.weights.loading import parse_facts
+from rar_jax.weights.loading import Reading
 
 
 def make_tokens(
@@ -33,15 +33,12 @@ def make_tokens(
     batch_size: int,
     codebook_size: int | None,
     num_classes: int | None,
-    download: bool,
-    fact: list[str] | None,
-    model: list[str] | None,
+    reading: Reading,
     quiet: bool,
 ) -> None:
     """Do one of five things: tokenize a work directory's splits or a source; verify, import or export a store."""
     given = [x for x in (workdir, source, verify, import_, export) if x is not None]
     require(len(given) == 1, "give one of --workdir, --source, --verify, --import and --export")
-    reading = {"download": download, "facts": parse_facts(fact), "models": model or ()}
     common = {"shard_records": shard_records, "quiet": quiet}
     require(shard_records is None or shard_records >= 1, f"--shard-records is {shard_records}: it must be at least 1")
     if workdir is not None:
@@ -58,13 +55,13 @@ def make_tokens(
                 around.ledger.row("tokenized", split=each)
     elif verify:
         if is_main():
-            print(verify_tokens(verify, weights=weights, out=out, quiet=quiet, **reading))
+            print(verify_tokens(verify, weights=weights, out=out, reading=reading, quiet=quiet))
     elif out is None:
         raise ConfigError("give --out: where to write the store or file")
     elif source:
         if experiment is None or weights is None:
             raise ConfigError("tokenize --source needs --config (what the images are) and --weights (the tokenizer)")
-        how = {"crops": crops, "split": split, "batch_size": batch_size, **reading, **common}
+        how = {"crops": crops, "split": split, "batch_size": batch_size, "reading": reading, **common}
         tokenize_source(experiment, make_mesh(experiment.mesh), source=source, weights=weights, out=out, **how)
     elif is_main() and export:
         export_tokens(export, out, quiet=quiet)

@@ -119,14 +119,14 @@ def find_arrays(folder: Path, step: int) -> Path:
     return next(path for path in (folder / str(step)).iterdir() if path.name.startswith(ARRAYS))
 
 
-def load_params(folder: Path, step: int, shardings: Any = None) -> Any:
-    """Return the parameters of a step to evaluate, the EMA where there is one, as a nested dict.
+def load_params(folder: Path, step: int, shardings: Any = None, *, raw: bool = False) -> Any:
+    """Return the parameters of a step, the EMA where there is one and `raw` is false, as a nested dict.
 
     Args:
       shardings: tree of shardings, or None for NumPy arrays.
     """
     arrays = find_arrays(folder, step)
-    has_ema = any(name.startswith(EMA) for name in read_array_names(arrays))
+    has_ema = not raw and any(name.startswith(EMA) for name in read_array_names(arrays))
     return load_tree(arrays, EMA if has_ema else "params.", shardings)
 
 

@@ -15,7 +15,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ from rar_jax.runs.progress import track_progress
 from rar_jax.runs.workdir import Workdir
 from rar_jax.tokens.store import TokenStore
 from rar_jax.tokens.writer import TokenStoreWriter, find_difference, remove_leftovers
-from rar_jax.weights.loading import open_weights
+from rar_jax.weights.loading import Reading, open_weights
 from rar_jax.weights.stages import check_tokenizer, origin_sha256, stage_origin_sha256, trained_params
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -98,9 +98,7 @@ def tokenize_source(
     split: Split = "train",
     shard_records: int | None = None,
     batch_size: int = BATCH,
-    download: bool = False,
-    facts: Mapping[str, Any] | None = None,
-    models: Sequence[str] = (),
+    reading: Reading = Reading(),
     quiet: bool = False,
 ) -> None:
     """Write a store of the images of `source` into `out`, or resume one.
@@ -115,9 +113,7 @@ def tokenize_source(
     require(crops is None or crops in CROPS, f"--crops {crops}: choose one of {', '.join(CROPS)}")
     require(batch_size >= 1, f"--batch-size is {batch_size}: it must be at least 1")
     require(shard_records is None or shard_records >= 1, f"--shard-records is {shard_records}: it must be at least 1")
-    tokenizer = open_weights(
-        weights, "tokenizers", download=download, facts=facts, models=models, like=experiment.tokenizer
-    )
+    tokenizer = open_weights(weights, "tokenizers", reading=reading, like=experiment.tokenizer)
     check_tokenizer(experiment, tokenizer, f"--weights {tokenizer.path}")
     images = open_images(experiment.data, source, split, crop=crops)
     card = _make_card(experiment, images, f"{source} ({split})", origin_sha256(tokenizer))

@@ -20,7 +20,7 @@ from rar_jax.runs.progress import track_progress
 from rar_jax.sampling import to_uint8
 from rar_jax.tokens.jsonl import export_jsonl, import_jsonl
 from rar_jax.tokens.store import TokenStore
-from rar_jax.weights.loading import open_weights
+from rar_jax.weights.loading import Reading, open_weights
 from rar_jax.weights.stages import origin_sha256
 
 ROWS, COLUMNS = 8, 8  # classes, and images of each, in the picture
@@ -31,14 +31,13 @@ def verify_tokens(
     *,
     weights: str | None = None,
     out: pathlib.Path | None = None,
+    reading: Reading = Reading(),
     quiet: bool = False,
-    **how: Any,
 ) -> str:
     """Verify a store; with the tokenizer's weights, decode a sample into a PNG.
 
     Args:
       weights: the tokenizer's file, directory or released name. out: the PNG, default folder/verify.png.
-      how: download, facts, models as in `open_weights`.
 
     Returns: a summary of several lines.
     Raises: StoreError if the store is damaged, or was made by another tokenizer than `weights`.
@@ -49,7 +48,7 @@ def verify_tokens(
     text = summarize_store(store)
     if weights is None:
         return text
-    return f"{text}\n  picture    {_draw_sample(store, weights, out or folder / 'verify.png', **how)}"
+    return f"{text}\n  picture    {_draw_sample(store, weights, out or folder / 'verify.png', reading)}"
 
 
 def summarize_store(store: TokenStore) -> str:
@@ -86,10 +85,10 @@ def select_sample(store: TokenStore, rows: int = ROWS, columns: int = COLUMNS) -
     return np.array([i for label in shown for i in found[label][:width]], np.int64), shown
 
 
-def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, **how: Any) -> pathlib.Path:
+def _draw_sample(store: TokenStore, weights: str, out: pathlib.Path, reading: Reading) -> pathlib.Path:
     made_with = store.card.get("tokenizer")
     like = load_model({"tokenizer": made_with}, "tokenizers") if made_with else None
-    given = open_weights(weights, "tokenizers", like=like, **how)
+    given = open_weights(weights, "tokenizers", reading=reading, like=like)
     made_by, ours = store.card["tokenizer_sha256"], origin_sha256(given)
     if made_by is not None and made_by not in (ours, given.sha256()):
         raise StoreError(

@@ -135,7 +135,7 @@ def check_tokenizer(experiment: Experiment, weights: Weights, name: str) -> None
 
 def origin_sha256(weights: Weights) -> str:
     """Return the sha256 that identifies a tokenizer: of the file it was copied or converted from, or its own."""
-    if weights.path.is_dir():
+    if weights.path.is_dir() and not weights.raw:
         folder = Workdir(weights.path).checkpoints("tokenizer")
         if (good := good_step(folder)) is not None:
             return _read_origin(folder, good)

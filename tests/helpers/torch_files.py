@@ -72,13 +72,20 @@ def write_stream(path, content, storages, extra=()):
     return path
 
 
-def write_state_dict(path, state):
-    """Write arrays by name as `torch.save` writes a state dict: float32, float16, bfloat16 or int64."""
+def write_state_dict(path, state, ema=None):
+    """Write arrays by name as `torch.save` writes a state dict: float32, float16, bfloat16 or int64.
+
+    ema: arrays of the same names; then the file is {"model": state, "ema": ema}.
+    """
+    if ema is not None:
+        state = {("model", name): x for name, x in state.items()} | {("ema", name): x for name, x in ema.items()}
     kinds = {"f4": "FloatStorage", "f2": "HalfStorage", "i8": "LongStorage", "V2": "BFloat16Storage"}
     content = {}
     for key, (name, x) in enumerate(state.items()):
         strides = tuple(math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
         content[name] = tensor(Storage(kinds[x.dtype.str[1:]], str(key), x.size), x.shape, strides)
+    if ema is not None:
+        content = {key: {name: x for (part, name), x in content.items() if part == key} for key in ("model", "ema")}
     return write_zip(path, content, {str(key): x for key, x in enumerate(state.values())})
 
 

@@ -121,6 +121,7 @@ def test_load_params_gives_the_ema_where_there_is_one(saved: pathlib.Path, tmp_p
     for step in (1, 2):
         params = load_params(saved, step)
         assert bits(params) == bits(numbers(step)["ema"]) != bits(numbers(step)["params"])
+        assert bits(load_params(saved, step, raw=True)) == bits(numbers(step)["params"])
         assert all(type(x) is np.ndarray for x in jax.tree.leaves(params))
     save(tmp_path, range(3, 4), ema=False)
     assert bits(load_params(tmp_path, 3)) == bits(numbers(3, ema=False)["params"])

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from torch_files import read_tensors, write_state_dict
 
+import rar_jax
 from rar_jax import cli
 from rar_jax.errors import ConfigError, WeightsError
 from rar_jax.models import Model
 from rar_jax.tokenizers import maskgit_vq
-from rar_jax.weights.loading import open_pair, open_weights, recognize_file
+from rar_jax.weights.loading import Reading, open_pair, open_weights, recognize_file
 from rar_jax.weights.mapping import param_shapes, write_safetensors
 from rar_jax.weights.maskgit_vq import FILES, FORMAT
 
@@ -32,7 +34,7 @@ def test_a_file_of_no_known_model_names_the_keys(tmp_path: pathlib.Path) -> None
         open_weights(path, "generators")
     # `models` says it.
     with pytest.raises(WeightsError, match=r"w\.safetensors: 'lm_head.weight' is missing"):
-        open_weights(path, "generators", models=["rar"])
+        open_weights(path, "generators", reading=Reading(models=["rar"]))
 
 
 def test_a_file_of_another_system_names_both(golden: pathlib.Path, inception_file: pathlib.Path) -> None:
@@ -41,7 +43,7 @@ def test_a_file_of_another_system_names_both(golden: pathlib.Path, inception_fil
     with pytest.raises(WeightsError, match=r"is a generator \(rar\), not a tokenizer"):
         open_weights(golden / "rar" / "rar_tiny.bin", "tokenizers")
     with pytest.raises(WeightsError, match=r"is a network \(inception\), not a generator \(rar\)"):
-        open_weights(inception_file, "generators", models=["rar"])
+        open_weights(inception_file, "generators", reading=Reading(models=["rar"]))
 
 
 # ---------------------------------------------------------------- facts
@@ -49,23 +51,25 @@ def test_a_file_of_another_system_names_both(golden: pathlib.Path, inception_fil
 
 def test_facts_are_given_or_missing_or_unknown(golden: pathlib.Path) -> None:
     file = golden / "maskgit_vq" / "maskgit_vq_tiny.bin"
-    opened = open_weights(file, "tokenizers", facts={"image_size": 32})
+    opened = open_weights(file, "tokenizers", reading=Reading(facts={"image_size": 32}))
     assert opened.model.config.image_size == 32
     assert open_weights(file, "tokenizers", like=opened.model).model.config.image_size == 32
     with pytest.raises(WeightsError, match="does not tell image_size: give --fact image_size=VALUE"):
         open_weights(file, "tokenizers")
     with pytest.raises(ConfigError, match="unknown fact 'num_tokens': they are image_size"):
-        open_weights(file, "tokenizers", facts={"image_size": 16, "num_tokens": 64})
+        open_weights(file, "tokenizers", reading=Reading(facts={"image_size": 16, "num_tokens": 64}))
     with pytest.raises(WeightsError, match=r"--fact image_size is 'big' \(str\): it must be int"):
-        open_weights(file, "tokenizers", facts={"image_size": "big"})
+        open_weights(file, "tokenizers", reading=Reading(facts={"image_size": "big"}))
     with pytest.raises(ConfigError, match="unknown fact 'image_size': these files tell everything"):
-        open_weights(golden / "rar" / "rar_tiny.bin", "generators", facts={"image_size": 16})
+        open_weights(golden / "rar" / "rar_tiny.bin", "generators", reading=Reading(facts={"image_size": 16}))
     with pytest.raises(ConfigError, match="--model rar: these weights are read by maskgit_vq"):
-        open_weights(file, "tokenizers", facts={"image_size": 16}, models=["rar"])
+        open_weights(file, "tokenizers", reading=Reading(facts={"image_size": 16}, models=["rar"]))
     with pytest.raises(
         ConfigError, match=r"draws 16 ids of 32 codes, .* decodes 16 ids of 48 codes.*--fact image_size=V"
     ):
-        open_pair(golden / "rar" / "rar_tiny.bin", file, facts={"image_size": 8}, models=["maskgit_vq"])
+        open_pair(
+            golden / "rar" / "rar_tiny.bin", file, reading=Reading(facts={"image_size": 8}, models=["maskgit_vq"])
+        )
 
 
 def test_a_released_size_tells_its_facts(tmp_path: pathlib.Path) -> None:
@@ -88,6 +92,37 @@ def test_facts_on_the_command_line(
     assert open_weights(tmp_path / "o.safetensors", "tokenizers").model.config.image_size == 24
     sample = ["sample", "--weights", str(released_pair.generator), "--tokenizer", str(bare), "--out", str(tmp_path)]
     assert cli.main([*sample, "--classes", "1", "--per-class", "1", "--fact", "image_size=16"]) == 0
+
+
+# ---------------------------------------------------------------- raw parameters
+
+
+def test_raw_parameters_or_their_average(released_pair: Any, tmp_path: pathlib.Path) -> None:
+    average = read_tensors(released_pair.generator)
+    raw = {name: -x if name == "lm_head.weight" else x for name, x in average.items()}
+    file = write_state_dict(tmp_path / "w.bin", raw, ema=average)
+    expected = open_weights(released_pair.generator, "generators").place()["lm_head"]["kernel"]
+    opened, opened_raw = (open_weights(file, "generators", reading=Reading(raw=x)) for x in (False, True))
+    np.testing.assert_array_equal(opened.place()["lm_head"]["kernel"], expected)
+    np.testing.assert_array_equal(opened_raw.place()["lm_head"]["kernel"], -expected)
+    assert opened.sha256() != opened_raw.sha256()  # results of one are not taken for those of the other
+    images = [rar_jax.load(file, tokenizer=released_pair.tokenizer, raw=x).sample([1, 2]) for x in (False, True)]
+    drawn = []
+    for more in ([], ["--raw"]):
+        argv = [
+            "sample",
+            "--weights",
+            str(file),
+            "--tokenizer",
+            str(released_pair.tokenizer),
+            "--out",
+            str(tmp_path / "o"),
+        ]
+        assert cli.main([*argv, "--classes", "1,2", "--per-class", "1", "--quiet", *more]) == 0
+        drawn.append(np.stack([np.asarray(Image.open(tmp_path / "o" / f"000{n}_000.png")) for n in (1, 2)]))
+    np.testing.assert_array_equal(drawn[0], images[0])
+    np.testing.assert_array_equal(drawn[1], images[1])
+    assert (images[0] != images[1]).any()
 
 
 # ---------------------------------------------------------------- dtypes and shards
