@@ -33,6 +33,7 @@ _VALIDATION = (
     ("tokenizer", "psnr", "tokenizer, validation PSNR in dB"),
     ("tokenizer", "codebook_usage", "tokenizer, codebook usage"),
     ("tokenizer", "perplexity", "tokenizer, perplexity of the codes"),
+    ("generator", "loss", "generator, validation loss"),
     ("generator", "raster_bits", "generator, bits per token, raster order"),
     ("generator", "random_bits", "generator, bits per token, random order"),
 )

@@ -116,11 +116,7 @@ def _replace(path: Path, write: Callable[[pathlib.Path], object]) -> None:
 
 # (title, unit, stage, {metric: label}). Metrics may be patterns; "*" in a label is the metric's name.
 _PANELS = (
-    ("Generator loss", "bits per token", "generator", {
-        "loss": "training",
-        "validation/raster_bits": "validation, raster order",
-        "validation/random_bits": "validation, random order",
-    }),
+    ("Generator loss", "", "generator", {"loss": "training", "validation/*loss": "*"}),
     ("Share of random orders", "", "generator", {"random_ratio": ""}),
     ("Fréchet distance of samples", "", "generator", {"fd_classifier_n*": "*"}),
     ("Tokenizer PSNR", "dB", "tokenizer", {"psnr": "training", "validation/psnr": "validation"}),
@@ -176,7 +172,7 @@ def _lines(
             points = sorted((row["step"], row[name]) for row in mine if row.get(name) is not None)
             if points:
                 steps, values = np.array(points, np.float64).T
-                lines.append((label.replace("*", name), steps, values / np.log(2) if name == "loss" else values))
+                lines.append((label.replace("*", name), steps, values))
     return lines
 
 
