@@ -23,12 +23,12 @@ def poison(numbers: tuple[int, ...], patch: Callable[[Any, str, Any], None] = se
     sums = [int(np.asarray(next(stream)["images"], np.int64).sum()) for _ in range(max(numbers))]
     bad, real = np.array([sums[k - 1] for k in numbers]), classifier.loss  # JAX may not have begun yet
 
-    def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
-        value, metrics = real(config, params, batch, key=key, step=step)
-        found = (batch["images"].astype(jnp.int32).sum() == bad).any() & (key is not None)
+    def loss(config: Any, params: Any, batch: Any, *, train: bool, **given: Any) -> Any:
+        value, aux = real(config, params, batch, train=train, **given)
+        found = (batch["images"].astype(jnp.int32).sum() == bad).any() & train
         rows = jnp.where(found & (jnp.arange(len(batch["labels"])) == 0), factor, 1.0)
         value = rows.mean() * value
-        return value, metrics | {"loss": value}
+        return value, aux._replace(metrics=aux.metrics | {"loss": value})
 
     patch(classifier, "loss", loss)
 
@@ -69,10 +69,10 @@ def endless(marker: pathlib.Path, *, validation: bool = False) -> None:
     """From now on the compilation of the training step, or of the validation, takes 5 minutes; the marker is there once it has begun."""
     real = classifier.loss
 
-    def loss(config: Any, params: Any, batch: Any, *, key: Any, step: Any) -> Any:
-        if (key is None) == validation:
+    def loss(config: Any, params: Any, batch: Any, *, train: bool, **given: Any) -> Any:
+        if train != validation:
             marker.touch()
             time.sleep(300)
-        return real(config, params, batch, key=key, step=step)
+        return real(config, params, batch, train=train, **given)
 
     classifier.loss = loss
